@@ -1,0 +1,33 @@
+"""GPT-2 small (124M parameters) on text; its twin learns Python from the standard library's own source.
+
+    ./launch.sh experiments/gpt_small.py            # no accelerator: the twin
+    ./launch.sh experiments/gpt_small.py --full     # the real one; first: ./launch.sh prepare lm1b
+"""
+
+from dataclasses import replace
+
+from lab.data.sources import PythonStdlib, Tfds
+from lab.data.text import Text
+from lab.data.tokenizers import BPE, GPT2
+from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.models.gpt import GPT
+from lab.optim import AdamW, Cosine
+from lab.tasks import LanguageModel
+
+experiment = Experiment(
+    data=Text(Tfds("lm1b"), GPT2(), length=1024),
+    model=GPT(depth=12, width=768, heads=12, vocab=50257, context=1024),
+    task=LanguageModel(),
+    optim=AdamW(lr=Cosine(6e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
+    steps=20_000, batch=512, microbatches=8, precision="bfloat16",
+    evaluate=Evaluate(every=1000, records=2048), checkpoint=Checkpoint(every=1000),
+)
+
+local = replace(
+    experiment,
+    data=Text(PythonStdlib(), BPE(vocab=2048), length=128),
+    model=GPT(depth=4, width=256, heads=4, vocab=2048, context=128),
+    optim=AdamW(lr=Cosine(2e-3, warmup=20, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
+    steps=600, batch=16, microbatches=1,
+    evaluate=Evaluate(every=200, records=512), checkpoint=Checkpoint(every=100),
+)

@@ -1,0 +1,230 @@
+"""The command line: ``./launch.sh COMMAND ...`` ends up here, inside the environment that lab/bootstrap.py built."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from lab.errors import UserError
+
+if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
+    from lab.experiment import Experiment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def experiments() -> dict[str, str]:
+    """File name -> first line of its docstring, without importing anything."""
+    found = {}
+    for path in sorted((ROOT / "experiments").glob("*.py")):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        found[f"experiments/{path.name}"] = doc.partition("\n")[0]
+    return found
+
+
+def overview() -> str:
+    """What can be typed."""
+    rows = [("EXPERIMENT.py [--flags]", "train it, or go on; --help lists every knob, --dry-run only plans"),
+            *[(f"{name} ...", summary) for name, (_, summary) in COMMANDS.items()],
+            ("tests [pytest arguments]", "run the tests"),
+            ("prepare NAME [--data-dir D]", "download and prepare a TensorFlow Dataset"),
+            ("env", "print the environment's folder, accelerator and versions")]
+    width = max(len(name) for name, _ in rows + list(experiments().items())) + 2
+    lines = ["lab: a functional research codebase in JAX", "", "usage: ./launch.sh ..."]
+    lines += [f"  {name:<{width}}{what}" for name, what in rows]
+    lines += ["", "experiments (with no accelerator their small local twin runs; --full forces the real one):"]
+    return "\n".join(lines + [f"  {name:<{width}}{what}" for name, what in experiments().items()])
+
+
+def find_experiment(name: str) -> Path:
+    """The file of an experiment: as typed, or in the repository. Raises UserError with the nearest name."""
+    for path in (Path(name), ROOT / name, ROOT / "experiments" / Path(name).name):
+        if path.is_file():
+            return path.resolve()
+    near = difflib.get_close_matches(f"experiments/{Path(name).name}", experiments(), n=1, cutoff=0.5)
+    raise UserError(f"There is no experiment {name}." + (f" Perhaps you meant {near[0]}." if near else
+                                                         f" There are {', '.join(experiments())}."))
+
+
+def check_platform() -> str:
+    """The platform that JAX uses, which must be the one the launcher chose.
+
+    Raises:
+      UserError: it is another one; a silent fall to the CPU would cost days.
+    """
+    import jax
+
+    wanted = os.environ.get("LAB_PLATFORM")
+    try:
+        found = jax.default_backend()
+    except RuntimeError as e:
+        found = f"nothing ({str(e).splitlines()[0][:160]})"
+    if wanted and found != wanted:
+        raise UserError(f"The launcher chose {wanted}, but JAX uses {found}. Check the driver, or say what you want: "
+                        f"LAB_ACCELERATOR=cpu|cuda12|cuda13|tpu ./launch.sh ...")
+    return found
+
+
+def choose_twin(module: Any, args: Sequence[str]) -> tuple[Experiment, str]:
+    """The experiment, or its `local` twin; and one line that says which and why."""
+    local = getattr(module, "local", None)
+    if "--full" in args and "--local" in args:
+        raise UserError("--full and --local exclude each other.")
+    if "--full" in args or local is None:
+        return module.experiment, ""
+    if "--local" in args:
+        return local, "Running the local twin (--local)."
+    platform = os.environ.get("LAB_PLATFORM") or check_platform()
+    if platform == "cpu":
+        return local, "No accelerator found: running the local twin (--full forces the real experiment)."
+    return module.experiment, ""
+
+
+def parse(path: Path, args: Sequence[str], options: type) -> tuple[Experiment, Any, Path]:
+    """The experiment with its overrides, and the other options of the command."""
+    import tyro
+
+    from lab.experiment import load
+
+    module = load(path)
+    default, line = choose_twin(module, args)
+    if line:
+        print(line, flush=True)
+    flat = tyro.conf.arg(name="")
+    command_type = make_dataclass("Command", [("experiment", Annotated[type(default), flat]),
+                                              ("options", Annotated[options, flat])])
+    command = tyro.cli(command_type, args=list(args), default=command_type(default, options()),
+                       prog=f"./launch.sh {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}",
+                       description=module.__doc__, config=(tyro.conf.AvoidSubcommands,))
+    for flag, value in unchanged(args, default, command.experiment):
+        print(f"Note: {flag} was {value} already; it changes nothing.", flush=True)
+    command.experiment.validate()
+    return command.experiment, command.options, path
+
+
+def unchanged(args: Sequence[str], before: Any, after: Any) -> list[tuple[str, Any]]:
+    """The overrides that change nothing: (flag, value)."""
+    found = []
+    for flag in (a.split("=")[0] for a in args if a.startswith("--")):
+        a, b = before, after
+        for name in flag[2:].replace("-", "_").replace(".no_", ".").split("."):
+            a, b = getattr(a, name, _Missing), getattr(b, name, _Missing)
+        if a is not _Missing and a == b:
+            found.append((flag, b))
+    return found
+
+
+class _Missing:
+    """Stands for an attribute that is not there."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of this command, beside the experiment's own."""
+
+    run_dir: Path | None = None
+    """Folder of the run; by default runs/<experiment>-<fingerprint>."""
+    dry_run: bool = False
+    """Print what the run would cost, and stop."""
+    full: bool = False
+    """Run the real experiment, also without an accelerator."""
+    local: bool = False
+    """Run the small local twin, also with an accelerator."""
+
+
+def train(args: Sequence[str]) -> int:
+    """EXPERIMENT.py [--flags]"""
+    experiment, options, path = parse(find_experiment(args[0]), args[1:], TrainOptions)
+    if options.dry_run:
+        from lab.dry_run import show
+
+        show(experiment)
+        return 0
+    check_platform()
+    from lab import loop
+    from lab.console import Screen
+
+    folder = options.run_dir or Path("runs") / f"{path.stem}-{experiment.fingerprint()}"
+    result = loop.finished(folder)
+    with Screen() as screen:
+        screen.say(f"Run folder: {folder}")
+        if result is not None:
+            from lab.run_folder import open_folder
+
+            open_folder(folder, experiment, path, experiment.data.load().fingerprint)
+            screen.say("This run is finished already. Delete its folder, or change the seed, to run it again.")
+            screen.say(loop.describe_result(result))
+            return 0
+        return loop.train(experiment, folder, screen, path)
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """RUN [--step N]"""
+    from lab.commands import evaluate
+
+    return _function(evaluate, args)
+
+
+def sample(args: Sequence[str]) -> int:
+    """RUN --prompt TEXT"""
+    from lab.commands import sample
+
+    return _function(sample, args)
+
+
+def bench(args: Sequence[str]) -> int:
+    """EXPERIMENT.py"""
+    if not args:
+        raise UserError("Say which experiment to measure: ./launch.sh bench experiments/gpt_small.py")
+    from lab.bench import BenchOptions, measure
+
+    experiment, options, _ = parse(find_experiment(args[0]), args[1:], BenchOptions)
+    check_platform()
+    measure(experiment, options)
+    return 0
+
+
+def _function(function: Callable[..., None], args: Sequence[str]) -> int:
+    import tyro
+
+    tyro.cli(function, args=list(args), prog=f"./launch.sh {function.__name__}",
+             config=(tyro.conf.FlagCreatePairsOff,))
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "sample": (sample, "RUN --prompt TEXT: continue a text with a trained model"),
+    "eval": (evaluate, "RUN: evaluate a checkpoint of a run on its validation split"),
+    "bench": (bench, "EXPERIMENT.py: measure compilation, update, throughput, data wait"),
+}
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs a command; returns the exit status: 2 for what a person can fix, said in a sentence or two."""
+    try:
+        if not args or args[0] in ("-h", "--help", "help"):
+            print(overview())
+            return 0
+        if args[0].endswith(".py"):
+            return train(args)
+        if args[0] in COMMANDS:
+            return COMMANDS[args[0]][0](args[1:])
+        names = [*COMMANDS, "tests", "prepare", "env", *experiments()]
+        near = difflib.get_close_matches(args[0], names, n=1) or [n for n in names if args[0] in n][:1]
+        raise UserError(f"There is no command {args[0]!r}." + (f" Perhaps you meant {near[0]}." if near else
+                                                               " ./launch.sh --help lists them."))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,443 @@
+"""Builds the Python environment once, chooses the accelerator, and starts `python -m lab "$@"` in it.
+
+Standard library only, and run by path: it works before anything is installed. An environment is a folder
+`.venvs/<extras>-py311-<hash>`, where the hash covers everything that decides its contents; it is never changed once
+its `ok` file exists, so running jobs are safe and an edited pyproject.toml simply gets another folder.
+
+Variables: LAB_ACCELERATOR (cpu, cuda12, cuda13, tpu), LAB_EXTRAS (such as tiktoken,tensorboard), LAB_ENVS (folder for
+the environments), LAB_UV (a uv executable), PYTHON (the Python to build on).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lab"
+BASE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+PLATFORMS = {"cpu": "cpu", "cuda12": "gpu", "cuda13": "gpu", "tpu": "tpu"}    # accelerator -> LAB_PLATFORM
+NVIDIA_PROC = Path("/proc/driver/nvidia")
+WSL_SMI = Path("/usr/lib/wsl/lib/nvidia-smi")    # not always on PATH there
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+# The ids JAX itself knows. Not /dev/accel*: newer TPUs use /dev/vfio, and other makers' chips use /dev/accel.
+TPU_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
+# Data sets are prepared with TensorFlow, in an environment of their own: it must never enter the one we train in.
+PREPARE = (
+    "tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
+    "tensorflow-datasets>=4.9.9",
+    "importlib_resources",
+)
+# Imported once at the end of a build. It proves that the environment starts, and writes the bytecode of what is used:
+# where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would otherwise take 3 s longer.
+WARM_UP = "import jax, flax.linen, optax, orbax.checkpoint, tensorflow_datasets, tyro, rich.console, matplotlib.pyplot"
+
+
+class Stop(Exception):
+    """Something that a person can fix; the text is all that is printed, with exit status 2."""
+
+
+def say(text: str) -> None:
+    print(f"lab: {text}", file=sys.stderr, flush=True)
+
+
+# --- the accelerator ---------------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    accelerator: str
+    reason: str
+
+
+def choose_accelerator(environ: Mapping[str, str]) -> Choice:
+    """Which build of JAX fits this machine, and why."""
+    if wish := environ.get("LAB_ACCELERATOR"):
+        if wish not in PLATFORMS:
+            raise Stop(f"LAB_ACCELERATOR={wish} is not one of {', '.join(PLATFORMS)}.")
+        return Choice(wish, "LAB_ACCELERATOR asks for it")
+    if environ.get("TPU_WORKER_HOSTNAMES"):    # TPU slices on Kubernetes
+        return Choice("tpu", "TPU_WORKER_HOSTNAMES is set")
+    for device in PCI_DEVICES.glob("*"):
+        with contextlib.suppress(OSError):
+            # Google's network cards have the same vendor id, so the device id decides.
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "device"))
+            if vendor == "0x1ae0" and kind in TPU_DEVICES:
+                return Choice("tpu", "a TPU is on the PCI bus")
+    return choose_nvidia()
+
+
+def choose_nvidia() -> Choice:
+    """The choice for NVIDIA GPUs, or for none. nvidia-smi can take seconds, so its answer is noted for these GPUs."""
+    smi = shutil.which("nvidia-smi") or (str(WSL_SMI) if WSL_SMI.exists() else None)
+    driver_text = ""
+    with contextlib.suppress(OSError):
+        driver_text = (NVIDIA_PROC / "version").read_text()
+    if not smi and not driver_text:
+        return Choice("cpu", "no TPU or NVIDIA GPU was found")
+    if not driver_text:    # WSL has no such file, and no note can be trusted without it
+        return ask_nvidia_smi(smi)
+    if not smi:    # a container without the tools: CUDA 12 runs on every GPU that CUDA 13 does
+        found = re.search(r"\s(\d{3,})\.\d+", driver_text)
+        return cuda_for(int(found[1]) if found else 0, None)
+    gpus = "".join(path.read_text() for path in sorted(NVIDIA_PROC.glob("gpus/*/information")))
+    note = CACHE / "nvidia" / digest(os.uname().nodename, driver_text, gpus)
+    with contextlib.suppress(OSError, ValueError):
+        return Choice(*note.read_text().split("\t", 1))
+    choice = ask_nvidia_smi(smi)
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text("\t".join(choice))
+    return choice
+
+
+def ask_nvidia_smi(smi: str) -> Choice:
+    query = [smi, "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
+        rows = [line.split(",") for line in answer.stdout.splitlines() if line.strip()]
+        if answer.returncode or not rows:
+            raise ValueError
+        return cuda_for(int(rows[0][0].split(".")[0]), min(float(row[1]) for row in rows))
+    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
+        return Choice("cpu", "nvidia-smi is there but reports no usable GPU")
+
+
+def cuda_for(driver: int, capability: float | None) -> Choice:
+    """CUDA 13 needs driver 580 and compute capability 7.5; CUDA 12 needs 525 and 5.2. `None` means unknown."""
+    if driver < 525:
+        return Choice("cpu", f"the NVIDIA driver is version {driver}, and JAX needs 525 or newer to use the GPU")
+    if capability is not None and capability < 5.2:
+        return Choice("cpu", f"the GPU has compute capability {capability}, and JAX needs 5.2 or newer")
+    reason = f"NVIDIA driver {driver}, compute capability {capability or 'unknown'}"
+    return Choice("cuda13" if driver >= 580 and capability is not None and capability >= 7.5 else "cuda12", reason)
+
+
+# --- the environment ---------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What an environment is called and what uv is told to put into it."""
+
+    name: str
+    packages: list[str]
+    warm_up: str
+    reason: str
+
+
+def digest(*parts: str | bytes) -> str:
+    return hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else p.encode() for p in parts)).hexdigest()[:12]
+
+
+def plan_environment(extras: list[str], reason: str) -> Plan:
+    """The environment with the project's dependencies and these extras (the accelerator first)."""
+    pyproject, constraints = ROOT / "pyproject.toml", ROOT / "constraints.txt"
+    packages = ["-r", str(pyproject), "-c", str(constraints)]
+    for extra in extras:
+        packages += ["--extra", extra]
+    name = environment_name(extras, pyproject.read_bytes(), constraints.read_bytes())
+    return Plan(name, packages, WARM_UP, reason)
+
+
+def environment_name(labels: list[str], *contents: str | bytes) -> str:
+    # The path of the base Python is part of the hash, since the environment's `python` is a link to it.
+    machine = getattr(sys.implementation, "_multiarch", sys.platform) + os.uname().machine
+    key = digest(*contents, sys.version, BASE_PYTHON, machine)
+    version = f"py{sys.version_info.major}{sys.version_info.minor}"
+    return "-".join([*labels, version, key])
+
+
+def asked_extras(environ: Mapping[str, str]) -> list[str]:
+    """The extras named in LAB_EXTRAS, checked against pyproject.toml."""
+    names = sorted(set(re.findall(r"[^,\s]+", environ.get("LAB_EXTRAS", ""))))
+    if names:
+        import tomllib  # 10 ms that most starts need not pay
+
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        known = sorted(set(known) - set(PLATFORMS))
+        for name in names:
+            if name not in known:
+                raise Stop(f"LAB_EXTRAS names {name}, which is not one of {', '.join(known)}.")
+    return names
+
+
+def stores() -> list[Path]:
+    """Folders that may hold environments, best first."""
+    if named := os.environ.get("LAB_ENVS"):
+        return [Path(named).absolute()]
+    return [ROOT / ".venvs", CACHE / "venvs"]
+
+
+def finished(folder: Path) -> bool:
+    # `python` is a link: it dangles when the Python it was built on has been removed.
+    return (folder / "ok").exists() and (folder / "bin/python").exists()
+
+
+def ensure(plan: Plan) -> Path:
+    """The folder of this environment, which is built first if there is no finished one."""
+    for store in stores():
+        if finished(store / plan.name):    # the usual case: no lock, no uv, no message
+            return store / plan.name
+    for store in stores():
+        try:
+            store.mkdir(parents=True, exist_ok=True)
+            lock = open(store / "lock", "a")    # noqa: SIM115 (closed by the `with` below)
+        except OSError:
+            continue
+        with lock:
+            if store != stores()[0]:
+                say(f"{stores()[0]} cannot be written; environments go to {store} instead.")
+            wait_for(lock)
+            if not finished(store / plan.name):    # another process may have built it while this one waited
+                build(store / plan.name, plan, lock.fileno())
+        return store / plan.name
+    raise Stop(f"cannot write to {' or '.join(map(str, stores()))}; set LAB_ENVS to a folder for the environments.")
+
+
+def wait_for(lock) -> None:
+    """Take the lock. The kernel drops it when its holder dies, whatever the cause."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another process is building an environment; waiting for it.")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def build(folder: Path, plan: Plan, lock: int) -> None:
+    say(f"{plan.reason}; building the environment {folder.name} (once) ...")
+    began = time.monotonic()
+    uv, environ = find_uv(folder.parent, lock), uv_environ()
+    try:
+        # What a killed build left. `ok` goes first, so that a removal that is itself killed cannot pass for finished.
+        (folder / "ok").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        command([uv, "venv", "--python", BASE_PYTHON, str(folder)], environ, lock)
+        python = str(folder / "bin/python")
+        command([uv, "pip", "install", "--python", python, *plan.packages], environ, lock)
+        environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        command([python, "-I", "-c", plan.warm_up], environ | {"JAX_PLATFORMS": "cpu"}, lock, "it does not start")
+        (folder / "ok").write_text(f"{plan.reason}\n")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if not os.environ.get("PYTHON"):    # a Python named for one call does not become the default
+        (folder.parent / "python").write_text(f"{BASE_PYTHON}\n")
+    say(f"environment built in {time.monotonic() - began:.1f} s.")
+
+
+NEEDS_NETWORK = (
+    "it needs a package registry, once; where there is no network, point LAB_ENVS to a folder with environments "
+    "built on a machine of this kind"
+)
+
+
+def command(arguments: list[str], environ: Mapping[str, str], lock: int, trouble: str = NEEDS_NETWORK) -> None:
+    """Run one build command; on a terminal its downloads are shown, on failure its last lines are the message.
+
+    The command inherits the lock: if this process is killed, its orphan keeps others out until it has ended too.
+    """
+    last: deque[str] = deque(maxlen=6)
+    terminal = sys.stderr.isatty()
+    try:
+        process = subprocess.Popen(
+            arguments, env=environ, cwd=ROOT, pass_fds=[lock], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, errors="replace",
+        )    # fmt: skip
+    except OSError as error:
+        raise Stop(f"cannot run {arguments[0]} ({error.strerror}).") from None
+    with process:
+        try:
+            for line in process.stderr:
+                if "Retrying" not in line:
+                    last.append(line.rstrip())
+                if terminal and "ownload" in line:
+                    print(f"\r\033[K  {line.strip()[:70]}", end="", file=sys.stderr, flush=True)
+        except BaseException:
+            process.kill()    # else it would go on writing into a folder that is being removed
+            raise
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if process.returncode:
+        lines = "\n".join(f"    {line}" for line in last)
+        raise Stop(f"could not build the environment: {trouble}. {Path(arguments[0]).name} said:\n{lines}")
+
+
+def find_uv(store: Path, lock: int) -> str:
+    """LAB_UV, a recent uv on PATH, or one that pip installs into the store."""
+    if named := os.environ.get("LAB_UV"):
+        return named
+    if found := shutil.which("uv"):
+        with contextlib.suppress(OSError):    # a pyenv shim may be there and not run
+            version = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+            numbers = re.match(r"uv (\d+)\.(\d+)", version)
+            if numbers and (int(numbers[1]), int(numbers[2])) >= (0, 8):
+                return found
+    folder = store / "uv"
+    if not (folder / "ok").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv>=0.8"]
+        if subprocess.run([BASE_PYTHON, "-c", "import pip"], capture_output=True).returncode == 0:
+            # --target needs neither a virtual environment nor the right to change this Python.
+            command([BASE_PYTHON, *install, "--target", str(folder)], os.environ, lock)
+        elif subprocess.run([BASE_PYTHON, "-c", "import ensurepip"], capture_output=True).returncode == 0:
+            command([BASE_PYTHON, "-m", "venv", str(folder)], os.environ, lock)
+            command([str(folder / "bin/python"), *install], os.environ, lock)
+        else:
+            raise Stop(f"{BASE_PYTHON} has neither pip nor venv; install python3-venv or uv, or set LAB_UV.")
+        (folder / "ok").touch()
+    return str(folder / "bin/uv")
+
+
+def uv_environ() -> dict[str, str]:
+    """Variables for uv: where pip would look for packages, uv looks too, although it does not read pip's settings."""
+    misleading = {"VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHONHOME"}    # they name some other environment
+    environ = {name: value for name, value in os.environ.items() if name not in misleading}
+    environ.setdefault("UV_SYSTEM_CERTS", "1")    # certificates of a company's proxy, which pip and curl trust
+    environ.setdefault("UV_PYTHON_DOWNLOADS", "never")
+    pip = pip_settings()
+    for setting, variable, separator in (
+        ("index-url", "UV_DEFAULT_INDEX", " "),
+        ("extra-index-url", "UV_INDEX", " "),
+        ("find-links", "UV_FIND_LINKS", ","),
+        ("trusted-host", "UV_INSECURE_HOST", " "),
+        ("cert", "SSL_CERT_FILE", " "),
+    ):
+        if value := separator.join(pip.get(setting, "").split()):
+            environ.setdefault(variable, value)
+    if "extra-index-url" in pip:    # pip takes the best version of all indexes, uv by default that of the first
+        environ.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
+    return environ
+
+
+def pip_settings() -> dict[str, str]:
+    """pip's settings: from its files, as `pip config list` prints them, then from PIP_* variables."""
+    listing = subprocess.run([BASE_PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    settings = {}
+    for section in ("global", "install"):    # in pip's order: the later one wins
+        for name, value in re.findall(rf"^{section}\.([\w-]+)='(.*)'$", listing, re.MULTILINE):
+            settings[name] = value.replace("\\n", " ")
+    for name, value in os.environ.items():
+        if name.startswith("PIP_"):
+            settings[name[4:].lower().replace("_", "-")] = value
+    return settings
+
+
+# --- the process -------------------------------------------------------------------------------------------------
+
+
+def cpu_kind() -> str:
+    """A short name for this kind of CPU, from the first entry of /proc/cpuinfo where there is one."""
+    lines: list[str] = [os.uname().machine]
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if not line.strip():
+                break
+            if line.startswith(("model name", "flags", "Features", "CPU part")):
+                lines.append(line)
+    return digest(*lines)
+
+
+def process_environ(environ: Mapping[str, str], folder: Path, accelerator: str) -> dict[str, str]:
+    """The variables that must be set before the process starts. What the user has set stays as it is."""
+    result = dict(environ)
+    result.pop("PYTHONHOME", None)    # it would send the environment's Python to another one's library
+    result["VIRTUAL_ENV"] = str(folder)
+    result["PATH"] = f"{folder}/bin:{environ.get('PATH', os.defpath)}"
+    result["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH")]))
+    defaults = {
+        # Without it JAX falls back to the CPU with a warning when a GPU or TPU cannot be used.
+        "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}[PLATFORMS[accelerator]],
+        # Compiled programs are kept, small and quick ones too: a study or a test run has hundreds of them. One folder
+        # per kind of CPU, because JAX's key leaves the CPU out and a home folder may be shared by different machines.
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE / "xla" / cpu_kind()),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        # XLA's C++ log: errors only. Its warnings are notes to its developers.
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    first = environ.get("JAX_PLATFORMS", defaults["JAX_PLATFORMS"]).split(",")[0]
+    # What was chosen, for lab to compare with what JAX really uses.
+    defaults["LAB_PLATFORM"] = {"cuda": "gpu", "rocm": "gpu", "": PLATFORMS[accelerator]}.get(first, first)
+    if defaults["LAB_PLATFORM"] == "cpu" and sys.platform == "linux":
+        # XLA's CPU programs allocate and free their temporaries at every step. glibc gives large blocks straight back
+        # to the kernel, and the page faults of the next step cost a quarter of the time. These keep the memory:
+        # measured 1.4x on small GPTs. Read once by malloc at process start, hence here.
+        defaults |= {
+            "MALLOC_MMAP_MAX_": "0",    # large blocks come from the heap, not from mmap
+            "MALLOC_TRIM_THRESHOLD_": str(2**40),    # the heap never shrinks
+            "MALLOC_TOP_PAD_": "268435456",    # and grows by 256 MiB at a time
+        }
+    return defaults | result
+
+
+def pytest_arguments(arguments: list[str]) -> list[str]:
+    """Paths relative to the repository are found from anywhere; without a path, all tests run."""
+    takes_value = {"-k", "-m", "-p", "-o", "-c", "-W", "-n", "-r"}
+    result, any_path = [], False
+    for before, argument in zip([""] + arguments, arguments, strict=False):
+        path, colons, test = argument.partition("::")
+        if before not in takes_value and not argument.startswith("-"):
+            if not os.path.exists(path) and (ROOT / path).exists():
+                argument = f"{ROOT / path}{colons}{test}"
+            any_path = any_path or os.path.exists(argument.partition("::")[0])
+        result.append(argument)
+    if not any_path:
+        result.append(str(ROOT / "tests"))
+    return ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *result]
+
+
+def describe(folder: Path, choice: Choice) -> str:
+    installed = folder.glob("lib/python*/site-packages/jax-*.dist-info")
+    jax = next((path.stem.removeprefix("jax-") for path in installed), "unknown")
+    return (
+        f"environment  {folder}\naccelerator  {choice.accelerator} ({choice.reason})\n"
+        f"python       {sys.version.split()[0]} ({BASE_PYTHON})\njax          {jax}"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    verb, rest = (arguments or [""])[0], arguments[1:]
+    if verb == "prepare":
+        script = str(ROOT / "lab/data/prepare.py")
+        if not rest or {"-h", "--help"} & set(rest):    # answered without TensorFlow
+            os.execv(BASE_PYTHON, [BASE_PYTHON, "-I", script, *rest])
+        name = environment_name(["prepare"], *PREPARE)
+        folder = ensure(Plan(name, list(PREPARE), "import tensorflow_datasets", "preparing data needs TensorFlow"))
+        os.execv(folder / "bin/python", [str(folder / "bin/python"), "-I", script, *rest])
+
+    choice = choose_accelerator(os.environ)
+    extras = [choice.accelerator, *(["test"] if verb in ("tests", "ruff") else []), *asked_extras(os.environ)]
+    folder = ensure(plan_environment(extras, f"accelerator {choice.accelerator}: {choice.reason}"))
+    python = str(folder / "bin/python")
+    if verb == "env":
+        print(python if rest == ["--python"] else describe(folder, choice))
+        return
+    # -P keeps the current folder out of the search path: a user's random.py there must not shadow a module.
+    words = [python, "-P", "-m", "lab", *arguments]
+    if verb == "tests":
+        words = [python, "-P", "-m", "pytest", *pytest_arguments(rest)]
+    elif verb == "ruff":
+        words = [str(folder / "bin/ruff"), *rest]
+    os.execve(words[0], words, process_environ(os.environ, folder, choice.accelerator))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (Stop, OSError) as error:
+        say(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

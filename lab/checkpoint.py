@@ -1,0 +1,158 @@
+"""Checkpoints: asynchronous Orbax saves with a manifest, and the newest *good* one back, on any devices."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lab.errors import UserError
+from lab.experiment import Checkpoint
+from lab.sharding import path_of
+
+log = logging.getLogger(__name__)
+
+
+def checksum(x: Array) -> Array:
+    """uint32: the sum over elements of bits * (2 index + 1), modulo 2^32.
+
+    The factors are odd, hence invertible: no change of a single element goes unseen. Computed where the array lives,
+    so it is the same for every sharding and storage, and costs one pass over memory.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for dimension in range(x.ndim):
+        index = index * np.uint32(x.shape[dimension]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+_checksums = jax.jit(lambda leaves: [checksum(x) for x in leaves])
+
+
+def manifest(state: Any) -> dict[str, dict[str, Any]]:
+    """path -> shape, dtype and checksum of every array of a state."""
+    paths, leaves = zip(*jax.tree.leaves_with_path(state), strict=True)
+    sums = jax.device_get(_checksums(list(leaves)))
+    return {path_of(p): {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": int(s)}
+            for p, x, s in zip(paths, leaves, sums, strict=True)}
+
+
+class _Keep:
+    """Orbax's preservation policy: the latest few, multiples of `permanent`, and the best."""
+
+    def __init__(self, options: Checkpoint, best: Callable[[], int | None]):
+        self.options, self.best = options, best
+
+    def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
+        latest = {c.step for c in checkpoints[-self.options.keep:]}
+        permanent = self.options.permanent
+        return [c.step in latest or c.step == self.best() or bool(permanent and c.step % permanent == 0)
+                for c in checkpoints]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. `best()` names the step of the best one, which is kept."""
+
+    def __init__(self, folder: Path, options: Checkpoint = Checkpoint(), best: Callable[[], int | None] = lambda: None,
+                 *, read_only: bool = False):
+        import orbax.checkpoint as ocp  # 0.7 s: not for --help and --dry-run
+
+        self.folder, self._ocp = folder, ocp
+        settings = ({"read_only": True} if read_only else
+                    {"preservation_policy": _Keep(options, best), "cleanup_tmp_directories": True})
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(
+            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1), **settings))
+
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts a save; the state may be donated as soon as this returns.
+
+        Raises:
+          UserError: the disk is too full or not writable. What was saved before stays.
+        """
+        need = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            raise UserError(f"The disk of {self.folder} is full: a checkpoint needs {need / 1e6:.0f} MB and "
+                            f"{free / 1e6:.0f} MB are free. Free some and run the same command: it goes on from the "
+                            f"last checkpoint.")
+        args = self._ocp.args
+        self._guard(lambda: self._manager.save(step, force=True, args=args.Composite(
+            state=args.StandardSave(state), manifest=args.JsonSave({"step": step, "arrays": manifest(state)}))))
+
+    def wait(self) -> None:
+        """Blocks until every save that was started is on disk."""
+        self._guard(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits and releases the writer's threads."""
+        self._guard(self._manager.close)
+
+    def _guard(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except (OSError, ValueError) as e:  # tensorstore reports a full disk as ValueError
+            if any(sign in str(e) for sign in ("No space left", "RESOURCE_EXHAUSTED", "Permission denied", "Read-only")):
+                raise UserError(f"A checkpoint could not be written to {self.folder}: {str(e).splitlines()[0][:200]}. "
+                                f"Earlier checkpoints are intact; run the same command to go on.") from e
+            raise
+
+    def restore(self, target: Any, step: int | None = None) -> Any | None:
+        """The newest good checkpoint (or that of `step`), placed as `target`'s shardings say; None if there is none.
+
+        A damaged one is named, moved aside and passed over.
+
+        Raises:
+          UserError: every checkpoint is damaged; or the one asked for is missing; or it is of another model.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {steps}.")
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                return self._read(candidate, target)
+            except UserError:
+                raise
+            except Exception as e:  # noqa: BLE001  whatever a damaged file makes Orbax raise; it is reported
+                log.warning("The checkpoint of step %d in %s is damaged (%s).", candidate, self.folder,
+                            str(e).splitlines()[0][:120] if str(e) else type(e).__name__)
+        if steps:
+            raise UserError(f"Every checkpoint in {self.folder} is damaged (steps {steps}). Delete the run folder to "
+                            f"start again, or choose another with --run-dir.")
+        return None
+
+    def discard_after(self, step: int) -> None:
+        """Moves checkpoints later than `step` (all damaged) aside, so that their steps can be saved again."""
+        for later in [s for s in self.steps() if s > step]:
+            aside = self.folder.parent / f"damaged-checkpoint-{later}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(later)).rename(aside)
+            log.warning("It is now %s; the run goes on from step %d.", aside, step)
+        self._manager.reload()
+
+    def _read(self, step: int, target: Any) -> Any:
+        args = self._ocp.args
+        saved = self._manager.restore(step, args=args.Composite(manifest=args.JsonRestore())).manifest["arrays"]
+        here = {path_of(p): list(x.shape) for p, x in jax.tree.leaves_with_path(target)}
+        there = {path: entry["shape"] for path, entry in saved.items()}
+        for path in sorted(here.keys() | there.keys()):
+            if here.get(path) != there.get(path):
+                raise UserError(f"The checkpoint of step {step} in {self.folder} is of another model: {path} is "
+                                f"{there.get(path, 'missing')} there and {here.get(path, 'missing')} here.")
+        state = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(target))).state
+        found = manifest(state)
+        if wrong := [path for path, entry in found.items() if entry != saved[path]]:
+            raise ValueError(f"checksum of {wrong[0]} does not match")
+        return state

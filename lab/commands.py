@@ -1,0 +1,98 @@
+"""Commands on a finished or unfinished run folder: sample from it, evaluate it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+from lab.checkpoint import Checkpoints
+from lab.errors import UserError
+from lab.experiment import Experiment
+from lab.loop import finished
+from lab.metrics import read_rows
+from lab.program import Program
+from lab.run_folder import read_folder, write_json
+from lab.step import State, cast
+
+Run = Annotated[Path, tyro.conf.Positional]
+
+
+def _open(run: Path, step: int | None, best: bool) -> tuple[Experiment, Program, State]:
+    """The program of a run and the state of its checkpoint: the latest, the best, or that of `step`."""
+    experiment, _ = read_folder(run)
+    experiment.validate()
+    if best:
+        result = finished(run)
+        settings = experiment.evaluate
+        rows = [r for r in read_rows(run / "metrics.jsonl") if r["split"] == "validation" and r["step"]]
+        pick = min if settings.mode == "min" else max
+        step = result["best"]["step"] if result else pick(rows, key=lambda r: r[settings.metric])["step"] if rows else None
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} has no checkpoint yet.")
+    program = Program(experiment)
+    state = Checkpoints(run / "checkpoints", read_only=True).restore(program.abstract, step)
+    if state is None:
+        raise UserError(f"{run} has no checkpoint yet.")
+    return experiment, program, state
+
+
+def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, temperature: float = 0.8,
+           top_k: int | None = None, top_p: float = 1.0, greedy: bool = False, seed: int = 0, step: int | None = None,
+           best: bool = False) -> None:
+    """Continues texts with a trained language model.
+
+    Args:
+      run: the run folder.
+      prompt: one text or several to continue; empty starts a new text.
+      new_tokens: how many tokens to add at most (one less than the context is the limit).
+      temperature: divides the logits; small is safe, 1 is the model's own distribution.
+      top_k: choose among the k most likely tokens only.
+      top_p: choose among the smallest set of tokens with this probability only.
+      greedy: always take the most likely token.
+      seed: another seed, another text.
+      step: sample from the checkpoint after this many updates; by default the latest.
+      best: sample from the checkpoint with the best validation metric.
+    """
+    from lab.generate import sample_texts
+
+    for name, value, good in (("new-tokens", new_tokens, new_tokens >= 1), ("top-k", top_k, top_k is None or top_k >= 1),
+                              ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1)):
+        if not good:
+            raise UserError(f"--{name} {value} is out of range.")
+    experiment, _, state = _open(run, step, best)
+    data = experiment.data.load()
+    if not hasattr(data, "decode"):
+        raise UserError(f"{run} is not a language model: there is no text to sample.")
+    params = cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
+    texts = sample_texts(experiment.model, params, data, list(prompt), seed=seed, new_tokens=new_tokens, top_k=top_k,
+                         temperature=0.0 if greedy else temperature, top_p=top_p)
+    for text, continuation in zip(prompt, texts, strict=True):
+        print(text + continuation)
+        if len(prompt) > 1:
+            print("---")
+
+
+def evaluate(run: Run, step: int | None = None, best: bool = False, records: int | None = None) -> None:
+    """Evaluates a checkpoint of a run on its validation split, and writes evaluation-<step>.json.
+
+    Args:
+      run: the run folder.
+      step: the checkpoint after this many updates; by default the latest.
+      best: the checkpoint with the best validation metric.
+      records: use that many evenly spaced records; by default all.
+    """
+    from lab.data.pipeline import eval_batches
+
+    experiment, program, state = _open(run, step, best)
+    data = experiment.data.load()
+    means: dict[str, Any] = program.evaluate(
+        state, eval_batches(data.validation, experiment.batch, limit=records, rows=program.rows))
+    row = {"step": int(jax.device_get(state.step)), "split": "validation", **means}
+    for name, value in row.items():
+        print(f"{name:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
+    write_json(run / f"evaluation-{row['step']}.json", row)
+
+

@@ -1,0 +1,82 @@
+"""What a person sees while a run goes: a live line in a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.text import Text
+
+
+def human(value: float, digits: int = 3) -> str:
+    """1234567 -> "1.23M"."""
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.{digits}g}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as "1:02:03" or "2:03"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+class Screen:
+    """Says lines, and shows progress: live at most 4 times a second, or a plain line every 10 seconds when piped.
+
+    Use as a context manager. Other processes than the first are given ``quiet=True``.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self.console = RichConsole(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self._handler, self._log = _SayLog(self), logging.getLogger("lab")
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Screen:
+        self._log.addHandler(self._handler)
+        self._before = self._log.level, self._log.propagate
+        self._log.setLevel(logging.INFO)
+        self._log.propagate = False  # absl, which Orbax brings, would say everything again
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._log.removeHandler(self._handler)
+        self._log.level, self._log.propagate = self._before
+        if self._live:
+            self._live.update(Text(""))
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(line, markup=False)
+
+    def progress(self, line: str) -> None:
+        """A line that the next one replaces; plain and rare when piped."""
+        if self._live:
+            self._live.update(Text(line))
+        elif time.monotonic() - self._said >= 10:
+            self._said = time.monotonic()
+            self.say(line)
+
+
+class _SayLog(logging.Handler):
+    """Messages of lab's own modules, as lines; each once, since a model is traced several times."""
+
+    def __init__(self, screen: Screen):
+        super().__init__()
+        self.screen, self.said = screen, set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self.said:
+            self.said.add(message)
+            self.screen.say(message[:1].upper() + message[1:])

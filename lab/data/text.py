@@ -1,0 +1,321 @@
+"""Text for language models: a corpus is tokenised once into a cached file, and training reads windows of it."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.data import cache_folder, digest, log
+from lab.data.sources import Corpus, Documents, PythonStdlib, Survey, TextFiles, Tfds, pieces
+from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted
+from lab.errors import UserError
+
+Source = PythonStdlib | TextFiles | Tfds
+Tokenizer = Bytes | Chars | BPE | GPT2
+
+FORMAT = 1  # of the token folder; a new number makes every corpus be tokenised again
+SPLITS = ("train", "validation")
+AT_ONCE = 1 << 22  # characters encoded at once: enough for all cores, and about 200 MB of the tokenizer's objects
+FULL_CHECK = 64 << 20  # files up to this many bytes are checked whole at each start (0.05 s), larger ones at both ends
+END = 1 << 20
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows of a tokenised text for a language model.
+
+    A record is one window: `tokens` int32 (length + 1,), whose inputs are [:-1] and targets [1:], and `bytes`, the
+    number of UTF-8 bytes of its targets. Consecutive windows share one token, so each token is a target once; what is
+    left of a split after its last whole window is not used. No window crosses the split.
+    """
+
+    source: Source
+    """Where the text comes from."""
+    tokenizer: Tokenizer
+    """How it becomes ids."""
+    length: int = 1024
+    """Tokens per window: the context of the model in training."""
+
+    def validate(self) -> None:
+        """Check what can be checked without reading anything; UserError."""
+        if self.length < 1:
+            raise UserError(f"Text(length={self.length}) must be at least 1 token.")
+        self.source.validate()
+        self.tokenizer.validate()
+
+    @property
+    def units_per_record(self) -> int:
+        """Tokens that a record trains on."""
+        return self.length
+
+    unit = "tokens"  # what throughput counts
+
+    def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Name -> (shape, type) of the arrays of one record, without reading anything."""
+        return {"tokens": ((self.length + 1,), np.int32), "bytes": ((), np.int32)}
+
+    def load(self) -> "TextData":
+        """Tokenise, or find the tokens in the cache. UserError for unreadable text or a split shorter than a window."""
+        self.validate()
+        corpus = self.source.open()
+        folder, meta = token_files(corpus, self.tokenizer)
+        fitted = self.tokenizer.restore((folder / "tokenizer.json").read_bytes().decode())
+        splits = {split: _memmap(folder / f"{split}.bin", meta["dtype"]) for split in SPLITS}
+        shortest = min(map(len, splits.values())) - 1
+        if self.length > shortest:
+            counts = " and ".join(f"{len(splits[split])} {split} tokens" for split in SPLITS)
+            fix = f"the largest length that works is {shortest}" if shortest > 0 else "give more text"
+            raise UserError(f"A window of {self.length} tokens does not fit {corpus.title}, which has {counts}: {fix}.")
+        train, validation = (Windows(splits[split], self.length, fitted.byte_counts) for split in SPLITS)
+        return TextData(
+            train=train,
+            validation=validation,
+            fitted=fitted,
+            fingerprint=digest(folder.name, self.length),
+            facts={"vocab": fitted.size, "length": self.length},
+            units_per_record=self.length,
+            summary=_summary(corpus.title, meta, self.tokenizer, train, validation),
+        )
+
+
+class Windows:
+    """Records of overlapping windows of one split; see `Text`. One gather per batch, from the memory-mapped file."""
+
+    def __init__(self, tokens: np.ndarray, length: int, byte_counts: np.ndarray):
+        self.tokens = tokens  # the whole split, uint16 or uint32
+        self._rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+        self._byte_counts = byte_counts
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """indices int (n,) -> {"tokens": int32 (n, length + 1), "bytes": int32 (n,)}."""
+        tokens = self._rows[indices]
+        sizes = self._byte_counts.take(tokens[:, 1:]).sum(1)
+        return {"tokens": tokens.astype(np.int32), "bytes": sizes.astype(np.int32)}
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What `Text.load` gives."""
+
+    train: Windows
+    validation: Windows
+    fitted: Fitted
+    fingerprint: str
+    facts: dict[str, int]
+    units_per_record: int
+    summary: dict[str, str | int | float]
+    unit: str = field(default="tokens", init=False)
+
+    @property
+    def eot(self) -> int | None:
+        """The id of end-of-text, where the tokenizer has one."""
+        return self.fitted.eot
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text -> ids, int32 (n,); UserError for text the tokenizer has no ids for."""
+        return self.fitted.encode(text)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Ids -> text; always works, see `Fitted.decode`."""
+        return self.fitted.decode(ids)
+
+    def validation_bytes(self, limit: int | None = None) -> bytes:
+        """The first `limit` bytes of the validation text (all by default), without separators: what gzip would get."""
+        tokens, found, done = self.validation.tokens, [], 0
+        for start in range(0, len(tokens), END):
+            ids = tokens[start : start + END]
+            found.append(self.fitted.decode_bytes(ids if self.eot is None else ids[ids != self.eot]))
+            done += len(found[-1])
+            if limit is not None and done >= limit:
+                break
+        return b"".join(found)[:limit]
+
+
+def _summary(title: str, meta: dict[str, Any], tokenizer: Tokenizer, train: Windows, validation: Windows) -> dict:
+    lines: dict[str, str | int | float] = {"source": title, "split": meta["rule"], "tokenizer": repr(tokenizer)}
+    lines |= {"vocabulary": meta["vocab"], "skipped documents": meta["skipped"]}
+    for split, windows in zip(SPLITS, (train, validation), strict=True):
+        lines |= {f"{split} {what}": meta[split][what] for what in ("documents", "bytes", "tokens")}
+        lines[f"{split} windows"] = len(windows)
+    tokens = sum(meta[split]["tokens"] for split in SPLITS)
+    lines["bytes per token"] = round(sum(meta[split]["bytes"] for split in SPLITS) / tokens, 3)
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------- token files
+
+
+def token_files(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Path, dict[str, Any]]:
+    """The folder with train.bin, validation.bin, tokenizer.json and meta.json, and the latter's content.
+
+    The folder's name is a fingerprint of the text, the split and the tokenizer. It appears whole or not at all; a
+    damaged one is made again. UserError when the disk is full or the text changes while it is read.
+    """
+    survey = corpus.survey()
+    root = cache_folder("tokens")
+    folder = root / digest(FORMAT, survey.fingerprint, corpus.rule(survey), tokenizer.identity())
+    meta = _checked(folder)
+    if meta is None:
+        with _alone(root / f"{folder.name}.lock"):
+            meta = _checked(folder)  # perhaps another process has made it while this one waited
+            if meta is None:
+                _build(corpus, survey, tokenizer, folder)
+                meta = json.loads((folder / "meta.json").read_bytes())
+    return folder, meta
+
+
+def _checked(folder: Path) -> dict[str, Any] | None:
+    """The folder's meta.json if all is there and undamaged; None, with one line where there is damage, if not."""
+    if not folder.exists():
+        return None
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        check = meta.pop("check")
+        bad = [] if check == digest(meta) else ["meta.json"]
+        bad += [name for name, want in meta["files"].items() if _sums(folder / name) != want]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        bad = ["meta.json"]
+    if bad:
+        log.warning("the token cache %s is damaged (%s): tokenising again", folder, ", ".join(bad))
+        return None
+    return meta
+
+
+def _sums(path: Path) -> list[int]:
+    """Size and checksums: of the whole file when small, else of its first and last megabyte."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > FULL_CHECK:
+                first = zlib.crc32(file.read(END))
+                file.seek(-END, os.SEEK_END)
+                return [size, first, zlib.crc32(file.read(END))]
+            crc = 0
+            while block := file.read(END):
+                crc = zlib.crc32(block, crc)
+            return [size, crc]
+    except FileNotFoundError:
+        return []
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process of this machine at a time; the operating system lets go of the lock when a process dies."""
+    import fcntl
+
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is tokenising the same text: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: the work may be done twice, the result is the same
+        yield
+
+
+def _build(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -> None:
+    own = f".tmp-{folder.name}-{socket.gethostname()}-"
+    for junk in folder.parent.glob(f"{own}*"):  # under the lock, so whoever left it is dead
+        shutil.rmtree(junk, ignore_errors=True)
+    temporary = folder.with_name(f"{own}{os.getpid()}")
+    log.info("tokenising %s with %r (once; kept in %s)", corpus.title, tokenizer, folder.parent)
+    begin = time.perf_counter()
+    try:
+        temporary.mkdir()
+        before = corpus.identity()
+        meta = _write(corpus, survey, tokenizer, temporary)
+        if corpus.identity() != before:
+            raise UserError(f"{corpus.title} changed while it was read: run again when it is complete.")
+        if folder.exists():
+            os.replace(folder, temporary.with_name(temporary.name + "-damaged"))
+        os.replace(temporary, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(folder.parent).free
+            raise UserError(
+                f"The disk of the cache folder {folder.parent} is full ({free / 1e6:.0f} MB free): make room, or set "
+                f"LAB_CACHE to a folder on another disk."
+            ) from None
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return  # without locks another process was first: same name, same content
+    finally:
+        for junk in folder.parent.glob(f"{temporary.name}*"):
+            shutil.rmtree(junk, ignore_errors=True)
+    tokens, seconds = sum(meta[split]["tokens"] for split in SPLITS), time.perf_counter() - begin
+    log.info("tokenised %d tokens in %.1f s", tokens, seconds)
+
+
+def _write(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    def texts(split: str) -> Iterator[str]:
+        return (piece for document in corpus.documents(split, survey) for piece in pieces(document))
+
+    fitted = tokenizer.fit(texts, survey.bytes)
+    dtype = "uint16" if fitted.size <= 1 << 16 else "uint32"
+    meta: dict[str, Any] = {"title": corpus.title, "rule": corpus.rule(survey), "source": survey.fingerprint}
+    meta |= {"tokenizer": tokenizer.identity(), "vocab": fitted.size, "dtype": dtype, "skipped": len(survey.skipped)}
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.write(fitted.state.encode())
+    for split in SPLITS:
+        with (folder / f"{split}.bin").open("wb") as file:
+            meta[split] = {"documents": 0, "bytes": 0, "tokens": 0}
+            for documents, ids in _encoded(corpus.documents(split, survey), fitted):
+                file.write(ids.astype(dtype).data)  # not ndarray.tofile, which hides that a disk is full
+                meta[split]["documents"] += documents
+                meta[split]["tokens"] += len(ids)
+                meta[split]["bytes"] += int(fitted.byte_counts.take(ids).sum())
+            file.flush()
+            os.fsync(file.fileno())
+    meta["files"] = {name: _sums(folder / name) for name in ("train.bin", "validation.bin", "tokenizer.json")}
+    meta["check"] = digest(meta)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    return meta
+
+
+def _encoded(documents: Documents, fitted: Fitted) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of documents begun, ids) for some megabytes of text at a time, end-of-text ids between documents."""
+    separator = np.array([] if fitted.eot is None else [fitted.eot], np.int32)
+    texts: list[str] = []
+    begins: set[int] = set()  # which of `texts` begin a document that needs a separator in front
+    count = size = 0
+    started = False
+
+    def flush() -> tuple[int, np.ndarray]:
+        parts = []
+        for i, ids in enumerate(fitted.encode_batch(texts)):
+            parts += [separator, ids] if i in begins else [ids]
+        return count, np.concatenate(parts)
+
+    for document in documents:
+        for i, piece in enumerate(pieces(document)):
+            if i == 0:
+                count += 1
+                if started:
+                    begins.add(len(texts))
+                started = True
+            texts.append(piece)
+            size += len(piece)
+            if size >= AT_ONCE:
+                yield flush()
+                texts, begins, count, size = [], set(), 0, 0
+    if texts:
+        yield flush()
+
+
+def _memmap(path: Path, dtype: str) -> np.ndarray:
+    # The plain array over the map: indexing np.memmap itself makes a subclass instance each time.
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)

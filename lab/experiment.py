@@ -1,0 +1,203 @@
+"""The experiment: one frozen value that, with a seed and a step, decides everything that a run computes.
+
+An experiment holds objects, not names: ``Experiment(data=Text(...), model=GPT(...), task=LanguageModel(), ...)``.
+Here are that value, what it must satisfy before any device is touched, its fingerprint, and its JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from lab.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+HOW = {"fingerprint": False}  # marks fields that say how a run is carried out, not what it computes
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """When and on what to evaluate, and when that is reason to stop."""
+
+    every: int = 250
+    """Updates between evaluations; there is always one before the first update and one at the end. 0: only those."""
+    records: int | None = None
+    """Records of the validation split to use, evenly spaced; None: all of it."""
+    metric: str = "loss"
+    """The validation metric that decides which checkpoint is the best, and early stopping."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a small or a large value of the metric is good."""
+    patience: int | None = None
+    """Stop after this many evaluations in a row without a new best; None: never."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Which states of a run are kept."""
+
+    every: int = 250
+    """Updates between checkpoints; there is always one at the end. 0: only that."""
+    keep: int = 2
+    """How many of the latest are kept."""
+    permanent: int | None = None
+    """Checkpoints at multiples of this many updates are never deleted; None: there are none such."""
+    best: bool = True
+    """Also save and keep the state with the best validation metric so far."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a run writes down while it goes."""
+
+    every: int = 1
+    """Write the metrics of every n-th update to metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files to tensorboard/ (needs the extra "tensorboard")."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How devices are laid out. The result does not depend on it (up to the order of sums)."""
+
+    data: int = -1
+    """Devices along the batch; -1: all that there are."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run, completely."""
+
+    data: Any
+    model: Any
+    task: Any
+    optim: Any
+    steps: int
+    """Updates of the parameters; a run makes exactly this many."""
+    batch: int
+    """Records in an update, over all devices and microbatches."""
+    microbatches: int = 1
+    """Parts that the batch is computed in, one after another, to save memory; the result is the same."""
+    dispatch: int = 1
+    """Updates in one compiled call (a scan); more than 1 helps models so small that starting a step costs."""
+    seed: int = 0
+    """Decides initial weights, order of the data and dropout."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Compute type; parameters and optimizer state stay float32."""
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = field(default=Checkpoint(), metadata=HOW)
+    log: Log = field(default=Log(), metadata=HOW)
+    mesh: Mesh = field(default=Mesh(), metadata=HOW)
+
+    def validate(self) -> None:
+        """Checks all that can be checked without data and devices.
+
+        Raises:
+          UserError: names the field and what would be right.
+        """
+        for name, least in (("steps", 1), ("batch", 1), ("microbatches", 1), ("dispatch", 1)):
+            _at_least(f"--{name}", getattr(self, name), least)
+        if self.batch % self.microbatches:
+            raise UserError(f"--batch {self.batch} is not divisible by --microbatches {self.microbatches}.")
+        _at_least("--evaluate.every", self.evaluate.every, 0)
+        _at_least("--evaluate.records", self.evaluate.records, 1)
+        _at_least("--evaluate.patience", self.evaluate.patience, 1)
+        _at_least("--checkpoint.every", self.checkpoint.every, 0)
+        _at_least("--checkpoint.keep", self.checkpoint.keep, 1)
+        _at_least("--checkpoint.permanent", self.checkpoint.permanent, 1)
+        _at_least("--log.every", self.log.every, 1)
+        if self.mesh.data != -1:
+            _at_least("--mesh.data", self.mesh.data, 1)
+        for flag, value in (("--steps", self.steps), ("--evaluate.every", self.evaluate.every),
+                            ("--checkpoint.every", self.checkpoint.every),
+                            ("--checkpoint.permanent", self.checkpoint.permanent)):
+            if (value or 0) % self.dispatch:
+                raise UserError(f"{flag} {value} is not a multiple of --dispatch {self.dispatch}.")
+        self.optim.validate(self.steps)
+        for part in (self.data, self.model, self.task):
+            part.validate()
+
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of what this run computes: the same in every process and on every Python version."""
+        return digest(to_json(self, identity=True))
+
+
+def _at_least(flag: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UserError(f"{flag} must be at least {least}, not {value}.")
+
+
+def digest(value: Any) -> str:
+    """12 hexadecimal digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fields(value: Any) -> list[dataclasses.Field]:
+    """The fields of a dataclass or Linen module that are its configuration."""
+    return [f for f in dataclasses.fields(value) if f.init and f.name not in ("parent", "name")]
+
+
+def to_json(value: Any, *, identity: bool = False) -> Any:
+    """A JSON value that `from_json` turns into `value` again; dataclasses carry their class path.
+
+    With `identity`, fields that only say how a run is carried out are left out.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {f.name: to_json(getattr(value, f.name), identity=identity) for f in fields(value)
+               if not (identity and f.metadata.get("fingerprint") is False)}
+        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **own}
+    if isinstance(value, list | tuple):
+        return [to_json(v, identity=identity) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"An experiment holds plain values and dataclasses; {value!r} is a {type(value).__name__}.")
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of `to_json`. Raises UserError when a class is no longer where it was, or has other fields."""
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    module, _, name = value["class"].rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), name)
+        return cls(**{k: from_json(v) for k, v in value.items() if k != "class"})
+    except (ImportError, AttributeError, TypeError) as e:
+        raise UserError(f"This run was made by other code: {value['class']} cannot be built again ({e}).") from e
+
+
+def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: (dotted path, in a, in b)."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif a != b:
+        yield path, a, b
+
+
+def load(path: Path) -> ModuleType:
+    """Imports an experiment file. Its module name is its place in the repository, else its bare name."""
+    path = path.resolve()
+    inside = path.is_relative_to(ROOT)
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts) if inside else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as e:
+        raise UserError(f"{path}, line {e.lineno}: {e.msg}.") from e
+    if not isinstance(getattr(module, "experiment", None), Experiment):
+        raise UserError(f"{path} defines no `experiment = Experiment(...)`.")
+    return module

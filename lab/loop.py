@@ -1,0 +1,325 @@
+"""The training loop: the only file that knows time, files and signals. It knows no model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lab import metrics, plots
+from lab.checkpoint import Checkpoints
+from lab.console import Screen, clock, human
+from lab.data.pipeline import Prefetch, eval_batches, train_batch, train_indices
+from lab.errors import UserError
+from lab.experiment import Experiment
+from lab.plan import make_plan
+from lab.program import Program
+from lab.run_folder import open_folder, write_json
+from lab.step import State, cast
+
+EXIT = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75 (EX_TEMPFAIL) tells a launcher: saved, start me again
+
+
+class Diverged(Exception):
+    """The loss or the gradient is no longer a number."""
+
+
+class _Stop:
+    """Remembers the first signal; a second one ends the process as if nothing listened."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[_Stop]:
+        before = {number: signal.signal(number, self._handle) for number in EXIT}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None) -> int:
+    """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status.
+
+    0: finished. 75 / 130: SIGTERM / SIGINT, state saved, the same command goes on. 1: diverged.
+
+    Raises:
+      UserError: data, folder, checkpoint, devices or disk are not as they must be.
+    """
+    data = experiment.data.load()
+    experiment.model.check(data.facts)
+    open_folder(folder, experiment, file, data.fingerprint)
+    screen.say("Data: " + "; ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
+                                    for name, value in data.summary.items()))
+    with _Stop().listening() as stop:
+        run = _Run(experiment, folder, screen, data, stop)
+        try:
+            return run.go()
+        except Diverged as e:
+            screen.say(str(e))
+            return 1
+        finally:
+            run.close()
+
+
+class _Run:
+    """One run: the pure program, and around it the rows, checkpoints and clock."""
+
+    def __init__(self, experiment: Experiment, folder: Path, screen: Screen, data: Any, stop: _Stop):
+        self.experiment, self.folder, self.screen, self.data, self.stop = experiment, folder, screen, data, stop
+        self.program = Program(experiment)
+        self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoint, lambda: self.best_step)
+        self.state = self._restore_or_init()
+        self.step = int(self.state.step)
+        self.rows = metrics.Rows(folder / "metrics.jsonl", self.step)
+        self.board = _tensorboard(folder) if experiment.log.tensorboard else None
+        self.pending: tuple[int, Any] | None = None
+        self.batches: Prefetch | None = None
+        self.clock = _Clock(experiment, data, self.step)
+
+    def _restore_or_init(self) -> State:
+        state = self.checkpoints.restore(self.program.abstract)
+        if state is None:
+            return self.program.init()
+        self.checkpoints.discard_after(int(state.step))
+        self.screen.say(f"Going on after update {int(state.step)} of {self.experiment.steps}.")
+        return state
+
+    def go(self) -> int:
+        """Evaluate and save whatever is due at this step, then update; until the last step or a reason to stop."""
+        experiment, n = self.experiment, self.experiment.dispatch
+        read = functools.partial(train_batch, self.data.train, batch=experiment.batch, seed=experiment.seed,
+                                 rows=self.program.rows)
+        first, last = self.step // n, experiment.steps // n
+        with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
+            if first < last:
+                update = self.program.train  # compiled here, while the first batches are read
+                self.screen.say(f"Compiled in {self.program.compile_seconds:.1f} s.")
+            self.clock.start()
+            while not self.stop():
+                self._evaluate_if_due()
+                done = self.step == experiment.steps or self._out_of_patience()
+                self._save_if_due(done)
+                if done and not self.stop():
+                    return self._finish()
+                if self.stop():
+                    break
+                with jax.transfer_guard_host_to_device("disallow"):  # a hidden copy in the step would cost every step
+                    self.state, values = update(self.state, next(self.batches))
+                self.step += n
+                self._flush()
+                self.pending = (self.step, values)
+        return self._interrupted()
+
+    def _flush(self) -> None:
+        """Fetches the metrics of the update before the one in flight, so that the device never waits for us."""
+        if self.pending is None:
+            return
+        (last, values), self.pending = self.pending, None
+        values, n = jax.device_get(values), self.experiment.dispatch
+        for i in range(n):
+            step = last - n + 1 + i
+            means = metrics.means({k: (s[i], w[i]) for k, (s, w) in values.items()} if n > 1 else values)
+            if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
+                self._diverged(step, means)
+            if step % self.experiment.log.every == 0:
+                self._write({"step": step, "split": "train", **means})
+        self.screen.progress(self.clock.line(last, means, self.batches))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.board:
+            for name in row.keys() - {"step", "split"}:
+                self.board.add_scalar(f"{row['split']}/{name}", row[name], row["step"])
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows.rows if row["split"] == "validation"]
+
+    def _evaluate_if_due(self) -> None:
+        settings = self.experiment.evaluate
+        due = self.step in (0, self.experiment.steps) or (settings.every and self.step % settings.every == 0)
+        if not due or any(row["step"] == self.step for row in self._evaluations()):
+            return
+        self._flush()
+        batches = eval_batches(self.data.validation, self.experiment.batch, limit=settings.records, rows=self.program.rows)
+        with self.clock.paused("evaluation"):
+            means = self.program.evaluate(self.state, batches, self.stop)
+        if means is None:
+            return
+        if settings.metric not in means:
+            raise UserError(f"--evaluate.metric {settings.metric} is not computed; there are {', '.join(means)}.")
+        means = {settings.metric: means[settings.metric], **means}
+        self._write({"step": self.step, "split": "validation", **means})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        best = "  (best)" if self.step and self.best_step == self.step else ""
+        self.screen.say(f"update {self.step:>6}  validation  {shown}{best}")
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best validation metric so far; a function of the rows, so resuming cannot change it."""
+        settings = self.experiment.evaluate
+        sign = 1 if settings.mode == "min" else -1
+        return min(self._evaluations(), key=lambda row: sign * row[settings.metric], default={"step": None})["step"]
+
+    def _out_of_patience(self) -> bool:
+        patience = self.experiment.evaluate.patience
+        since_best = [row for row in self._evaluations() if row["step"] > (self.best_step or 0)]
+        return patience is not None and len(since_best) >= patience
+
+    def _save_if_due(self, done: bool) -> None:
+        settings = self.experiment.checkpoint
+        periods = [p for p in (settings.every, settings.permanent) if p]
+        best = settings.best and self.best_step == self.step and self.experiment.evaluate.every
+        if self.step and (done or best or any(self.step % p == 0 for p in periods)):
+            self._save()
+
+    def _save(self) -> None:
+        if self.step in self.checkpoints.steps():
+            return
+        self._flush()  # raises before a state that is not finite could be saved
+        self.rows.sync()
+        with self.clock.paused("checkpoint"):
+            self.checkpoints.save(self.step, self.state)
+
+    def _interrupted(self) -> int:
+        self._save()
+        self.checkpoints.wait()
+        name = signal.Signals(self.stop.signal).name
+        self.screen.say(f"{name}: saved after update {self.step} of {self.experiment.steps}. "
+                        f"The same command goes on from there.")
+        return EXIT[self.stop.signal]
+
+    def _diverged(self, step: int, means: dict[str, float]) -> None:
+        """Writes what is needed to look into it, and stops the run."""
+        indices = train_indices(step - 1, self.experiment.batch, len(self.data.train), self.experiment.seed)
+        report = self.folder / "diverged.json"
+        write_json(report, {"update": step, "metrics": {k: repr(v) for k, v in means.items()},
+                            "batch_indices": indices.tolist(), "last_rows": self.rows.rows[-20:]})
+        self.checkpoints.wait()
+        kept = self.checkpoints.steps()
+        raise Diverged(f"Update {step}: the loss is {means['loss']} and the gradient norm {means['gradient_norm']}. "
+                       f"Stopped; {f'the checkpoint after update {kept[-1]} is kept' if kept else 'nothing was saved'}. "
+                       f"The batch and the norms are in {report}. A lower learning rate, a longer warm-up or "
+                       f"--optim.clip may help.")
+
+    def _finish(self) -> int:
+        self._flush()
+        self.checkpoints.wait()
+        evaluations = self._evaluations()
+        final, best = evaluations[-1], next(r for r in evaluations if r["step"] == self.best_step)
+        params = self.experiment.optim.eval_params(self.state.opt_state, self.state.params)
+        lines = self.experiment.task.artifacts(self.experiment.model, cast(params, self.experiment.precision), self.data,
+                                               final, self.experiment.seed, self.folder)
+        pictures = plots.curves(self.rows.rows, self.folder / "plots")
+        for line in lines:
+            self.screen.say(line)
+        result = {"steps": self.step, "stopped_early": self.step < self.experiment.steps, "final": final, "best": best,
+                  **self.clock.totals(self.step, self.program, self.batches)}
+        write_json(self.folder / "result.json", result)
+        self.screen.say(describe_result(result))
+        self.screen.say(f"Pictures: {', '.join(str(p.relative_to(self.folder)) for p in pictures)}")
+        self.screen.say(f"Everything is in {self.folder}")
+        return 0
+
+    def close(self) -> None:
+        """Releases files and threads; a save that was started is finished."""
+        self.rows.close()
+        if self.board:
+            self.board.close()
+        self.checkpoints.close()
+
+
+class _Clock:
+    """Seconds, throughput and time to the end. Never part of metrics.jsonl, which must not depend on them."""
+
+    def __init__(self, experiment: Experiment, data: Any, step: int):
+        self.experiment, self.data, self.first = experiment, data, step
+        self.units = experiment.batch * data.units_per_record
+        self.flops = make_plan(experiment).flops
+        self.begun = self.last = time.monotonic()
+        self.other = {"evaluation": 0.0, "checkpoint": 0.0}
+        self.rate: float | None = None  # seconds an update, smoothed
+        self.last_step = step
+
+    def start(self) -> None:
+        """The first update is about to start."""
+        self.begun = self.last = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self, what: str) -> Iterator[None]:
+        """Time spent on something else than updates."""
+        start = time.monotonic()
+        yield
+        spent = time.monotonic() - start
+        self.other[what] += spent
+        self.last += spent
+
+    def line(self, step: int, means: dict[str, float], batches: Any) -> str:
+        """The progress line after update `step`."""
+        now = time.monotonic()
+        if step > self.last_step:
+            seconds = (now - self.last) / (step - self.last_step)
+            self.rate = seconds if self.rate is None else self.rate + 0.1 * (seconds - self.rate)
+            self.last, self.last_step = now, step
+        parts = [f"update {step:>6}/{self.experiment.steps}", f"loss {means['loss']:.4f}"]
+        if self.rate:
+            parts.append(f"{human(self.units / self.rate)} {self.data.unit}/s")
+            parts.append(f"{1000 * self.rate:.0f} ms/update")
+            if utilisation := metrics.mfu(self.flops / self.rate):
+                parts.append(f"MFU {utilisation:.1%}")
+            parts.append(f"left {clock(self.rate * (self.experiment.steps - step))}")
+        return "  ".join(parts)
+
+    def totals(self, step: int, program: Program, batches: Any) -> dict[str, Any]:
+        """What result.json says about time, for the updates of this process."""
+        updates, training = step - self.first, time.monotonic() - self.begun - sum(self.other.values())
+        if not updates:
+            return {}
+        rate = training / updates
+        return {"seconds_per_update": rate, f"{self.data.unit}_per_second": self.units / rate,
+                "mfu": metrics.mfu(self.flops / rate), "training_seconds": training,
+                "evaluation_seconds": self.other["evaluation"], "checkpoint_seconds": self.other["checkpoint"],
+                "compile_seconds": program.compile_seconds, "data_wait_seconds": batches.wait_seconds}
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """One or two lines for a person about a finished run."""
+    final = "  ".join(f"{k} {v:.4f}" for k, v in result["final"].items() if k not in ("step", "split"))
+    early = " (stopped early)" if result["stopped_early"] else ""
+    lines = [f"Finished after {result['steps']} updates{early}: {final}; best at update {result['best']['step']}"]
+    if "seconds_per_update" in result:
+        share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
+        lines.append(f"{1000 * result['seconds_per_update']:.1f} ms an update, {result['training_seconds']:.0f} s in all, "
+                     f"{share:.2%} of it waiting for data; evaluation {result['evaluation_seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run, or None."""
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("--log.tensorboard needs the extra \"tensorboard\": LAB_EXTRAS=tensorboard ./launch.sh ...") from None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,71 @@
+"""Metrics: (sum, weight) pairs that add, files that hold them, and how fast a run is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+# Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by JAX's device_kind.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12, "TPU v2": 45e12, "TPU v3": 123e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+    "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+}
+
+
+def add(total: Any, more: Any) -> Any:
+    """Adds two trees of (sum, weight) pairs; None is nothing yet."""
+    return more if total is None else jax.tree.map(lambda a, b: a + b, total, more)
+
+
+def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+    """sum / weight of every metric; NaN where the weight is 0."""
+    return {name: float(np.float32(total) / np.float32(weight)) if weight else float("nan")
+            for name, (total, weight) in jax.device_get(dict(metrics)).items()}
+
+
+def mfu(flops_per_second: float) -> float | None:
+    """Model FLOPs utilisation of all devices (PaLM, Chowdhery et al. 2022), or None where the peak is unknown."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if peak is None else flops_per_second / (peak * jax.device_count())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a JSON-lines file; a last line cut short by a crash is dropped."""
+    rows = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+class Rows:
+    """A JSON-lines file that is a function of the experiment alone: it holds no times, and goes back with the run."""
+
+    def __init__(self, path: Path, last_step: int):
+        """Opens for appending, without the rows after `last_step` that a crashed process may have left."""
+        self.rows = [row for row in read_rows(path) if row["step"] <= last_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a row, and hands it to the operating system at once."""
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Makes the rows survive a power cut. Called before the checkpoint that relies on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()

@@ -1,0 +1,54 @@
+"""GPT: a pre-norm decoder-only Transformer. The defaults are GPT-2 small (Radford et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from lab.errors import UserError
+from lab.models.layers import Transformer, dropout, project
+
+
+class GPT(Transformer):
+    """Decoder-only language model: token ids (B, L) -> float32 logits (B, L, V)."""
+
+    vocab: int = 50257
+    """Vocabulary size V; at least the tokenizer's."""
+    tied: bool = True
+    """The output projection is the transpose of the token embedding."""
+    softcap: float | None = None
+    """Squash logits into (-softcap, softcap) with a tanh (Gemma 2); None leaves them alone."""
+
+    def check(self, facts: Mapping[str, int]) -> None:
+        """Raises UserError if data with these facts (vocab, length) does not fit the model."""
+        if facts["vocab"] > self.vocab:
+            raise UserError(f"The vocabulary is too small: the tokenizer has {facts['vocab']} tokens and the model "
+                            f"{self.vocab}. Use --model.vocab {facts['vocab']}.")
+        if facts["length"] > self.context:
+            raise UserError(f"--data.length {facts['length']} is longer than --model.context {self.context}.")
+
+    @nn.compact
+    def __call__(self, tokens_BL: Array, *, train: bool, mask: Array | None = None, positions: Array | None = None,
+                 decode: bool = False) -> Array:
+        """`mask` (B, L): 1 where a token is real. `positions`: (L,) or (B, L), default 0..L-1.
+
+        With `decode` the keys and values are written to the "cache" collection (`context` rows) at `positions`, and
+        each query sees the cache up to its own position: one call with L > 1 prefills, calls with L = 1 continue.
+        """
+        positions = jnp.arange(tokens_BL.shape[1]) if positions is None else positions
+        init = nn.initializers.normal(0.02)
+        wte = nn.Embed(self.vocab, self.width, embedding_init=init, name="wte")
+        x_BLD = wte(tokens_BL)
+        if self.position == "learned":
+            x_BLD = x_BLD + nn.Embed(self.context, self.width, embedding_init=init, name="wpe")(positions)
+        x_BLD = dropout(self, x_BLD, self.dropout, train)
+        x_BLD = self.stack(x_BLD, positions, mask, causal=True, train=train, decode=decode)
+        if self.tied:
+            kernel_DV = wte.embedding.T.astype(x_BLD.dtype)
+        else:
+            kernel_DV = self.param("head", init, (self.width, self.vocab)).astype(x_BLD.dtype)
+        logits_BLV = project(x_BLD, kernel_DV, jnp.float32)
+        return logits_BLV if self.softcap is None else self.softcap * jnp.tanh(logits_BLV / self.softcap)

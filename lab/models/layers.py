@@ -1,0 +1,301 @@
+"""Layers that every Transformer here shares: projections, norms, attention, MLP, and the stack of blocks.
+
+Axis letters, one legend for the whole project. They end the names of arrays and are the letters of the einsums:
+B batch, L length (queries), S length (keys), D model width, N heads, G key/value heads, R query heads per
+key/value head (N = G R), K head width, F hidden width of the MLP, V vocabulary.
+
+Compute precision is not a field. The step casts the parameters (``Experiment.precision``) and every layer here
+computes in the type of its parameters; norms, softmax and logits are float32 inside whatever that type is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lab.errors import UserError
+
+Norm = Literal["layernorm", "rmsnorm"]
+Mlp = Literal["gelu", "swiglu", "relu2"]
+Attention = Literal["auto", "einsum", "xla", "cudnn"]
+Remat = Literal["none", "blocks"]
+
+log = logging.getLogger(__name__)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: Array, kernel: Array, dtype: Any) -> Array:
+    """``x (..., D) @ kernel (D, F) -> (..., F)`` in `dtype`, accumulated in float32.
+
+    The derivative is written out so that its two products also take operands of x's type: left to autodiff, the
+    float32 cotangent would turn both into mixed products, which no matrix unit (AMX, tensor core, MXU) runs.
+    """
+    contract_last = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, contract_last, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _project_forward(x: Array, kernel: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return project(x, kernel, dtype), (x, kernel)
+
+
+def _project_backward(dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    g, batch = g.astype(x.dtype), tuple(range(x.ndim - 1))
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    dx = product(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
+    dkernel = product(x, g, ((batch, batch), ((), ())))
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def _dense_product(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, **_: Any) -> Array:
+    """What `nn.Dense` calls for its product. Float32 keeps JAX's own rule (and with it forward-mode derivatives)."""
+    if x.dtype == jnp.float32:
+        return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision)
+    return project(x, kernel, x.dtype)
+
+
+def dense(features: int, *, bias: bool, stddev: float, name: str) -> nn.Dense:
+    """A `nn.Dense` with normal(0, stddev) weights and zero bias, using `project` in reduced precision."""
+    init = nn.initializers.normal(stddev)
+    return nn.Dense(features, use_bias=bias, kernel_init=init, dot_general=_dense_product, name=name)
+
+
+def norm(kind: Norm, *, bias: bool, name: str) -> nn.Module:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), statistics in float32, epsilon 1e-5."""
+    if kind == "layernorm":
+        return nn.LayerNorm(epsilon=1e-5, use_bias=bias, name=name)
+    return nn.RMSNorm(epsilon=1e-5, name=name)
+
+
+def is_zero(value: Any) -> bool:
+    """True for a plain 0. A traced number is never zero: the structure of a program must not hang on its value."""
+    return isinstance(value, int | float) and value == 0
+
+
+def dropout(module: nn.Module, x: Array, rate: float | Array, train: bool) -> Array:
+    """Inverted dropout. Not `nn.Dropout`, whose branch on the rate forbids a traced rate (a study's axis)."""
+    if not train or is_zero(rate):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def rotary(x_BLNK: Array, positions: Array) -> Array:
+    """Rotary position embedding (Su et al. 2021), halves convention, base 10,000. `positions`: (L,) or (B, L)."""
+    half = x_BLNK.shape[-1] // 2
+    frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    a, b = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1)
+    return rotated.astype(x_BLNK.dtype)
+
+
+@functools.cache  # so that the choice is said once, however often the model is traced
+def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: int, needs_probabilities: bool) -> str:
+    """The backend that runs. "auto" says what it chose and why; a backend that cannot run is an error.
+
+    Raises:
+      UserError: the backend named is not available for this platform, type, head width or dropout.
+    """
+    against = []
+    if platform != "gpu":
+        against.append(f"runs on NVIDIA GPUs only, and this is {platform}")
+    if dtype not in ("bfloat16", "float16"):
+        against.append(f"needs --precision bfloat16, not {dtype}")
+    if head_width > 128 or head_width % 8:
+        against.append(f"needs a head width of at most 128 and a multiple of 8, not {head_width}")
+    if needs_probabilities:
+        against.append("cannot drop out attention probabilities")
+    if wanted == "auto":
+        chosen, why = ("einsum", f"cudnn {against[0]}") if against else ("cudnn", "fused, memory linear in the length")
+        log.info("attention: %s (%s)", chosen, why)
+        return chosen
+    if wanted == "cudnn" and against:
+        raise UserError(f"Attention backend cudnn {against[0]}. Use --model.attention auto or einsum.")
+    if wanted == "xla" and needs_probabilities:
+        raise UserError("Attention backend xla cannot drop out attention probabilities. Use einsum or --model.dropout 0.")
+    return wanted
+
+
+def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array | None,
+                     drop: Callable[[Array], Array] = lambda p: p) -> Array:
+    """Scaled dot-product attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023).
+
+    `visible`: boolean, broadcastable to (B, L, S). Softmax in float32. Returns (B, L, N, K) in q's type.
+    """
+    B, L, N, K = q_BLNK.shape
+    q_BLGRK = q_BLNK.reshape(B, L, k_BSGK.shape[2], -1, K)
+    scores = jnp.einsum("BLGRK,BSGK->BGRLS", q_BLGRK, k_BSGK, preferred_element_type=jnp.float32) * K**-0.5
+    if visible is not None:
+        scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probabilities = drop(jax.nn.softmax(scores, axis=-1)).astype(q_BLNK.dtype)
+    return jnp.einsum("BGRLS,BSGK->BLGRK", probabilities, v_BSGK).reshape(B, L, N, K)
+
+
+class Transformer(nn.Module):
+    """The fields that a Transformer and every part of it share, so that no list of them is written twice."""
+
+    depth: int = 12
+    """Number of blocks."""
+    width: int = 768
+    """Model width D."""
+    heads: int = 12
+    """Attention heads N; they divide the width."""
+    kv_heads: int | None = None
+    """Key/value heads G (grouped-query attention); they divide the heads. None: as many as heads."""
+    hidden_multiple: float = 4.0
+    """Hidden width of the MLP as a multiple of the width (8/3 gives swiglu the parameters of gelu at 4)."""
+    context: int = 1024
+    """The longest sequence, in tokens."""
+    norm: Norm = "layernorm"
+    """Normalisation before attention, before the MLP, and at the end."""
+    position: Literal["learned", "rotary"] = "learned"
+    """Position encoding: a learned table added to the input, or rotations of queries and keys."""
+    mlp: Mlp = "gelu"
+    """Kind of MLP."""
+    qk_norm: bool = False
+    """RMSNorm on every query and key head before the scores (Dehghani et al. 2023)."""
+    bias: bool = True
+    """Biases in projections and LayerNorms."""
+    dropout: float = 0.0
+    """Dropout rate on embeddings, attention probabilities and both residual branches."""
+    attention: Attention = "auto"
+    """Attention backend; auto says which it chose and why."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping: nothing, or the inside of every block."""
+    scan: bool = False
+    """One block compiled and scanned over stacked parameters (fast to compile), instead of depth blocks in a row."""
+
+    def validate(self) -> None:
+        """Raises UserError where the fields contradict each other."""
+        for name in ("depth", "width", "heads", "context"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--model.{name} must be at least 1, not {getattr(self, name)}.")
+        if self.width % self.heads:
+            raise UserError(f"--model.width {self.width} is not divisible by --model.heads {self.heads}.")
+        if self.heads % self.groups:
+            raise UserError(f"--model.heads {self.heads} is not divisible by --model.kv-heads {self.groups}.")
+        if self.position == "rotary" and (self.width // self.heads) % 2:
+            raise UserError(f"Rotary positions need an even head width, not {self.width // self.heads}.")
+        if isinstance(self.dropout, int | float) and not 0 <= self.dropout < 1:
+            raise UserError(f"--model.dropout must be in [0, 1), not {self.dropout}.")
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads G."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def residual_stddev(self) -> float:
+        """GPT-2's initialisation of the 2 x depth projections that write to the residual stream."""
+        return 0.02 / (2 * self.depth) ** 0.5
+
+    def part(self, cls: type[Transformer], name: str) -> Transformer:
+        """A part with the same fields, as the child `name`."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Transformer)}
+        return cls(**(own | {"name": name, "parent": self}))
+
+    def stack(self, x_BLD: Array, positions: Array, mask_BS: Array | None, *, causal: bool, train: bool,
+              decode: bool = False) -> Array:
+        """All blocks and the final norm. `positions`: (L,) or (B, L); `mask_BS`: 1 where a key is real."""
+        static = (causal, train, decode)
+        block = Block if self.remat == "none" else nn.remat(Block, static_argnums=(4, 5, 6), prevent_cse=not self.scan)
+        if self.scan:
+            def body(module: nn.Module, x: Array, _: None) -> tuple[Array, None]:
+                return module(x, positions, mask_BS, *static), None
+
+            over_layers = nn.scan(body, variable_axes={"params": 0, "cache": 0}, length=self.depth,
+                                  split_rngs={"params": True, "dropout": True})
+            x_BLD, _ = over_layers(self.part(block, "blocks"), x_BLD, None)
+        else:
+            for i in range(self.depth):
+                x_BLD = self.part(block, f"block_{i}")(x_BLD, positions, mask_BS, *static)
+        return norm(self.norm, bias=self.bias, name="final_norm")(x_BLD)
+
+
+class Block(Transformer):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, positions: Array, mask_BS: Array | None, causal: bool, train: bool,
+                 decode: bool) -> Array:
+        h_BLD = norm(self.norm, bias=self.bias, name="attention_norm")(x_BLD)
+        x_BLD = x_BLD + self.part(SelfAttention, "attn")(h_BLD, positions, mask_BS, causal, train, decode)
+        h_BLD = norm(self.norm, bias=self.bias, name="mlp_norm")(x_BLD)
+        return x_BLD + self.part(FeedForward, "ffn")(h_BLD, train)
+
+
+class SelfAttention(Transformer):
+    """Multi-head self-attention, causal or not, with a key/value cache when decoding."""
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, positions: Array, mask_BS: Array | None, causal: bool, train: bool,
+                 decode: bool) -> Array:
+        B, L, D = x_BLD.shape
+        K = D // self.heads
+
+        def heads(name: str, n: int) -> Array:
+            return dense(n * K, bias=self.bias, stddev=0.02, name=name)(x_BLD).reshape(B, L, n, K)
+
+        q_BLNK, k_BSGK, v_BSGK = heads("query", self.heads), heads("key", self.groups), heads("value", self.groups)
+        if self.qk_norm:
+            q_BLNK = norm("rmsnorm", bias=False, name="query_norm")(q_BLNK)
+            k_BSGK = norm("rmsnorm", bias=False, name="key_norm")(k_BSGK)
+        if self.position == "rotary":
+            q_BLNK, k_BSGK = rotary(q_BLNK, positions), rotary(k_BSGK, positions)
+        if decode:
+            k_BSGK, v_BSGK = self._cached("keys", k_BSGK, positions), self._cached("values", v_BSGK, positions)
+            visible = jnp.arange(self.context) <= positions[..., None]
+            y_BLNK = einsum_attention(q_BLNK, k_BSGK, v_BSGK, jnp.broadcast_to(visible, (B, L, self.context)))
+        else:
+            y_BLNK = self._attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, train)
+        y_BLD = dense(D, bias=self.bias, stddev=self.residual_stddev, name="out")(y_BLNK.reshape(B, L, D))
+        return dropout(self, y_BLD, self.dropout, train)
+
+    def _cached(self, name: str, new_BLGK: Array, positions: Array) -> Array:
+        """Writes the new rows at their positions and returns the whole cache (B, context, G, K)."""
+        B, L, G, K = new_BLGK.shape
+        cache = self.variable("cache", name, jnp.zeros, (B, self.context, G, K), new_BLGK.dtype)
+        cache.value = cache.value.at[jnp.arange(B)[:, None], jnp.broadcast_to(positions, (B, L))].set(new_BLGK)
+        return cache.value
+
+    def _attend(self, q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, mask_BS: Array | None, causal: bool,
+                train: bool) -> Array:
+        drops = train and not is_zero(self.dropout)
+        backend = choose_attention(self.attention, jax.default_backend(), str(q_BLNK.dtype), q_BLNK.shape[-1], drops)
+        if backend != "einsum":
+            visible = None if mask_BS is None else mask_BS[:, None, None, :].astype(bool)
+            return jax.nn.dot_product_attention(q_BLNK, k_BSGK, v_BSGK, mask=visible, is_causal=causal,
+                                                implementation=backend)
+        L = q_BLNK.shape[1]
+        visible = jnp.tril(jnp.ones((1, L, L), bool)) if causal else None
+        if mask_BS is not None:
+            padding = mask_BS[:, None, :].astype(bool)
+            visible = padding if visible is None else visible & padding
+        return einsum_attention(q_BLNK, k_BSGK, v_BSGK, visible, lambda p: dropout(self, p, self.dropout, train))
+
+
+class FeedForward(Transformer):
+    """Position-wise MLP: gelu (tanh form, as GPT-2), swiglu (Shazeer 2020) or squared relu (So et al. 2021)."""
+
+    @nn.compact
+    def __call__(self, x_BLD: Array, train: bool) -> Array:
+        F = round(self.hidden_multiple * self.width)
+        h_BLF = dense(F, bias=self.bias, stddev=0.02, name="up")(x_BLD)
+        if self.mlp == "swiglu":
+            h_BLF = nn.silu(dense(F, bias=self.bias, stddev=0.02, name="gate")(x_BLD)) * h_BLF
+        else:
+            h_BLF = nn.gelu(h_BLF, approximate=True) if self.mlp == "gelu" else jnp.square(nn.relu(h_BLF))
+        y_BLD = dense(self.width, bias=self.bias, stddev=self.residual_stddev, name="down")(h_BLF)
+        return dropout(self, y_BLD, self.dropout, train)

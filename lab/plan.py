@@ -1,0 +1,93 @@
+"""What a run will cost, from shapes alone: parameters, FLOPs, bytes. Nothing is computed and no data is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from lab.experiment import Experiment
+from lab.program import abstract_state, batch_spec
+from lab.sharding import path_of
+from lab.step import State, cast, key_for
+
+
+def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+    """Floating-point operations of the matrix products and convolutions in a jaxpr, 2 for a multiply-add.
+
+    A scan's body counts as often as it runs (XLA's own cost analysis counts it once); of the branches of a `cond` the
+    largest counts; the body of a `while`, whose trips are unknown, counts once.
+    """
+    total = 0
+    for eqn in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:
+        name, out = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
+        if name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * math.prod(out.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+        elif name == "conv_general_dilated":
+            kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
+            total += 2 * math.prod(out.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+        elif name == "cond":
+            total += max(count_flops(branch) for branch in eqn.params["branches"])
+        else:
+            inner = sum(count_flops(p) for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr))
+            total += inner * (eqn.params["length"] if name == "scan" else 1)
+    return total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of one experiment. Bytes are for the whole program, not for one device."""
+
+    state: State
+    flops: int
+    """Of one update: 3 x the forward products (the backward pass takes twice the forward; recomputation not counted)."""
+    activations: int
+    """Bytes that the backward pass of one microbatch keeps, before the compiler fuses any of them away."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(x.size for x in jax.tree.leaves(self.state.params))
+
+    def modules(self, depth: int = 1) -> list[tuple[str, int, int]]:
+        """(module, parameters, arrays), to `depth` names; stacked and numbered blocks are one row."""
+        rows: dict[str, list[int]] = {}
+        for path, leaf in jax.tree.leaves_with_path(self.state.params):
+            names = path_of(path).split("/")[:depth]
+            row = rows.setdefault("/".join(_without_number(n) for n in names), [0, 0])
+            row[0], row[1] = row[0] + leaf.size, row[1] + 1
+        return [(name, size, arrays) for name, (size, arrays) in rows.items()]
+
+
+def _without_number(name: str) -> str:
+    stem, _, number = name.rpartition("_")
+    return f"{stem}_*" if stem and number.isdigit() else name
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays in a tree of (abstract) arrays."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def make_plan(experiment: Experiment) -> Plan:
+    """Traces the forward pass of one microbatch, and nothing more."""
+    state = abstract_state(experiment)
+    rows = experiment.batch // experiment.microbatches
+    batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch_spec(experiment).items()}
+
+    def loss(params: Any, extra: Any, batch: Any) -> tuple[Any, Any]:
+        rngs = {"dropout": key_for(experiment.seed, "dropout", 0)}
+        variables = {"params": cast(params, experiment.precision), **extra}
+        loss_sum, weight, _, extra = experiment.task.loss(experiment.model, variables, batch, rngs, train=True)
+        return loss_sum, (weight, extra)
+
+    def residuals(params: Any, extra: Any, batch: Any) -> Any:
+        return jax.vjp(lambda p: loss(p, extra, batch), params, has_aux=True)[1]
+
+    forward = count_flops(jax.make_jaxpr(loss)(state.params, state.extra, batch))
+    kept = size_of(jax.eval_shape(residuals, state.params, state.extra, batch))
+    return Plan(state, 3 * forward * experiment.microbatches, kept)

@@ -1,0 +1,96 @@
+"""The run folder: what was run, with what, on what; and whether it is done."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lab.errors import UserError
+from lab.experiment import ROOT, Experiment, differences, from_json, load, to_json
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes all or nothing."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fingerprint: str) -> None:
+    """Creates the run folder, or checks that it belongs to this experiment and data.
+
+    Raises:
+      UserError: it belongs to another run (says in what they differ), or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        described = folder / "experiment.json"
+        if described.exists():
+            _check_same(folder, json.loads(described.read_text()), experiment, data_fingerprint)
+        elif any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and is no run folder. Choose another with --run-dir.")
+        write_json(described, {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
+                               "data": data_fingerprint, "file": str(file) if file else None})
+        write_json(folder / "environment.json", environment())
+    except (PermissionError, NotADirectoryError, FileExistsError) as e:
+        raise UserError(f"The run folder {folder} cannot be written ({e.strerror}). Choose another with --run-dir.") from e
+    except OSError as e:
+        raise UserError(f"The run folder {folder} cannot be written: {e.strerror}.") from e
+
+
+def _check_same(folder: Path, there: dict[str, Any], experiment: Experiment, data_fingerprint: str) -> None:
+    if there["fingerprint"] != experiment.fingerprint():
+        found = list(differences(there["experiment"], to_json(experiment)))
+        shown = ", ".join(f"{path} is {a} there and {b} here" for path, a, b in found[:4])
+        raise UserError(f"{folder} is the run of another experiment: {shown}. Choose another with --run-dir.")
+    if there["data"] != data_fingerprint:
+        raise UserError(f"The data changed since the run in {folder} began (fingerprint {there['data']} then, "
+                        f"{data_fingerprint} now). Bring it back, or start afresh with --run-dir.")
+
+
+def read_folder(folder: Path) -> tuple[Experiment, dict[str, Any]]:
+    """The experiment of a run folder, built again, and all of its experiment.json.
+
+    Raises:
+      UserError: there is no run there, or it was made by code that is gone.
+    """
+    described = folder / "experiment.json"
+    if not described.exists():
+        near = sorted(str(p.parent) for p in Path("runs").glob("*/experiment.json"))
+        raise UserError(f"{folder} is no run folder" + (f"; there are {', '.join(near)}." if near else "."))
+    value = json.loads(described.read_text())
+    if value["file"] and Path(value["file"]).exists():
+        load(Path(value["file"]))  # its classes may be part of the experiment
+    return from_json(value["experiment"]), value
+
+
+def environment() -> dict[str, Any]:
+    """Commit and local changes, versions, devices: what is needed to run this again in a year."""
+    import jax
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "tensorflow-datasets")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    settings = ("JAX_", "XLA_", "LAB_", "MALLOC_", "OMP_")
+    return {"command": sys.argv, "commit": git("rev-parse", "HEAD"), "diff": git("diff", "HEAD"),
+            "python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count(),
+            "versions": versions, "devices": [d.device_kind for d in jax.devices()], "platform": jax.default_backend(),
+            "processes": jax.process_count(),
+            "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(settings)}}

@@ -1,0 +1,113 @@
+"""The step: all that is compiled, all of it pure. State, its beginning, one update, one evaluated batch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from lab.experiment import Experiment
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, tuple[Array, Array]]
+
+
+class State(NamedTuple):
+    """All that a checkpoint needs; everything else follows from (experiment, seed, step)."""
+
+    step: Array
+    """Completed updates, int32."""
+    params: Any
+    extra: Any
+    """Mutable collections of the model (BatchNorm statistics)."""
+    opt_state: Any
+
+
+def key_for(seed: int | Array, name: str, *counts: int | Array) -> Array:
+    """The random key for one purpose: ``fold_in(key(seed), name, counts...)``. No key is ever split or stored."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    for count in counts:
+        key = jax.random.fold_in(key, count)
+    return key
+
+
+def cast(tree: Any, precision: str) -> Any:
+    """Floating-point arrays in the compute type. Differentiable: gradients arrive in the type of the parameters."""
+    def one(x: Array) -> Array:
+        return x.astype(precision) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, tree)
+
+
+def init_state(experiment: Experiment, batch: Batch) -> State:
+    """The state before the first update, for batches shaped like `batch`."""
+    variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), batch)
+    params = variables["params"]
+    extra = {name: value for name, value in variables.items() if name != "params"}
+    opt_state = experiment.optim.build(experiment.steps).init(params)
+    return State(jnp.zeros((), jnp.int32), params, extra, opt_state)
+
+
+def make_train_step(experiment: Experiment) -> Callable[[State, Batch], tuple[State, Metrics]]:
+    """One update as a pure function. Numbers in the experiment may be traced scalars.
+
+    The gradient is that of (sum of losses) / (sum of weights) over the whole batch, whatever the microbatches; every
+    metric is (sum, weight).
+    """
+    model, task, precision = experiment.model, experiment.task, experiment.precision
+    optimizer, rate = experiment.optim.build(experiment.steps), experiment.optim.rate(experiment.steps)
+
+    def loss(params: Any, extra: Any, batch: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
+        rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
+        variables = {"params": cast(params, precision), **extra}
+        loss_sum, weight, metrics, extra = task.loss(model, variables, batch, rngs, train=True)
+        return loss_sum, (weight, metrics, extra)
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def over_microbatches(state: State, batch: Batch) -> tuple[Any, tuple]:
+        """Sums over the parts; part j is rows j::n, which every device has its share of."""
+        n = experiment.microbatches
+        parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            extra, sums = carry
+            part, rows = inputs
+            grads, (weight, metrics, extra) = gradient(state.params, extra, rows, state.step, part)
+            return (extra, jax.tree.map(jnp.add, sums, (grads, weight, metrics))), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        grads, (weight, metrics, _) = jax.eval_shape(gradient, state.params, state.extra, first, state.step, 0)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, weight, metrics))
+        (extra, (grads, weight, metrics)), _ = jax.lax.scan(body, (state.extra, zeros), (jnp.arange(n), parts))
+        return grads, (weight, metrics, extra)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        if experiment.microbatches == 1:
+            grads, (weight, metrics, extra) = gradient(state.params, state.extra, batch, state.step, 0)
+        else:
+            grads, (weight, metrics, extra) = over_microbatches(state, batch)
+        grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        one = jnp.ones(())
+        metrics |= {"gradient_norm": (optax.global_norm(grads), one), "update_norm": (optax.global_norm(updates), one),
+                    "parameter_norm": (optax.global_norm(params), one), "learning_rate": (rate(state.step), one)}
+        return State(state.step + 1, params, extra, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(experiment: Experiment) -> Callable[[State, Batch], Metrics]:
+    """Metrics of one batch, with the parameters that the optimizer wants evaluated (averaged ones, if it averages)."""
+    def eval_step(state: State, batch: Batch) -> Metrics:
+        params = cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
+        variables = {"params": params, **state.extra}
+        return experiment.task.loss(experiment.model, variables, batch, {}, train=False)[2]
+
+    return eval_step
