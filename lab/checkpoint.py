@@ -60,14 +60,13 @@ class _Keep:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. `best()` names the step of the best one, which is kept."""
+    """The checkpoints of a run folder, only to read where no options are given. `best()`: the step of the best one."""
 
-    def __init__(self, folder: Path, options: Checkpoint = Checkpoint(), best: Callable[[], int | None] = lambda: None,
-                 *, read_only: bool = False):
+    def __init__(self, folder: Path, options: Checkpoint | None = None, best: Callable[[], int | None] = lambda: None):
         import orbax.checkpoint as ocp  # 0.7 s: not for --help and --dry-run
 
         self.folder, self._ocp = folder, ocp
-        settings = ({"read_only": True} if read_only else
+        settings = ({"read_only": True} if options is None else
                     {"preservation_policy": _Keep(options, best), "cleanup_tmp_directories": True})
         self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1), **settings))
@@ -104,7 +103,8 @@ class Checkpoints:
         try:
             action()
         except (OSError, ValueError) as e:  # tensorstore reports a full disk as ValueError
-            if any(sign in str(e) for sign in ("No space left", "RESOURCE_EXHAUSTED", "Permission denied", "Read-only")):
+            signs = ("No space left", "RESOURCE_EXHAUSTED", "Permission denied", "Read-only")
+            if any(sign in str(e) for sign in signs):
                 raise UserError(f"A checkpoint could not be written to {self.folder}: {str(e).splitlines()[0][:200]}. "
                                 f"Earlier checkpoints are intact; run the same command to go on.") from e
             raise
@@ -125,7 +125,7 @@ class Checkpoints:
                 return self._read(candidate, target)
             except UserError:
                 raise
-            except Exception as e:  # noqa: BLE001  whatever a damaged file makes Orbax raise; it is reported
+            except Exception as e:  # whatever a damaged file makes Orbax raise; it is reported
                 log.warning("The checkpoint of step %d in %s is damaged (%s).", candidate, self.folder,
                             str(e).splitlines()[0][:120] if str(e) else type(e).__name__)
         if steps:

@@ -29,11 +29,14 @@ def _open(run: Path, step: int | None, best: bool) -> tuple[Experiment, Program,
         settings = experiment.evaluate
         rows = [r for r in read_rows(run / "metrics.jsonl") if r["split"] == "validation" and r["step"]]
         pick = min if settings.mode == "min" else max
-        step = result["best"]["step"] if result else pick(rows, key=lambda r: r[settings.metric])["step"] if rows else None
+        if result:
+            step = result["best"]["step"]
+        elif rows:
+            step = pick(rows, key=lambda r: r[settings.metric])["step"]
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run} has no checkpoint yet.")
     program = Program(experiment)
-    state = Checkpoints(run / "checkpoints", read_only=True).restore(program.abstract, step)
+    state = Checkpoints(run / "checkpoints").restore(program.abstract, step)
     if state is None:
         raise UserError(f"{run} has no checkpoint yet.")
     return experiment, program, state
@@ -58,7 +61,8 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
     """
     from lab.generate import sample_texts
 
-    for name, value, good in (("new-tokens", new_tokens, new_tokens >= 1), ("top-k", top_k, top_k is None or top_k >= 1),
+    for name, value, good in (("new-tokens", new_tokens, new_tokens >= 1),
+                              ("top-k", top_k, top_k is None or top_k >= 1),
                               ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1)):
         if not good:
             raise UserError(f"--{name} {value} is out of range.")

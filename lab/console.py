@@ -35,7 +35,8 @@ class Screen:
 
     def __init__(self, quiet: bool = False):
         self.console = RichConsole(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        live = self.console.is_terminal
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
         self._handler, self._log = _SayLog(self), logging.getLogger("lab")
         self._said = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""The one exception that means "a person can fix this": the command line prints its text and exits 2, without a traceback."""
+"""The one exception that means "a person can fix this": the command line prints it and exits 2, without a traceback."""
 
 
 class UserError(Exception):

@@ -158,7 +158,7 @@ class _Run:
         if not due or any(row["step"] == self.step for row in self._evaluations()):
             return
         self._flush()
-        batches = eval_batches(self.data.validation, self.experiment.batch, limit=settings.records, rows=self.program.rows)
+        batches = eval_batches(self.data.validation, self.experiment.batch, settings.records, self.program.rows)
         with self.clock.paused("evaluation"):
             means = self.program.evaluate(self.state, batches, self.stop)
         if means is None:
@@ -214,8 +214,9 @@ class _Run:
                             "batch_indices": indices.tolist(), "last_rows": self.rows.rows[-20:]})
         self.checkpoints.wait()
         kept = self.checkpoints.steps()
+        last_good = f"the checkpoint after update {kept[-1]} is kept" if kept else "nothing was saved"
         raise Diverged(f"Update {step}: the loss is {means['loss']} and the gradient norm {means['gradient_norm']}. "
-                       f"Stopped; {f'the checkpoint after update {kept[-1]} is kept' if kept else 'nothing was saved'}. "
+                       f"Stopped; {last_good}. "
                        f"The batch and the norms are in {report}. A lower learning rate, a longer warm-up or "
                        f"--optim.clip may help.")
 
@@ -225,8 +226,9 @@ class _Run:
         evaluations = self._evaluations()
         final, best = evaluations[-1], next(r for r in evaluations if r["step"] == self.best_step)
         params = self.experiment.optim.eval_params(self.state.opt_state, self.state.params)
-        lines = self.experiment.task.artifacts(self.experiment.model, cast(params, self.experiment.precision), self.data,
-                                               final, self.experiment.seed, self.folder)
+        params = cast(params, self.experiment.precision)
+        lines = self.experiment.task.artifacts(self.experiment.model, params, self.data, final, self.experiment.seed,
+                                               self.folder)
         pictures = plots.curves(self.rows.rows, self.folder / "plots")
         for line in lines:
             self.screen.say(line)
@@ -306,8 +308,9 @@ def describe_result(result: dict[str, Any]) -> str:
     lines = [f"Finished after {result['steps']} updates{early}: {final}; best at update {result['best']['step']}"]
     if "seconds_per_update" in result:
         share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
-        lines.append(f"{1000 * result['seconds_per_update']:.1f} ms an update, {result['training_seconds']:.0f} s in all, "
-                     f"{share:.2%} of it waiting for data; evaluation {result['evaluation_seconds']:.0f} s")
+        rate, seconds = 1000 * result["seconds_per_update"], result["training_seconds"]
+        lines.append(f"{rate:.1f} ms an update, {seconds:.0f} s in all, {share:.2%} of it waiting for data; "
+                     f"evaluation {result['evaluation_seconds']:.0f} s")
     return "\n".join(lines)
 
 
@@ -321,5 +324,5 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise UserError("--log.tensorboard needs the extra \"tensorboard\": LAB_EXTRAS=tensorboard ./launch.sh ...") from None
+        raise UserError("--log.tensorboard needs tensorboardX: LAB_EXTRAS=tensorboard ./launch.sh ...") from None
     return SummaryWriter(str(folder / "tensorboard"))

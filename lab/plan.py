@@ -44,7 +44,7 @@ class Plan:
 
     state: State
     flops: int
-    """Of one update: 3 x the forward products (the backward pass takes twice the forward; recomputation not counted)."""
+    """Of one update: 3 x the forward products (the backward pass takes twice as many; recomputation is not counted)."""
     activations: int
     """Bytes that the backward pass of one microbatch keeps, before the compiler fuses any of them away."""
 
@@ -88,6 +88,6 @@ def make_plan(experiment: Experiment) -> Plan:
     def residuals(params: Any, extra: Any, batch: Any) -> Any:
         return jax.vjp(lambda p: loss(p, extra, batch), params, has_aux=True)[1]
 
-    forward = count_flops(jax.make_jaxpr(loss)(state.params, state.extra, batch))
-    kept = size_of(jax.eval_shape(residuals, state.params, state.extra, batch))
-    return Plan(state, 3 * forward * experiment.microbatches, kept)
+    # One trace for both: the forward products are in it, and what it returns is what the backward pass needs.
+    forward, kept = jax.make_jaxpr(residuals, return_shape=True)(state.params, state.extra, batch)
+    return Plan(state, 3 * count_flops(forward) * experiment.microbatches, size_of(kept))

@@ -39,10 +39,12 @@ class Program:
         self.stacked = experiment.dispatch > 1
         self.rows = process_rows(experiment.batch)
         self.batch_sharding = batch_sharding(self.mesh, experiment.batch)
-        self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches, stacked=self.stacked)
+        self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches,
+                                             stacked=self.stacked)
         state = abstract_state(experiment)
         self.shardings = state_shardings(state, self.mesh)
-        self.abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
+        self.abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                                     state, self.shardings)
         self._evaluate = jax.jit(make_eval_step(experiment))
 
     def init(self) -> State:
@@ -70,7 +72,7 @@ class Program:
         return compiled
 
     def batch(self, read: Callable[[int], dict[str, np.ndarray]], call: int) -> dict[str, jax.Array]:
-        """The batch of dispatch number `call` on the devices; ``read(step)`` gives this process's rows of one update."""
+        """The batch of dispatch number `call`, on the devices; ``read(step)``: this process's rows of one update."""
         n = self.experiment.dispatch
         if not self.stacked:
             return put(read(call), self.train_sharding)

@@ -39,7 +39,8 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
                                "data": data_fingerprint, "file": str(file) if file else None})
         write_json(folder / "environment.json", environment())
     except (PermissionError, NotADirectoryError, FileExistsError) as e:
-        raise UserError(f"The run folder {folder} cannot be written ({e.strerror}). Choose another with --run-dir.") from e
+        raise UserError(f"The run folder {folder} cannot be written ({e.strerror}). Choose another with "
+                        f"--run-dir.") from e
     except OSError as e:
         raise UserError(f"The run folder {folder} cannot be written: {e.strerror}.") from e
 

@@ -50,7 +50,8 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh, rules: Rules = RULES) -
         axes = next((axes for rule, axes in rules if re.search(rule, name) and len(axes) <= leaf.ndim), ())
         for dimension, axis in zip(leaf.shape, axes, strict=False):
             if axis is not None and axis not in mesh.shape:
-                raise UserError(f"The sharding rule for {name} names the axis {axis!r}; the mesh has {mesh.axis_names}.")
+                raise UserError(f"The sharding rule for {name} names the axis {axis!r}; the mesh has "
+                                f"{mesh.axis_names}.")
             if axis is not None and dimension % mesh.shape[axis]:
                 raise UserError(f"{name} {leaf.shape}: the axis {axis!r} of {mesh.shape[axis]} devices does not divide "
                                 f"{dimension}.")
@@ -59,7 +60,8 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh, rules: Rules = RULES) -
     return jax.tree.map_with_path(place, state)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, batch: int, microbatches: int = 1, *, stacked: bool = False) -> NamedSharding:
+def batch_sharding(mesh: jax.sharding.Mesh, batch: int, microbatches: int = 1, *,
+                   stacked: bool = False) -> NamedSharding:
     """Rows over the axis "data"; with `stacked`, behind a leading axis of updates.
 
     Raises:

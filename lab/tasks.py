@@ -106,4 +106,5 @@ class LanguageModel:
         beside = ", ".join(f"{name} {8 * len(packed) / len(raw):.3f}" for name, packed in others.items())
         return [f"Validation text in bits per byte: this model {final['bits_per_byte']:.3f}; {beside} "
                 f"(of {len(raw) / 1e6:.1f} MB)",
-                f"Sample (more in {folder / 'samples'}):", *(f"  | {line}" for line in (prompts[0] + texts[0]).splitlines())]
+                f"Sample (more in {folder / 'samples'}):",
+                *(f"  | {line}" for line in (prompts[0] + texts[0]).splitlines())]

@@ -124,7 +124,7 @@ def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: i
     if wanted == "cudnn" and against:
         raise UserError(f"Attention backend cudnn {against[0]}. Use --model.attention auto or einsum.")
     if wanted == "xla" and needs_probabilities:
-        raise UserError("Attention backend xla cannot drop out attention probabilities. Use einsum or --model.dropout 0.")
+        raise UserError("Attention backend xla cannot drop out attention probabilities. Use einsum, or no dropout.")
     return wanted
 
 

@@ -1,0 +1,21 @@
+"""GPT-2 medium (355M parameters); its twin is gpt_small's.
+
+    ./launch.sh experiments/gpt_medium.py --full     # first: ./launch.sh prepare lm1b
+
+Not trained here (no accelerator): only planned (``--full --dry-run``) and run as the twin.
+"""
+
+from dataclasses import replace
+
+from experiments import gpt_small
+from lab.models.gpt import GPT
+from lab.optim import AdamW, Cosine
+
+experiment = replace(
+    gpt_small.experiment,
+    model=GPT(depth=24, width=1024, heads=16, scan=True, remat="blocks"),
+    optim=AdamW(lr=Cosine(3e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
+    microbatches=16,
+)
+
+local = gpt_small.local

@@ -1,0 +1,21 @@
+"""GPT-2 XL (1.56B parameters), scanned layers and recomputed blocks; its twin is gpt_small's, scanned and recomputed.
+
+    ./launch.sh experiments/gpt_xl.py --full     # first: ./launch.sh prepare lm1b
+
+Not trained here (no accelerator): only planned (``--full --dry-run``) and run as the twin.
+"""
+
+from dataclasses import replace
+
+from experiments import gpt_small
+from lab.models.gpt import GPT
+from lab.optim import AdamW, Cosine
+
+experiment = replace(
+    gpt_small.experiment,
+    model=GPT(depth=48, width=1600, heads=25, scan=True, remat="blocks"),
+    optim=AdamW(lr=Cosine(2e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
+    microbatches=32,
+)
+
+local = replace(gpt_small.local, model=gpt_small.local.model.clone(scan=True, remat="blocks"))

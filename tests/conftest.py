@@ -1,0 +1,52 @@
+"""For the whole suite: 8 fake CPU devices, set before JAX is imported, and a cache folder that the tests share."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("LAB_CACHE", str(Path(tempfile.gettempdir()) / f"lab-test-cache-{os.getuid()}"))
+os.environ.pop("LAB_PLATFORM", None)
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("LAB_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder with recorded real data, which only a developer's machine has."""
+    if not SHARED.is_dir():
+        pytest.skip(f"there is no recorded data in {SHARED}")
+    return SHARED
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A small text that a model can learn something from: 30,000 characters, 27 distinct."""
+    words = "the pure function of a seed and a step decides everything that the run computes "
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(words[(i * 7) % 40:] for i in range(600))[:30_000])
+    return path
+
+
+@pytest.fixture
+def tiny(text_file: Path):
+    """A language model that trains in seconds on 8 fake devices: 2 blocks, width 16, 8 records of 16 bytes."""
+    from lab.data.sources import TextFiles
+    from lab.data.text import Text
+    from lab.data.tokenizers import Bytes
+    from lab.experiment import Checkpoint, Evaluate, Experiment
+    from lab.models.gpt import GPT
+    from lab.optim import AdamW, Cosine
+    from lab.tasks import LanguageModel
+
+    return Experiment(
+        data=Text(TextFiles(str(text_file)), Bytes(), length=16),
+        model=GPT(depth=2, width=16, heads=2, vocab=256, context=16),
+        task=LanguageModel(samples=1),
+        optim=AdamW(lr=Cosine(1e-2, warmup=2, end=0.1)),
+        steps=8, batch=8, evaluate=Evaluate(every=4, records=16), checkpoint=Checkpoint(every=2),
+    )
