@@ -27,7 +27,7 @@ local = replace(
     experiment,
     data=Text(PythonStdlib(), BPE(vocab=2048), length=128),
     model=GPT(depth=4, width=256, heads=4, vocab=2048, context=128),
-    optim=AdamW(lr=Cosine(2e-3, warmup=20, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
+    optim=AdamW(lr=Cosine(2e-3, warmup=10, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
     steps=600, batch=16, microbatches=1,
     evaluate=Evaluate(every=200, records=512), checkpoint=Checkpoint(every=100),
 )

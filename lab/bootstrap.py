@@ -51,6 +51,7 @@ class Stop(Exception):
 
 
 def say(text: str) -> None:
+    """One line for a person, on stderr: stdout belongs to the command that follows."""
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 

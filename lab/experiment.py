@@ -142,7 +142,8 @@ def digest(value: Any) -> str:
 
 def fields(value: Any) -> list[dataclasses.Field]:
     """The fields of a dataclass or Linen module that are its configuration."""
-    return [f for f in dataclasses.fields(value) if f.init and f.name not in ("parent", "name")]
+    of_linen = {"parent", "name"} if hasattr(value, "parent") else set()
+    return [f for f in dataclasses.fields(value) if f.init and f.name not in of_linen]
 
 
 def to_json(value: Any, *, identity: bool = False) -> Any:

@@ -68,7 +68,8 @@ class Schedule:
         require("lr.warmup", self.warmup, "0 or more updates", lambda v: v >= 0)
         require("lr.end", getattr(self, "end", None), "a fraction of the peak in [0, 1]", lambda v: 0 <= v <= 1)
         if self.warmup > steps:
-            raise UserError(f"optim.lr.warmup is {self.warmup} updates, more than the run's {steps}.")
+            raise UserError(f"optim.lr.warmup is {self.warmup} updates, more than the run's {steps}. Lower "
+                            f"--optim.lr.warmup or raise --steps.")
 
 
 class Constant(Schedule):
@@ -83,7 +84,8 @@ class _Decaying(Schedule):
     def validate(self, steps: int) -> None:
         super().validate(steps)
         if steps > 1 and self.warmup >= steps:
-            raise UserError(f"optim.lr.warmup is {self.warmup} updates: none of the run's {steps} are left to decay.")
+            raise UserError(f"optim.lr.warmup is {self.warmup} updates: none of the run's {steps} are left to "
+                            f"decay. Lower --optim.lr.warmup or raise --steps.")
 
 
 class Linear(_Decaying):

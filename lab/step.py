@@ -96,8 +96,8 @@ def make_train_step(experiment: Experiment) -> Callable[[State, Batch], tuple[St
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
-        metrics |= {"gradient_norm": (optax.global_norm(grads), one), "update_norm": (optax.global_norm(updates), one),
-                    "parameter_norm": (optax.global_norm(params), one), "learning_rate": (rate(state.step), one)}
+        metrics |= {"gradient_norm": (optax.tree.norm(grads), one), "update_norm": (optax.tree.norm(updates), one),
+                    "parameter_norm": (optax.tree.norm(params), one), "learning_rate": (rate(state.step), one)}
         return State(state.step + 1, params, extra, opt_state), metrics
 
     return train_step

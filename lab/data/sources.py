@@ -3,6 +3,7 @@
 A *source* is a value an experiment holds. `open()` looks at names and sizes only and gives a *corpus*:
 
     title                 for people
+    stored_bytes()        size of the files on disk
     identity()            cheap key of the files on disk (paths, sizes, times)
     survey()              one pass over the content: its fingerprint and what the split needs; cached by `identity`
     rule(survey)          how train and validation were told apart, in words
@@ -55,6 +56,7 @@ class Corpus(Protocol):
     title: str
 
     def identity(self) -> str: ...
+    def stored_bytes(self) -> int: ...
     def survey(self) -> Survey: ...
     def rule(self, survey: Survey) -> str: ...
     def documents(self, split: str, survey: Survey) -> Documents: ...
@@ -173,6 +175,9 @@ class Files:
             return [path.stat() for path in self.paths.values()]
         except OSError as error:
             raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from None
+
+    def stored_bytes(self) -> int:
+        return sum(s.st_size for s in self._stats())
 
     def identity(self) -> str:
         stats = [(s.st_size, s.st_mtime_ns) for s in self._stats()]
@@ -367,6 +372,9 @@ class TfdsCorpus:
     source: Tfds
     folder: Path
     splits: dict[str, dict[str, Any]]
+
+    def stored_bytes(self) -> int:
+        return sum(p.stat().st_size for p in self.folder.iterdir())
 
     def identity(self) -> str:
         files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(self.folder.iterdir())]

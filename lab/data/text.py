@@ -28,6 +28,7 @@ SPLITS = ("train", "validation")
 AT_ONCE = 1 << 22  # characters encoded at once: enough for all cores, and about 200 MB of the tokenizer's objects
 FULL_CHECK = 64 << 20  # files up to this many bytes are checked whole at each start (0.05 s), larger ones at both ends
 END = 1 << 20
+SURVEYED = 64 << 20  # bytes up to which `describe` reads the text to find its tokens (0.2 s)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,15 @@ class Text:
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Name -> (shape, type) of the arrays of one record, without reading anything."""
         return {"tokens": ((self.length + 1,), np.int32), "bytes": ((), np.int32)}
+
+    def describe(self) -> dict[str, str | int | float]:
+        """The sizes, for people, without tokenising; all of them when that was done before. UserError as `load`."""
+        corpus = self.source.open()
+        size = corpus.stored_bytes()
+        if size <= SURVEYED and _checked(_folder(corpus, corpus.survey(), self.tokenizer)):
+            return self.load().summary
+        return {"source": corpus.title, "bytes on disk": size, "tokenizer": repr(self.tokenizer),
+                "tokens": "known when the first run has tokenised them"}
 
     def load(self) -> "TextData":
         """Tokenise, or find the tokens in the cache. UserError for unreadable text or a split shorter than a window."""
@@ -165,8 +175,8 @@ def token_files(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Path, dict[str, A
     damaged one is made again. UserError when the disk is full or the text changes while it is read.
     """
     survey = corpus.survey()
-    root = cache_folder("tokens")
-    folder = root / digest(FORMAT, survey.fingerprint, corpus.rule(survey), tokenizer.identity())
+    folder = _folder(corpus, survey, tokenizer)
+    root = folder.parent
     meta = _checked(folder)
     if meta is None:
         with _alone(root / f"{folder.name}.lock"):
@@ -175,6 +185,10 @@ def token_files(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Path, dict[str, A
                 _build(corpus, survey, tokenizer, folder)
                 meta = json.loads((folder / "meta.json").read_bytes())
     return folder, meta
+
+
+def _folder(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> Path:
+    return cache_folder("tokens") / digest(FORMAT, survey.fingerprint, corpus.rule(survey), tokenizer.identity())
 
 
 def _checked(folder: Path) -> dict[str, Any] | None:

@@ -11,10 +11,12 @@ A *tokenizer* is a value an experiment holds (`Bytes`, `Chars`, `BPE`, `GPT2`); 
 import hashlib
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,8 @@ from lab.errors import UserError
 
 EOT = "<|endoftext|>"
 SAMPLE = 50_000_000  # bytes of training text that a BPE vocabulary is learned from
+MANY_CORES = 8  # from here on the library's parallel encoding is faster than remembering words
+REMEMBERED = 500_000  # words
 Texts = Callable[[str], Iterator[str]]
 EncodeBatch = Callable[[Sequence[str]], list[np.ndarray]]
 
@@ -207,7 +211,39 @@ class BPE:
             found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(one.ids, np.int32) for one in found]
 
-        return Fitted(pieces, encode_batch, tokenizer.token_to_id(EOT), state)
+        by_words = (os.cpu_count() or 1) < MANY_CORES
+        fast = _by_words(encode_batch) if by_words else encode_batch
+        return Fitted(pieces, fast, tokenizer.token_to_id(EOT), state)
+
+
+# What ByteLevel's (GPT-2's) pattern is on ASCII. Python's own \s would take the separators \x1c-\x1f too.
+_ASCII_WORD = re.compile(
+    r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+)
+
+
+def _by_words(encode_batch: EncodeBatch) -> EncodeBatch:
+    """The same ids, with each distinct word of ASCII text encoded once and remembered.
+
+    Merges never cross a word, and most words come again: on Python source 7-13 MB/s on one core where the library's
+    parallel encoding gave 2.3-6.4 MB/s on two (2-core VM, 2026-11-22). It has the library's cores only for new words.
+    """
+    known: dict[str, list[int]] = {}
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        plain = [i for i, text in enumerate(texts) if text.isascii()]
+        other = [i for i, text in enumerate(texts) if not text.isascii()]
+        found = dict(zip(other, encode_batch([texts[i] for i in other]), strict=True)) if other else {}
+        words = {i: _ASCII_WORD.findall(texts[i]) for i in plain}
+        if len(known) > REMEMBERED:
+            known.clear()
+        new = list(set().union(*words.values()) - known.keys())
+        known.update((word, ids.tolist()) for word, ids in zip(new, encode_batch(new), strict=True))
+        for i in plain:
+            found[i] = np.fromiter(chain.from_iterable(map(known.__getitem__, words[i])), np.int32)
+        return [found[i] for i in range(len(texts))]
+
+    return encode
 
 
 # ---------------------------------------------------------------------------------------------------------- GPT-2

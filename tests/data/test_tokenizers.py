@@ -116,6 +116,21 @@ def test_bpe_sample_is_bounded(monkeypatch):
     assert len(seen) == 100 and '"zz"' not in state
 
 
+def test_remembered_words_give_the_same_ids(monkeypatch):
+    monkeypatch.setattr(tk, "MANY_CORES", 0)
+    plain = fit(BPE(400))
+    monkeypatch.setattr(tk, "MANY_CORES", 10**6)
+    monkeypatch.setattr(tk, "REMEMBERED", 50)  # so that they are forgotten too
+    fast = BPE(400).restore(plain.state)
+    draw = random.Random(1)
+    letters = "ab 'tslvRE\n\t\r\x0b\x0c\x1c\x1d\x1e\x1f\x00\x7f_.1 "
+    texts = ["".join(draw.choices(letters, k=draw.randrange(30))) for _ in range(3000)] + HARD
+    for a, b in zip(plain.encode_batch(texts), fast.encode_batch(texts), strict=True):
+        assert np.array_equal(a, b)
+    monkeypatch.setattr(tk, "_ASCII_WORD", tk.re.compile(r"\s+|\S+"))  # negative control
+    assert any(map(lambda a, b: not np.array_equal(a, b), plain.encode_batch(texts), fast.encode_batch(texts)))
+
+
 def test_bpe_too_small():
     with pytest.raises(UserError, match="vocab=256.*257"):
         BPE(256).validate()

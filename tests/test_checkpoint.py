@@ -1,0 +1,294 @@
+"""Checkpoints: what the checksum sees, damage of every file, other models, other device counts."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lab.checkpoint import Checkpoints, checksum, manifest
+from lab.errors import UserError
+from lab.experiment import Checkpoint, Mesh
+from lab.program import Program
+from lab.sharding import make_mesh
+from tests.test_loop import (  # noqa: F401 (fixtures)
+    final,
+    go,
+    interrupt,
+    program_of,
+    quick,
+    reference,
+    restored,
+    same,
+    steps_of,
+)
+from tests.test_step import Perceptron, apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
+
+sums = jax.jit(checksum)
+
+
+# ------------------------------------------------------------------------------------------------------- checksum
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool"])
+def test_every_bit_of_every_type_counts(dtype):
+    size = 3 * 5
+    raw = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 256, size * jnp.dtype(dtype).itemsize,
+                                            dtype=np.uint8)
+    bits = 1 if dtype == "bool" else 8
+
+    def of(raw: np.ndarray) -> int:
+        return int(sums(jnp.asarray(raw.view(jnp.dtype(dtype)).reshape(3, 5))))
+
+    whole = of(raw)
+    assert of(raw.copy()) == whole
+    for byte in range(len(raw)):
+        for bit in range(bits):
+            damaged = raw.copy()
+            damaged[byte] ^= np.uint8(1 << bit)
+            assert of(damaged) != whole, (byte, bit)
+
+
+def test_swapped_elements_are_seen():
+    x = np.random.default_rng(1).normal(size=64).astype(np.float32)
+    whole = int(sums(x))
+    for i, j in [(0, 1), (3, 60), (31, 32), (0, 32)]:
+        swapped = x.copy()
+        swapped[[i, j]] = x[[j, i]]
+        assert int(sums(swapped)) != whole
+    assert int(sums(x.reshape(8, 8).T.copy())) != int(sums(x.reshape(8, 8)))
+    assert int(sums(x[::-1].copy())) != whole
+    assert int(jnp.sum(x.view(np.uint32))) == int(jnp.sum(x[::-1].view(np.uint32)))  # a plain sum would not see it
+
+
+@pytest.mark.xfail(strict=True, reason="2^31 * 2 (i - j) is 0 modulo 2^32: two changed sign bits cancel in checksum()")
+def test_signs_that_change_places_are_seen():
+    x = np.ones(64, np.float32)
+    x[5] = -1
+    swapped = np.ones(64, np.float32)
+    swapped[9] = -1
+    assert int(sums(x)) != int(sums(swapped))
+    assert int(sums(-x)) != int(sums(x))
+
+
+def test_the_checksum_is_the_same_for_every_sharding():
+    x = jnp.arange(64.0).reshape(8, 8) / 3
+    mesh = make_mesh()
+    specs = [PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")]
+    found = {int(sums(jax.device_put(x, NamedSharding(mesh, spec)))) for spec in specs}
+    assert found == {int(sums(x))}
+    assert int(sums(x.reshape(64))) == int(sums(x)) != int(sums(x + 1))
+
+
+def test_manifest():
+    found = manifest({"a": {"b": jnp.ones((2, 3))}, "n": (jnp.int32(4),)})
+    assert {path: (e["shape"], e["dtype"]) for path, e in found.items()} == {"a/b": ([2, 3], "float32"),
+                                                                           "n/0": ([], "int32")}
+    assert found["n/0"]["checksum"] == 4
+
+
+# --------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, quick) -> Path:  # noqa: F811
+    """A run that was stopped after update 10, with checkpoints at 4, 8 and 10. Not to be written to."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    assert go(toy(), folder, 9, interrupt())[0] == 75
+    assert steps_of(folder) == [4, 8, 10]
+    return folder
+
+
+@pytest.fixture
+def folder(interrupted, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
+
+
+def largest(checkpoint: Path) -> Path:
+    """The file with the arrays."""
+    return max((p for p in (checkpoint / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate(checkpoint: Path) -> None:
+    path = largest(checkpoint)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(checkpoint: Path) -> None:
+    path = largest(checkpoint)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def empty(checkpoint: Path) -> None:
+    for path in (checkpoint / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def without_arrays(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "state")
+
+
+def without_manifest(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "manifest")
+
+
+def scrambled_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest" / "metadata").write_text("{")
+
+
+def wrong_checksum(checkpoint: Path) -> None:
+    path = checkpoint / "manifest" / "metadata"
+    value = json.loads(path.read_text())
+    value["arrays"]["params/out/kernel"]["checksum"] ^= 1
+    path.write_text(json.dumps(value))
+
+
+def another_states_arrays(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "state")
+    shutil.copytree(checkpoint.parent / "4" / "state", checkpoint / "state")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, empty, without_arrays, without_manifest, scrambled_manifest,
+                                    wrong_checksum, another_states_arrays])
+def test_a_damaged_checkpoint_is_named_and_passed_over(folder, reference, damage):  # noqa: F811
+    damage(folder / "checkpoints" / "10")
+    status, said = go(toy(), folder)
+    assert status == 0
+    assert "checkpoint of step 10" in said and "is damaged" in said and "Going on after update 8 of 12" in said
+    assert same(folder, reference)
+    assert (folder / "damaged-checkpoint-10").is_dir()  # nothing is thrown away
+    assert not (folder / "damaged-checkpoint-8").exists()
+
+
+def test_an_undamaged_one_is_used(folder, reference):  # noqa: F811
+    status, said = go(toy(), folder)
+    assert status == 0 and "is damaged" not in said and "Going on after update 10 of 12" in said
+    assert same(folder, reference)
+
+
+def test_two_damaged_checkpoints(folder, reference):  # noqa: F811
+    flip(folder / "checkpoints" / "10")
+    without_arrays(folder / "checkpoints" / "8")
+    status, said = go(toy(), folder)
+    assert status == 0 and "step 10" in said and "step 8" in said and "Going on after update 4" in said
+    assert same(folder, reference)
+
+
+def test_any_flipped_byte_is_seen(folder, interrupted):
+    """Wherever a byte of the newest checkpoint flips, what comes back is that state, bit for bit, or the one before."""
+    good = {step: jax.device_get(restored(interrupted, toy(), step)) for step in (8, 10)}
+    assert apart(good[8], good[10]) > 1e-3
+    passed_over = 0
+    for path in sorted(p for p in (folder / "checkpoints" / "10").rglob("*") if p.is_file() and p.stat().st_size):
+        raw = path.read_bytes()
+        for at in {len(raw) // 2, len(raw) - 1}:
+            path.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1:])
+            try:
+                state = jax.device_get(restored(folder, toy()))
+            except UserError as e:
+                pytest.fail(f"{path.relative_to(folder)}, byte {at}: {e}")
+            assert apart(state, good[int(state.step)]) == 0, (path, at)
+            passed_over += int(state.step) == 8
+        path.write_bytes(raw)
+    assert passed_over > 3  # they did hit something
+
+
+@pytest.mark.xfail(strict=True, raises=UserError, reason="_read compares paths before it knows that the manifest is "
+                   "whole: a flipped bit in it is taken for another model, and the good checkpoint before is not used")
+@pytest.mark.parametrize("old, new", [("params/out/kernel", "params/out/kernem"), ('[8, 4]', '[8, 5]')])
+def test_a_flipped_bit_in_the_manifest_is_damage_and_no_other_model(folder, reference, old, new):  # noqa: F811
+    path = folder / "checkpoints" / "10" / "manifest" / "metadata"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    assert go(toy(), folder)[0] == 0
+    assert same(folder, reference)
+
+
+@pytest.mark.parametrize("damage", [flip, without_arrays, without_manifest])
+def test_when_all_are_damaged_nothing_starts_again_in_silence(folder, damage):
+    for step in steps_of(folder):
+        damage(folder / "checkpoints" / str(step))
+    rows = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"Every checkpoint in .* is damaged \(steps \[4, 8, 10\]\).*start again"):
+        go(toy(), folder)
+    assert (folder / "metrics.jsonl").read_bytes() == rows and steps_of(folder) == [4, 8, 10]
+
+
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "commit_success.txt", "state/commit_success.txt",
+                                  "manifest/commit_success.txt", "state/_METADATA", "state/manifest.ocdbt"])
+def test_a_lost_file_never_means_a_silent_restart(folder, reference, name):  # noqa: F811
+    for step in steps_of(folder):
+        (folder / "checkpoints" / str(step) / name).unlink(missing_ok=True)
+    try:
+        status, said = go(toy(), folder)
+    except UserError as e:
+        assert "damaged" in str(e)
+    else:
+        assert status == 0 and "Going on after update 10" in said
+        assert same(folder, reference)
+
+
+# ------------------------------------------------------------------------------------------- models, steps, devices
+
+
+def test_a_checkpoint_of_another_model(interrupted):
+    with pytest.raises(UserError, match=r"step 10 in .* is of another model: .*hidden/bias is \[8\] there and \[16\]"):
+        restored(interrupted, toy(model=Perceptron(width=16)))
+    with pytest.raises(UserError, match=r"extra/stats/calls is missing there and \[\] here"):
+        restored(interrupted, toy(model=Perceptron(counts=True)))
+
+
+def test_a_step_that_is_not_there(interrupted):
+    with pytest.raises(UserError, match=r"has no checkpoint of step 5; it has \[4, 8, 10\]"):
+        restored(interrupted, toy(), 5)
+    assert int(restored(interrupted, toy(), 4).step) == 4
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Checkpoint())
+    assert checkpoints.restore(program_of(toy()).abstract) is None
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("first, second", [(1, 8), (8, 1)])
+def test_another_number_of_devices(tmp_path, reference, first, second):  # noqa: F811
+    here, there = (toy(mesh=Mesh(data=n)) for n in (first, second))
+    assert go(here, tmp_path / "run", 5, interrupt())[0] == 75
+    before = final(tmp_path / "run", here)
+    state = restored(tmp_path / "run", there)
+    assert apart(state, before) == 0
+    assert all(len(x.devices()) == second for x in jax.tree.leaves(state))
+    assert go(there, tmp_path / "run")[0] == 0
+    assert apart(final(tmp_path / "run", there), final(reference)) < 1e-5
+    rows = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    whole = [json.loads(line)["loss"] for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    assert rows == pytest.approx(whole, abs=1e-5)
+
+
+def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
+    experiment = replace(toy(), checkpoint=Checkpoint(keep=3))
+    program: Program = program_of(experiment)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", experiment.checkpoint)
+    state, saved = program.init(), []
+    batch: Any = jax.tree.map(lambda s: jax.device_put(np.ones(s.shape, s.dtype), program.train_sharding), program.spec)
+    for step in range(3):
+        saved.append(jax.tree.map(np.array, jax.device_get(state)))
+        checkpoints.save(step, state)
+        state, _ = program.train(state, batch)  # overwrites its memory
+    checkpoints.wait()
+    assert checkpoints.steps() == [0, 1, 2]
+    for step in range(3):
+        assert apart(checkpoints.restore(program.abstract, step), saved[step]) == 0
+    assert apart(saved[0], saved[2]) > 1e-3
+    checkpoints.close()
