@@ -19,15 +19,15 @@ experiment = Experiment(
     model=GPT(depth=12, width=768, heads=12, vocab=50257, context=1024),
     task=LanguageModel(),
     optim=AdamW(lr=Cosine(6e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
-    steps=20_000, batch=512, microbatches=8, precision="bfloat16",
+    steps=20_000, batch=512, microbatches=32, precision="bfloat16",
     evaluate=Evaluate(every=1000, records=2048), checkpoint=Checkpoint(every=1000),
 )
 
 local = replace(
     experiment,
     data=Text(PythonStdlib(), BPE(vocab=2048), length=128),
-    model=GPT(depth=4, width=256, heads=4, vocab=2048, context=128),
+    model=GPT(depth=4, width=128, heads=2, vocab=2048, context=128),
     optim=AdamW(lr=Cosine(2e-3, warmup=10, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
-    steps=600, batch=16, microbatches=1,
-    evaluate=Evaluate(every=200, records=512), checkpoint=Checkpoint(every=100),
+    steps=700, batch=16, microbatches=1,
+    evaluate=Evaluate(every=350), checkpoint=Checkpoint(every=100),
 )

@@ -15,7 +15,6 @@ experiment = replace(
     gpt_small.experiment,
     model=GPT(depth=48, width=1600, heads=25, scan=True, remat="blocks"),
     optim=AdamW(lr=Cosine(2e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
-    microbatches=32,
 )
 
 local = replace(gpt_small.local, model=gpt_small.local.model.clone(scan=True, remat="blocks"))

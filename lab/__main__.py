@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -99,9 +101,10 @@ def parse(path: Path, args: Sequence[str], options: type) -> tuple[Experiment, A
     flat = tyro.conf.arg(name="")
     command_type = make_dataclass("Command", [("experiment", Annotated[type(default), flat]),
                                               ("options", Annotated[options, flat])])
-    command = tyro.cli(command_type, args=list(args), default=command_type(default, options()),
-                       prog=f"./launch.sh {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}",
-                       description=module.__doc__, config=(tyro.conf.AvoidSubcommands,))
+    with warnings.catch_warnings(action="ignore"):  # a field of the wrong type is said by validate() below
+        command = tyro.cli(command_type, args=list(args), default=command_type(default, options()),
+                           prog=f"./launch.sh {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}",
+                           description=module.__doc__, config=(tyro.conf.AvoidSubcommands,))
     for flag, value in unchanged(args, default, command.experiment):
         print(f"Note: {flag} was {value} already; it changes nothing.", flush=True)
     command.experiment.validate()
@@ -207,6 +210,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 def main(args: Sequence[str]) -> int:
     """Runs a command; returns the exit status: 2 for what a person can fix, said in a sentence or two."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS think aloud
     try:
         if not args or args[0] in ("-h", "--help", "help"):
             print(overview())
@@ -224,6 +228,9 @@ def main(args: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lab"
@@ -59,6 +59,8 @@ def say(text: str) -> None:
 
 
 class Choice(NamedTuple):
+    """The build of JAX, and why it fits."""
+
     accelerator: str
     reason: str
 
@@ -105,6 +107,7 @@ def choose_nvidia() -> Choice:
 
 
 def ask_nvidia_smi(smi: str) -> Choice:
+    """What the driver's own tool says of the driver and the oldest GPU."""
     query = [smi, "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
@@ -139,6 +142,7 @@ class Plan(NamedTuple):
 
 
 def digest(*parts: str | bytes) -> str:
+    """12 hexadecimal digits of the parts."""
     return hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else p.encode() for p in parts)).hexdigest()[:12]
 
 
@@ -153,6 +157,7 @@ def plan_environment(extras: list[str], reason: str) -> Plan:
 
 
 def environment_name(labels: list[str], *contents: str | bytes) -> str:
+    """A folder name that changes with everything that an environment is made of."""
     # The path of the base Python is part of the hash, since the environment's `python` is a link to it.
     machine = getattr(sys.implementation, "_multiarch", sys.platform) + os.uname().machine
     key = digest(*contents, sys.version, BASE_PYTHON, machine)
@@ -182,6 +187,7 @@ def stores() -> list[Path]:
 
 
 def finished(folder: Path) -> bool:
+    """Whether an environment was built to its end and its Python is still there."""
     # `python` is a link: it dangles when the Python it was built on has been removed.
     return (folder / "ok").exists() and (folder / "bin/python").exists()
 
@@ -207,7 +213,7 @@ def ensure(plan: Plan) -> Path:
     raise Stop(f"cannot write to {' or '.join(map(str, stores()))}; set LAB_ENVS to a folder for the environments.")
 
 
-def wait_for(lock) -> None:
+def wait_for(lock: IO[str]) -> None:
     """Take the lock. The kernel drops it when its holder dies, whatever the cause."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,6 +223,7 @@ def wait_for(lock) -> None:
 
 
 def build(folder: Path, plan: Plan, lock: int) -> None:
+    """Builds an environment in `folder`; it counts only once `ok` is in it."""
     say(f"{plan.reason}; building the environment {folder.name} (once) ...")
     began = time.monotonic()
     uv, environ = find_uv(folder.parent, lock), uv_environ()
@@ -383,23 +390,8 @@ def process_environ(environ: Mapping[str, str], folder: Path, accelerator: str) 
     return defaults | result
 
 
-def pytest_arguments(arguments: list[str]) -> list[str]:
-    """Paths relative to the repository are found from anywhere; without a path, all tests run."""
-    takes_value = {"-k", "-m", "-p", "-o", "-c", "-W", "-n", "-r"}
-    result, any_path = [], False
-    for before, argument in zip([""] + arguments, arguments, strict=False):
-        path, colons, test = argument.partition("::")
-        if before not in takes_value and not argument.startswith("-"):
-            if not os.path.exists(path) and (ROOT / path).exists():
-                argument = f"{ROOT / path}{colons}{test}"
-            any_path = any_path or os.path.exists(argument.partition("::")[0])
-        result.append(argument)
-    if not any_path:
-        result.append(str(ROOT / "tests"))
-    return ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *result]
-
-
 def describe(folder: Path, choice: Choice) -> str:
+    """What `./launch.sh env` prints."""
     installed = folder.glob("lib/python*/site-packages/jax-*.dist-info")
     jax = next((path.stem.removeprefix("jax-") for path in installed), "unknown")
     return (
@@ -409,6 +401,7 @@ def describe(folder: Path, choice: Choice) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    """Finds or builds the environment and becomes the command in it."""
     verb, rest = (arguments or [""])[0], arguments[1:]
     if verb == "prepare":
         script = str(ROOT / "lab/data/prepare.py")
@@ -428,7 +421,8 @@ def main(arguments: list[str]) -> None:
     # -P keeps the current folder out of the search path: a user's random.py there must not shadow a module.
     words = [python, "-P", "-m", "lab", *arguments]
     if verb == "tests":
-        words = [python, "-P", "-m", "pytest", *pytest_arguments(rest)]
+        os.chdir(ROOT)    # so that paths such as tests/test_step.py mean the same from everywhere
+        words = [python, "-P", "-m", "pytest", *rest]
     elif verb == "ruff":
         words = [str(folder / "bin/ruff"), *rest]
     os.execve(words[0], words, process_environ(os.environ, folder, choice.accelerator))

@@ -14,17 +14,18 @@ import numpy as np
 from jax import Array
 
 from lab.errors import UserError
-from lab.experiment import Checkpoint
+from lab.experiment import Checkpoint, digest
 from lab.sharding import path_of
 
 log = logging.getLogger(__name__)
 
 
 def checksum(x: Array) -> Array:
-    """uint32: the sum over elements of bits * (2 index + 1), modulo 2^32.
+    """uint32: the sum over elements of a hash of (bits, index), modulo 2^32.
 
-    The factors are odd, hence invertible: no change of a single element goes unseen. Computed where the array lives,
-    so it is the same for every sharding and storage, and costs one pass over memory.
+    For a given index the hash is one to one, so no change of a single element goes unseen, and it is not linear, so
+    several changes do not cancel. Computed where the array lives: it is the same for every sharding and storage, and
+    costs one pass over memory.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -32,7 +33,14 @@ def checksum(x: Array) -> Array:
     index = jnp.zeros(x.shape, jnp.uint32)
     for dimension in range(x.ndim):
         index = index * np.uint32(x.shape[dimension]) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dimension)
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+    return jnp.sum(_mix(bits.astype(jnp.uint32) ^ _mix(index + 1)), dtype=jnp.uint32)
+
+
+def _mix(x: Array) -> Array:
+    """A one-to-one 32-bit hash (C. Wellons' lowbias32)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 _checksums = jax.jit(lambda leaves: [checksum(x) for x in leaves])
@@ -66,7 +74,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # 0.7 s: not for --help and --dry-run
 
         self.folder, self._ocp = folder, ocp
-        settings = ({"read_only": True} if options is None else
+        settings = ({"read_only": True, "create": False} if options is None else
                     {"preservation_policy": _Keep(options, best), "cleanup_tmp_directories": True})
         self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1), **settings))
@@ -88,8 +96,10 @@ class Checkpoints:
                             f"{free / 1e6:.0f} MB are free. Free some and run the same command: it goes on from the "
                             f"last checkpoint.")
         args = self._ocp.args
+        arrays = manifest(state)
+        described = args.JsonSave({"step": step, "digest": digest(arrays), "arrays": arrays})
         self._guard(lambda: self._manager.save(step, force=True, args=args.Composite(
-            state=args.StandardSave(state), manifest=args.JsonSave({"step": step, "arrays": manifest(state)}))))
+            state=args.StandardSave(state), manifest=described)))
 
     def wait(self) -> None:
         """Blocks until every save that was started is on disk."""
@@ -144,7 +154,10 @@ class Checkpoints:
 
     def _read(self, step: int, target: Any) -> Any:
         args = self._ocp.args
-        saved = self._manager.restore(step, args=args.Composite(manifest=args.JsonRestore())).manifest["arrays"]
+        described = self._manager.restore(step, args=args.Composite(manifest=args.JsonRestore())).manifest
+        saved = described["arrays"]
+        if digest(saved) != described["digest"]:
+            raise ValueError("its manifest was changed")
         here = {path_of(p): list(x.shape) for p, x in jax.tree.leaves_with_path(target)}
         there = {path: entry["shape"] for path, entry in saved.items()}
         for path in sorted(here.keys() | there.keys()):

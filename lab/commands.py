@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +12,8 @@ import tyro
 
 from lab.checkpoint import Checkpoints
 from lab.errors import UserError
-from lab.experiment import Experiment
-from lab.loop import finished
+from lab.experiment import Experiment, Mesh
+from lab.loop import best_row
 from lab.metrics import read_rows
 from lab.program import Program
 from lab.run_folder import read_folder, write_json
@@ -25,18 +27,15 @@ def _open(run: Path, step: int | None, best: bool) -> tuple[Experiment, Program,
     experiment, _ = read_folder(run)
     experiment.validate()
     if best:
-        result = finished(run)
-        settings = experiment.evaluate
         rows = [r for r in read_rows(run / "metrics.jsonl") if r["split"] == "validation" and r["step"]]
-        pick = min if settings.mode == "min" else max
-        if result:
-            step = result["best"]["step"]
-        elif rows:
-            step = pick(rows, key=lambda r: r[settings.metric])["step"]
+        step = best_row(rows, experiment.evaluate)["step"]
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run} has no checkpoint yet.")
-    program = Program(experiment)
-    state = Checkpoints(run / "checkpoints").restore(program.abstract, step)
+    # A run may be looked at on another number of devices than it was trained on.
+    program = Program(replace(experiment, mesh=Mesh(math.gcd(experiment.batch, jax.device_count()))))
+    checkpoints = Checkpoints(run / "checkpoints")
+    state = checkpoints.restore(program.abstract, step)
+    checkpoints.close()
     if state is None:
         raise UserError(f"{run} has no checkpoint yet.")
     return experiment, program, state

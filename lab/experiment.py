@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,6 +132,8 @@ class Experiment:
 
 
 def _at_least(flag: str, value: int | None, least: int) -> None:
+    if value is not None and not isinstance(value, int):
+        raise UserError(f"{flag} must be a whole number, not {value!r}.")
     if value is not None and value < least:
         raise UserError(f"{flag} must be at least {least}, not {value}.")
 
@@ -197,8 +200,13 @@ def load(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+    except UserError:
+        raise
     except SyntaxError as e:
-        raise UserError(f"{path}, line {e.lineno}: {e.msg}.") from e
+        raise UserError(f"{e.filename}, line {e.lineno}: {e.msg}.") from e
+    except Exception as e:  # whatever the file does wrong; its line is what its author needs
+        line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == str(path)), "?")
+        raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}.") from e
     if not isinstance(getattr(module, "experiment", None), Experiment):
         raise UserError(f"{path} defines no `experiment = Experiment(...)`.")
     return module

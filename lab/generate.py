@@ -26,6 +26,7 @@ def pick(logits_BV: Array, key: Array, temperature: float | Array, top_k: int | 
     sorted_BV = jnp.sort(scaled_BV, axis=-1, descending=True)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    top_p = jnp.where(top_p >= 1, jnp.inf, top_p)  # rounding lets the cumulative sum reach 1 before the last token
     last = jnp.maximum(jnp.sum(before_BV < top_p, axis=-1, keepdims=True) - 1, 0)
     scaled_BV = jnp.where(scaled_BV < jnp.take_along_axis(sorted_BV, last, axis=-1), -jnp.inf, scaled_BV)
     sampled = jax.random.categorical(key, scaled_BV, axis=-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import signal
 import time
@@ -19,10 +18,10 @@ from lab.checkpoint import Checkpoints
 from lab.console import Screen, clock, human
 from lab.data.pipeline import Prefetch, eval_batches, train_batch, train_indices
 from lab.errors import UserError
-from lab.experiment import Experiment
+from lab.experiment import Evaluate, Experiment
 from lab.plan import make_plan
 from lab.program import Program
-from lab.run_folder import open_folder, write_json
+from lab.run_folder import alone, open_folder, read_json, write_json
 from lab.step import State, cast
 
 EXIT = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75 (EX_TEMPFAIL) tells a launcher: saved, start me again
@@ -68,7 +67,7 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
     open_folder(folder, experiment, file, data.fingerprint)
     screen.say("Data: " + "; ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
                                     for name, value in data.summary.items()))
-    with _Stop().listening() as stop:
+    with alone(folder), _Stop().listening() as stop:
         run = _Run(experiment, folder, screen, data, stop)
         try:
             return run.go()
@@ -137,7 +136,7 @@ class _Run:
         for i in range(n):
             step = last - n + 1 + i
             means = metrics.means({k: (s[i], w[i]) for k, (s, w) in values.items()} if n > 1 else values)
-            if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
+            if not all(math.isfinite(means[k]) for k in ("loss", "gradient_norm", "update_norm", "parameter_norm")):
                 self._diverged(step, means)
             if step % self.experiment.log.every == 0:
                 self._write({"step": step, "split": "train", **means})
@@ -174,9 +173,7 @@ class _Run:
     @property
     def best_step(self) -> int | None:
         """The step with the best validation metric so far; a function of the rows, so resuming cannot change it."""
-        settings = self.experiment.evaluate
-        sign = 1 if settings.mode == "min" else -1
-        return min(self._evaluations(), key=lambda row: sign * row[settings.metric], default={"step": None})["step"]
+        return best_row(self._evaluations(), self.experiment.evaluate)["step"]
 
     def _out_of_patience(self) -> bool:
         patience = self.experiment.evaluate.patience
@@ -215,8 +212,8 @@ class _Run:
         self.checkpoints.wait()
         kept = self.checkpoints.steps()
         last_good = f"the checkpoint after update {kept[-1]} is kept" if kept else "nothing was saved"
-        raise Diverged(f"Update {step}: the loss is {means['loss']} and the gradient norm {means['gradient_norm']}. "
-                       f"Stopped; {last_good}. "
+        raise Diverged(f"Update {step}: the loss is {means['loss']}, the gradient norm {means['gradient_norm']} and "
+                       f"the parameter norm {means['parameter_norm']}. Stopped; {last_good}. "
                        f"The batch and the norms are in {report}. A lower learning rate, a longer warm-up or "
                        f"--optim.clip may help.")
 
@@ -246,6 +243,15 @@ class _Run:
         if self.board:
             self.board.close()
         self.checkpoints.close()
+
+
+def best_row(rows: list[dict[str, Any]], settings: Evaluate) -> dict[str, Any]:
+    """The first row with the best value of the metric; a value that is no number is never the best."""
+    def badness(row: dict[str, Any]) -> float:
+        value = row[settings.metric] if settings.mode == "min" else -row[settings.metric]
+        return math.inf if math.isnan(value) else value
+
+    return min(rows, key=badness, default={"step": None})
 
 
 class _Clock:
@@ -317,7 +323,7 @@ def describe_result(result: dict[str, Any]) -> str:
 def finished(folder: Path) -> dict[str, Any] | None:
     """The result of a finished run, or None."""
     path = folder / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lab.errors import UserError
+
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by JAX's device_kind.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
@@ -37,12 +39,31 @@ def mfu(flops_per_second: float) -> float | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSON-lines file; a last line cut short by a crash is dropped."""
+    """The rows of a JSON-lines file; a last line cut short by a crash is dropped.
+
+    Raises:
+      UserError: another line is damaged.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        if line.endswith("\n"):
+    for number, line in enumerate(lines, 1):
+        try:
             rows.append(json.loads(line))
-    return rows
+        except ValueError as e:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is damaged ({e}). Restore it, or start afresh with "
+                                f"--run-dir.") from e
+    return rows if not lines or lines[-1].endswith("\n") else rows[: len(lines) - 1]
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replaces a file's content by all of `text` or nothing, and makes it survive a power cut."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 class Rows:
@@ -51,9 +72,7 @@ class Rows:
     def __init__(self, path: Path, last_step: int):
         """Opens for appending, without the rows after `last_step` that a crashed process may have left."""
         self.rows = [row for row in read_rows(path) if row["step"] <= last_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(temporary, path)
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a")
 
     def append(self, row: dict[str, Any]) -> None:

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lab.errors import UserError
 from lab.experiment import ROOT, Experiment, differences, from_json, load, to_json
+from lab.metrics import replace_file
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes all or nothing."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    """Writes all or nothing, also when the power fails."""
+    replace_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError when the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}). Restore it, or start afresh with --run-dir.") from e
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds the run folder; the operating system lets go of it when the process dies.
+
+    Raises:
+      UserError: another process is training there.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another process is training in {folder}. Wait for it, or choose another with "
+                            f"--run-dir.") from None
+        yield
 
 
 def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fingerprint: str) -> None:
@@ -32,7 +58,7 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
         folder.mkdir(parents=True, exist_ok=True)
         described = folder / "experiment.json"
         if described.exists():
-            _check_same(folder, json.loads(described.read_text()), experiment, data_fingerprint)
+            _check_same(folder, read_json(described), experiment, data_fingerprint)
         elif any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and is no run folder. Choose another with --run-dir.")
         write_json(described, {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
@@ -65,7 +91,7 @@ def read_folder(folder: Path) -> tuple[Experiment, dict[str, Any]]:
     if not described.exists():
         near = sorted(str(p.parent) for p in Path("runs").glob("*/experiment.json"))
         raise UserError(f"{folder} is no run folder" + (f"; there are {', '.join(near)}." if near else "."))
-    value = json.loads(described.read_text())
+    value = read_json(described)
     if value["file"] and Path(value["file"]).exists():
         load(Path(value["file"]))  # its classes may be part of the experiment
     return from_json(value["experiment"]), value

@@ -375,18 +375,3 @@ def test_a_ready_environment_starts_fast(checkout):
         assert checkout.run("x").returncode == 0
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 0.3, seconds    # the best of five: the machine may be busy with something else
-
-
-def test_tests_are_found_from_anywhere(tmp_path, monkeypatch):
-    def given(*arguments: str) -> list[str]:
-        return bootstrap.pytest_arguments(list(arguments))[4:]
-
-    monkeypatch.chdir(tmp_path)
-    this = str(ROOT / "tests/test_bootstrap.py")
-    assert given() == [str(ROOT / "tests")]
-    assert given("-x", "-k", "tests") == ["-x", "-k", "tests", str(ROOT / "tests")]
-    assert given("tests/test_bootstrap.py") == [this]
-    assert given("-x", "tests/test_bootstrap.py::test_x[a/b]") == ["-x", f"{this}::test_x[a/b]"]
-    (tmp_path / "tests").mkdir()    # the user's own folder comes first
-    (tmp_path / "tests/test_bootstrap.py").touch()
-    assert given("tests/test_bootstrap.py") == ["tests/test_bootstrap.py"]

@@ -67,7 +67,6 @@ def test_swapped_elements_are_seen():
     assert int(jnp.sum(x.view(np.uint32))) == int(jnp.sum(x[::-1].view(np.uint32)))  # a plain sum would not see it
 
 
-@pytest.mark.xfail(strict=True, reason="2^31 * 2 (i - j) is 0 modulo 2^32: two changed sign bits cancel in checksum()")
 def test_signs_that_change_places_are_seen():
     x = np.ones(64, np.float32)
     x[5] = -1
@@ -90,7 +89,7 @@ def test_manifest():
     found = manifest({"a": {"b": jnp.ones((2, 3))}, "n": (jnp.int32(4),)})
     assert {path: (e["shape"], e["dtype"]) for path, e in found.items()} == {"a/b": ([2, 3], "float32"),
                                                                            "n/0": ([], "int32")}
-    assert found["n/0"]["checksum"] == 4
+    assert found["n/0"]["checksum"] == int(checksum(jnp.int32(4))) != int(checksum(jnp.int32(5)))
 
 
 # --------------------------------------------------------------------------------------------------------- damage
@@ -203,8 +202,6 @@ def test_any_flipped_byte_is_seen(folder, interrupted):
     assert passed_over > 3  # they did hit something
 
 
-@pytest.mark.xfail(strict=True, raises=UserError, reason="_read compares paths before it knows that the manifest is "
-                   "whole: a flipped bit in it is taken for another model, and the good checkpoint before is not used")
 @pytest.mark.parametrize("old, new", [("params/out/kernel", "params/out/kernem"), ('[8, 4]', '[8, 5]')])
 def test_a_flipped_bit_in_the_manifest_is_damage_and_no_other_model(folder, reference, old, new):  # noqa: F811
     path = folder / "checkpoints" / "10" / "manifest" / "metadata"

@@ -38,7 +38,7 @@ class GPT(Transformer):
         With `decode` the keys and values are written to the "cache" collection (`context` rows) at `positions`, and
         each query sees the cache up to its own position: one call with L > 1 prefills, calls with L = 1 continue.
         """
-        positions = jnp.arange(tokens_BL.shape[1]) if positions is None else positions
+        positions = jnp.atleast_2d(jnp.arange(tokens_BL.shape[1]) if positions is None else positions)
         init = nn.initializers.normal(0.02)
         wte = nn.Embed(self.vocab, self.width, embedding_init=init, name="wte")
         x_BLD = wte(tokens_BL)

@@ -31,37 +31,47 @@ Remat = Literal["none", "blocks"]
 log = logging.getLogger(__name__)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def project(x: Array, kernel: Array, dtype: Any) -> Array:
-    """``x (..., D) @ kernel (D, F) -> (..., F)`` in `dtype`, accumulated in float32.
+def product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
+    """``einsum(spec, a, b)`` in `dtype`, accumulated in float32. No letter may stand for a sum over one operand alone.
 
-    The derivative is written out so that its two products also take operands of x's type: left to autodiff, the
-    float32 cotangent would turn both into mixed products, which no matrix unit (AMX, tensor core, MXU) runs.
+    Float32 operands keep JAX's own rule, and with it forward-mode derivatives.
     """
-    contract_last = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, contract_last, preferred_element_type=jnp.float32).astype(dtype)
+    if a.dtype == jnp.float32:
+        return jnp.einsum(spec, a, b)
+    return _reduced_product(spec, dtype, a, b)
 
 
-def _project_forward(x: Array, kernel: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return project(x, kernel, dtype), (x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _reduced_product(spec: str, dtype: Any, a: Array, b: Array) -> Array:
+    """The derivative is written out so that its two products also take operands of reduced precision: left to autodiff,
+    the float32 cotangent would turn both into mixed products, which no matrix unit (AMX, tensor core, MXU) runs.
+    """
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _project_backward(dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    g, batch = g.astype(x.dtype), tuple(range(x.ndim - 1))
-    product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    dx = product(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
-    dkernel = product(x, g, ((batch, batch), ((), ())))
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+def _forward(spec: str, dtype: Any, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _reduced_product(spec, dtype, a, b), (a, b)
 
 
-project.defvjp(_project_forward, _project_backward)
+def _backward(spec: str, dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    a, b = saved
+    letters_a, letters_b, letters_out = spec.replace("->", ",").split(",")
+    g = g.astype(a.dtype)
+    return (_reduced_product(f"{letters_out},{letters_b}->{letters_a}", a.dtype, g, b),
+            _reduced_product(f"{letters_out},{letters_a}->{letters_b}", b.dtype, g, a))
 
 
-def _dense_product(x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, **_: Any) -> Array:
-    """What `nn.Dense` calls for its product. Float32 keeps JAX's own rule (and with it forward-mode derivatives)."""
-    if x.dtype == jnp.float32:
-        return jax.lax.dot_general(x, kernel, dimension_numbers, precision=precision)
+_reduced_product.defvjp(_forward, _backward)
+
+
+def project(x: Array, kernel: Array, dtype: Any) -> Array:
+    """``x (..., D) @ kernel (D, F) -> (..., F)`` by `product`."""
+    rows = "ABCEGHI"[: x.ndim - 1]
+    return product(f"{rows}D,DF->{rows}F", x, kernel, dtype)
+
+
+def _dense_product(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """What `nn.Dense` calls for its product."""
     return project(x, kernel, x.dtype)
 
 
@@ -95,7 +105,7 @@ def rotary(x_BLNK: Array, positions: Array) -> Array:
     """Rotary position embedding (Su et al. 2021), halves convention, base 10,000. `positions`: (L,) or (B, L)."""
     half = x_BLNK.shape[-1] // 2
     frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    angle = jnp.einsum("...,K->...K", positions[..., None].astype(jnp.float32), frequency)
     a, b = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1)
     return rotated.astype(x_BLNK.dtype)
@@ -136,11 +146,11 @@ def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array
     """
     B, L, N, K = q_BLNK.shape
     q_BLGRK = q_BLNK.reshape(B, L, k_BSGK.shape[2], -1, K)
-    scores = jnp.einsum("BLGRK,BSGK->BGRLS", q_BLGRK, k_BSGK, preferred_element_type=jnp.float32) * K**-0.5
+    scores = product("BLGRK,BSGK->BGRLS", q_BLGRK, k_BSGK, jnp.float32) * K**-0.5
     if visible is not None:
         scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probabilities = drop(jax.nn.softmax(scores, axis=-1)).astype(q_BLNK.dtype)
-    return jnp.einsum("BGRLS,BSGK->BLGRK", probabilities, v_BSGK).reshape(B, L, N, K)
+    return product("BGRLS,BSGK->BLGRK", probabilities, v_BSGK, q_BLNK.dtype).reshape(B, L, N, K)
 
 
 class Transformer(nn.Module):
@@ -256,7 +266,7 @@ class SelfAttention(Transformer):
             q_BLNK, k_BSGK = rotary(q_BLNK, positions), rotary(k_BSGK, positions)
         if decode:
             k_BSGK, v_BSGK = self._cached("keys", k_BSGK, positions), self._cached("values", v_BSGK, positions)
-            visible = jnp.arange(self.context) <= positions[..., None]
+            visible = jnp.arange(self.context)[None, None] <= positions[..., None]
             y_BLNK = einsum_attention(q_BLNK, k_BSGK, v_BSGK, jnp.broadcast_to(visible, (B, L, self.context)))
         else:
             y_BLNK = self._attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, train)

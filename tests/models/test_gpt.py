@@ -436,8 +436,6 @@ def test_dropout_is_on_the_embedding_too():
 
 
 @pytest.mark.parametrize("fields", [{}, MODERN], ids=["gpt2", "modern"])
-@pytest.mark.xfail(strict=True, reason="positions (L,) broadcast against (B, L, D) in gpt.py, rotary and the cache's "
-                                       "mask; three one-line changes there make this pass")
 def test_nothing_broadcasts_over_ranks(fields):
     model = GPT(**TINY, **fields)
     with jax.numpy_rank_promotion("raise"):
