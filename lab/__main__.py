@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import difflib
+import errno
+import functools
 import logging
 import os
 import sys
@@ -25,7 +27,10 @@ def experiments() -> dict[str, str]:
     """File name -> first line of its docstring, without importing anything."""
     found = {}
     for path in sorted((ROOT / "experiments").glob("*.py")):
-        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        try:
+            doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        except SyntaxError as e:
+            doc = f"(line {e.lineno}: {e.msg})"
         found[f"experiments/{path.name}"] = doc.partition("\n")[0]
     return found
 
@@ -115,12 +120,20 @@ def unchanged(args: Sequence[str], before: Any, after: Any) -> list[tuple[str, A
     """The overrides that change nothing: (flag, value)."""
     found = []
     for flag in (a.split("=")[0] for a in args if a.startswith("--")):
-        a, b = before, after
-        for name in flag[2:].replace("-", "_").replace(".no_", ".").split("."):
-            a, b = getattr(a, name, _Missing), getattr(b, name, _Missing)
+        path = flag[2:].replace("-", "_")
+        head, dot, last = path.rpartition(".")
+        a, b = _at(before, path), _at(after, path)
+        if a is _Missing and last.startswith("no_"):  # --model.no-bias
+            a, b = _at(before, head + dot + last[3:]), _at(after, head + dot + last[3:])
         if a is not _Missing and a == b:
             found.append((flag, b))
     return found
+
+
+def _at(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name, _Missing)
+    return value
 
 
 class _Missing:
@@ -133,6 +146,8 @@ class TrainOptions:
 
     run_dir: Path | None = None
     """Folder of the run; by default runs/<experiment>-<fingerprint>."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files to tensorboard/ in the run folder (needs LAB_EXTRAS=tensorboard)."""
     dry_run: bool = False
     """Print what the run would cost, and stop."""
     full: bool = False
@@ -158,27 +173,27 @@ def train(args: Sequence[str]) -> int:
     with Screen() as screen:
         screen.say(f"Run folder: {folder}")
         if result is not None:
-            from lab.run_folder import open_folder
+            from lab.run_folder import check_same
 
-            open_folder(folder, experiment, path, experiment.data.load().fingerprint)
+            check_same(folder, experiment, experiment.data.load().fingerprint)
             screen.say("This run is finished already. Delete its folder, or change the seed, to run it again.")
             screen.say(loop.describe_result(result))
             return 0
-        return loop.train(experiment, folder, screen, path)
+        return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard)
 
 
 def evaluate(args: Sequence[str]) -> int:
     """RUN [--step N]"""
     from lab.commands import evaluate
 
-    return _function(evaluate, args)
+    return _function("eval", evaluate, args)
 
 
 def sample(args: Sequence[str]) -> int:
     """RUN --prompt TEXT"""
     from lab.commands import sample
 
-    return _function(sample, args)
+    return _function("sample", sample, args)
 
 
 def bench(args: Sequence[str]) -> int:
@@ -186,18 +201,29 @@ def bench(args: Sequence[str]) -> int:
     if not args:
         raise UserError("Say which experiment to measure: ./launch.sh bench experiments/gpt_small.py")
     from lab.bench import BenchOptions, measure
+    from lab.console import Screen
 
     experiment, options, _ = parse(find_experiment(args[0]), args[1:], BenchOptions)
     check_platform()
-    measure(experiment, options)
+    if options.updates < 1:
+        raise UserError(f"--updates must be at least 1, not {options.updates}.")
+    with Screen():
+        measure(experiment, options)
     return 0
 
 
-def _function(function: Callable[..., None], args: Sequence[str]) -> int:
+def _function(name: str, function: Callable[..., None], args: Sequence[str]) -> int:
     import tyro
 
-    tyro.cli(function, args=list(args), prog=f"./launch.sh {function.__name__}",
-             config=(tyro.conf.FlagCreatePairsOff,))
+    from lab.console import Screen
+
+    @functools.wraps(function)  # tyro reads its arguments and their documentation
+    def checked(*values: Any, **named: Any) -> None:
+        check_platform()
+        with Screen():
+            function(*values, **named)
+
+    tyro.cli(checked, args=list(args), prog=f"./launch.sh {name}", config=(tyro.conf.FlagCreatePairsOff,))
     return 0
 
 
@@ -226,11 +252,17 @@ def main(args: Sequence[str]) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"error: {e.filename or 'A file'} cannot be written: {e.strerror}. Free or unlock it and run the same "
+              f"command: it goes on from the last checkpoint.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> None:
              "compile_seconds": round(program.compile_seconds, 2), "ms_per_update": round(median, 3),
              "ms_quartiles": [round(float(q), 3) for q in np.percentile(timed, [25, 75])],
              f"{data.unit}_per_second": round(units / median * 1000), "flops_per_second": flops / median * 1000,
-             "mfu": metrics.mfu(flops / median * 1000), "data_wait_ms": round(waited * 1000, 3),
+             "mfu": metrics.mfu(flops / median * 1000, program.mesh.size), "data_wait_ms": round(waited * 1000, 3),
              "peak_temporary_bytes": getattr(memory, "temp_size_in_bytes", None)}
     table = Table("", "", show_header=False)
     for name, value in found.items():

@@ -63,7 +63,8 @@ class _Keep:
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         latest = {c.step for c in checkpoints[-self.options.keep:]}
         permanent = self.options.permanent
-        return [c.step in latest or c.step == self.best() or bool(permanent and c.step % permanent == 0)
+        best = self.best() if self.options.best else None
+        return [c.step in latest or c.step == best or bool(permanent and c.step % permanent == 0)
                 for c in checkpoints]
 
 
@@ -122,7 +123,7 @@ class Checkpoints:
     def restore(self, target: Any, step: int | None = None) -> Any | None:
         """The newest good checkpoint (or that of `step`), placed as `target`'s shardings say; None if there is none.
 
-        A damaged one is named, moved aside and passed over.
+        A damaged one is named and passed over.
 
         Raises:
           UserError: every checkpoint is damaged; or the one asked for is missing; or it is of another model.
@@ -136,6 +137,8 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as e:  # whatever a damaged file makes Orbax raise; it is reported
+                if "RESOURCE_EXHAUSTED" in str(e):  # this machine's memory, not the file
+                    raise
                 log.warning("The checkpoint of step %d in %s is damaged (%s).", candidate, self.folder,
                             str(e).splitlines()[0][:120] if str(e) else type(e).__name__)
         if steps:

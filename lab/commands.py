@@ -16,7 +16,7 @@ from lab.experiment import Experiment, Mesh
 from lab.loop import best_row
 from lab.metrics import read_rows
 from lab.program import Program
-from lab.run_folder import read_folder, write_json
+from lab.run_folder import check_same, read_folder, write_json
 from lab.step import State, cast
 
 Run = Annotated[Path, tyro.conf.Positional]
@@ -24,15 +24,20 @@ Run = Annotated[Path, tyro.conf.Positional]
 
 def _open(run: Path, step: int | None, best: bool) -> tuple[Experiment, Program, State]:
     """The program of a run and the state of its checkpoint: the latest, the best, or that of `step`."""
-    experiment, _ = read_folder(run)
+    experiment = read_folder(run)
     experiment.validate()
+    if best and step is not None:
+        raise UserError("--best and --step exclude each other.")
     if best:
         rows = [r for r in read_rows(run / "metrics.jsonl") if r["split"] == "validation" and r["step"]]
         step = best_row(rows, experiment.evaluate)["step"]
+        if step is None:
+            raise UserError(f"{run} has no evaluation after an update yet, so no checkpoint is its best.")
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run} has no checkpoint yet.")
     # A run may be looked at on another number of devices than it was trained on.
-    program = Program(replace(experiment, mesh=Mesh(math.gcd(experiment.batch, jax.device_count()))))
+    devices = math.gcd(experiment.batch // experiment.microbatches, jax.device_count())
+    program = Program(replace(experiment, mesh=Mesh(devices)))
     checkpoints = Checkpoints(run / "checkpoints")
     state = checkpoints.restore(program.abstract, step)
     checkpoints.close()
@@ -49,7 +54,7 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
     Args:
       run: the run folder.
       prompt: one text or several to continue; empty starts a new text.
-      new_tokens: how many tokens to add at most (one less than the context is the limit).
+      new_tokens: how many tokens to add at most; prompt and new tokens together fit the model's context.
       temperature: divides the logits; small is safe, 1 is the model's own distribution.
       top_k: choose among the k most likely tokens only.
       top_p: choose among the smallest set of tokens with this probability only.
@@ -67,6 +72,7 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
             raise UserError(f"--{name} {value} is out of range.")
     experiment, _, state = _open(run, step, best)
     data = experiment.data.load()
+    check_same(run, experiment, data.fingerprint)
     if not hasattr(data, "decode"):
         raise UserError(f"{run} is not a language model: there is no text to sample.")
     params = cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
@@ -91,8 +97,9 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
 
     experiment, program, state = _open(run, step, best)
     data = experiment.data.load()
+    check_same(run, experiment, data.fingerprint)
     means: dict[str, Any] = program.evaluate(
-        state, eval_batches(data.validation, experiment.batch, limit=records, rows=program.rows))
+        state, eval_batches(data.validation, program.eval_batch, limit=records, rows=program.eval_rows))
     row = {"step": int(jax.device_get(state.step)), "split": "validation", **means}
     for name, value in row.items():
         print(f"{name:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")

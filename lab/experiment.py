@@ -13,6 +13,8 @@ import importlib.util
 import json
 import sys
 import traceback
+import types
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +63,6 @@ class Log:
 
     every: int = 1
     """Write the metrics of every n-th update to metrics.jsonl."""
-    tensorboard: bool = False
-    """Also write TensorBoard event files to tensorboard/ (needs the extra "tensorboard")."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,9 @@ class Experiment:
         Raises:
           UserError: names the field and what would be right.
         """
+        check_types(self)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed must be in [0, 2^32), not {self.seed}.")
         for name, least in (("steps", 1), ("batch", 1), ("microbatches", 1), ("dispatch", 1)):
             _at_least(f"--{name}", getattr(self, name), least)
         if self.batch % self.microbatches:
@@ -125,6 +128,7 @@ class Experiment:
         self.optim.validate(self.steps)
         for part in (self.data, self.model, self.task):
             part.validate()
+        self.model.check(self.data.hints())
 
     def fingerprint(self) -> str:
         """12 hexadecimal digits of what this run computes: the same in every process and on every Python version."""
@@ -132,10 +136,40 @@ class Experiment:
 
 
 def _at_least(flag: str, value: int | None, least: int) -> None:
-    if value is not None and not isinstance(value, int):
-        raise UserError(f"{flag} must be a whole number, not {value!r}.")
     if value is not None and value < least:
         raise UserError(f"{flag} must be at least {least}, not {value}.")
+
+
+def check_types(value: Any, flag: str = "") -> None:
+    """Compares the plain fields of nested dataclasses with their annotations: Python itself would let a typo pass.
+
+    Raises:
+      UserError: names the field and what it may be. Traced numbers pass as floats.
+    """
+    hints = typing.get_type_hints(type(value))
+    for f in fields(value):
+        item, name = getattr(value, f.name), f"{flag}.{f.name}" if flag else f.name
+        if dataclasses.is_dataclass(item):
+            check_types(item, name)
+            continue
+        options = [hints[f.name]]
+        if isinstance(hints[f.name], types.UnionType) or typing.get_origin(hints[f.name]) is typing.Union:
+            options = list(typing.get_args(hints[f.name]))
+        if not any(_fits(item, option) for option in options):
+            allowed = [", ".join(map(repr, typing.get_args(o))) if typing.get_origin(o) is Literal
+                       else getattr(o, "__name__", str(o)) for o in options]
+            raise UserError(f"--{name.replace('_', '-')} must be {' or '.join(allowed)}, not {item!r}.")
+
+
+def _fits(value: Any, option: Any) -> bool:
+    """Whether a value is of a plain type; every other annotation is not looked at."""
+    if typing.get_origin(option) is Literal:
+        return value in typing.get_args(option)
+    if option is float:
+        return not isinstance(value, bool | str) and value is not None
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, option) if option in (bool, str, types.NoneType) else True
 
 
 def digest(value: Any) -> str:
@@ -191,10 +225,10 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]
 
 
 def load(path: Path) -> ModuleType:
-    """Imports an experiment file. Its module name is its place in the repository, else its bare name."""
+    """Imports an experiment file. Its module name is its place in the repository, else one that shadows nothing."""
     path = path.resolve()
     inside = path.is_relative_to(ROOT)
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts) if inside else path.stem
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts) if inside else f"user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

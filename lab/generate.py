@@ -66,15 +66,17 @@ def sample_texts(model: nn.Module, params: Any, text: Any, prompts: list[str], *
                  temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> list[str]:
     """Continues text prompts, all in one batch. `text` encodes and decodes (`encode`, `decode`, `eot`).
 
-    A prompt longer than the context allows loses its beginning; at most ``context - 1`` tokens are new. An empty
-    prompt starts from the end-of-text token, or from a line end where the tokenizer has none.
+    A prompt keeps at most its last half context, and what is new is as much as still fits the context. An empty prompt
+    starts from the end-of-text token, or from a line end where the tokenizer has none.
     """
+    if not prompts:
+        return []
     start = [text.eot] if text.eot is not None else list(text.encode("\n"))
     encoded = [list(text.encode(prompt)) or start for prompt in prompts]
-    new_tokens = min(new_tokens, model.context - 1)
-    room = model.context - new_tokens
-    encoded = [ids[-room:] for ids in encoded]
-    width = min(room, 1 << (max(map(len, encoded)) - 1).bit_length())  # few widths, so few compilations
+    encoded = [ids[-max(1, model.context // 2):] for ids in encoded]
+    longest = max(map(len, encoded))
+    new_tokens = min(new_tokens, model.context - longest)
+    width = min(model.context - new_tokens, 1 << (longest - 1).bit_length())  # few widths, so few compilations
     prompt_BL = np.zeros((len(encoded), width), np.int32)
     for row, ids in zip(prompt_BL, encoded, strict=True):
         row[: len(ids)] = ids

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +55,8 @@ class _Stop:
                 signal.signal(number, handler)
 
 
-def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None) -> int:
+def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
+          tensorboard: bool = False) -> int:
     """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status.
 
     0: finished. 75 / 130: SIGTERM / SIGINT, state saved, the same command goes on. 1: diverged.
@@ -62,13 +64,24 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
     Raises:
       UserError: data, folder, checkpoint, devices or disk are not as they must be.
     """
-    data = experiment.data.load()
-    experiment.model.check(data.facts)
-    open_folder(folder, experiment, file, data.fingerprint)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT[signal.SIGTERM]))  # nothing to save yet
+    try:
+        data = experiment.data.load()
+        experiment.model.check(data.facts)
+        with alone(folder):
+            open_folder(folder, experiment, file, data.fingerprint)
+            return _train(experiment, folder, screen, data, tensorboard)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _train(experiment: Experiment, folder: Path, screen: Screen, data: Any, tensorboard: bool) -> int:
     screen.say("Data: " + "; ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
                                     for name, value in data.summary.items()))
-    with alone(folder), _Stop().listening() as stop:
-        run = _Run(experiment, folder, screen, data, stop)
+    screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), "
+               f"compute in {experiment.precision}")
+    with _Stop().listening() as stop:
+        run = _Run(experiment, folder, screen, data, stop, tensorboard)
         try:
             return run.go()
         except Diverged as e:
@@ -81,21 +94,24 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
 class _Run:
     """One run: the pure program, and around it the rows, checkpoints and clock."""
 
-    def __init__(self, experiment: Experiment, folder: Path, screen: Screen, data: Any, stop: _Stop):
+    def __init__(self, experiment: Experiment, folder: Path, screen: Screen, data: Any, stop: _Stop, tensorboard: bool):
         self.experiment, self.folder, self.screen, self.data, self.stop = experiment, folder, screen, data, stop
         self.program = Program(experiment)
         self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoint, lambda: self.best_step)
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
         self.rows = metrics.Rows(folder / "metrics.jsonl", self.step)
-        self.board = _tensorboard(folder) if experiment.log.tensorboard else None
+        self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
+        self.board = _tensorboard(folder) if tensorboard else None
         self.pending: tuple[int, Any] | None = None
         self.batches: Prefetch | None = None
-        self.clock = _Clock(experiment, data, self.step)
+        self.clock = _Clock(experiment, data, self.step, self.program.mesh.size)
 
     def _restore_or_init(self) -> State:
         state = self.checkpoints.restore(self.program.abstract)
         if state is None:
+            if metrics.read_rows(self.folder / "metrics.jsonl"):
+                self.screen.say(f"There is no checkpoint in {self.folder} yet: starting again from update 0.")
             return self.program.init()
         self.checkpoints.discard_after(int(state.step))
         self.screen.say(f"Going on after update {int(state.step)} of {self.experiment.steps}.")
@@ -140,7 +156,7 @@ class _Run:
                 self._diverged(step, means)
             if step % self.experiment.log.every == 0:
                 self._write({"step": step, "split": "train", **means})
-        self.screen.progress(self.clock.line(last, means, self.batches))
+        self.screen.progress(self.clock.line(last, means))
 
     def _write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -148,16 +164,13 @@ class _Run:
             for name in row.keys() - {"step", "split"}:
                 self.board.add_scalar(f"{row['split']}/{name}", row[name], row["step"])
 
-    def _evaluations(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows.rows if row["split"] == "validation"]
-
     def _evaluate_if_due(self) -> None:
         settings = self.experiment.evaluate
         due = self.step in (0, self.experiment.steps) or (settings.every and self.step % settings.every == 0)
-        if not due or any(row["step"] == self.step for row in self._evaluations()):
+        if not due or (self.evaluations and self.evaluations[-1]["step"] == self.step):
             return
         self._flush()
-        batches = eval_batches(self.data.validation, self.experiment.batch, settings.records, self.program.rows)
+        batches = eval_batches(self.data.validation, self.program.eval_batch, settings.records, self.program.eval_rows)
         with self.clock.paused("evaluation"):
             means = self.program.evaluate(self.state, batches, self.stop)
         if means is None:
@@ -165,7 +178,8 @@ class _Run:
         if settings.metric not in means:
             raise UserError(f"--evaluate.metric {settings.metric} is not computed; there are {', '.join(means)}.")
         means = {settings.metric: means[settings.metric], **means}
-        self._write({"step": self.step, "split": "validation", **means})
+        self.evaluations.append({"step": self.step, "split": "validation", **means})
+        self._write(self.evaluations[-1])
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         best = "  (best)" if self.step and self.best_step == self.step else ""
         self.screen.say(f"update {self.step:>6}  validation  {shown}{best}")
@@ -173,11 +187,11 @@ class _Run:
     @property
     def best_step(self) -> int | None:
         """The step with the best validation metric so far; a function of the rows, so resuming cannot change it."""
-        return best_row(self._evaluations(), self.experiment.evaluate)["step"]
+        return best_row(self.evaluations, self.experiment.evaluate)["step"]
 
     def _out_of_patience(self) -> bool:
         patience = self.experiment.evaluate.patience
-        since_best = [row for row in self._evaluations() if row["step"] > (self.best_step or 0)]
+        since_best = [row for row in self.evaluations if row["step"] > (self.best_step or 0)]
         return patience is not None and len(since_best) >= patience
 
     def _save_if_due(self, done: bool) -> None:
@@ -220,8 +234,7 @@ class _Run:
     def _finish(self) -> int:
         self._flush()
         self.checkpoints.wait()
-        evaluations = self._evaluations()
-        final, best = evaluations[-1], next(r for r in evaluations if r["step"] == self.best_step)
+        final, best = self.evaluations[-1], best_row(self.evaluations, self.experiment.evaluate)
         params = self.experiment.optim.eval_params(self.state.opt_state, self.state.params)
         params = cast(params, self.experiment.precision)
         lines = self.experiment.task.artifacts(self.experiment.model, params, self.data, final, self.experiment.seed,
@@ -257,10 +270,10 @@ def best_row(rows: list[dict[str, Any]], settings: Evaluate) -> dict[str, Any]:
 class _Clock:
     """Seconds, throughput and time to the end. Never part of metrics.jsonl, which must not depend on them."""
 
-    def __init__(self, experiment: Experiment, data: Any, step: int):
+    def __init__(self, experiment: Experiment, data: Any, step: int, devices: int):
         self.experiment, self.data, self.first = experiment, data, step
         self.units = experiment.batch * data.units_per_record
-        self.flops = make_plan(experiment).flops
+        self.flops, self.devices = make_plan(experiment).flops, devices
         self.begun = self.last = time.monotonic()
         self.other = {"evaluation": 0.0, "checkpoint": 0.0}
         self.rate: float | None = None  # seconds an update, smoothed
@@ -279,7 +292,7 @@ class _Clock:
         self.other[what] += spent
         self.last += spent
 
-    def line(self, step: int, means: dict[str, float], batches: Any) -> str:
+    def line(self, step: int, means: dict[str, float]) -> str:
         """The progress line after update `step`."""
         now = time.monotonic()
         if step > self.last_step:
@@ -290,7 +303,7 @@ class _Clock:
         if self.rate:
             parts.append(f"{human(self.units / self.rate)} {self.data.unit}/s")
             parts.append(f"{1000 * self.rate:.0f} ms/update")
-            if utilisation := metrics.mfu(self.flops / self.rate):
+            if utilisation := metrics.mfu(self.flops / self.rate, self.devices):
                 parts.append(f"MFU {utilisation:.1%}")
             parts.append(f"left {clock(self.rate * (self.experiment.steps - step))}")
         return "  ".join(parts)
@@ -302,7 +315,7 @@ class _Clock:
             return {}
         rate = training / updates
         return {"seconds_per_update": rate, f"{self.data.unit}_per_second": self.units / rate,
-                "mfu": metrics.mfu(self.flops / rate), "training_seconds": training,
+                "mfu": metrics.mfu(self.flops / rate, self.devices), "training_seconds": training,
                 "evaluation_seconds": self.other["evaluation"], "checkpoint_seconds": self.other["checkpoint"],
                 "compile_seconds": program.compile_seconds, "data_wait_seconds": batches.wait_seconds}
 
@@ -330,5 +343,5 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise UserError("--log.tensorboard needs tensorboardX: LAB_EXTRAS=tensorboard ./launch.sh ...") from None
+        raise UserError("--tensorboard needs tensorboardX: LAB_EXTRAS=tensorboard ./launch.sh ...") from None
     return SummaryWriter(str(folder / "tensorboard"))

@@ -32,10 +32,10 @@ def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
             for name, (total, weight) in jax.device_get(dict(metrics)).items()}
 
 
-def mfu(flops_per_second: float) -> float | None:
-    """Model FLOPs utilisation of all devices (PaLM, Chowdhery et al. 2022), or None where the peak is unknown."""
+def mfu(flops_per_second: float, devices: int) -> float | None:
+    """Model FLOPs utilisation of `devices` devices (PaLM, Chowdhery et al. 2022); None where the peak is unknown."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return None if peak is None else flops_per_second / (peak * jax.device_count())
+    return None if peak is None else flops_per_second / (peak * devices)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -64,6 +64,9 @@ def replace_file(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must be on disk, too
+    os.fsync(folder)
+    os.close(folder)
 
 
 class Rows:

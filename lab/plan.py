@@ -30,6 +30,8 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
         elif name == "conv_general_dilated":
             kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
             total += 2 * math.prod(out.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+        elif name.startswith("dot_product_attention"):  # cuDNN's: two products of (B, L, N, K) with (B, S, G, K)
+            total += 4 * math.prod(eqn.invars[0].aval.shape) * eqn.invars[1].aval.shape[1]
         elif name == "cond":
             total += max(count_flops(branch) for branch in eqn.params["branches"])
         else:

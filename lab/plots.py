@@ -34,7 +34,8 @@ def curves(rows: Sequence[dict[str, Any]], folder: Path, metric: str = "loss") -
         steps, values = [r["step"] for r in train], [r[metric] for r in train]
         axes.plot(steps, values, color=COLOURS["train"], lw=0.8, label="train, each update")
         if len(values) > 20:
-            axes.plot(steps, _smooth(values, max(5, len(values) // 50)), color=COLOURS["smooth"], lw=1.5, label="train, smoothed")
+            smooth = _smooth(values, span=max(5, len(values) // 50))
+            axes.plot(steps, smooth, color=COLOURS["smooth"], lw=1.5, label="train, smoothed")
         axes.plot([r["step"] for r in validation], [r[metric] for r in validation], "o-", ms=4,
                   color=COLOURS["validation"], label="validation")
 

@@ -38,9 +38,11 @@ class Program:
         self.mesh = make_mesh(experiment.mesh.data)
         self.stacked = experiment.dispatch > 1
         self.rows = process_rows(experiment.batch)
-        self.batch_sharding = batch_sharding(self.mesh, experiment.batch)
+        self.eval_batch = experiment.batch // experiment.microbatches  # what memory was meant for
+        self.eval_rows = process_rows(self.eval_batch)
         self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches,
                                              stacked=self.stacked)
+        self.eval_sharding = batch_sharding(self.mesh, self.eval_batch)
         state = abstract_state(experiment)
         self.shardings = state_shardings(state, self.mesh)
         self.abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -86,6 +88,6 @@ class Program:
         for rows in batches:
             if stop():
                 return None
-            total = metrics.add(total, self._evaluate(state, put(rows, self.batch_sharding)))
+            total = metrics.add(total, self._evaluate(state, put(rows, self.eval_sharding)))
         means = metrics.means(total)
         return means | self.experiment.task.summary(means)

@@ -34,44 +34,51 @@ def read_json(path: Path) -> Any:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the run folder; the operating system lets go of it when the process dies.
+    """Creates the run folder and holds it; the operating system lets go of it when the process dies.
 
     Raises:
-      UserError: another process is training there.
+      UserError: another process is training there, it holds something else, or it cannot be written.
     """
-    with (folder / "lock").open("w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strange = [p.name for p in folder.iterdir() if p.name != "lock" and p.suffix != ".tmp"]
+        if strange and "experiment.json" not in strange:
+            raise UserError(f"{folder} is not empty and is no run folder. Choose another with --run-dir.")
+        lock = (folder / "lock").open("w")
+    except OSError as e:
+        raise UserError(f"The run folder {folder} cannot be written ({e.strerror}). Choose another with "
+                        f"--run-dir.") from e
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"Another process is training in {folder}. Wait for it, or choose another with "
                             f"--run-dir.") from None
+        except OSError:
+            pass  # a file system without locks
         yield
 
 
 def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fingerprint: str) -> None:
-    """Creates the run folder, or checks that it belongs to this experiment and data.
+    """Describes the run in its folder, or checks that the folder belongs to this experiment and data.
+
+    Every start adds an environment file, environment.json, environment-2.json, ...: a run may change machines.
 
     Raises:
-      UserError: it belongs to another run (says in what they differ), or cannot be written.
+      UserError: it belongs to another run (says in what they differ).
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        described = folder / "experiment.json"
-        if described.exists():
-            _check_same(folder, read_json(described), experiment, data_fingerprint)
-        elif any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and is no run folder. Choose another with --run-dir.")
-        write_json(described, {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
-                               "data": data_fingerprint, "file": str(file) if file else None})
-        write_json(folder / "environment.json", environment())
-    except (PermissionError, NotADirectoryError, FileExistsError) as e:
-        raise UserError(f"The run folder {folder} cannot be written ({e.strerror}). Choose another with "
-                        f"--run-dir.") from e
-    except OSError as e:
-        raise UserError(f"The run folder {folder} cannot be written: {e.strerror}.") from e
+    described = folder / "experiment.json"
+    if described.exists():
+        check_same(folder, experiment, data_fingerprint)
+    write_json(described, {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
+                           "data": data_fingerprint, "file": str(file) if file else None})
+    start = 1 + sum(1 for _ in folder.glob("environment*.json"))
+    write_json(folder / f"environment{f'-{start}' if start > 1 else ''}.json", environment())
 
 
-def _check_same(folder: Path, there: dict[str, Any], experiment: Experiment, data_fingerprint: str) -> None:
+def check_same(folder: Path, experiment: Experiment, data_fingerprint: str) -> None:
+    """Raises UserError where a run folder is of another experiment (says in what they differ) or other data."""
+    there = read_json(folder / "experiment.json")
     if there["fingerprint"] != experiment.fingerprint():
         found = list(differences(there["experiment"], to_json(experiment)))
         shown = ", ".join(f"{path} is {a} there and {b} here" for path, a, b in found[:4])
@@ -81,8 +88,8 @@ def _check_same(folder: Path, there: dict[str, Any], experiment: Experiment, dat
                         f"{data_fingerprint} now). Bring it back, or start afresh with --run-dir.")
 
 
-def read_folder(folder: Path) -> tuple[Experiment, dict[str, Any]]:
-    """The experiment of a run folder, built again, and all of its experiment.json.
+def read_folder(folder: Path) -> Experiment:
+    """The experiment of a run folder, built again.
 
     Raises:
       UserError: there is no run there, or it was made by code that is gone.
@@ -94,7 +101,7 @@ def read_folder(folder: Path) -> tuple[Experiment, dict[str, Any]]:
     value = read_json(described)
     if value["file"] and Path(value["file"]).exists():
         load(Path(value["file"]))  # its classes may be part of the experiment
-    return from_json(value["experiment"]), value
+    return from_json(value["experiment"])
 
 
 def environment() -> dict[str, Any]:

@@ -75,10 +75,17 @@ def batch_sharding(mesh: jax.sharding.Mesh, batch: int, microbatches: int = 1, *
     return NamedSharding(mesh, PartitionSpec(None, "data") if stacked else PartitionSpec("data"))
 
 
-def process_rows(batch: int) -> slice:
-    """The rows of the global batch that this process reads: contiguous, so that all together are the global batch."""
-    n = jax.process_count()
-    return slice(batch * jax.process_index() // n, batch * (jax.process_index() + 1) // n)
+def process_rows(batch: int, process: int | None = None, processes: int | None = None) -> slice:
+    """The rows of the global batch that this (or the given) process reads: contiguous, and all together the batch.
+
+    Raises:
+      UserError: the batch cannot be divided among the processes.
+    """
+    process = jax.process_index() if process is None else process
+    processes = jax.process_count() if processes is None else processes
+    if batch % processes:
+        raise UserError(f"The batch of {batch} is not divisible by {processes} processes. Use a multiple.")
+    return slice(batch * process // processes, batch * (process + 1) // processes)
 
 
 def put(rows: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

@@ -58,6 +58,10 @@ class LanguageModel:
         """Raises UserError for a value out of range."""
         if isinstance(self.label_smoothing, int | float) and not 0 <= self.label_smoothing < 1:
             raise UserError(f"--task.label-smoothing must be in [0, 1), not {self.label_smoothing}.")
+        if isinstance(self.z_loss, int | float) and not 0 <= self.z_loss < float("inf"):
+            raise UserError(f"--task.z-loss must be 0 or more, not {self.z_loss}.")
+        if self.samples < 0:
+            raise UserError(f"--task.samples must be 0 or more, not {self.samples}.")
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
         """Variables for `batch`, which has "tokens" int (B, L+1)."""
@@ -97,14 +101,16 @@ class LanguageModel:
         spread = np.linspace(0, len(data.validation) - 1, min(self.samples, len(data.validation))).astype(int)
         prompts = [data.decode(row[: min(32, len(row) // 4)])
                    for row in data.validation[spread]["tokens"]]
-        texts = sample_texts(model, params, data, prompts, seed=seed, new_tokens=256, temperature=0.8, top_k=50)
+        texts = sample_texts(model, params, data, prompts, seed=seed, new_tokens=model.context, temperature=0.8,
+                             top_k=50)
         (folder / "samples").mkdir(exist_ok=True)
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             (folder / "samples" / f"{i}.txt").write_text(f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
+        shown = [prompt + text for prompt, text in zip(prompts, texts, strict=True)][:1]
         raw = data.validation_bytes(COMPRESSED)
         others = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}
         beside = ", ".join(f"{name} {8 * len(packed) / len(raw):.3f}" for name, packed in others.items())
         return [f"Validation text in bits per byte: this model {final['bits_per_byte']:.3f}; {beside} "
                 f"(of {len(raw) / 1e6:.1f} MB)",
-                f"Sample (more in {folder / 'samples'}):",
-                *(f"  | {line}" for line in (prompts[0] + texts[0]).splitlines())]
+                *(f"Sample (more in {folder / 'samples'}):" for _ in shown),
+                *(f"  | {line}" for text in shown for line in text.splitlines())]

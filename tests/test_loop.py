@@ -46,10 +46,11 @@ class Quiet(Screen):
             self.action()
 
 
-def go(experiment: Experiment, folder: Path, at: int = 0, action: Callable[[], None] = lambda: None) -> tuple:
+def go(experiment: Experiment, folder: Path, at: int = 0, action: Callable[[], None] = lambda: None,
+       **options: Any) -> tuple:
     """Trains; returns (exit status, everything said)."""
     with Quiet(at, action) as screen:
-        return loop.train(experiment, folder, screen), "\n".join(screen.lines)
+        return loop.train(experiment, folder, screen, **options), "\n".join(screen.lines)
 
 
 @functools.cache
@@ -209,7 +210,7 @@ def test_part_of_the_validation_split(tmp_path, reference):
 
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX", reason="the extra tensorboard is not installed")
-    go(toy(steps=4, log=Log(tensorboard=True)), tmp_path / "run")
+    go(toy(steps=4), tmp_path / "run", tensorboard=True)
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
     content = events.read_bytes()
     assert b"train/loss" in content and b"validation/loss" in content and b"train/learning_rate" in content
@@ -226,7 +227,7 @@ class Fake:
 
     def __call__(self, experiment: Experiment) -> Any:
         program = program_of(experiment)
-        own = {name: getattr(program, name) for name in ("abstract", "batch", "init", "rows", "train")}
+        own = {name: getattr(program, name) for name in ("abstract", "batch", "eval_batch", "eval_rows", "init", "mesh", "rows", "train")}
         own["compile_seconds"] = program.compile_seconds
         return SimpleNamespace(**own, evaluate=lambda state, batches, stop: {"loss": self.losses[int(state.step)]})
 

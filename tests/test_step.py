@@ -54,6 +54,9 @@ class Points:
     def validate(self) -> None:
         """Nothing can be wrong."""
 
+    def hints(self) -> dict[str, int]:
+        return {}
+
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         return {"x": ((6,), np.float32), "y": ((), np.int32)}
 

@@ -249,5 +249,5 @@ def test_artifacts_are_texts_and_a_comparison_with_compressors(tmp_path):
     assert "this model 1.250" in lines[0]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0.txt", "1.txt"]
     text = (tmp_path / "samples" / "0.txt").read_text()
-    assert text == f"--- prompt\n01\n--- continuation\n{'7' * 11}\n"
-    assert lines[-1] == f"  | 01{'7' * 11}"
+    assert text == f"--- prompt\n01\n--- continuation\n{'7' * 10}\n"
+    assert lines[-1] == f"  | 01{'7' * 10}"

@@ -102,14 +102,6 @@ def train_indices(step: int, batch: int, size: int, seed: int) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64)
 
 
-def host_rows(batch: int, process: int, processes: int) -> slice:
-    """The rows of the global batch that this process reads; put after each other, they are the one-process batch."""
-    if batch % processes:
-        raise UserError(f"The batch of {batch} cannot be divided among {processes} processes: choose a multiple.")
-    share = batch // processes
-    return slice(process * share, (process + 1) * share)
-
-
 # ----------------------------------------------------------------------------------------------------- batches
 
 

@@ -11,6 +11,7 @@ import sys
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(prog="launch.sh prepare", description=__doc__.splitlines()[0])
     parser.add_argument("name", help="data set, for example mnist, imdb_reviews or glue/sst2")
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
@@ -38,6 +39,7 @@ def prepare(name: str, data_dir: str, manual_dir: str | None) -> str:
 
 
 def main() -> None:
+    """Prepares one data set and says where it is."""
     options = parse()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")    # its notes on CPU features help nobody here
     try:

@@ -65,6 +65,10 @@ class Text:
         """Name -> (shape, type) of the arrays of one record, without reading anything."""
         return {"tokens": ((self.length + 1,), np.int32), "bytes": ((), np.int32)}
 
+    def hints(self) -> dict[str, int]:
+        """What is known of `TextData.facts` without reading anything; a vocabulary that is not known counts as 0."""
+        return {"vocab": self.tokenizer.vocab_size_hint or 0, "length": self.length}
+
     def describe(self) -> dict[str, str | int | float]:
         """The sizes, for people, without tokenising; all of them when that was done before. UserError as `load`."""
         corpus = self.source.open()

@@ -283,7 +283,7 @@ class GPT2:
         try:
             import tiktoken
         except ImportError:
-            raise UserError("GPT2() needs the package tiktoken: pip install tiktoken (the extra `tiktoken`).") from None
+            raise UserError("GPT2() needs tiktoken: LAB_EXTRAS=tiktoken ./launch.sh ...") from None
         encoding = _gpt2_from(self.folder, tiktoken) if self.folder else _gpt2_downloaded(tiktoken)
         pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
         threads = os.cpu_count() or 1

@@ -22,6 +22,14 @@ class GPT(Transformer):
     softcap: float | None = None
     """Squash logits into (-softcap, softcap) with a tanh (Gemma 2); None leaves them alone."""
 
+    def validate(self) -> None:
+        """Raises UserError where the fields contradict each other."""
+        super().validate()
+        if self.vocab < 1:
+            raise UserError(f"--model.vocab must be at least 1, not {self.vocab}.")
+        if self.softcap is not None and self.softcap <= 0:
+            raise UserError(f"--model.softcap must be above 0, or None, not {self.softcap}.")
+
     def check(self, facts: Mapping[str, int]) -> None:
         """Raises UserError if data with these facts (vocab, length) does not fit the model."""
         if facts["vocab"] > self.vocab:

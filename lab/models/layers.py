@@ -181,7 +181,7 @@ class Transformer(nn.Module):
     dropout: float = 0.0
     """Dropout rate on embeddings, attention probabilities and both residual branches."""
     attention: Attention = "auto"
-    """Attention backend; auto says which it chose and why."""
+    """Attention backend; auto says which it chose and why. Decoding with a cache is always einsum."""
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping: nothing, or the inside of every block."""
     scan: bool = False
@@ -189,9 +189,11 @@ class Transformer(nn.Module):
 
     def validate(self) -> None:
         """Raises UserError where the fields contradict each other."""
-        for name in ("depth", "width", "heads", "context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--model.{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("depth", "width", "heads", "kv_heads", "context"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--model.{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
+        if self.hidden_multiple * self.width < 1:
+            raise UserError(f"--model.hidden-multiple {self.hidden_multiple} leaves the MLP no hidden width.")
         if self.width % self.heads:
             raise UserError(f"--model.width {self.width} is not divisible by --model.heads {self.heads}.")
         if self.heads % self.groups:

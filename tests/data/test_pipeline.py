@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lab.data.pipeline import Prefetch, eval_batches, host_rows, shuffled, train_batch, train_indices
+from lab.data.pipeline import Prefetch, eval_batches, shuffled, train_batch, train_indices
 from lab.errors import UserError
+from lab.sharding import process_rows
 
 
 class Rows:
@@ -98,12 +99,12 @@ def test_no_training_record():
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_host_rows_give_the_global_batch(processes):
     whole = train_batch(Rows(100), 5, 8, 1)
-    parts = [train_batch(Rows(100), 5, 8, 1, host_rows(8, p, processes)) for p in range(processes)]
+    parts = [train_batch(Rows(100), 5, 8, 1, process_rows(8, p, processes)) for p in range(processes)]
     assert np.array_equal(np.concatenate([p["x"] for p in parts]), whole["x"])
     assert whole["weight"].dtype == np.float32 and whole["weight"].tolist() == [1] * 8
     assert not np.array_equal(whole["x"], train_batch(Rows(100), 6, 8, 1)["x"])
     with pytest.raises(UserError, match="batch of 8 .* 3 processes"):
-        host_rows(8, 0, 3)
+        process_rows(8, 0, 3)
 
 
 @pytest.mark.parametrize(("size", "batch"), [(10, 4), (8, 4), (3, 8), (1, 1)])
@@ -113,7 +114,7 @@ def test_evaluation_counts_each_record_once(size, batch):
     real = np.concatenate([b["x"][b["weight"] == 1] for b in batches])
     assert real.tolist() == [10 * i for i in range(size)]
     assert sum(b["weight"].sum() for b in batches) == size
-    halves = [list(eval_batches(Rows(size), 2 * batch, rows=host_rows(2 * batch, p, 2))) for p in (0, 1)]
+    halves = [list(eval_batches(Rows(size), 2 * batch, rows=process_rows(2 * batch, p, 2))) for p in (0, 1)]
     assert sum(b["weight"].sum() for half in halves for b in half) == size
 
 

@@ -162,7 +162,7 @@ def test_gpt2_without_tiktoken(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match="pip install tiktoken"):
+    with pytest.raises(UserError, match="LAB_EXTRAS=tiktoken"):
         GPT2().restore("")
 
 
