@@ -25,6 +25,7 @@ def require(name: str, value: Any, must: str, holds: Callable[[float], bool]) ->
 
 
 def require_regex(name: str, pattern: str) -> None:
+    """UserError unless `pattern` is a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:

@@ -227,7 +227,8 @@ class Fake:
 
     def __call__(self, experiment: Experiment) -> Any:
         program = program_of(experiment)
-        own = {name: getattr(program, name) for name in ("abstract", "batch", "eval_batch", "eval_rows", "init", "mesh", "rows", "train")}
+        names = ("abstract", "batch", "eval_batch", "eval_rows", "init", "mesh", "rows", "train")
+        own = {name: getattr(program, name) for name in names}
         own["compile_seconds"] = program.compile_seconds
         return SimpleNamespace(**own, evaluate=lambda state, batches, stop: {"loss": self.losses[int(state.step)]})
 
