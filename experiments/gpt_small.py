@@ -31,5 +31,5 @@ local = replace(
     model=GPT(depth=4, width=128, heads=2, vocab=2048, context=128, position="rotary"),
     optim=Muon(lr=Cosine(4e-3, warmup=10, end=0.1), decay=0.1, clip=1.0),
     steps=600, batch=16, microbatches=1,
-    evaluate=Evaluate(every=300), checkpoint=Checkpoint(every=100),
+    evaluate=Evaluate(every=150, records=512), checkpoint=Checkpoint(every=100),
 )

@@ -52,7 +52,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> None:
     timed = np.array(seconds[warm:]) * 1000
     median, flops = float(np.median(timed)), make_plan(experiment).flops
     units = experiment.batch * data.units_per_record
-    memory = update.memory_analysis()
+    memory = program.compiled.memory_analysis()
     found = {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__,
              "compile_seconds": round(program.compile_seconds, 2), "ms_per_update": round(median, 3),
              "ms_quartiles": [round(float(q), 3) for q in np.percentile(timed, [25, 75])],

@@ -273,7 +273,8 @@ class _Clock:
     def __init__(self, experiment: Experiment, data: Any, step: int, devices: int):
         self.experiment, self.data, self.first = experiment, data, step
         self.units = experiment.batch * data.units_per_record
-        self.flops, self.devices = make_plan(experiment).flops, devices
+        self.devices = devices
+        self.flops = make_plan(experiment).flops if metrics.peak_flops() else math.nan  # 0.4 s, for the MFU alone
         self.begun = self.last = time.monotonic()
         self.other = {"evaluation": 0.0, "checkpoint": 0.0}
         self.rate: float | None = None  # seconds an update, smoothed

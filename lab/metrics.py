@@ -32,9 +32,14 @@ def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
             for name, (total, weight) in jax.device_get(dict(metrics)).items()}
 
 
+def peak_flops() -> float | None:
+    """Peak FLOP/s of one device of this machine, or None where it is unknown."""
+    return PEAK_FLOPS.get(jax.devices()[0].device_kind)
+
+
 def mfu(flops_per_second: float, devices: int) -> float | None:
     """Model FLOPs utilisation of `devices` devices (PaLM, Chowdhery et al. 2022); None where the peak is unknown."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    peak = peak_flops()
     return None if peak is None else flops_per_second / (peak * devices)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lab import metrics
 from lab.experiment import Experiment
@@ -36,6 +38,7 @@ class Program:
         self.experiment = experiment
         self.spec = batch_spec(experiment)
         self.mesh = make_mesh(experiment.mesh.data)
+        self.seed = jax.device_put(np.uint32(experiment.seed), NamedSharding(self.mesh, PartitionSpec()))
         self.stacked = experiment.dispatch > 1
         self.rows = process_rows(experiment.batch)
         self.eval_batch = experiment.batch // experiment.microbatches  # what memory was meant for
@@ -51,27 +54,32 @@ class Program:
 
     def init(self) -> State:
         """The state before the first update, created where it lives."""
-        return jax.jit(functools.partial(init_state, self.experiment), out_shardings=self.shardings)(
-            jax.tree.map(lambda s: np.zeros((1, *s.shape[1:]), s.dtype), self.spec))
+        def init(batch: Any, seed: jax.Array) -> State:
+            return init_state(replace(self.experiment, seed=seed), batch)
+
+        one = jax.tree.map(lambda s: np.zeros((1, *s.shape[1:]), s.dtype), self.spec)
+        return jax.jit(init, out_shardings=self.shardings)(one, self.seed)
 
     @functools.cached_property
     def train(self) -> Callable[[State, Any], tuple[State, Any]]:
         """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
 
         A compiled program, not a jitted function: another shape is an error instead of a silent second compilation.
-        With `dispatch` > 1 the batch and the metrics have a leading axis of updates.
+        With `dispatch` > 1 the batch and the metrics have a leading axis of updates. The seed is an argument of the
+        compiled program, so that another seed finds it in the compilation cache.
         """
-        step = make_train_step(self.experiment)
-        if self.stacked:
-            step = functools.partial(jax.lax.scan, step)
-        jitted = jax.jit(step, donate_argnums=0, in_shardings=(self.shardings, self.train_sharding),
+        def update(state: State, batch: Any, seed: jax.Array) -> tuple[State, Any]:
+            step = make_train_step(replace(self.experiment, seed=seed))
+            return jax.lax.scan(step, state, batch) if self.stacked else step(state, batch)
+
+        jitted = jax.jit(update, donate_argnums=0, in_shardings=(self.shardings, self.train_sharding, None),
                          out_shardings=(self.shardings, None))
         leading = (self.experiment.dispatch,) if self.stacked else ()
         batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.spec)
         start = time.monotonic()
-        compiled = jitted.lower(self.abstract, batch).compile()
+        self.compiled = jitted.lower(self.abstract, batch, self.seed).compile()
         self.compile_seconds = time.monotonic() - start
-        return compiled
+        return lambda state, batch: self.compiled(state, batch, self.seed)
 
     def batch(self, read: Callable[[int], dict[str, np.ndarray]], call: int) -> dict[str, jax.Array]:
         """The batch of dispatch number `call`, on the devices; ``read(step)``: this process's rows of one update."""
