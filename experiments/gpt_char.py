@@ -19,7 +19,7 @@ from lab.tasks import LanguageModel
 experiment = Experiment(
     # nanoGPT validates on the last 10 % of the text, which TFDS splits into validation and test.
     data=Text(Tfds("tiny_shakespeare", validation="validation+test"), Chars(), length=64),
-    model=GPT(depth=4, width=128, heads=4, vocab=65, context=64, bias=False),
+    model=GPT(depth=4, width=128, heads=4, vocab=65, context=64),
     task=LanguageModel(),
     optim=AdamW(lr=Cosine(1e-3, warmup=100, end=0.1), b1=0.9, b2=0.99, decay=0.1, clip=1.0),
     steps=2000, batch=12, evaluate=Evaluate(every=250),

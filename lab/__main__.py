@@ -54,7 +54,7 @@ def find_experiment(name: str) -> Path:
     for path in (Path(name), ROOT / name, ROOT / "experiments" / Path(name).name):
         if path.is_file():
             return path.resolve()
-    near = difflib.get_close_matches(f"experiments/{Path(name).name}", experiments(), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(f"experiments/{Path(name).name}", experiments(), n=1, cutoff=0.75)
     raise UserError(f"There is no experiment {name}." + (f" Perhaps you meant {near[0]}." if near else
                                                          f" There are {', '.join(experiments())}."))
 

@@ -100,9 +100,12 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
     check_same(run, experiment, data.fingerprint)
     means: dict[str, Any] = program.evaluate(
         state, eval_batches(data.validation, program.eval_batch, limit=records, rows=program.eval_rows))
+    size = len(data.validation)
+    print(f"{min(records or size, size):,} of {size:,} validation records")
     row = {"step": int(jax.device_get(state.step)), "split": "validation", **means}
     for name, value in row.items():
         print(f"{name:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
     write_json(run / f"evaluation-{row['step']}.json", row)
+    print(f"Written to {run / 'evaluation'}-{row['step']}.json")
 
 

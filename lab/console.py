@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.live import Live
@@ -14,10 +16,23 @@ from rich.text import Text
 
 def human(value: float, digits: int = 3) -> str:
     """1234567 -> "1.23M"."""
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.{digits}g}{unit}"
     return f"{value:.{digits}g}"
+
+
+def facts(summary: Mapping[str, Any]) -> list[str]:
+    """A data summary as lines: what is said of one split stands together."""
+    lines: dict[str, list[str]] = {}
+    for name, value in summary.items():
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        split, _, what = name.partition(" ")
+        if what and split in ("train", "validation"):
+            lines.setdefault(split, []).append(f"{shown} {what}")
+        else:
+            lines[name] = [shown]
+    return [f"  {name}: {', '.join(values)}" for name, values in lines.items()]
 
 
 def clock(seconds: float) -> str:
@@ -64,7 +79,7 @@ class Screen:
         """A line that the next one replaces; plain and rare when piped."""
         if self._live:
             self._live.update(Text(line))
-        elif time.monotonic() - self._said >= 10:
+        elif line and time.monotonic() - self._said >= 10:
             self._said = time.monotonic()
             self.say(line)
 

@@ -6,7 +6,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from lab.console import human
+from lab.console import facts, human
 from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.plan import make_plan, size_of
@@ -47,5 +47,6 @@ def show(experiment: Experiment) -> None:
         described = experiment.data.describe()
     except UserError as e:
         described = {"data": str(e)}
-    for name, value in described.items():
-        console.print(f"{name}: {value}")
+    console.print("Data", style="italic")
+    for line in facts(described):
+        console.print(line, soft_wrap=True)

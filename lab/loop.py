@@ -16,7 +16,7 @@ import jax
 
 from lab import metrics, plots
 from lab.checkpoint import Checkpoints
-from lab.console import Screen, clock, human
+from lab.console import Screen, clock, facts, human
 from lab.data.pipeline import Prefetch, eval_batches, train_batch, train_indices
 from lab.errors import UserError
 from lab.experiment import Evaluate, Experiment
@@ -76,8 +76,8 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
 
 
 def _train(experiment: Experiment, folder: Path, screen: Screen, data: Any, tensorboard: bool) -> int:
-    screen.say("Data: " + "; ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
-                                    for name, value in data.summary.items()))
+    for line in facts(data.summary):
+        screen.say(line)
     screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), "
                f"compute in {experiment.precision}")
     with _Stop().listening() as stop:
@@ -125,6 +125,7 @@ class _Run:
         first, last = self.step // n, experiment.steps // n
         with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
             if first < last:
+                self.screen.progress("Compiling ...")
                 update = self.program.train  # compiled here, while the first batches are read
                 self.screen.say(f"Compiled in {self.program.compile_seconds:.1f} s.")
             self.clock.start()
@@ -233,6 +234,7 @@ class _Run:
 
     def _finish(self) -> int:
         self._flush()
+        self.screen.progress("")
         self.checkpoints.wait()
         final, best = self.evaluations[-1], best_row(self.evaluations, self.experiment.evaluate)
         params = self.experiment.optim.eval_params(self.state.opt_state, self.state.params)
@@ -315,7 +317,7 @@ class _Clock:
         if not updates:
             return {}
         rate = training / updates
-        return {"seconds_per_update": rate, f"{self.data.unit}_per_second": self.units / rate,
+        return {"timed_updates": updates, "seconds_per_update": rate, f"{self.data.unit}_per_second": self.units / rate,
                 "mfu": metrics.mfu(self.flops / rate, self.devices), "training_seconds": training,
                 "evaluation_seconds": self.other["evaluation"], "checkpoint_seconds": self.other["checkpoint"],
                 "compile_seconds": program.compile_seconds, "data_wait_seconds": batches.wait_seconds}
@@ -329,7 +331,8 @@ def describe_result(result: dict[str, Any]) -> str:
     if "seconds_per_update" in result:
         share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
         rate, seconds = 1000 * result["seconds_per_update"], result["training_seconds"]
-        lines.append(f"{rate:.1f} ms an update, {seconds:.0f} s in all, {share:.2%} of it waiting for data; "
+        lines.append(f"{rate:.1f} ms an update over {result['timed_updates']} updates ({seconds:.0f} s), {share:.2%} "
+                     f"of it waiting for data; "
                      f"evaluation {result['evaluation_seconds']:.0f} s")
     return "\n".join(lines)
 

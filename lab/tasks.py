@@ -111,6 +111,6 @@ class LanguageModel:
         others = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}
         beside = ", ".join(f"{name} {8 * len(packed) / len(raw):.3f}" for name, packed in others.items())
         return [f"Validation text in bits per byte: this model {final['bits_per_byte']:.3f}; {beside} "
-                f"(of {len(raw) / 1e6:.1f} MB)",
+                f"(of {len(raw) / 1e3:,.0f} kB)",
                 *(f"Sample (more in {folder / 'samples'}):" for _ in shown),
                 *(f"  | {line}" for text in shown for line in text.splitlines())]
