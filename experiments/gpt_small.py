@@ -1,7 +1,11 @@
 """GPT-2 small (124M parameters) on text; its twin learns Python from the standard library's own source.
 
     ./launch.sh experiments/gpt_small.py            # no accelerator: the twin
-    ./launch.sh experiments/gpt_small.py --full     # the real one; first: ./launch.sh prepare lm1b
+    LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_small.py --full     # first: ./launch.sh prepare lm1b
+
+Twin, 2-core CPU, 2026-11-22: 2 min 48 s with tokenising and compilation, 1.587 bits per byte on the validation files
+(untrained 3.45; gzip -9 2.024, xz -9 1.718). The real one has not been trained here (no accelerator), only planned:
+10.5G tokens, 9.0E FLOPs, so about 6 hours on one H100 at 40 % of its peak.
 """
 
 from dataclasses import replace
