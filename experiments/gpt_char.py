@@ -3,8 +3,9 @@
     ./launch.sh experiments/gpt_char.py --full     # first: ./launch.sh prepare tiny_shakespeare
     ./launch.sh experiments/gpt_char.py            # no accelerator: the twin, bytes of the standard library
 
-Expected: validation loss 1.88 nats a character (nanoGPT's README; nanoGPT run here: 1.92 on 200 random batches). Measured
-(2-core CPU, float32, 2026-11-22): 1.888 and 1.890 with seeds 0 and 1, on all of the last 10 %; 45 ms an update, 2 min in all.
+Expected: validation loss 1.88 nats a character (nanoGPT's README; nanoGPT run here: 1.92 on 200 random batches).
+Measured (2-core CPU, float32, 2026-11-22): 1.888 and 1.890 with seeds 0 and 1 on all of the last 10 %; 45 ms an update,
+2 minutes in all.
 """
 
 from dataclasses import replace

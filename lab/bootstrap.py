@@ -374,6 +374,7 @@ def process_environ(environ: Mapping[str, str], folder: Path, accelerator: str) 
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         # XLA's C++ log: errors only. Its warnings are notes to its developers.
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        # No XLA_FLAGS: of those tried on CPU (fast math, oneDNN, vector width, fusion emitters) none gained anything.
     }
     first = environ.get("JAX_PLATFORMS", defaults["JAX_PLATFORMS"]).split(",")[0]
     # What was chosen, for lab to compare with what JAX really uses.
