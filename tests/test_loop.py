@@ -41,9 +41,10 @@ class Quiet(Screen):
         self.lines.append(line)
 
     def progress(self, line: str) -> None:
-        self.updates += 1
-        if self.updates == self.at:
-            self.action()
+        if line.startswith("update"):
+            self.updates += 1
+            if self.updates == self.at:
+                self.action()
 
 
 def go(experiment: Experiment, folder: Path, at: int = 0, action: Callable[[], None] = lambda: None,
