@@ -220,7 +220,7 @@ def _function(name: str, function: Callable[..., None], args: Sequence[str]) -> 
     @functools.wraps(function)  # tyro reads its arguments and their documentation
     def checked(*values: Any, **named: Any) -> None:
         check_platform()
-        with Screen():
+        with Screen(stderr=True):
             function(*values, **named)
 
     tyro.cli(checked, args=list(args), prog=f"./launch.sh {name}", config=(tyro.conf.FlagCreatePairsOff,))

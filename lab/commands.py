@@ -17,7 +17,7 @@ from lab.loop import best_row
 from lab.metrics import read_rows
 from lab.program import Program
 from lab.run_folder import check_same, read_folder, write_json
-from lab.step import State, cast
+from lab.step import State, eval_params
 
 Run = Annotated[Path, tyro.conf.Positional]
 
@@ -75,9 +75,8 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
     check_same(run, experiment, data.fingerprint)
     if not hasattr(data, "decode"):
         raise UserError(f"{run} is not a language model: there is no text to sample.")
-    params = cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
-    texts = sample_texts(experiment.model, params, data, list(prompt), seed=seed, new_tokens=new_tokens, top_k=top_k,
-                         temperature=0.0 if greedy else temperature, top_p=top_p)
+    texts = sample_texts(experiment.model, eval_params(experiment, state), data, list(prompt), seed=seed,
+                         new_tokens=new_tokens, temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
     for text, continuation in zip(prompt, texts, strict=True):
         print(text + continuation)
         if len(prompt) > 1:

@@ -48,8 +48,10 @@ class Screen:
     Use as a context manager. Other processes than the first are given ``quiet=True``.
     """
 
-    def __init__(self, quiet: bool = False):
-        self.console = RichConsole(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False, stderr: bool = False):
+        """`stderr`: for commands whose own output, a text or a table, goes to stdout."""
+        self.console = RichConsole(file=sys.stderr if stderr else sys.stdout,
+                                   quiet=quiet, highlight=False, soft_wrap=True)
         live = self.console.is_terminal
         self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
         self._handler, self._log = _SayLog(self), logging.getLogger("lab")

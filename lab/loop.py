@@ -23,7 +23,7 @@ from lab.experiment import Evaluate, Experiment
 from lab.plan import make_plan
 from lab.program import Program
 from lab.run_folder import alone, open_folder, read_json, write_json
-from lab.step import State, cast
+from lab.step import State, eval_params
 
 EXIT = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75 (EX_TEMPFAIL) tells a launcher: saved, start me again
 
@@ -237,8 +237,7 @@ class _Run:
         self.screen.progress("")
         self.checkpoints.wait()
         final, best = self.evaluations[-1], best_row(self.evaluations, self.experiment.evaluate)
-        params = self.experiment.optim.eval_params(self.state.opt_state, self.state.params)
-        params = cast(params, self.experiment.precision)
+        params = eval_params(self.experiment, self.state)
         lines = self.experiment.task.artifacts(self.experiment.model, params, self.data, final, self.experiment.seed,
                                                self.folder)
         pictures = plots.curves(self.rows.rows, self.folder / "plots")

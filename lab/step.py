@@ -103,11 +103,15 @@ def make_train_step(experiment: Experiment) -> Callable[[State, Batch], tuple[St
     return train_step
 
 
+def eval_params(experiment: Experiment, state: State) -> Any:
+    """What to evaluate and sample with: the parameters, averaged if the optimizer averages, in the compute type."""
+    return cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
+
+
 def make_eval_step(experiment: Experiment) -> Callable[[State, Batch], Metrics]:
-    """Metrics of one batch, with the parameters that the optimizer wants evaluated (averaged ones, if it averages)."""
+    """Metrics of one batch, with `eval_params`."""
     def eval_step(state: State, batch: Batch) -> Metrics:
-        params = cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
-        variables = {"params": params, **state.extra}
+        variables = {"params": eval_params(experiment, state), **state.extra}
         return experiment.task.loss(experiment.model, variables, batch, {}, train=False)[2]
 
     return eval_step

@@ -9,20 +9,12 @@ import pytest
 
 from lab.generate import generate, pick, sample_texts
 from lab.models.gpt import GPT
+from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 TINY = {"depth": 2, "width": 16, "heads": 4, "vocab": 29, "context": 16, "tied": False}
 PROMPT = np.random.default_rng(0).integers(0, 29, (3, 6)).astype(np.int32)
 LENGTHS = np.array([6, 1, 4])
 NEW = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """XLA's optimiser costs 2x the compile time of these tiny programs and none of what is tested here."""
-    old = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", old)
 
 
 def random_params(model):

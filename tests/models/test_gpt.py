@@ -12,6 +12,7 @@ from lab.errors import UserError
 from lab.models.gpt import GPT
 from lab.step import cast
 from lab.tasks import LanguageModel
+from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 TINY = {"depth": 2, "width": 16, "heads": 4, "vocab": 13, "context": 8}
 MODERN = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "kv_heads": 2, "qk_norm": True, "tied": False,
@@ -19,15 +20,6 @@ MODERN = {"norm": "rmsnorm", "position": "rotary", "mlp": "swiglu", "kv_heads": 
 TOKENS = np.random.default_rng(0).integers(0, 13, (3, 6)).astype(np.int32)
 BATCH = {"tokens": np.concatenate([TOKENS, TOKENS[:, :1]], 1), "bytes": np.full(3, 6, np.int32),
          "weight": np.ones(3, np.float32)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """XLA's optimiser costs 3x the compile time of these tiny programs and none of what is tested here."""
-    old = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", old)
 
 
 def shapes_of(model):

@@ -22,19 +22,11 @@ from lab.models.layers import (
     project,
     rotary,
 )
+from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 TINY = {"depth": 1, "width": 8, "heads": 2, "context": 8}
 LENGTH = 5
 BF16 = jnp.bfloat16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """XLA's optimiser costs 3x the compile time of these tiny programs and none of what is tested here."""
-    old = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", old)
 
 
 def normal(*shape, seed=0, scale=1.0):
