@@ -364,13 +364,16 @@ def test_runs_that_are_there_already(typed, mistake, reference):
     assert typed("small.py", "--run-dir", "reference", "--checkpoint.keep", "5")[0] == 0  # says how, not what
 
 
-def test_damaged_checkpoints(mistake, place, reference):
+def test_damaged_checkpoints(typed, mistake, place, reference):
     folder = Path(shutil.copytree(reference[0], place / "damaged", dirs_exist_ok=True))
     (folder / "result.json").unlink()
     for checkpoint in (folder / "checkpoints").iterdir():
         shutil.rmtree(checkpoint / "state", ignore_errors=True)
     assert "Every checkpoint in" in mistake("small.py", "--run-dir", "damaged", "--mesh.data", "1")
-    assert "Every checkpoint in" in mistake("sample", "damaged").splitlines()[-1]
+    status, _, err = typed("sample", "damaged")  # which names each damaged one on stderr first
+    *damaged, error = err.splitlines()
+    assert status == 2 and error.startswith("error: Every checkpoint in") and "Traceback" not in err
+    assert len(damaged) == 2 and all(line.endswith(").") and "is damaged" in line for line in damaged), err
 
 
 def test_an_override_that_changes_nothing_is_said(typed):
