@@ -16,7 +16,7 @@ from lab.data.tokenizers import Bytes, Chars
 from lab.experiment import Evaluate, Experiment
 from lab.models.gpt import GPT
 from lab.optim import AdamW, Cosine
-from lab.tasks import LanguageModel
+from lab.tasks.language import LanguageModel
 
 experiment = Experiment(
     # nanoGPT validates on the last 10 % of the text, which TFDS splits into validation and test.

@@ -16,7 +16,7 @@ from lab.data.tokenizers import BPE, GPT2
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.gpt import GPT
 from lab.optim import AdamW, Cosine, Muon
-from lab.tasks import LanguageModel
+from lab.tasks.language import LanguageModel
 
 experiment = Experiment(
     data=Text(Tfds("lm1b"), GPT2(), length=1024),

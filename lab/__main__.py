@@ -196,6 +196,13 @@ def sample(args: Sequence[str]) -> int:
     return _function("sample", sample, args)
 
 
+def predict(args: Sequence[str]) -> int:
+    """RUN --input FILE"""
+    from lab.commands import predict
+
+    return _function("predict", predict, args)
+
+
 def bench(args: Sequence[str]) -> int:
     """EXPERIMENT.py"""
     if not args:
@@ -229,7 +236,8 @@ def _function(name: str, function: Callable[..., None], args: Sequence[str]) -> 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "sample": (sample, "RUN --prompt TEXT: continue a text with a trained model"),
-    "eval": (evaluate, "RUN: evaluate a checkpoint of a run on its validation split"),
+    "eval": (evaluate, "RUN: evaluate a checkpoint and write the full report of its task"),
+    "predict": (predict, "RUN --input FILE: predictions for new records, as CSV"),
     "bench": (bench, "EXPERIMENT.py: measure compilation, update, throughput, data wait"),
 }
 

@@ -36,9 +36,10 @@ def measure(experiment: Experiment, options: BenchOptions) -> None:
     """Prints a table, and the same as one line of JSON."""
     data = experiment.data.load()
     experiment.model.check(data.facts)
-    program = Program(experiment)
+    program = Program(experiment, data.train)
     state, update, n = program.init(), program.train, experiment.dispatch
-    read = functools.partial(train_batch, data.train, batch=experiment.batch, seed=experiment.seed, rows=program.rows)
+    read = functools.partial(train_batch, program.train_records, batch=experiment.batch, seed=experiment.seed,
+                             rows=program.rows)
     calls, warm, seconds = -(-options.updates // n), 3, []
     with Prefetch(lambda call: program.batch(read, call), 0, warm + calls) as batches:
         for batch in batches:

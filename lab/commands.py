@@ -1,49 +1,24 @@
-"""Commands on a finished or unfinished run folder: sample from it, evaluate it."""
+"""Commands on a finished or unfinished run folder: sample from it, evaluate it, predict with it."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
+import csv
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 
-from lab.checkpoint import Checkpoints
+from lab import report
+from lab.data.pipeline import Arrays
 from lab.errors import UserError
-from lab.experiment import Experiment, Mesh
-from lab.loop import best_row
-from lab.metrics import read_rows
-from lab.program import Program
-from lab.run_folder import check_same, read_folder, write_json
-from lab.step import State, eval_params
+from lab.experiment import Experiment
+from lab.restore import open_run
+from lab.run_folder import check_same, write_json
+from lab.step import eval_params
+from lab.tasks.base import Outcome
 
 Run = Annotated[Path, tyro.conf.Positional]
-
-
-def _open(run: Path, step: int | None, best: bool) -> tuple[Experiment, Program, State]:
-    """The program of a run and the state of its checkpoint: the latest, the best, or that of `step`."""
-    experiment = read_folder(run)
-    experiment.validate()
-    if best and step is not None:
-        raise UserError("--best and --step exclude each other.")
-    if best:
-        rows = [r for r in read_rows(run / "metrics.jsonl") if r["split"] == "validation" and r["step"]]
-        step = best_row(rows, experiment.evaluate)["step"]
-        if step is None:
-            raise UserError(f"{run} has no evaluation after an update yet, so no checkpoint is its best.")
-    if not (run / "checkpoints").is_dir():
-        raise UserError(f"{run} has no checkpoint yet.")
-    # A run may be looked at on another number of devices than it was trained on.
-    devices = math.gcd(experiment.batch // experiment.microbatches, jax.device_count())
-    program = Program(replace(experiment, mesh=Mesh(devices)))
-    checkpoints = Checkpoints(run / "checkpoints")
-    state = checkpoints.restore(program.abstract, step)
-    checkpoints.close()
-    if state is None:
-        raise UserError(f"{run} has no checkpoint yet.")
-    return experiment, program, state
 
 
 def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, temperature: float = 0.8,
@@ -70,7 +45,7 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
                               ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1)):
         if not good:
             raise UserError(f"--{name} {value} is out of range.")
-    experiment, _, state = _open(run, step, best)
+    experiment, _, state = open_run(run, step, best)
     data = experiment.data.load()
     check_same(run, experiment, data.fingerprint)
     if not hasattr(data, "decode"):
@@ -83,28 +58,77 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
             print("---")
 
 
-def evaluate(run: Run, step: int | None = None, best: bool = False, records: int | None = None) -> None:
-    """Evaluates a checkpoint of a run on its validation split, and writes evaluation-<step>.json.
+def evaluate(run: Run, step: int | None = None, best: bool = False, records: int | None = None,
+             split: Literal["test", "validation"] | None = None, judge: Path | None = None) -> None:
+    """Evaluates a checkpoint of a run, and writes the task's whole report to evaluation-<step>/ in the run folder.
 
     Args:
       run: the run folder.
       step: the checkpoint after this many updates; by default the latest.
       best: the checkpoint with the best validation metric.
       records: use that many evenly spaced records; by default all.
+      split: by default the test split, where the data has one.
+      judge: for a GAN, the run folder of a classifier of such images, which labels the samples.
     """
-    from lab.data.pipeline import eval_batches
-
-    experiment, program, state = _open(run, step, best)
+    experiment, program, state = open_run(run, step, best)
     data = experiment.data.load()
     check_same(run, experiment, data.fingerprint)
-    means: dict[str, Any] = program.evaluate(
-        state, eval_batches(data.validation, program.eval_batch, limit=records, rows=program.eval_rows))
-    size = len(data.validation)
-    print(f"{min(records or size, size):,} of {size:,} validation records")
-    row = {"step": int(jax.device_get(state.step)), "split": "validation", **means}
-    for name, value in row.items():
-        print(f"{name:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
-    write_json(run / f"evaluation-{row['step']}.json", row)
-    print(f"Written to {run / 'evaluation'}-{row['step']}.json")
+    split = split or ("validation" if data.test is None else "test")
+    name = f"evaluation-{int(jax.device_get(state.step))}"
+    folder = run / name
+    folder.mkdir(exist_ok=True)
+    outcome = report.evaluate(program, state, data, split, folder, records)
+    size = len(outcome.records)
+    print(f"{min(records or size, size):,} of {size:,} {split} records")
+    row: dict[str, Any] = {"step": outcome.step, "split": split, **outcome.means}
+    if judge is not None:
+        row |= _judged(experiment, outcome, judge)
+    for key, value in row.items():
+        print(f"{key:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
+    for line in experiment.task.artifacts(outcome):
+        print(line)
+    write_json(run / f"{name}.json", row)
+    print(f"Written to {run / name}.json and {folder}")
 
 
+def _judged(experiment: Experiment, outcome: Outcome, judge: Path, number: int = 2000) -> dict[str, Any]:
+    """How a classifier of the same images labels `number` samples of a GAN."""
+    from lab.tasks.adversarial import Adversarial, generate_images, judge_scores
+
+    if not isinstance(experiment.task, Adversarial):
+        raise UserError("--judge is for a GAN: this run makes no images.")
+    _, program, state = open_run(judge)
+    images = generate_images(outcome.model, outcome.variables, number, outcome.seed)
+    try:
+        labelled = report.predict(program, state, Arrays({"inputs": images}))
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{judge} cannot judge images of shape {images.shape[1:]}: {str(e).splitlines()[0]}") from e
+    if "probabilities" not in labelled:
+        raise UserError(f"{judge} is not a classifier.")
+    return {f"judge_{name}": value for name, value in judge_scores(labelled["probabilities"]).items()}
+
+
+def predict(run: Run, input: Path, output: Path = Path("predictions.csv"), step: int | None = None,
+            best: bool = False) -> None:
+    """Writes the predictions of a run for new records as CSV.
+
+    Args:
+      run: the run folder.
+      input: a CSV with the columns of the training data, a text file with one message a line, an image, a folder of
+        images: what the run's data reads.
+      output: the CSV to write: a row per record, with the prediction and, for classes, their probabilities.
+      step: the checkpoint after this many updates; by default the latest.
+      best: the checkpoint with the best validation metric.
+    """
+    if not input.exists():
+        raise UserError(f"{input} does not exist.")
+    experiment, program, state = open_run(run, step, best)
+    data = experiment.data.load()
+    check_same(run, experiment, data.fingerprint)
+    names, records = data.read(input)
+    columns = experiment.task.columns(report.predict(program, state, records), data)
+    with output.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["record", *columns])
+        writer.writerows(zip(names, *columns.values(), strict=True))
+    print(f"{len(names):,} predictions are in {output}")

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from lab.errors import UserError
+from lab.pretrained import Pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 HOW = {"fingerprint": False}  # marks fields that say how a run is carried out, not what it computes
@@ -94,9 +95,19 @@ class Experiment:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters and optimizer state stay float32."""
     evaluate: Evaluate = Evaluate()
+    init_from: Any = Pretrained()
+    """Parameters to begin with instead of random ones, and which of them stay as they are."""
     checkpoint: Checkpoint = field(default=Checkpoint(), metadata=HOW)
     log: Log = field(default=Log(), metadata=HOW)
     mesh: Mesh = field(default=Mesh(), metadata=HOW)
+    resident: Literal["auto", "always", "never"] = field(default="auto", metadata=HOW)
+    """Keep the training records on the devices and gather batches there; auto: on accelerators, where they fit."""
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer with the frozen parameters at rate 0."""
+        frozen = tuple((rule, 0.0) for rule in self.init_from.freeze)
+        return dataclasses.replace(self.optim, groups=frozen + self.optim.groups) if frozen else self.optim
 
     def validate(self) -> None:
         """Checks all that can be checked without data and devices.
@@ -126,7 +137,7 @@ class Experiment:
             if (value or 0) % self.dispatch:
                 raise UserError(f"{flag} {value} is not a multiple of --dispatch {self.dispatch}.")
         self.optim.validate(self.steps)
-        for part in (self.data, self.model, self.task):
+        for part in (self.data, self.model, self.task, self.init_from):
             part.validate()
         self.model.check(self.data.hints())
 

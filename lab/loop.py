@@ -19,11 +19,13 @@ from lab.checkpoint import Checkpoints
 from lab.console import Screen, clock, facts, human
 from lab.data.pipeline import Prefetch, eval_batches, train_batch, train_indices
 from lab.errors import UserError
-from lab.experiment import Evaluate, Experiment
+from lab.experiment import Experiment
 from lab.plan import make_plan
 from lab.program import Program
+from lab.report import evaluate, frozen_paths, make_outcome
 from lab.run_folder import alone, open_folder, read_json, write_json
-from lab.step import State, eval_params
+from lab.step import State
+from lab.tasks.base import Outcome
 
 EXIT = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75 (EX_TEMPFAIL) tells a launcher: saved, start me again
 
@@ -70,6 +72,8 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
         experiment.model.check(data.facts)
         with alone(folder):
             open_folder(folder, experiment, file, data.fingerprint)
+            if state := getattr(data, "tokenizer_state", None):
+                metrics.replace_file(folder / "tokenizer.json", state)
             return _train(experiment, folder, screen, data, tensorboard)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -96,7 +100,7 @@ class _Run:
 
     def __init__(self, experiment: Experiment, folder: Path, screen: Screen, data: Any, stop: _Stop, tensorboard: bool):
         self.experiment, self.folder, self.screen, self.data, self.stop = experiment, folder, screen, data, stop
-        self.program = Program(experiment)
+        self.program = Program(experiment, data.train)
         self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoint, lambda: self.best_step)
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
@@ -104,6 +108,7 @@ class _Run:
         self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
         self.board = _tensorboard(folder) if tensorboard else None
         self.pending: tuple[int, Any] | None = None
+        self.evaluated: Outcome | None = None  # the last evaluation of this process
         self.batches: Prefetch | None = None
         self.clock = _Clock(experiment, data, self.step, self.program.mesh.size)
 
@@ -112,15 +117,28 @@ class _Run:
         if state is None:
             if metrics.read_rows(self.folder / "metrics.jsonl"):
                 self.screen.say(f"There is no checkpoint in {self.folder} yet: starting again from update 0.")
-            return self.program.init()
+            given, report = self.experiment.init_from.load(self.program.abstract, self.data)
+            self._say_pretrained(report)
+            return self.program.init(given)
         self.checkpoints.discard_after(int(state.step))
         self.screen.say(f"Going on after update {int(state.step)} of {self.experiment.steps}.")
         return state
 
+    def _say_pretrained(self, report: dict[str, Any]) -> None:
+        frozen = frozen_paths(self.experiment, self.program.abstract.params)
+        if not report and not frozen:
+            return
+        write_json(self.folder / "pretrained.json", {**report, "frozen": frozen})
+        if report:
+            self.screen.say(f"Parameters from {report['from']}: {len(report['loaded'])} loaded "
+                            f"({_shortly(report['loaded'])}); at random: {_shortly(report['random'])}; not taken: "
+                            f"{_shortly(report['not taken'])}.")
+        self.screen.say(f"Frozen: {_shortly(frozen)}. The whole list is in {self.folder / 'pretrained.json'}.")
+
     def go(self) -> int:
         """Evaluate and save whatever is due at this step, then update; until the last step or a reason to stop."""
         experiment, n = self.experiment, self.experiment.dispatch
-        read = functools.partial(train_batch, self.data.train, batch=experiment.batch, seed=experiment.seed,
+        read = functools.partial(train_batch, self.program.train_records, batch=experiment.batch, seed=experiment.seed,
                                  rows=self.program.rows)
         first, last = self.step // n, experiment.steps // n
         with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
@@ -173,9 +191,10 @@ class _Run:
         self._flush()
         batches = eval_batches(self.data.validation, self.program.eval_batch, settings.records, self.program.eval_rows)
         with self.clock.paused("evaluation"):
-            means = self.program.evaluate(self.state, batches, self.stop)
-        if means is None:
+            evaluated = self.program.evaluate(self.state, batches, self.stop)
+        if evaluated is None:
             return
+        means, counts = evaluated
         if settings.metric not in means:
             raise UserError(f"--evaluate.metric {settings.metric} is not computed; there are {', '.join(means)}.")
         means = {settings.metric: means[settings.metric], **means}
@@ -184,11 +203,18 @@ class _Run:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         best = "  (best)" if self.step and self.best_step == self.step else ""
         self.screen.say(f"update {self.step:>6}  validation  {shown}{best}")
+        with self.clock.paused("evaluation"):
+            self.evaluated = make_outcome(self.program, self.state, self.data, "validation", means, counts, self.folder)
+            self.experiment.task.snapshot(self.evaluated)
 
     @property
     def best_step(self) -> int | None:
         """The step with the best validation metric so far; a function of the rows, so resuming cannot change it."""
-        return best_row(self.evaluations, self.experiment.evaluate)["step"]
+        return self._best["step"]
+
+    @property
+    def _best(self) -> dict[str, Any]:
+        return metrics.best_row(self.evaluations, self.experiment.evaluate.metric, self.experiment.evaluate.mode)
 
     def _out_of_patience(self) -> bool:
         patience = self.experiment.evaluate.patience
@@ -236,20 +262,41 @@ class _Run:
         self._flush()
         self.screen.progress("")
         self.checkpoints.wait()
-        final, best = self.evaluations[-1], best_row(self.evaluations, self.experiment.evaluate)
-        params = eval_params(self.experiment, self.state)
-        lines = self.experiment.task.artifacts(self.experiment.model, params, self.data, final, self.experiment.seed,
-                                               self.folder)
-        pictures = plots.curves(self.rows.rows, self.folder / "plots")
-        for line in lines:
-            self.screen.say(line)
-        result = {"steps": self.step, "stopped_early": self.step < self.experiment.steps, "final": final, "best": best,
+        result = {"steps": self.step, "stopped_early": self.step < self.experiment.steps,
+                  "final": self.evaluations[-1], "best": self._best,
                   **self.clock.totals(self.step, self.program, self.batches)}
+        state = self._state_to_report()
+        split = "validation" if self.data.test is None else "test"
+        if split == "validation" and state is self.state and self.evaluated is not None:
+            outcome = self.evaluated
+        else:
+            limit = self.experiment.evaluate.records if split == "validation" else None
+            outcome = evaluate(self.program, state, self.data, split, self.folder, limit)
+        if split == "test":
+            result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
+            if self.rows.rows[-1]["split"] != "test":
+                self._write(result["test"])
+        for line in self.experiment.task.artifacts(outcome):
+            self.screen.say(line)
+        for metric in self.experiment.task.curves:
+            plots.curves(self.rows.rows, self.folder / "plots", metric)
         write_json(self.folder / "result.json", result)
         self.screen.say(describe_result(result))
+        pictures = sorted((self.folder / "plots").glob("*.png"))
         self.screen.say(f"Pictures: {', '.join(str(p.relative_to(self.folder)) for p in pictures)}")
         self.screen.say(f"Everything is in {self.folder}")
         return 0
+
+    def _state_to_report(self) -> State:
+        """The final state; with early stopping the best one, which is what patience waited for."""
+        best = self.best_step
+        if self.experiment.evaluate.patience is None or best in (None, 0, self.step):
+            return self.state
+        if best not in self.checkpoints.steps():
+            self.screen.say(f"The best state, of update {best}, was not kept (--checkpoint.best): reporting the last.")
+            return self.state
+        self.screen.say(f"Reporting the best state, of update {best}.")
+        return self.checkpoints.restore(self.program.abstract, best)
 
     def close(self) -> None:
         """Releases files and threads; a save that was started is finished."""
@@ -257,15 +304,6 @@ class _Run:
         if self.board:
             self.board.close()
         self.checkpoints.close()
-
-
-def best_row(rows: list[dict[str, Any]], settings: Evaluate) -> dict[str, Any]:
-    """The first row with the best value of the metric; a value that is no number is never the best."""
-    def badness(row: dict[str, Any]) -> float:
-        value = row[settings.metric] if settings.mode == "min" else -row[settings.metric]
-        return math.inf if math.isnan(value) else value
-
-    return min(rows, key=badness, default={"step": None})
 
 
 class _Clock:
@@ -322,11 +360,18 @@ class _Clock:
                 "compile_seconds": program.compile_seconds, "data_wait_seconds": batches.wait_seconds}
 
 
+def _shortly(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "") if paths else "nothing"
+
+
 def describe_result(result: dict[str, Any]) -> str:
     """One or two lines for a person about a finished run."""
     final = "  ".join(f"{k} {v:.4f}" for k, v in result["final"].items() if k not in ("step", "split"))
     early = " (stopped early)" if result["stopped_early"] else ""
     lines = [f"Finished after {result['steps']} updates{early}: {final}; best at update {result['best']['step']}"]
+    if "test" in result:
+        test = "  ".join(f"{k} {v:.4f}" for k, v in result["test"].items() if k not in ("step", "split"))
+        lines.append(f"Test split, with the state of update {result['test']['step']}: {test}")
     if "seconds_per_update" in result:
         share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
         rate, seconds = 1000 * result["seconds_per_update"], result["training_seconds"]

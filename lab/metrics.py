@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +27,25 @@ def add(total: Any, more: Any) -> Any:
     return more if total is None else jax.tree.map(lambda a, b: a + b, total, more)
 
 
-def means(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-    """sum / weight of every metric; NaN where the weight is 0."""
+def means(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """sum / weight of every metric that is a (sum, weight) pair; NaN where the weight is 0."""
+    pairs = {name: pair for name, pair in metrics.items() if isinstance(pair, tuple)}
     return {name: float(np.float32(total) / np.float32(weight)) if weight else float("nan")
-            for name, (total, weight) in jax.device_get(dict(metrics)).items()}
+            for name, (total, weight) in jax.device_get(pairs).items()}
+
+
+def counts(metrics: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The other metrics: arrays of counts, such as a confusion matrix."""
+    return jax.device_get({name: array for name, array in metrics.items() if not isinstance(array, tuple)})
+
+
+def best_row(rows: list[dict[str, Any]], metric: str, mode: str) -> dict[str, Any]:
+    """The first row with the best value of the metric ("min" or "max"); a value that is no number is never the best."""
+    def badness(row: dict[str, Any]) -> float:
+        value = row[metric] if mode == "min" else -row[metric]
+        return math.inf if math.isnan(value) else value
+
+    return min(rows, key=badness, default={"step": None})
 
 
 def peak_flops() -> float | None:

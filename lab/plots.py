@@ -1,54 +1,85 @@
-"""Every picture that a run shows."""
+"""Every picture that a run shows. Pure drawing: numbers in, a PNG file out, which replaces an older one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"train": "#9ab8d9", "smooth": "#1f5a96", "validation": "#c8501e"}
+import numpy as np
+
+COLOURS = {"train": "#9ab8d9", "smooth": "#1f5a96", "validation": "#c8501e", "test": "#3f7d3a"}
+DPI = 120
+NUMBERED = 20  # classes up to which a confusion matrix has room for numbers
+NAMED = 120  # and for names
+POINTS = 20_000  # of a scatter plot
+OPTIMIZER = {"learning_rate": ("learning_rate",), "norms": ("gradient_norm", "update_norm", "parameter_norm")}
 
 
-def curves(rows: Sequence[dict[str, Any]], folder: Path, metric: str = "loss") -> list[Path]:
-    """Draws `folder`/<metric>.png, learning_rate.png and norms.png from the rows of metrics.jsonl."""
+def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure  # the object interface: no global figure, no display
 
-    train = [r for r in rows if r["split"] == "train"]
-    validation = [r for r in rows if r["split"] == "validation" and metric in r]
-    folder.mkdir(parents=True, exist_ok=True)
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------ curves
+
+
+def curves(rows: Sequence[dict[str, Any]], folder: Path, metric: str | Sequence[str] = "loss") -> list[Path]:
+    """Draws `folder`/<metric>.png for each metric, learning_rate.png and norms.png from the rows of metrics.jsonl.
+
+    A metric that no row has gets no picture. Returns the files.
+    """
+    of = {split: [r for r in rows if r["split"] == split] for split in ("train", "validation", "test")}
     written = []
+    for name in [metric] if isinstance(metric, str) else metric:
+        series = {split: ([r["step"] for r in found if name in r], [r[name] for r in found if name in r])
+                  for split, found in of.items()}
+        if any(steps for steps, _ in series.values()):
+            written.append(_metric(name, series, folder))
+    for name, lines in OPTIMIZER.items():
+        found = [r for r in of["train"] if all(line in r for line in lines)]
+        if found:
+            figure, axes = _axes(name.replace("_", " ") if len(lines) == 1 else "global norm")
+            for line in lines:
+                axes.plot([r["step"] for r in found], [r[line] for r in found], lw=1, label=line.replace("_", " "))
+            if len(lines) > 1:
+                axes.set_yscale("log")
+                axes.legend(frameon=False)
+            written.append(_save(figure, folder / f"{name}.png"))
+    return written
 
-    def picture(name: str, draw: Any, ylabel: str, log: bool = False) -> None:
-        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set(xlabel="update", ylabel=ylabel, **({"yscale": "log"} if log else {}))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
-        figure.savefig(folder / f"{name}.png")
-        written.append(folder / f"{name}.png")
 
-    def loss(axes: Any) -> None:
-        steps, values = [r["step"] for r in train], [r[metric] for r in train]
+def _axes(ylabel: str) -> tuple[Any, Any]:
+    figure = _figure(7, 4)
+    axes = figure.add_subplot()
+    axes.set(xlabel="update", ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _metric(name: str, series: dict[str, tuple[list[int], list[float]]], folder: Path) -> Path:
+    """One metric on each split: (steps, values)."""
+    figure, axes = _axes(name.replace("_", " "))
+    steps, values = series["train"]
+    if steps:
         axes.plot(steps, values, color=COLOURS["train"], lw=0.8, label="train, each update")
         if len(values) > 20:
             smooth = _smooth(values, span=max(5, len(values) // 50))
             axes.plot(steps, smooth, color=COLOURS["smooth"], lw=1.5, label="train, smoothed")
-        axes.plot([r["step"] for r in validation], [r[metric] for r in validation], "o-", ms=4,
-                  color=COLOURS["validation"], label="validation")
-
-    def lines(*names: str) -> Any:
-        return lambda axes: [axes.plot([r["step"] for r in train], [r[n] for r in train], lw=1,
-                                       label=n.replace("_", " ")) for n in names]
-
-    if train or validation:
-        picture(metric, loss, metric.replace("_", " "))
-    if train:
-        picture("learning_rate", lines("learning_rate"), "learning rate")
-        picture("norms", lines("gradient_norm", "update_norm", "parameter_norm"), "global norm", log=True)
-    return written
+    for split, style in (("validation", "o-"), ("test", "D")):
+        if series[split][0]:
+            axes.plot(*series[split], style, ms=4, color=COLOURS[split], label=split)
+    axes.legend(frameon=False)
+    return _save(figure, folder / f"{name}.png")
 
 
 def _smooth(values: Sequence[float], span: int) -> list[float]:
@@ -58,3 +89,83 @@ def _smooth(values: Sequence[float], span: int) -> list[float]:
         mean, weight = mean + (value - mean) / span, weight + (1 - weight) / span
         out.append(mean / weight)
     return out
+
+
+# -------------------------------------------------------------------------------------------- classes and numbers
+
+
+def confusion(matrix: np.ndarray, names: Sequence[str], path: Path, title: str = "") -> Path:
+    """A confusion matrix (C, C) [true, predicted] with the names of the C classes.
+
+    Colours are shares of the true class, on a square-root scale that shows rare mistakes; numbers in the cells are
+    counts, for up to 20 classes. The picture grows with the classes, so that up to 120 names can be read.
+    """
+    C = len(names)
+    side = 3.2 + 0.45 * C if C <= NUMBERED else 3.0 + 0.15 * min(C, NAMED)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    figure = _figure(side * 1.1, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, label="share of the true class")
+    bar.set_ticks(np.sqrt([0, 0.01, 0.1, 0.3, 0.6, 1]), labels=["0", "1 %", "10 %", "30 %", "60 %", "100 %"])
+    if C <= NAMED:
+        size = 8 if C <= NUMBERED else 5.5
+        axes.set_xticks(range(C), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(C), names, fontsize=size)
+    if C <= NUMBERED:
+        for true, predicted in np.argwhere(matrix):
+            colour = "white" if share[true, predicted] > 0.4 else "black"
+            axes.text(predicted, true, f"{int(matrix[true, predicted])}", ha="center", va="center", fontsize=7,
+                      color=colour)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(title, fontsize=9)
+    return _save(figure, path)
+
+
+def scatter(true: np.ndarray, predicted: np.ndarray, path: Path, title: str = "") -> Path:
+    """Predicted against true numbers, both (n,), with the diagonal; of many records 20,000 evenly spaced ones."""
+    spread = np.arange(min(len(true), POINTS)) * len(true) // min(len(true), POINTS)
+    true, predicted = np.asarray(true)[spread], np.asarray(predicted)[spread]
+    figure = _figure(6, 6)
+    axes = figure.add_subplot()
+    axes.scatter(true, predicted, s=12 if len(true) < 2000 else 3, alpha=0.5 if len(true) < 2000 else 0.2, lw=0,
+                 color=COLOURS["smooth"], rasterized=True)
+    finite = np.concatenate([true, predicted])
+    finite = finite[np.isfinite(finite)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0, 1)
+    margin = 0.03 * (high - low) or 1.0
+    limits = (low - margin, high + margin)
+    axes.plot(limits, limits, color=COLOURS["validation"], lw=1, label="predicted = true")
+    axes.set(xlim=limits, ylim=limits, xlabel="true", ylabel="predicted", aspect="equal")
+    axes.set_title(title, fontsize=8)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="upper left")
+    return _save(figure, path)
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+
+def image_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), columns: int = 5,
+               limits: tuple[float, float] | None = None) -> Path:
+    """Images (n, H, W, C) in rows of `columns`, each with its title, if any.
+
+    C is 1 or 3. uint8 is drawn as it is; numbers are scaled from `limits`, by default the lowest and highest of all.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        low, high = limits or (float(np.nanmin(images)), float(np.nanmax(images)))
+        images = np.nan_to_num(np.clip((images.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1))
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    lines = max((title.count("\n") + 1 for title in titles), default=0)
+    figure = _figure(1.5 * columns, (1.5 + 0.15 * lines) * rows)
+    for i, image in enumerate(images):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        high = 255 if image.dtype == np.uint8 else 1
+        axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=high,
+                    interpolation="nearest")
+        axes.set_axis_off()
+        if len(titles):
+            axes.set_title(titles[i], fontsize=7)
+    return _save(figure, path)

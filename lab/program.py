@@ -13,16 +13,34 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lab import metrics
+from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.sharding import batch_sharding, make_mesh, process_rows, put, state_shardings
-from lab.step import State, init_state, make_eval_step, make_train_step
+from lab.step import State, init_state, make_eval_step, make_predict_step, make_train_step
 
 
 def batch_spec(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of one global batch, without reading any data."""
     spec = {name: jax.ShapeDtypeStruct((experiment.batch, *shape), dtype)
             for name, (shape, dtype) in experiment.data.record_spec().items()}
-    return spec | {"weight": jax.ShapeDtypeStruct((experiment.batch,), np.float32)}
+    return spec | _numbered(experiment.batch)
+
+
+def _numbered(batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {"weight": jax.ShapeDtypeStruct((batch,), np.float32), "index": jax.ShapeDtypeStruct((batch,), np.int32)}
+
+
+class Numbers:
+    """Records of which only the number is read: what they hold is on the devices already."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {}
 
 
 def abstract_state(experiment: Experiment) -> State:
@@ -33,10 +51,13 @@ def abstract_state(experiment: Experiment) -> State:
 class Program:
     """An experiment on this machine's devices."""
 
-    def __init__(self, experiment: Experiment):
-        """Raises UserError when the batch does not divide among the devices."""
+    def __init__(self, experiment: Experiment, train: Any = None):
+        """`train`: the training records, which go to the devices once and for all if they fit (`resident`).
+
+        Raises UserError when the batch does not divide among the devices.
+        """
         self.experiment = experiment
-        self.spec = batch_spec(experiment)
+        self.spec = self.train_spec = batch_spec(experiment)
         self.mesh = make_mesh(experiment.mesh.data)
         self.seed = jax.device_put(np.uint32(experiment.seed), NamedSharding(self.mesh, PartitionSpec()))
         self.stacked = experiment.dispatch > 1
@@ -50,15 +71,28 @@ class Program:
         self.shardings = state_shardings(state, self.mesh)
         self.abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                                      state, self.shardings)
-        self._evaluate = jax.jit(make_eval_step(experiment))
+        self._evaluate = self._seeded(make_eval_step)
+        self._predict = self._seeded(make_predict_step)
+        self.resident = None
+        if train is not None and fits(experiment.resident, train):
+            self.resident = jax.device_put(train.arrays, NamedSharding(self.mesh, PartitionSpec()))
+            self.train_spec = _numbered(experiment.batch)
+        self.train_records = train if self.resident is None else Numbers(len(train))
 
-    def init(self) -> State:
-        """The state before the first update, created where it lives."""
-        def init(batch: Any, seed: jax.Array) -> State:
-            return init_state(replace(self.experiment, seed=seed), batch)
+    def _seeded(self, make: Callable[[Experiment], Callable]) -> Callable:
+        """A jitted step whose seed is an argument, so that another seed finds it in the compilation cache."""
+        def step(state: State, batch: Any, seed: jax.Array) -> Any:
+            return make(replace(self.experiment, seed=seed))(state, batch)
+
+        return jax.jit(step)
+
+    def init(self, given: dict[str, Any] | None = None) -> State:
+        """The state before the first update, created where it lives; `given`: see `init_state`."""
+        def init(batch: Any, seed: jax.Array, given: Any) -> State:
+            return init_state(replace(self.experiment, seed=seed), batch, given)
 
         one = jax.tree.map(lambda s: np.zeros((1, *s.shape[1:]), s.dtype), self.spec)
-        return jax.jit(init, out_shardings=self.shardings)(one, self.seed)
+        return jax.jit(init, out_shardings=self.shardings)(one, self.seed, given)
 
     @functools.cached_property
     def train(self) -> Callable[[State, Any], tuple[State, Any]]:
@@ -68,18 +102,25 @@ class Program:
         With `dispatch` > 1 the batch and the metrics have a leading axis of updates. The seed is an argument of the
         compiled program, so that another seed finds it in the compilation cache.
         """
-        def update(state: State, batch: Any, seed: jax.Array) -> tuple[State, Any]:
-            step = make_train_step(replace(self.experiment, seed=seed))
+        def update(state: State, batch: Any, seed: jax.Array, resident: Any) -> tuple[State, Any]:
+            make = make_train_step(replace(self.experiment, seed=seed))
+
+            def step(state: State, batch: Any) -> tuple[State, Any]:
+                rows = jax.tree.map(lambda x: x[batch["index"]], resident or {})
+                rows = jax.lax.with_sharding_constraint(rows, rows_sharding)
+                return make(state, {**batch, **rows})
+
             return jax.lax.scan(step, state, batch) if self.stacked else step(state, batch)
 
-        jitted = jax.jit(update, donate_argnums=0, in_shardings=(self.shardings, self.train_sharding, None),
+        rows_sharding = batch_sharding(self.mesh, self.experiment.batch, self.experiment.microbatches)
+        jitted = jax.jit(update, donate_argnums=0, in_shardings=(self.shardings, self.train_sharding, None, None),
                          out_shardings=(self.shardings, None))
         leading = (self.experiment.dispatch,) if self.stacked else ()
-        batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.spec)
+        batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.train_spec)
         start = time.monotonic()
-        self.compiled = jitted.lower(self.abstract, batch, self.seed).compile()
+        self.compiled = jitted.lower(self.abstract, batch, self.seed, self.resident).compile()
         self.compile_seconds = time.monotonic() - start
-        return lambda state, batch: self.compiled(state, batch, self.seed)
+        return lambda state, batch: self.compiled(state, batch, self.seed, self.resident)
 
     def batch(self, read: Callable[[int], dict[str, np.ndarray]], call: int) -> dict[str, jax.Array]:
         """The batch of dispatch number `call`, on the devices; ``read(step)``: this process's rows of one update."""
@@ -90,12 +131,35 @@ class Program:
         return put({name: np.stack([r[name] for r in rows]) for name in rows[0]}, self.train_sharding)
 
     def evaluate(self, state: State, batches: Iterator[dict[str, np.ndarray]],
-                 stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """Means over all batches, with the task's summary; None when `stop` said so in between."""
+                 stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
+        """(means over all batches with the task's summary, counts); None when `stop` said so in between."""
         total = None
         for rows in batches:
             if stop():
                 return None
-            total = metrics.add(total, self._evaluate(state, put(rows, self.eval_sharding)))
-        means = metrics.means(total)
-        return means | self.experiment.task.summary(means)
+            total = metrics.add(total, self._evaluate(state, put(rows, self.eval_sharding), self.seed))
+        means, counts = metrics.means(total), metrics.counts(total)
+        return means | self.experiment.task.summary(means, counts), counts
+
+    def predict(self, state: State, records: Any, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """`Task.predict` of all `records`, in order: name -> (number of records, ...). `batches`: their batches."""
+        parts = [jax.device_get(self._predict(state, put(rows, self.eval_sharding), self.seed)) for rows in batches]
+        return {name: np.concatenate([part[name] for part in parts])[: len(records)] for name in parts[0]}
+
+
+def fits(resident: str, train: Any) -> bool:
+    """Whether the training records are to be kept on the devices: what `resident` says, and if "auto" where they take
+    less than a quarter of an accelerator's memory. On a CPU there is nothing to gain: its memory is the host's.
+
+    Raises:
+      UserError: "always", but the records are read piece by piece and not held in memory.
+    """
+    arrays = getattr(train, "arrays", None)
+    if arrays is None:
+        if resident == "always":
+            raise UserError("--resident always: these records are read piece by piece, not held in memory.")
+        return False
+    if resident != "auto":
+        return resident == "always"
+    memory = (jax.devices()[0].memory_stats() or {}) if jax.default_backend() != "cpu" else {}
+    return sum(x.nbytes for x in arrays.values()) < memory.get("bytes_limit", 0) / 4

@@ -12,9 +12,10 @@ import optax
 from jax import Array
 
 from lab.experiment import Experiment
+from lab.sharding import path_of
 
 Batch = Mapping[str, Array]
-Metrics = dict[str, tuple[Array, Array]]
+Metrics = dict[str, Any]
 
 
 class State(NamedTuple):
@@ -44,13 +45,28 @@ def cast(tree: Any, precision: str) -> Any:
     return jax.tree.map(one, tree)
 
 
-def init_state(experiment: Experiment, batch: Batch) -> State:
-    """The state before the first update, for batches shaped like `batch`."""
+def prepare(experiment: Experiment, batch: Batch, train: bool, *counts: int | Array) -> Batch:
+    """The batch as the task sees it: each record with a random key of its own, through the data's transform.
+
+    The key is a function of (seed, counts, record): augmentation and masking do not depend on the batch's order or
+    size, nor on devices.
+    """
+    key = key_for(experiment.seed, "records", *counts)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["index"])
+    return experiment.data.transform({**batch, "key": keys}, train)
+
+
+def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] | None = None) -> State:
+    """The state before the first update, for batches shaped like `batch`.
+
+    `given`: arrays that replace those just drawn, by their path in `params` or `extra`: pretrained ones.
+    """
+    batch = prepare(experiment, batch, False)
     variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), batch)
-    params = variables["params"]
     extra = {name: value for name, value in variables.items() if name != "params"}
-    opt_state = experiment.optim.build(experiment.steps).init(params)
-    return State(jnp.zeros((), jnp.int32), params, extra, opt_state)
+    fresh = State(jnp.zeros((), jnp.int32), variables["params"], extra, ())
+    state = jax.tree.map_with_path(lambda path, x: (given or {}).get(path_of(path[1:]), x), fresh)
+    return state._replace(opt_state=experiment.optimizer.build(experiment.steps).init(state.params))
 
 
 def make_train_step(experiment: Experiment) -> Callable[[State, Batch], tuple[State, Metrics]]:
@@ -60,7 +76,7 @@ def make_train_step(experiment: Experiment) -> Callable[[State, Batch], tuple[St
     metric is (sum, weight).
     """
     model, task, precision = experiment.model, experiment.task, experiment.precision
-    optimizer, rate = experiment.optim.build(experiment.steps), experiment.optim.rate(experiment.steps)
+    optimizer, rate = experiment.optimizer.build(experiment.steps), experiment.optim.rate(experiment.steps)
 
     def loss(params: Any, extra: Any, batch: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
         rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
@@ -88,6 +104,7 @@ def make_train_step(experiment: Experiment) -> Callable[[State, Batch], tuple[St
         return grads, (weight, metrics, extra)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        batch = prepare(experiment, batch, True, state.step)
         if experiment.microbatches == 1:
             grads, (weight, metrics, extra) = gradient(state.params, state.extra, batch, state.step, 0)
         else:
@@ -108,10 +125,24 @@ def eval_params(experiment: Experiment, state: State) -> Any:
     return cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
 
 
+def eval_variables(experiment: Experiment, state: State) -> dict[str, Any]:
+    """`eval_params` and the mutable collections, as a model takes them."""
+    return {"params": eval_params(experiment, state), **state.extra}
+
+
 def make_eval_step(experiment: Experiment) -> Callable[[State, Batch], Metrics]:
     """Metrics of one batch, with `eval_params`."""
     def eval_step(state: State, batch: Batch) -> Metrics:
-        variables = {"params": eval_params(experiment, state), **state.extra}
-        return experiment.task.loss(experiment.model, variables, batch, {}, train=False)[2]
+        batch = prepare(experiment, batch, False)
+        return experiment.task.loss(experiment.model, eval_variables(experiment, state), batch, {}, train=False)[2]
 
     return eval_step
+
+
+def make_predict_step(experiment: Experiment) -> Callable[[State, Batch], dict[str, Array]]:
+    """`Task.predict` of one batch, with `eval_params`: name -> (B, ...)."""
+    def predict_step(state: State, batch: Batch) -> dict[str, Array]:
+        batch = prepare(experiment, batch, False)
+        return experiment.task.predict(experiment.model, eval_variables(experiment, state), batch)
+
+    return predict_step

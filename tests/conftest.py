@@ -41,7 +41,7 @@ def tiny(text_file: Path):
     from lab.experiment import Checkpoint, Evaluate, Experiment
     from lab.models.gpt import GPT
     from lab.optim import AdamW, Cosine
-    from lab.tasks import LanguageModel
+    from lab.tasks.language import LanguageModel
 
     return Experiment(
         data=Text(TextFiles(str(text_file)), Bytes(), length=16),

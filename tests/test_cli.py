@@ -40,7 +40,7 @@ from lab.data.tokenizers import Bytes
 from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
 from lab.models.gpt import GPT
 from lab.optim import AdamW, Cosine
-from lab.tasks import LanguageModel
+from lab.tasks.language import LanguageModel
 
 experiment = Experiment(
     data=Text(TextFiles({corpus!r}), Bytes(), length=16),

@@ -59,11 +59,12 @@ def _program(experiment: Experiment) -> Program:
     program = Program(experiment)
     init = jax.jit(functools.partial(init_state, experiment), out_shardings=program.shardings)
     zeros = jax.tree.map(lambda s: np.zeros((1, *s.shape[1:]), s.dtype), program.spec)
-    program.init = lambda: init(zeros)
+    program.init = lambda given=None: init(zeros)
+    program.train_records = Points().load().train
     return program
 
 
-def program_of(experiment: Experiment) -> Program:
+def program_of(experiment: Experiment, train: Any = None) -> Program:
     """The same compiled program for all runs that compute the same updates."""
     return _program(replace(experiment, evaluate=Evaluate(), checkpoint=Checkpoint(), log=Log()))
 
@@ -73,7 +74,7 @@ def quick() -> Iterator[None]:
     """Programs are shared, and no picture is drawn (0.5 s a run; one test below draws them)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Program", program_of)
-        patch.setattr(loop.plots, "curves", lambda rows, folder: [])
+        patch.setattr(loop.plots, "curves", lambda rows, folder, metric: [])
         yield
 
 
@@ -226,12 +227,17 @@ class Fake:
     def __init__(self, losses: dict[int, float]):
         self.losses = losses
 
-    def __call__(self, experiment: Experiment) -> Any:
+    def __call__(self, experiment: Experiment, train: Any) -> Any:
         program = program_of(experiment)
-        names = ("abstract", "batch", "eval_batch", "eval_rows", "init", "mesh", "rows", "train")
+        names = ("abstract", "batch", "eval_batch", "eval_rows", "experiment", "init", "mesh", "rows", "train",
+                 "train_records")
         own = {name: getattr(program, name) for name in names}
         own["compile_seconds"] = program.compile_seconds
-        return SimpleNamespace(**own, evaluate=lambda state, batches, stop: {"loss": self.losses[int(state.step)]})
+
+        def evaluate(state: State, batches: Any, stop: Any = None) -> tuple[dict, dict]:
+            return {"loss": self.losses[int(state.step)]}, {}
+
+        return SimpleNamespace(**own, evaluate=evaluate)
 
 
 def test_early_stopping(tmp_path, monkeypatch):
@@ -297,7 +303,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, reference
     monkeypatch.undo()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Program", program_of)
-        patch.setattr(loop.plots, "curves", lambda rows, folder: [])
+        patch.setattr(loop.plots, "curves", lambda rows, folder, metric: [])
         assert go(experiment, folder)[0] == 0  # with the cause gone, it goes on from the good state
     assert same(folder, reference)
 
@@ -376,7 +382,7 @@ def test_result_is_written_last(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     pictures: list[Path] = []
-    monkeypatch.setattr(loop.plots, "curves", lambda rows, folder: pictures.append(folder) or [_draw(Figure, folder)])
+    monkeypatch.setattr(loop.plots, "curves", lambda rows, folder, metric: pictures.append(folder) or [_draw(Figure, folder)])
     go(toy(), tmp_path / "run")
     assert at_result == [([4, 8, 12], 12 + 4, ["loss.png"])]
     assert loop.finished(tmp_path / "run")["steps"] == 12

@@ -13,7 +13,7 @@ from lab.models.gpt import GPT
 from lab.models.layers import project
 from lab.optim import AdamW, Constant
 from lab.plan import count_flops, make_plan, size_of
-from lab.tasks import LanguageModel
+from lab.tasks.language import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lab.models.layers import dropout
 from lab.optim import SGD, AdamW, Constant, ScheduleFreeAdamW
 from lab.program import Program
 from lab.step import State, cast, init_state, key_for, make_eval_step, make_train_step
-from lab.tasks import apply
+from lab.tasks.base import Task, apply
 
 # ------------------------------------------------------------------------------------------------ toy ingredients
 
@@ -60,13 +60,16 @@ class Points:
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         return {"x": ((6,), np.float32), "y": ((), np.int32)}
 
+    def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
+        return batch
+
     def load(self) -> SimpleNamespace:
         random = np.random.default_rng(self.draw)
         n = self.records + 13
         y = np.arange(n, dtype=np.int32) % 4
         x = (random.normal(size=(4, 6))[y] + 0.5 * random.normal(size=(n, 6))).astype(np.float32)
         train, validation = (Table(x=x[part], y=y[part]) for part in (slice(self.records), slice(self.records, n)))
-        return SimpleNamespace(train=train, validation=validation, fingerprint=f"points {self.records} {self.draw}",
+        return SimpleNamespace(train=train, validation=validation, test=None, fingerprint=f"points {self.records} {self.draw}",
                                facts={}, unit=self.unit, units_per_record=1, summary={"records": self.records})
 
 
@@ -94,11 +97,8 @@ class Perceptron(nn.Module):
 
 
 @dataclass(frozen=True)
-class Kinds:
+class Kinds(Task):
     """Cross-entropy over the 4 kinds of points."""
-
-    def validate(self) -> None:
-        """Nothing can be wrong."""
 
     def init(self, model: nn.Module, key: jax.Array, batch: Mapping[str, jax.Array]) -> dict[str, Any]:
         return model.init(key, batch["x"][:1], train=False)
@@ -112,11 +112,8 @@ class Kinds:
         right = ((logits.argmax(-1) == batch["y"]) * batch["weight"]).sum()
         return total, weight, {"loss": (total, weight), "accuracy": (right, weight)}, extra
 
-    def summary(self, found: Mapping[str, float]) -> dict[str, float]:
+    def summary(self, found: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {"error": 1 - found["accuracy"]}
-
-    def artifacts(self, *_: Any) -> list[str]:
-        return []
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -405,7 +402,7 @@ def test_evaluation_counts_each_record_once_and_uses_the_averaged_parameters():
     for step in range(4):
         state, _ = program.train(state, program.batch(read, step))
     validation = experiment.data.load().validation
-    found = program.evaluate(state, eval_batches(validation, experiment.batch))
+    found, _ = program.evaluate(state, eval_batches(validation, experiment.batch))
 
     def by_hand(params: Any) -> float:
         logits = experiment.model.apply({"params": params}, validation.columns["x"], train=False)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lab.errors import UserError
-from lab.tasks import LanguageModel, apply
+from lab.tasks.base import Outcome, apply
+from lab.tasks.language import LanguageModel
 
 V, B, L = 11, 4, 5
 RNG = np.random.default_rng(0)
@@ -174,9 +175,9 @@ def test_init_takes_the_shape_of_a_batch():
 
 def test_perplexity():
     _, _, metrics = evaluate(LanguageModel())
-    summary = LanguageModel().summary({"loss": mean(metrics, "loss")})
+    summary = LanguageModel().summary({"loss": mean(metrics, "loss")}, {})
     assert summary == {"perplexity": pytest.approx(np.exp(NLL.mean()), rel=1e-6)}
-    assert LanguageModel().summary({"loss": math.log(50)})["perplexity"] == pytest.approx(50)
+    assert LanguageModel().summary({"loss": math.log(50)}, {})["perplexity"] == pytest.approx(50)
     per_row = np.exp(NLL.mean(1)).mean()
     assert abs(summary["perplexity"] - per_row) > 1e-2  # negative control: the mean of perplexities is something else
 
@@ -242,7 +243,10 @@ class Constant:
 
 
 def test_artifacts_are_texts_and_a_comparison_with_compressors(tmp_path):
-    lines = LanguageModel(samples=2).artifacts(Constant(), {}, Validation(), {"bits_per_byte": 1.25}, 0, tmp_path)
+    data = Validation()
+    outcome = Outcome(Constant(), {"params": {}}, data, data.validation, "validation", {"bits_per_byte": 1.25}, {},
+                      dict, step=1, seed=0, folder=tmp_path)
+    lines = LanguageModel(samples=2).artifacts(outcome)
     raw = Validation.raw
     for name, packed in (("gzip -9", gzip.compress(raw, 9)), ("xz -9", lzma.compress(raw, preset=9))):
         assert f"{name} {8 * len(packed) / len(raw):.3f}" in lines[0]

@@ -32,6 +32,19 @@ class Records(Protocol):
     def __getitem__(self, indices: np.ndarray) -> Batch: ...
 
 
+class Arrays:
+    """Records held in memory. `arrays`: name -> (n, ...), all of one length."""
+
+    def __init__(self, arrays: Batch):
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, indices: np.ndarray) -> Batch:
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+
 # ------------------------------------------------------------------------------------------------------- order
 
 
@@ -106,9 +119,9 @@ def train_indices(step: int, batch: int, size: int, seed: int) -> np.ndarray:
 
 
 def train_batch(records: Records, step: int, batch: int, seed: int, rows: slice = ALL) -> Batch:
-    """The `rows` of the training batch of `step`, with `weight` all ones, float32 (rows,)."""
+    """The `rows` of the training batch of `step`, with `weight` all ones, float32, and `index`, the records' numbers."""
     indices = train_indices(step, batch, len(records), seed)[rows]
-    return records[indices] | {"weight": np.ones(len(indices), np.float32)}
+    return _numbered(records, indices, np.ones(len(indices), np.float32))
 
 
 def eval_batches(records: Records, batch: int, limit: int | None = None, rows: slice = ALL) -> Iterator[Batch]:
@@ -124,7 +137,12 @@ def eval_batches(records: Records, batch: int, limit: int | None = None, rows: s
     for start in range(0, count, batch):
         place = np.arange(start, start + batch)[rows]
         weight = (place < count).astype(np.float32)
-        yield records[chosen[np.minimum(place, count - 1)]] | {"weight": weight}
+        yield _numbered(records, chosen[np.minimum(place, count - 1)], weight)
+
+
+def _numbered(records: Records, indices: np.ndarray, weight: np.ndarray) -> Batch:
+    """The records with their `weight` and their `index`, from which the step makes their random keys."""
+    return records[indices] | {"weight": weight, "index": indices.astype(np.int32)}
 
 
 class Prefetch(Generic[T]):

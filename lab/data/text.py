@@ -69,6 +69,10 @@ class Text:
         """What is known of `TextData.facts` without reading anything; a vocabulary that is not known counts as 0."""
         return {"vocab": self.tokenizer.vocab_size_hint or 0, "length": self.length}
 
+    def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
+        """Nothing: windows are read as they are trained on."""
+        return batch
+
     def describe(self) -> dict[str, str | int | float]:
         """The sizes, for people, without tokenising; all of them when that was done before. UserError as `load`."""
         corpus = self.source.open()
@@ -132,6 +136,8 @@ class TextData:
     units_per_record: int
     summary: dict[str, str | int | float]
     unit: str = field(default="tokens", init=False)
+    test: None = field(default=None, init=False)
+    classes: tuple[str, ...] = field(default=(), init=False)
 
     @property
     def eot(self) -> int | None:

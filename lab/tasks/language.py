@@ -1,13 +1,4 @@
-"""Tasks: batch -> (loss sum, weight, metrics, extra). What is learned, said once; the step and the loop know no model.
-
-A task is a frozen dataclass with
-
-* ``init(model, key, batch) -> variables``: parameters and mutable collections for this kind of batch;
-* ``loss(model, variables, batch, rngs, train) -> (loss_sum, weight, metrics, extra)``: sums, never means, so that
-  microbatches, devices and hosts add and divide once; ``metrics: name -> (sum, weight)``;
-* ``summary(means) -> dict``: figures that are not a mean of anything (perplexity), from the finished means;
-* ``artifacts(...)``: files worth looking at when a run ends.
-"""
+"""Language modelling: next-token prediction, and what its text looks like beside gzip's."""
 
 from __future__ import annotations
 
@@ -15,7 +6,6 @@ import gzip
 import lzma
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -25,22 +15,13 @@ import numpy as np
 from jax import Array
 
 from lab.errors import UserError
+from lab.tasks.base import Loss, Outcome, Task, apply
 
 COMPRESSED = 4_000_000  # bytes of validation text that gzip and xz are tried on
-Metrics = dict[str, tuple[Array, Array]]
-
-
-def apply(model: nn.Module, variables: Mapping[str, Any], *inputs: Array, rngs: Mapping[str, Array], train: bool,
-          **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """`model.apply`; returns the output and the mutable collections (changed only when training)."""
-    extra = {name: value for name, value in variables.items() if name != "params"}
-    if not train or not extra:
-        return model.apply(variables, *inputs, train=train, rngs=rngs, **kwargs), extra
-    return model.apply(variables, *inputs, train=train, rngs=rngs, mutable=list(extra), **kwargs)
 
 
 @dataclass(frozen=True)
-class LanguageModel:
+class LanguageModel(Task):
     """Next-token prediction: cross-entropy in nats a token.
 
     Metrics: loss (plain cross-entropy, whatever is optimised), accuracy, bits_per_byte (comparable across
@@ -68,7 +49,7 @@ class LanguageModel:
         return model.init(key, batch["tokens"][:1, :-1], train=False)
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
-             rngs: Mapping[str, Array], train: bool) -> tuple[Array, Array, Metrics, dict[str, Any]]:
+             rngs: Mapping[str, Array], train: bool) -> Loss:
         """`batch`: "tokens" int (B, L+1), "bytes" int (B,) of the targets, "weight" (B,) 1 real and 0 padding."""
         inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], targets_BL.shape).astype(jnp.float32)
@@ -89,20 +70,20 @@ class LanguageModel:
     def _plain(self) -> bool:
         return all(isinstance(x, int | float) and x == 0 for x in (self.label_smoothing, self.z_loss))
 
-    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+    def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Perplexity: the exponential of the mean cross-entropy."""
         return {"perplexity": float(np.exp(means["loss"]))}
 
-    def artifacts(self, model: nn.Module, params: Any, data: Any, final: Mapping[str, float], seed: int,
-                  folder: Path) -> list[str]:
-        """Writes sampled texts to `folder`/samples/; returns lines for a person. `params` are in the compute type."""
+    def artifacts(self, outcome: Outcome) -> list[str]:
+        """Writes sampled texts to samples/; returns lines for a person."""
         from lab.generate import sample_texts
 
+        model, data, folder = outcome.model, outcome.data, outcome.folder
         spread = np.linspace(0, len(data.validation) - 1, min(self.samples, len(data.validation))).astype(int)
         prompts = [data.decode(row[: min(32, len(row) // 4)])
                    for row in data.validation[spread]["tokens"]]
-        texts = sample_texts(model, params, data, prompts, seed=seed, new_tokens=model.context, temperature=0.8,
-                             top_k=50)
+        texts = sample_texts(model, outcome.variables["params"], data, prompts, seed=outcome.seed, new_tokens=model.context,
+                             temperature=0.8, top_k=50)
         (folder / "samples").mkdir(exist_ok=True)
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             (folder / "samples" / f"{i}.txt").write_text(f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
@@ -110,7 +91,7 @@ class LanguageModel:
         raw = data.validation_bytes(COMPRESSED)
         others = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}
         beside = ", ".join(f"{name} {8 * len(packed) / len(raw):.3f}" for name, packed in others.items())
-        return [f"Validation text in bits per byte: this model {final['bits_per_byte']:.3f}; {beside} "
+        return [f"Validation text in bits per byte: this model {outcome.means['bits_per_byte']:.3f}; {beside} "
                 f"(of {len(raw) / 1e3:,.0f} kB)",
                 *(f"Sample (more in {folder / 'samples'}):" for _ in shown),
                 *(f"  | {line}" for text in shown for line in text.splitlines())]

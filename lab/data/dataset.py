@@ -1,0 +1,34 @@
+"""Data that has been loaded: the splits, what there is to know about them, and how new records are read."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lab.data.pipeline import Records
+from lab.errors import UserError
+
+
+@dataclass
+class Dataset:
+    """What `load()` of a data ingredient returns."""
+
+    train: Records
+    validation: Records
+    test: Records | None
+    fingerprint: str
+    """Depends on content, split and preprocessing only, never on where the files are."""
+    facts: dict[str, int]
+    """What a model must fit: classes, features, vocab, length."""
+    unit: str
+    units_per_record: int
+    summary: dict[str, str | int | float]
+    """Lines for a person; what begins with "train ", "validation " or "test " stands together."""
+    classes: tuple[str, ...] = field(default=(), kw_only=True)
+    """Names of the classes, where there are any."""
+
+    def reference(self) -> list[str]:
+        """Lines: what a simple, well-known method reaches on the same split."""
+        return []
+
+    def read(self, path: Path) -> tuple[list[str], Records]:
+        """New records to predict: a name for each, and the records, without targets. Raises UserError."""
+        raise UserError("This data has no reader for new records.")

@@ -1,0 +1,150 @@
+"""Parameters to begin with: those of another run (transfer learning), or word vectors from a file.
+
+A value for `Experiment.init_from` has `validate()`, `freeze` (regexes of parameters that are not updated) and
+``load(state, data) -> (arrays by path, report)``. Paths are those within the state's parameters and mutable
+collections: ``block_0/attn/query/kernel``, ``batch_stats/stem_norm/mean``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.errors import UserError
+
+Given = dict[str, Any]
+Report = dict[str, Any]
+
+
+def _check_rules(**rules: tuple[str, ...]) -> None:
+    for name, expressions in rules.items():
+        for rule in expressions:
+            try:
+                re.compile(rule)
+            except re.error as e:
+                raise UserError(f"--init-from.{name}: {rule!r} is not a regular expression ({e}).") from None
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The parameters of another run, where paths agree; what that run lacks begins at random.
+
+    Averaged parameters are taken where that run's optimizer averages. Optimizer state is never taken.
+    """
+
+    run: str | None = None
+    """A run folder (its latest checkpoint), or one of its checkpoints, RUN/checkpoints/STEP; None: begin at random."""
+    include: tuple[str, ...] = (".*",)
+    """Regular expressions searched in the paths: what to take."""
+    exclude: tuple[str, ...] = ()
+    """Regular expressions searched in the paths: what not to take after all (an output layer for other classes)."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions searched in the paths of parameters that training leaves as they are."""
+
+    def validate(self) -> None:
+        """Raises UserError for what is not a regular expression."""
+        _check_rules(include=self.include, exclude=self.exclude, freeze=self.freeze)
+
+    def load(self, state: Any, data: Any) -> tuple[Given, Report]:
+        """The arrays for this (abstract) state, and what was taken and what was not.
+
+        Raises:
+          UserError: there is no such run, nothing fits, shapes differ (names the path), or the tokenizers differ.
+        """
+        from lab.restore import leaves, open_run
+
+        if self.run is None:
+            return {}, {}
+        folder = Path(self.run)
+        step = int(folder.name) if folder.parent.name == "checkpoints" and folder.name.isdigit() else None
+        folder = folder.parent.parent if step is not None else folder
+        self._same_tokenizer(folder, data)
+        experiment, _, found = open_run(folder, step)
+        averaged = experiment.optim.eval_params(found.opt_state, found.params)
+        there, wanted = leaves(averaged) | leaves(found.extra), leaves(state.params) | leaves(state.extra)
+        given, new = {}, []
+        for path, x in wanted.items():
+            chosen = any(re.search(r, path) for r in self.include) and not any(re.search(r, path) for r in self.exclude)
+            if not chosen or path not in there:
+                new.append(path)
+                continue
+            if there[path].shape != x.shape:
+                raise UserError(f"{path} is {there[path].shape} in {self.run} and {x.shape} here. Make them equal, or "
+                                f"begin at random there with --init-from.exclude {path}.")
+            given[path] = np.asarray(there[path])
+        if not given:
+            raise UserError(f"Nothing in {self.run} fits: it has {', '.join(list(there)[:3])}, ..., here are "
+                            f"{', '.join(list(wanted)[:3])}, ... (rules: include {self.include}, exclude "
+                            f"{self.exclude}).")
+        report = {"from": str(folder), "step": int(found.step), "fingerprint": experiment.fingerprint(),
+                  "loaded": list(given), "random": new, "not taken": [p for p in there if p not in given]}
+        return given, report
+
+    def _same_tokenizer(self, folder: Path, data: Any) -> None:
+        """Ids must mean the same there and here; nothing else would ever say so."""
+        saved, here = folder / "tokenizer.json", getattr(data, "tokenizer_state", None)
+        if here is not None and saved.exists() and saved.read_text() != here:
+            raise UserError(f"The tokenizer of {folder} is another one, so its parameters would be read with wrong ids. "
+                            f"Use its own: tokenizer=Saved({str(folder)!r}) in the experiment's data.")
+
+
+@dataclass(frozen=True)
+class WordVectors:
+    """Pretrained word vectors in GloVe's text format (a word and its numbers on each line) for an embedding.
+
+    Rows of words that the file lacks begin at random. Source of the format: Pennington et al. 2014.
+    """
+
+    path: str
+    """The text file, such as glove.6B.100d.txt."""
+    parameter: str = "embedding/embedding"
+    """Path of the embedding, (vocabulary, dimension)."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions of parameters that training leaves as they are: ("^embedding/",) keeps the vectors."""
+
+    def validate(self) -> None:
+        """Raises UserError for what is not a regular expression."""
+        _check_rules(freeze=self.freeze)
+
+    def load(self, state: Any, data: Any) -> tuple[Given, Report]:
+        """The embedding with the file's rows in it, and how many words were found.
+
+        Raises:
+          UserError: no such file or parameter, a line that is not a vector of the right size, or no word known.
+        """
+        from lab.restore import leaves
+
+        path, wanted = self.parameter, leaves(state.params)
+        if path not in wanted:
+            raise UserError(f"--init-from.parameter {self.parameter}: the model has no such parameter; it has "
+                            f"{', '.join(list(wanted)[:5])}, ...")
+        words = getattr(data, "vocabulary", None)
+        if not words:
+            raise UserError("Word vectors need data with a vocabulary of words: tokenizer=Words(...).")
+        size, dimension = wanted[path].shape
+        place = {word: i for i, word in enumerate(words[:size])}
+        # As torch.nn.Embedding would begin, and small beside GloVe's rows; a function of the file's dimension alone.
+        rows = np.random.default_rng(0).normal(0, 0.1, (size, dimension)).astype(np.float32)
+        found = 0
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    word, *values = line.rstrip("\n").split(" ")
+                    if len(values) != dimension:
+                        raise UserError(f"{self.path}, line {number}: {len(values)} numbers after {word[:30]!r}, and "
+                                        f"the embedding has {dimension}.")
+                    if word in place:
+                        rows[place[word]] = [float(v) for v in values]
+                        found += 1
+        except OSError as e:
+            raise UserError(f"Cannot read the word vectors {self.path}: {e.strerror}.") from None
+        except ValueError as e:
+            raise UserError(f"{self.path}, line {number} is not a word and {dimension} numbers ({e}).") from None
+        if not found:
+            raise UserError(f"{self.path} has none of the {len(words)} words of this data.")
+        return {path: rows}, {"from": self.path, "loaded": [f"{path}: {found:,} of {len(words):,} words"],
+                              "random": [p for p in wanted if p != path], "not taken": []}

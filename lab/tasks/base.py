@@ -1,0 +1,108 @@
+"""What a task is: batch -> (loss sum, weight, metrics, extra). The step and the loop know no model; a task knows no loop.
+
+A task is a frozen dataclass. Losses and metrics are sums with their weights, never means, so that microbatches, devices
+and hosts add and divide once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lab.errors import UserError
+
+Metrics = dict[str, Any]
+"""name -> (sum, weight); in evaluation also name -> array of counts that add (a confusion matrix)."""
+Loss = tuple[Array, Array, Metrics, dict[str, Any]]
+
+
+def apply(model: nn.Module, variables: Mapping[str, Any], *inputs: Array, rngs: Mapping[str, Array], train: bool,
+          **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """`model.apply`; returns the output and the mutable collections (changed only when training).
+
+    Inputs that are floating-point numbers come in the type of the parameters, which is the compute type.
+    """
+    dtype = next((x.dtype for x in jax.tree.leaves(variables["params"])), None)
+    inputs = tuple(x.astype(dtype or x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in inputs)
+    extra = {name: value for name, value in variables.items() if name != "params"}
+    if not train or not extra:
+        return model.apply(variables, *inputs, train=train, rngs=rngs, **kwargs), extra
+    return model.apply(variables, *inputs, train=train, rngs=rngs, mutable=list(extra), **kwargs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An evaluated model, with all that a task may write or draw about it."""
+
+    model: Any
+    variables: Mapping[str, Any]
+    """Parameters to evaluate with, in the compute type, and the mutable collections."""
+    data: Any
+    records: Any
+    """The records of the split that was evaluated."""
+    split: str
+    means: Mapping[str, float]
+    counts: Mapping[str, np.ndarray]
+    predictions: Callable[[], dict[str, np.ndarray]]
+    step: int
+    seed: int
+    folder: Path
+    """Existing; pictures and tables go here."""
+
+    @functools.cached_property
+    def _predicted(self) -> dict[str, np.ndarray]:
+        return self.predictions()
+
+    def predict(self) -> dict[str, np.ndarray]:
+        """`Task.predict` of every record of the split, computed once: name -> (number of records, ...)."""
+        return self._predicted
+
+
+@dataclass(frozen=True)
+class Task:
+    """The base of all tasks: what most of them need not say."""
+
+    curves: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics that are drawn as curves."""
+
+    def validate(self) -> None:
+        """Raises UserError for a value out of range."""
+
+    def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
+        """Parameters and mutable collections of the model for this kind of batch."""
+        mask = {"mask": batch["mask"][:1]} if "mask" in batch else {}
+        inputs = batch["inputs"][:1]
+        return model.init(key, inputs, train=False, **mask)
+
+    def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
+             rngs: Mapping[str, Array], train: bool) -> Loss:
+        """(sum of losses, sum of weights, metrics, mutable collections) of a batch."""
+        raise NotImplementedError
+
+    def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Figures that are not a mean of anything, from the finished means and counts."""
+        return {}
+
+    def predict(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> dict[str, Array]:
+        """What each record gets: name -> (B, ...). Raises UserError where there is nothing to predict."""
+        raise UserError(f"{type(self).__name__} makes no predictions.")
+
+    def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
+        """The table of predictions: column -> one value per record."""
+        raise UserError(f"{type(self).__name__} makes no predictions.")
+
+    def artifacts(self, outcome: Outcome) -> list[str]:
+        """Writes what is worth looking at when a run ends; returns lines for a person."""
+        return []
+
+    def snapshot(self, outcome: Outcome) -> None:
+        """Writes what is worth looking at after each evaluation of a run."""
