@@ -28,7 +28,7 @@ def facts(summary: Mapping[str, Any]) -> list[str]:
     for name, value in summary.items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)
         split, _, what = name.partition(" ")
-        if what and split in ("train", "validation"):
+        if what and split in ("train", "validation", "test"):
             lines.setdefault(split, []).append(f"{shown} {what}")
         else:
             lines[name] = [shown]

@@ -128,7 +128,7 @@ def scatter(true: np.ndarray, predicted: np.ndarray, path: Path, title: str = ""
     true, predicted = np.asarray(true)[spread], np.asarray(predicted)[spread]
     figure = _figure(6, 6)
     axes = figure.add_subplot()
-    axes.scatter(true, predicted, s=12 if len(true) < 2000 else 3, alpha=0.5 if len(true) < 2000 else 0.2, lw=0,
+    axes.scatter(true, predicted, s=12 if len(true) < 2000 else 3, alpha=0.5 if len(true) < 2000 else 0.3, lw=0,
                  color=COLOURS["smooth"], rasterized=True)
     finite = np.concatenate([true, predicted])
     finite = finite[np.isfinite(finite)]
@@ -154,12 +154,13 @@ def image_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), colum
     """
     images = np.asarray(images)
     if images.dtype != np.uint8:
-        low, high = limits or (float(np.nanmin(images)), float(np.nanmax(images)))
-        images = np.nan_to_num(np.clip((images.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1))
+        images = np.nan_to_num(images.astype(np.float32), posinf=0, neginf=0)
+        low, high = limits or (float(images.min()), float(images.max()))
+        images = np.clip((images - low) / max(high - low, 1e-12), 0, 1)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     lines = max((title.count("\n") + 1 for title in titles), default=0)
-    figure = _figure(1.5 * columns, (1.5 + 0.15 * lines) * rows)
+    figure = _figure(1.5 * columns, (1.5 + 0.18 * lines) * rows)
     for i, image in enumerate(images):
         axes = figure.add_subplot(rows, columns, i + 1)
         high = 255 if image.dtype == np.uint8 else 1

@@ -9,13 +9,15 @@ import socket
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lab.data import cache_folder, digest, log
+from lab.data.dataset import Dataset
+from lab.data.saved import saved_form
 from lab.data.sources import Corpus, Documents, PythonStdlib, Survey, TextFiles, Tfds, pieces
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted
 from lab.errors import UserError
@@ -98,9 +100,12 @@ class Text:
         return TextData(
             train=train,
             validation=validation,
+            test=None,
             fitted=fitted,
+            tokenizer_state=saved_form(self.tokenizer, fitted),
             fingerprint=digest(folder.name, self.length),
             facts={"vocab": fitted.size, "length": self.length},
+            unit=self.unit,
             units_per_record=self.length,
             summary=_summary(corpus.title, meta, self.tokenizer, train, validation),
         )
@@ -124,20 +129,13 @@ class Windows:
         return {"tokens": tokens.astype(np.int32), "bytes": sizes.astype(np.int32)}
 
 
-@dataclass(frozen=True)
-class TextData:
-    """What `Text.load` gives."""
+@dataclass(kw_only=True)
+class TextData(Dataset):
+    """What `Text.load` gives; its records are `Windows`."""
 
-    train: Windows
-    validation: Windows
     fitted: Fitted
-    fingerprint: str
-    facts: dict[str, int]
-    units_per_record: int
-    summary: dict[str, str | int | float]
-    unit: str = field(default="tokens", init=False)
-    test: None = field(default=None, init=False)
-    classes: tuple[str, ...] = field(default=(), init=False)
+    tokenizer_state: str
+    """What `lab.data.saved.Saved` reads."""
 
     @property
     def eot(self) -> int | None:

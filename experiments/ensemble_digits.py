@@ -1,0 +1,20 @@
+"""An ensemble: 5 networks with different initial weights, trained side by side in one program and averaged.
+
+    ./launch.sh experiments/ensemble_digits.py
+"""
+
+from dataclasses import replace
+
+from experiments import mnist_cnn
+from lab.experiment import Checkpoint, Evaluate
+from lab.models.linear import MLP, Ensemble
+from lab.optim import AdamW, Cosine
+
+experiment = replace(
+    mnist_cnn.local,
+    model=Ensemble(MLP(classes=10, depth=2, width=64, dropout=0.2), members=5),
+    optim=AdamW(lr=Cosine(3e-3, warmup=20, end=0.01), decay=0.05),
+    steps=600, dispatch=20, evaluate=Evaluate(every=100), checkpoint=Checkpoint(every=100),
+)
+
+local = experiment

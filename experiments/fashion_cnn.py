@@ -1,0 +1,30 @@
+"""A convolutional network on Fashion-MNIST with augmentation (flips, small shifts, cutout); the twin uses digits.
+
+    ./launch.sh experiments/fashion_cnn.py
+    ./launch.sh experiments/fashion_cnn.py --full      # first: ./launch.sh prepare fashion_mnist
+"""
+
+from dataclasses import replace
+
+from experiments import mnist_cnn
+from lab.data.augment import Augment
+from lab.data.image import Images
+from lab.data.image_sources import Tfds
+from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.models.cnn import ConvNet
+from lab.optim import AdamW, Cosine
+from lab.tasks.supervised import Classify
+
+experiment = Experiment(
+    data=Images(Tfds("fashion_mnist"), shape=(28, 28, 1), validation=5000, mean=(0.286,), std=(0.353,),
+                augment=Augment(flip=True, crop=2, cutout=8)),
+    model=ConvNet(channels=(32, 64, 128), convs=(1, 2, 2), dense=None, dropout=0.1),
+    task=Classify(label_smoothing=0.05),
+    optim=AdamW(lr=Cosine(3e-3, warmup=300, end=0.01), decay=0.05, ema=0.99),
+    steps=6000, batch=128,    # 14 epochs
+    evaluate=Evaluate(every=1000), checkpoint=Checkpoint(every=1000),
+)
+
+# Digits are no clothes: a mirrored 2 is none, so the twin shifts, rotates and zooms instead.
+local = replace(mnist_cnn.local, data=replace(mnist_cnn.local.data, augment=Augment(shift=0.1, rotate=10, zoom=0.1)),
+                optim=AdamW(lr=Cosine(3e-3, warmup=60, end=0.01), decay=0.05, ema=0.99))

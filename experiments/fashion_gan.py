@@ -1,0 +1,28 @@
+"""A generative adversarial network that draws clothes (Fashion-MNIST); the twin draws scikit-learn's 8x8 digits.
+
+    ./launch.sh experiments/fashion_gan.py
+    ./launch.sh experiments/fashion_gan.py --full      # first: ./launch.sh prepare fashion_mnist
+    ./launch.sh eval runs/fashion_gan-... --judge runs/fashion_cnn-...      # what a classifier sees in its samples
+"""
+
+from dataclasses import replace
+
+from lab.data.bundled import Sklearn
+from lab.data.image import Images
+from lab.data.image_sources import Tfds
+from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.models.gan import GAN
+from lab.optim import Adam, Constant
+from lab.tasks.adversarial import Adversarial
+
+experiment = Experiment(
+    data=Images(Tfds("fashion_mnist"), shape=(28, 28, 1), validation=1000),    # mean and std 0.5: pixels in [-1, 1]
+    model=GAN(shape=(28, 28, 1)),
+    task=Adversarial(),
+    optim=Adam(lr=Constant(4e-4), b1=0.5, b2=0.99, ema=0.995,
+               groups=(("^generator/", 0.5), ("^discriminator/", 1.0))),
+    steps=4000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500, best=False),
+)
+
+local = replace(experiment, data=Images(Sklearn("digits"), shape=(8, 8, 1)), model=GAN(shape=(8, 8, 1)),
+                steps=1500, evaluate=Evaluate(every=250))

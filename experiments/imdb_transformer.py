@@ -1,0 +1,29 @@
+"""A small Transformer tells good from bad film reviews (IMDB); the twin sorts Python by package.
+
+    ./launch.sh experiments/imdb_transformer.py
+    ./launch.sh experiments/imdb_transformer.py --full      # first: ./launch.sh prepare imdb_reviews
+"""
+
+from dataclasses import replace
+
+from experiments import newsgroups_lstm
+from lab.data.message_sources import Tfds
+from lab.data.messages import Messages
+from lab.data.tokenizers import Words
+from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.models.bert import BERT
+from lab.optim import AdamW, Cosine
+from lab.tasks.supervised import Classify
+
+experiment = Experiment(
+    data=Messages(Tfds("imdb_reviews/plain_text"), Words(20_000), length=256),
+    model=BERT(depth=1, width=64, heads=4, context=256, vocab=20_000, segments=0, classes=2, pool="mean", dropout=0.3),
+    task=Classify(),
+    optim=AdamW(lr=Cosine(1e-3, warmup=100, end=0.01), decay=0.1, clip=1.0),
+    steps=1408, batch=64,    # 4 epochs
+    evaluate=Evaluate(every=352, metric="accuracy", mode="max"), checkpoint=Checkpoint(every=352),
+)
+
+local = replace(experiment, data=newsgroups_lstm.local.data, steps=600,
+                model=experiment.model.clone(vocab=5000, classes=8),
+                evaluate=replace(experiment.evaluate, every=100), checkpoint=Checkpoint(every=100))

@@ -1,0 +1,29 @@
+"""Customer-service intents (BANKING77: 77 intents, 10,003 messages): a Transformer, from scratch or pretrained.
+
+    ./launch.sh experiments/intents_pretrain.py --full --run-dir runs/intents --data.source.path train.csv
+    ./launch.sh experiments/intents_finetune.py --full --data.source.path train.csv --data.source.test test.csv
+    ... --init-from.run runs/intents        # begins with the first run's parameters
+
+Any CSV with a column of texts and one of classes will do. The twin sorts Python by package.
+"""
+
+from dataclasses import replace
+
+from experiments import bert_classify, intents_pretrain
+from lab.data.columns import Csv
+from lab.experiment import Evaluate
+from lab.optim import AdamW, Linear
+from lab.pretrained import Pretrained
+from lab.tasks.supervised import Classify
+
+experiment = replace(
+    intents_pretrain.experiment,
+    data=replace(intents_pretrain.experiment.data,
+                 source=Csv("banking77/train.csv", target="category", text="text", test="banking77/test.csv")),
+    model=intents_pretrain.experiment.model.clone(classes=77, pool="mean", dropout=0.2),
+    task=Classify(),
+    optim=AdamW(lr=Linear(1e-3, warmup=50, end=0.0), decay=0.05, clip=1.0),
+    steps=1400, batch=64, evaluate=Evaluate(every=280, metric="f1", mode="max"), init_from=Pretrained(),
+)
+
+local = bert_classify.local

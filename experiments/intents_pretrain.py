@@ -1,0 +1,24 @@
+"""Masked language modelling on the messages of BANKING77, without their intents; intents_finetune.py begins from it.
+
+    ./launch.sh experiments/intents_pretrain.py --full --run-dir runs/intents --data.source.path train.csv
+"""
+
+from dataclasses import replace
+
+from experiments import bert_base
+from lab.data.columns import Csv
+from lab.data.messages import Messages
+from lab.data.tokenizers import Words
+from lab.experiment import Checkpoint, Evaluate
+from lab.models.bert import BERT
+from lab.optim import AdamW, Linear
+
+experiment = replace(
+    bert_base.local,
+    data=Messages(Csv("banking77/train.csv", target="category", text="text"), Words(2500), length=40),
+    model=BERT(depth=3, width=128, heads=4, context=40, vocab=2501, segments=0, dropout=0.1),
+    optim=AdamW(lr=Linear(1e-3, warmup=100, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
+    steps=3000, batch=128, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500),
+)
+
+local = bert_base.local

@@ -1,0 +1,25 @@
+"""Linear regression of California house prices by gradient descent; the twin uses scikit-learn's diabetes data.
+
+    ./launch.sh experiments/linear_regression.py
+    ./launch.sh experiments/linear_regression.py --full --data.source.path housing.csv    # or downloaded
+"""
+
+from dataclasses import replace
+
+from lab.data.bundled import Sklearn
+from lab.data.tabular import Table
+from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.models.linear import Linear
+from lab.optim import SGD, Cosine
+from lab.tasks.supervised import Regress
+
+experiment = Experiment(
+    data=Table(Sklearn("california_housing")),
+    model=Linear(),
+    task=Regress(),
+    optim=SGD(lr=Cosine(0.02, warmup=0)),
+    steps=20_000, batch=64, dispatch=200, evaluate=Evaluate(every=4000), checkpoint=Checkpoint(every=4000),
+)
+
+local = replace(experiment, data=Table(Sklearn("diabetes")), steps=2000, batch=32,
+                evaluate=Evaluate(every=400), checkpoint=Checkpoint(every=0))

@@ -1,0 +1,31 @@
+"""A convolutional network on MNIST, learning rate 1e-3, batch 64; the twin uses scikit-learn's 8x8 digits.
+
+    ./launch.sh experiments/mnist_cnn.py
+    ./launch.sh experiments/mnist_cnn.py --full      # first: ./launch.sh prepare mnist
+"""
+
+from dataclasses import replace
+
+from lab.data.bundled import Sklearn
+from lab.data.image import Images
+from lab.data.image_sources import Tfds
+from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.models.cnn import ConvNet
+from lab.optim import Adam, Cosine
+from lab.tasks.supervised import Classify
+
+experiment = Experiment(
+    data=Images(Tfds("mnist"), shape=(28, 28, 1), validation=5000, mean=(0.13,), std=(0.31,)),
+    model=ConvNet(),
+    task=Classify(),
+    optim=Adam(lr=Cosine(1e-3, warmup=100)),
+    steps=5156, batch=64,    # 6 epochs
+    evaluate=Evaluate(every=859), checkpoint=Checkpoint(every=859),
+)
+
+local = replace(
+    experiment,
+    data=Images(Sklearn("digits"), shape=(8, 8, 1), test=0.2, mean=(0.3,), std=(0.37,)),
+    model=ConvNet(channels=(32, 64), convs=(1, 1)),
+    steps=600, evaluate=Evaluate(every=100), checkpoint=Checkpoint(every=100),
+)

@@ -1,0 +1,30 @@
+"""A bidirectional LSTM on 20 Newsgroups: 10,000 words, the first 100 of a message, early stopping; the twin tells which
+package of the standard library a piece of Python belongs to.
+
+    ./launch.sh experiments/newsgroups_lstm.py
+    ./launch.sh experiments/newsgroups_lstm.py --full --data.source.path 20news-bydate.tar.xz    # or downloaded
+"""
+
+from dataclasses import replace
+
+from lab.data.bundled import Sklearn
+from lab.data.message_sources import PythonPackages
+from lab.data.messages import Messages
+from lab.data.tokenizers import Words
+from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.models.rnn import LSTM
+from lab.optim import AdamW, Cosine
+from lab.tasks.supervised import Classify
+
+experiment = Experiment(
+    data=Messages(Sklearn("20newsgroups"), Words(10_000), length=100),
+    model=LSTM(vocab=10_000, width=100, hidden=128, dropout=0.5, pool="max", classes=20),
+    task=Classify(),
+    optim=AdamW(lr=Cosine(3e-3, warmup=100), decay=0.01, clip=1.0),
+    steps=3200, batch=64,    # 20 epochs
+    evaluate=Evaluate(every=160, metric="accuracy", mode="max", patience=4), checkpoint=Checkpoint(every=160),
+)
+
+local = replace(experiment, data=Messages(PythonPackages(), Words(5000), length=100),
+                model=experiment.model.clone(vocab=5000, classes=8),
+                steps=600, evaluate=replace(experiment.evaluate, every=50))

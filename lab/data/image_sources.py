@@ -1,0 +1,271 @@
+"""Where images come from: folders of PNG and JPEG files, and TFDS. Nothing is decoded here.
+
+A *source* is a value an experiment holds; its `open()` gives the splits, each one either `Pixels`, arrays that are
+there already (`lab.data.idx`), or *encoded* images (`Files`, `Shards`):
+
+    len(split), name(i)   how many images, and how a person finds one
+    read(indices)         the PNG or JPEG files, as bytes or as paths, and the labels int32 (n,)
+    outline()             names and sizes: what tells data sets apart without reading them
+    identity()            cheap key of the files on disk (paths, sizes, times)
+"""
+
+import functools
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lab.data import digest
+from lab.data.sources import prepared_folder
+from lab.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Images held in memory, all of one size, uint8 (n, h, w, c), with labels int32 (n,)."""
+
+    title: str
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, i: int) -> str:
+        return f"image {i} of {self.title}"
+
+
+class Encoded(Protocol):
+    """Images that must be decoded; see the module's text."""
+
+    def __len__(self) -> int: ...
+    def name(self, i: int) -> str: ...
+    def read(self, indices: np.ndarray) -> tuple[list[bytes | Path], np.ndarray]: ...
+    def outline(self) -> list[Any]: ...
+    def identity(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source that was found. `splits`: "train", perhaps "validation" and "test". `names`: of the classes, or ()."""
+
+    title: str
+    splits: dict[str, Pixels | Encoded]
+    classes: int
+    names: tuple[str, ...] = ()
+    notes: dict[str, str | int | float] = field(default_factory=dict)
+
+
+def _with_test(splits: dict[str, Any]) -> dict[str, Any]:
+    """A held-out split that is called validation is the test split where there is no other, as in ImageNet."""
+    if "test" not in splits and "validation" in splits:
+        return {"train": splits["train"], "test": splits["validation"]}
+    return splits
+
+
+# ------------------------------------------------------------------------------------------------------ folders
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Image files. `paths` below `root`; `labels` int32, one each (all 0 where there are none)."""
+
+    root: Path
+    paths: list[Path]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        return str(self.paths[i])
+
+    def read(self, indices: np.ndarray) -> tuple[list[bytes | Path], np.ndarray]:
+        return [self.paths[i] for i in indices], self.labels[indices]
+
+    @functools.cached_property
+    def _stats(self) -> list[os.stat_result]:
+        try:
+            return [path.stat() for path in self.paths]
+        except OSError as error:
+            raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from None
+
+    def outline(self) -> list[Any]:
+        sizes = [stat.st_size for stat in self._stats]
+        return [[p.relative_to(self.root).as_posix() for p in self.paths], sizes, self.labels.tolist()]
+
+    def identity(self) -> str:
+        return digest("files", str(self.root.absolute()), self.outline(), [stat.st_mtime_ns for stat in self._stats])
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder with one subfolder of PNG and JPEG files for each class, or with train/ and test/ of that form.
+
+    val/, valid/ or validation/ is the validation split beside test/, and the test split where there is no test/. The
+    classes are the names of the subfolders, sorted. Files of other kinds are left out and counted.
+    """
+
+    path: str
+    """The folder."""
+
+    def validate(self) -> None:
+        """UserError without a path."""
+        if not self.path.strip():
+            raise UserError("ImageFolder needs a folder that holds one subfolder of images for each class.")
+
+    def open(self) -> Opened:
+        """List the files. UserError for a missing folder, or a class without images."""
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder (looked from {Path.cwd()}).")
+        folders = {"train": root}
+        if _subfolders(root / "train"):
+            places = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+            folders = {k: root / name for k, names in places.items() for name in names if (root / name).is_dir()}
+        classes = tuple(_subfolders(folders["train"]))
+        if len(classes) < 2:
+            raise UserError(f"{folders['train']} needs a subfolder of images for each of at least two classes; it has "
+                            f"{', '.join(classes) or 'none'}.")
+        others, splits = 0, {}
+        for split, folder in folders.items():
+            splits[split], left_out = _labelled(folder, classes, folders["train"])
+            others += left_out
+        return Opened(f"images in {self.path}", _with_test(splits), len(classes), classes,
+                      {"other files, left out": others} if others else {})
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
+
+
+def _labelled(folder: Path, classes: tuple[str, ...], train: Path) -> tuple[Files, int]:
+    """The images of one split, and how many files are none."""
+    paths, labels, others = [], [], 0
+    for name in _subfolders(folder):
+        if name not in classes:
+            raise UserError(f"{folder / name} is a class that {train} does not have.")
+        found, rest = images_in(folder / name)
+        if not found:
+            raise UserError(f"The class folder {folder / name} has no PNG or JPEG file in it.")
+        paths += found
+        labels += [classes.index(name)] * len(found)
+        others += rest
+    return Files(folder, paths, np.array(labels, np.int32)), others
+
+
+def images_in(folder: Path) -> tuple[list[Path], int]:
+    """PNG and JPEG files anywhere below a folder, sorted, and the number of other files; hidden ones do not count."""
+    found, others = [], 0
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        visible = [name for name in files if name[0] != "."]
+        images = [Path(here, name) for name in visible if name.lower().endswith(SUFFIXES)]
+        found += images
+        others += len(visible) - len(images)
+    return sorted(found), others
+
+
+# --------------------------------------------------------------------------------------------------------- TFDS
+
+
+@dataclass(frozen=True)
+class Tfds:
+    """Labelled images that TFDS has prepared as ArrayRecord, read without TensorFlow and never downloaded.
+
+    `./launch.sh prepare NAME` prepares them, in an environment of its own.
+    """
+
+    name: str
+    """Registered name, with configuration and version where needed: "mnist", "imagenet2012:5.1.0"."""
+    data_dir: str | None = None
+    """Folder of prepared data sets; default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    train: str = "train"
+    """TFDS split expression for training, such as "train[:50%]"."""
+    validation: str | None = None
+    """TFDS split expression; default "validation" where the data set has that and "test"."""
+    test: str | None = None
+    """TFDS split expression; default "test", or "validation" where there is no "test"."""
+    image_key: str = "image"
+    """Which field of a record is the image."""
+    label_key: str = "label"
+    """Which field of a record is the class."""
+
+    def validate(self) -> None:
+        """UserError when the name cannot be one."""
+        if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", self.name):
+            raise UserError(f'{self.name!r} is not a TFDS name: write "name", "name/config" or "name/config:1.0.0".')
+
+    def open(self) -> Opened:
+        """Find the prepared folder and read its descriptions (no TFDS import, no network). UserError when absent."""
+        self.validate()
+        folder = prepared_folder(self.name, self.data_dir)
+        info = json.loads((folder / "dataset_info.json").read_bytes())
+        if info.get("fileFormat") != "array_record":
+            raise UserError(f"{folder} was prepared as {info.get('fileFormat')}, which needs TensorFlow to read: "
+                            f"run ./launch.sh prepare {self.name}")
+        features = json.loads((folder / "features.json").read_bytes()).get("featuresDict", {}).get("features", {})
+        for key, kind in ((self.image_key, "image"), (self.label_key, "classLabel")):
+            if kind not in features.get(key, {}):
+                have = ", ".join(f"{name} ({next((k for k in f if k != 'pythonClassName'), '?')})"
+                                 for name, f in sorted(features.items()))
+                raise UserError(f"{self.name} has no field {key!r} that is {kind}; its fields are {have}.")
+        own = [s["name"] for s in info.get("splits", [])]
+        chosen = {"train": self.train, "validation": self.validation or ("validation" if "validation" in own else None),
+                  "test": self.test or ("test" if "test" in own else None)}
+        if self.validation and not chosen["test"]:
+            splits = chosen  # asked for by name: it stays the validation split
+        else:
+            splits = _with_test({name: expression for name, expression in chosen.items() if expression})
+        labels = folder / f"{self.label_key}.labels.txt"
+        names = tuple(labels.read_text().split("\n")) if labels.is_file() else ()
+        names = tuple(name for name in names if name)
+        return Opened(f"TFDS {self.name}", {k: Shards(self, folder, e, own) for k, e in splits.items() if e},
+                      int(features[self.label_key]["classLabel"]["numClasses"]), names)
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """One split expression of a prepared data set; `own`: the splits that it has."""
+
+    source: Tfds
+    folder: Path
+    expression: str
+    own: list[str]
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        import tensorflow_datasets as tfds  # 1.5 s: only when records are really read
+
+        raw = {self.source.image_key: tfds.decode.SkipDecoding()}
+        try:
+            return tfds.builder_from_directory(str(self.folder)).as_data_source(split=self.expression, decoders=raw)
+        except ValueError:  # not an expression, an unknown split, or one that selects nothing
+            raise UserError(f"The split {self.expression!r} of {self.source.name} is unknown, badly written or empty; "
+                            f"its splits are {', '.join(self.own)}.") from None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, i: int) -> str:
+        return f"image {i} of {self.source.name} {self.expression}"
+
+    def read(self, indices: np.ndarray) -> tuple[list[bytes | Path], np.ndarray]:
+        found = self._records.__getitems__([int(i) for i in indices])  # one by one is up to 30 times slower
+        labels = np.array([record[self.source.label_key] for record in found], np.int32)
+        return [record[self.source.image_key] for record in found], labels
+
+    def outline(self) -> list[Any]:
+        shards = sorted(self.folder.glob("*.array_record*"))
+        keys = [self.source.image_key, self.source.label_key]
+        return [self.expression, keys, [[path.name, path.stat().st_size] for path in shards]]
+
+    def identity(self) -> str:
+        times = [path.stat().st_mtime_ns for path in sorted(self.folder.glob("*.array_record*"))]
+        return digest("tfds", str(self.folder.absolute()), self.outline(), times)

@@ -1,0 +1,67 @@
+"""The tokenizer of a run, written to its folder and read back by another run: the same text gets the same ids."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, Texts, Tokenizer, Words, with_padding
+from lab.errors import UserError
+
+FILE = "tokenizer.json"
+
+
+def saved_form(tokenizer: Tokenizer, fitted: Fitted) -> str:
+    """What `Saved` reads: JSON with the kind of tokenizer, its fields, what it learned, and whether its ids moved."""
+    if isinstance(tokenizer, Saved):
+        return fitted.state
+    return json.dumps({"kind": type(tokenizer).__name__, "fields": asdict(tokenizer), "state": fitted.state,
+                       "padding": fitted.pads, "size": fitted.size})
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The tokenizer of an earlier run on text: the same text gets the same ids, which fine-tuning needs."""
+
+    path: str
+    """The run's folder, or the tokenizer.json in it."""
+
+    def _content(self) -> str:
+        where = Path(self.path).expanduser()
+        where = where / FILE if where.is_dir() else where
+        try:
+            return where.read_bytes().decode()
+        except (OSError, UnicodeDecodeError):
+            raise UserError(f"Saved finds no readable {where}: give the folder of a run on text.") from None
+
+    @property
+    def vocab_size_hint(self) -> int | None:
+        try:
+            return self.restore(self._content()).size
+        except UserError:  # said when it is needed
+            return None
+
+    def validate(self) -> None:
+        """UserError without a path."""
+        if not self.path.strip():
+            raise UserError("Saved needs the folder of a run, such as Saved(\"runs/bert_base-0123456789ab\").")
+
+    def identity(self) -> str:
+        """Names the content; UserError where there is none."""
+        return "saved " + hashlib.sha256(self._content().encode()).hexdigest()
+
+    def fit(self, texts: Texts, size: int) -> Fitted:
+        """Reads the file, whatever the text is; UserError where it is missing or of another kind."""
+        return self.restore(self._content())
+
+    def restore(self, state: str) -> Fitted:
+        """`state` is the whole file."""
+        kinds = {cls.__name__: cls for cls in (Bytes, Chars, BPE, GPT2, Words)}
+        try:
+            found = json.loads(state)
+            fitted = kinds[found["kind"]](**found["fields"]).restore(found["state"])
+            fitted = with_padding(fitted) if found["padding"] else fitted
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path} holds no tokenizer that a run of this project wrote.") from None
+        fitted.state = state
+        return fitted

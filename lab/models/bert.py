@@ -1,0 +1,112 @@
+"""BERT: a bidirectional Transformer encoder. The defaults are BERT base (Devlin et al. 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from lab.errors import UserError
+from lab.models.layers import Transformer, dense, dropout, norm, project
+from lab.models.linear import check_classes
+
+
+class BERT(Transformer):
+    """Encoder of token ids (B, L), with one of two heads on the same trunk.
+
+    `classes` None: masked-LM logits (B, L, V), as in the paper: dense, gelu, norm, transposed token embedding, bias.
+    `classes` C: logits (B, C) of a pooled text; also what is elsewhere called a Transformer text classifier.
+    All logits are float32. The trunk's parameters have the same paths with both heads, whose own are called `mlm_*` and
+    `classify`, so that a classifier can start from a masked LM.
+
+    The blocks are pre-norm where the original is post-norm (it normalises after each residual sum): pre-norm trains
+    stably from scratch at larger rates and hardly needs warmup (Xiong et al. 2020), and is the block that every
+    Transformer here shares. It costs one more norm, after the last block. The original also has a dense tanh layer
+    on the first token, trained to tell whether two sentences follow each other; here nothing would train it.
+    """
+
+    context: int = 512
+    """The longest sequence, in tokens."""
+    dropout: float = 0.1
+    """Dropout rate on embeddings, attention probabilities, both residual branches and before the classifier."""
+    vocab: int = 30522
+    """Vocabulary size V: at least the tokenizer's, and for masked LM one more, as its last id is [MASK]."""
+    segments: int = 2
+    """Kinds of segment (the sentences of a pair) that have an embedding; 0: none."""
+    classes: int | None = None
+    """Classes C of the classification head; None: the masked-LM head."""
+    pool: Literal["first", "mean"] = "first"
+    """What the classifier sees: the first real token, or the mean over all real tokens."""
+
+    def validate(self) -> None:
+        """Raises UserError where the fields contradict each other."""
+        super().validate()
+        for name, least in (("vocab", 1 if self.classes else 3), ("segments", 0), ("classes", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise UserError(f"--model.{name} must be at least {least}, not {getattr(self, name)}.")
+
+    def check(self, facts: Mapping[str, int]) -> None:
+        """Raises UserError if data with these facts (vocab, length, classes) does not fit the model."""
+        vocab, length = facts.get("vocab", 0), facts.get("length", 0)
+        if vocab > self.vocab:
+            raise UserError(f"The vocabulary is too small: the tokenizer has {vocab} tokens and the model "
+                            f"{self.vocab}. Use --model.vocab {vocab + (self.classes is None)}.")
+        if self.classes is None and vocab == self.vocab:
+            raise UserError(f"There is no id left for [MASK], the last of the model's vocabulary: the tokenizer has "
+                            f"{vocab} tokens. Use --model.vocab {vocab + 1}.")
+        if length > self.context:
+            raise UserError(f"--data.length {length} is longer than --model.context {self.context}.")
+        if self.classes is not None:  # a masked LM takes texts of any classes
+            check_classes(self.classes, facts)
+
+    @nn.compact
+    def __call__(self, tokens_BL: Array, *, train: bool, mask: Array | None = None, segments: Array | None = None,
+                 select: Array | None = None) -> Array:
+        """`mask` (B, L): 1 where a token is real; padding changes nothing. `segments` (B, L), all 0 by default.
+
+        `select` int (B, M): positions at which masked-LM logits are wanted, giving (B, M, V). The head is most of the
+        work of a small model, and training needs it at 15 % of the positions.
+
+        Raises:
+          UserError: segments for a model that has no embedding for them.
+        """
+        if segments is not None and not self.segments:
+            raise UserError("The data has segments and the model no embedding for them. Use --model.segments 2.")
+        positions = jnp.atleast_2d(jnp.arange(tokens_BL.shape[1]))
+        init = nn.initializers.normal(0.02)
+        wte = nn.Embed(self.vocab, self.width, embedding_init=init, name="wte")
+        x_BLD = wte(tokens_BL)
+        if self.position == "learned":
+            x_BLD = x_BLD + nn.Embed(self.context, self.width, embedding_init=init, name="wpe")(positions)
+        if self.segments:
+            segments = jnp.zeros_like(positions) if segments is None else segments
+            x_BLD = x_BLD + nn.Embed(self.segments, self.width, embedding_init=init, name="wse")(segments)
+        x_BLD = norm(self.norm, bias=self.bias, name="embedding_norm")(x_BLD)
+        x_BLD = dropout(self, x_BLD, self.dropout, train)
+        x_BLD = self.stack(x_BLD, positions, mask, causal=False, train=train)
+        if self.classes is not None:
+            return self._classify(x_BLD, mask, train)
+        if select is not None:
+            x_BLD = jnp.take_along_axis(x_BLD, select[..., None], axis=1)
+        return self._masked_lm(x_BLD, wte.embedding)
+
+    def _masked_lm(self, x_BLD: Array, embedding_VD: Array) -> Array:
+        h_BLD = nn.gelu(dense(self.width, bias=self.bias, stddev=0.02, name="mlm_dense")(x_BLD), approximate=True)
+        h_BLD = norm(self.norm, bias=self.bias, name="mlm_norm")(h_BLD)
+        bias_V = self.param("mlm_bias", nn.initializers.zeros, (self.vocab,))
+        return project(h_BLD, embedding_VD.T.astype(h_BLD.dtype), jnp.float32) + bias_V.astype(jnp.float32)
+
+    def _classify(self, x_BLD: Array, mask: Array | None, train: bool) -> Array:
+        """A text without any real token is pooled to zeros, so that it, too, depends on no padding."""
+        mask_BL = jnp.ones(x_BLD.shape[:2]) if mask is None else mask.astype(jnp.float32)
+        if self.pool == "first":  # padding may stand on the left
+            weight_BL = nn.one_hot(jnp.argmax(mask_BL, axis=1), mask_BL.shape[1]) * mask_BL
+        else:
+            weight_BL = mask_BL / jnp.maximum(mask_BL.sum(axis=1, keepdims=True), 1)
+        pooled_BD = jnp.einsum("BL,BLD->BD", weight_BL, x_BLD.astype(jnp.float32))
+        init = nn.initializers.normal(0.02)
+        head = nn.Dense(self.classes, dtype=jnp.float32, kernel_init=init, name="classify")
+        return head(dropout(self, pooled_BD, self.dropout, train))

@@ -1,0 +1,137 @@
+"""Linear and softmax regression, the multilayer perceptron, and an ensemble of any classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from lab.errors import UserError
+from lab.models.layers import dense, dropout
+
+
+def check_classes(classes: int | None, facts: Mapping[str, int], flag: str = "--model.classes") -> None:
+    """Raises UserError if data with these facts has another number of classes; `classes` None is a regression."""
+    found = facts.get("classes", classes)
+    if found == classes:
+        return
+    if classes is None:
+        raise UserError(f"The data has {found} classes, and a model without classes predicts one number. "
+                        f"Use {flag} {found}.")
+    raise UserError(f"The data has {found} classes and the model {classes}. Use {flag} {found}.")
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """Raises UserError where a field that counts something is below 1; None is let through."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise UserError(f"--model.{name.replace('_', '-')} must be at least 1, not {value}.")
+
+
+def check_rates(**rates: float | Array) -> None:
+    """Raises UserError where a dropout rate is outside [0, 1); a traced number cannot be looked at."""
+    for name, value in rates.items():
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise UserError(f"--model.{name.replace('_', '-')} must be in [0, 1), not {value}.")
+
+
+def output(x_BD: Array, classes: int | None) -> Array:
+    """The output layer, zero-initialised and in float32: logits (B, classes), or one number each (B,) for None."""
+    y = nn.Dense(classes or 1, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head")(x_BD)
+    return y[:, 0] if classes is None else y
+
+
+class Linear(nn.Module):
+    """Linear regression, or softmax regression (with 2 classes: logistic regression), on inputs of any shape.
+
+    (B, ...) -> float32: (B,) without classes, else logits (B, classes). It starts at zero: the loss is convex.
+    """
+
+    classes: int | None = None
+    """Number of classes; None: regression, one number for each record."""
+
+    def validate(self) -> None:
+        """Raises UserError for a field out of range."""
+        check_sizes(classes=self.classes)
+
+    def check(self, facts: Mapping[str, int]) -> None:
+        """Raises UserError if data with these facts (classes) does not fit the model."""
+        check_classes(self.classes, facts)
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool) -> Array:
+        return output(inputs.reshape(len(inputs), -1), self.classes)
+
+
+class MLP(nn.Module):
+    """Multilayer perceptron with ReLU on inputs of any shape.
+
+    (B, ...) -> float32: (B,) without classes, else logits (B, classes). He initialisation (He et al. 2015), and zero
+    in the output layer.
+    """
+
+    classes: int | None = None
+    """Number of classes; None: regression, one number for each record."""
+    depth: int = 2
+    """Number of hidden layers."""
+    width: int = 256
+    """Units of each hidden layer."""
+    dropout: float = 0.0
+    """Dropout rate after every hidden layer."""
+
+    def validate(self) -> None:
+        """Raises UserError for a field out of range."""
+        check_sizes(classes=self.classes, depth=self.depth, width=self.width)
+        check_rates(dropout=self.dropout)
+
+    def check(self, facts: Mapping[str, int]) -> None:
+        """Raises UserError if data with these facts (classes) does not fit the model."""
+        check_classes(self.classes, facts)
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool) -> Array:
+        x_BF = inputs.reshape(len(inputs), -1)
+        for i in range(self.depth):
+            he = (2 / x_BF.shape[1]) ** 0.5
+            x_BF = nn.relu(dense(self.width, bias=True, stddev=he, name=f"dense_{i}")(x_BF))
+            x_BF = dropout(self, x_BF, self.dropout, train)
+        return output(x_BF, self.classes)
+
+
+class Ensemble(nn.Module):
+    """M classifiers of one kind on the same inputs (Lakshminarayanan et al. 2017): float32 logits (B, M, classes).
+
+    They differ in initial weights and dropout. Parameters and statistics have a leading axis of length M. Each member
+    must be trained on its own loss, and predictions are means of probabilities: that is the task's part.
+    """
+
+    member: Any
+    """The classifier that is repeated."""
+    members: int = 5
+    """How many members M."""
+
+    def validate(self) -> None:
+        """Raises UserError for a field out of range, here or in the member."""
+        check_sizes(members=self.members)
+        self.member.validate()
+        if getattr(self.member, "classes", None) is None:
+            raise UserError("The members of an Ensemble must be classifiers. Give --model.member.classes.")
+        if isinstance(self.member, Linear):
+            raise UserError("All members would stay equal: Linear starts at zero. Use MLP as --model.member.")
+
+    def check(self, facts: Mapping[str, int]) -> None:
+        """Raises UserError if data with these facts does not fit the members."""
+        check_classes(self.member.classes, facts, "--model.member.classes")
+        self.member.check(facts)
+
+    @nn.compact
+    def __call__(self, inputs: Array, *, train: bool, **kwargs: Any) -> Array:
+        def run(member: nn.Module) -> Array:
+            return member(inputs, train=train, **kwargs)
+
+        every = nn.vmap(run, variable_axes={"params": 0, "batch_stats": 0},
+                        split_rngs={"params": True, "dropout": True}, out_axes=1, axis_size=self.members)
+        return every(self.member)

@@ -1,0 +1,82 @@
+"""Vision Transformer (Dosovitskiy et al. 2021) from the blocks of GPT. The defaults are ViT-S/16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lab.errors import UserError
+from lab.models.layers import Transformer, dense, dropout
+from lab.models.linear import check_classes, check_sizes, output
+
+
+def sincos(rows: int, columns: int, width: int) -> np.ndarray:
+    """Fixed positions of a grid in row order, (rows * columns, width): sine and cosine of the column, then of the row,
+    at width / 4 frequencies from 1 down to nearly 1 / 10,000 (Chen, Xie & He 2021).
+    """
+    frequency = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    y, x = (place.reshape(-1, 1) * frequency for place in np.mgrid[:rows, :columns])
+    return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+
+
+class ViT(Transformer):
+    """Image classifier: images (B, H, W, C) -> float32 logits (B, classes); H and W are multiples of `patch`.
+
+    By width and heads: Ti 192 and 3, S 384 and 6, B 768 and 12, all 12 blocks deep.
+    """
+
+    context: ClassVar[int] = 1  # no field here: the length follows from image and patch, and only decoding reads it
+    width: int = 384
+    """Model width D."""
+    heads: int = 6
+    """Attention heads N; they divide the width."""
+    position: Literal["learned", "sincos", "none"] = "learned"
+    """What is added to the patches: a learned table, fixed sines and cosines of row and column, or nothing."""
+    patch: int = 16
+    """Side of the square patches, in pixels; each becomes one token."""
+    pool: Literal["token", "mean"] = "token"
+    """What the classes are read from: an additional class token, or the mean over the patches."""
+    classes: int = 1000
+    """Number of classes."""
+
+    def validate(self) -> None:
+        """Raises UserError where the fields contradict each other."""
+        super().validate()
+        check_sizes(patch=self.patch, classes=self.classes)
+        if self.position == "sincos" and self.width % 4:
+            raise UserError(f"--model.position sincos needs a --model.width divisible by 4, not {self.width}.")
+
+    def check(self, facts: Mapping[str, int]) -> None:
+        """Raises UserError if data with these facts (classes, height, width) does not fit the model."""
+        check_classes(self.classes, facts)
+        for side in ("height", "width"):
+            if facts.get(side, 0) % self.patch:
+                raise UserError(f"The images' {side} of {facts[side]} pixels is not divisible by --model.patch "
+                                f"{self.patch}.")
+
+    @nn.compact
+    def __call__(self, images: Array, *, train: bool) -> Array:
+        B, H, W, C = images.shape
+        rows, columns, P = H // self.patch, W // self.patch, self.patch * self.patch * C
+        x_BLP = images.reshape(B, rows, self.patch, columns, self.patch, C).swapaxes(2, 3).reshape(B, -1, P)
+        x_BLD = dense(self.width, bias=True, stddev=P**-0.5, name="patches")(x_BLP)
+        if self.pool == "token":
+            token_D = self.param("token", nn.initializers.zeros, (self.width,)).astype(x_BLD.dtype)
+            x_BLD = jnp.concatenate([jnp.broadcast_to(token_D, (B, 1, self.width)), x_BLD], axis=1)
+        L = x_BLD.shape[1]
+        if self.position == "learned":
+            # As an embedding of 0..L-1, so that the rules that spare embeddings from weight decay know it by its name.
+            wpe = nn.Embed(L, self.width, embedding_init=nn.initializers.normal(0.02), name="wpe")
+            x_BLD = x_BLD + wpe(jnp.arange(L)[None])
+        elif self.position == "sincos":
+            table_LD = np.pad(sincos(rows, columns, self.width), ((L - rows * columns, 0), (0, 0)))  # 0 for the token
+            x_BLD = x_BLD + jnp.asarray(table_LD, x_BLD.dtype)[None]
+        x_BLD = dropout(self, x_BLD, self.dropout, train)
+        x_BLD = self.stack(x_BLD, jnp.arange(L), None, causal=False, train=train)
+        x_BD = x_BLD[:, 0] if self.pool == "token" else x_BLD.mean(1, dtype=jnp.float32)
+        return output(x_BD, self.classes)

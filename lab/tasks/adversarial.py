@@ -1,0 +1,215 @@
+"""Generative adversarial training (Goodfellow et al. 2014) as one scalar, its sample grids, and scores by a judge."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from PIL import Image, ImageDraw
+
+from lab.errors import UserError
+from lab.tasks.base import Loss, Outcome, Task, apply
+
+GRID = 8  # a grid of samples has this many rows and columns
+GAP = 2  # pixels between the pictures of a grid
+LATENT = zlib.crc32(b"latent")  # folded into a record's key, whose other uses are augmentations
+CONFIDENT = 0.9  # the judge's probability from which a sample counts as recognised
+
+
+def latents(keys_B: Array, latent: int) -> Array:
+    """One standard normal vector for each key: float32 (B, latent). It depends on its own key alone."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, LATENT), (latent,)))(keys_B)
+
+
+@dataclass(frozen=True)
+class Adversarial(Task):
+    """Generator and discriminator trained at once, by the gradient of ONE scalar.
+
+    With logits D, images x and fakes y = G(z), where sg stops the gradient, a record's loss is
+
+        d(D(x), D(sg(y))) + g(D_sg(y)),
+
+    D_sg being D with its parameters behind sg. The first part has no derivative by G's parameters and the second none
+    by D's, so the gradient is that of two separate losses, both at the parameters before the update. The model needs
+    `latent`, the methods `generate` and `discriminate`, and the discriminator's parameters under "discriminator";
+    images come in [-1, 1]. One z is drawn for each record, from its key.
+
+    Metrics: loss (sum of both), generator_loss, discriminator_loss, and the shares of real and of fake images that the
+    discriminator gets right. None of them says how good the samples are: a low loss of one is a high one of the other.
+    """
+
+    curves: ClassVar[tuple[str, ...]] = ("generator_loss", "discriminator_loss", "real_accuracy", "fake_accuracy")
+
+    kind: Literal["non_saturating", "hinge"] = "non_saturating"
+    """non_saturating: d = softplus(-real) + softplus(fake), g = softplus(-fake) (Goodfellow et al. 2014); hinge:
+    d = max(0, 1 - real) + max(0, 1 + fake), g = -fake (Lim & Ye 2017)."""
+    label_smoothing: float = 0.0
+    """Target 1 - this for real images (one-sided, Salimans et al. 2016). For non_saturating only."""
+
+    r1: float = 0.0
+
+    def validate(self) -> None:
+        """Raises UserError for a value out of range."""
+        if not isinstance(self.label_smoothing, int | float):  # traced by a study
+            return
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--task.label-smoothing must be in [0, 1), not {self.label_smoothing}.")
+        if self.kind == "hinge" and self.label_smoothing:
+            raise UserError("--task.label-smoothing is for --task.kind non_saturating: hinge has no target to smooth.")
+
+    def losses(self, real_B: Array, fake_B: Array, fooled_B: Array) -> tuple[Array, Array]:
+        """Losses of discriminator and generator, each (B,), from the logits of real images and of fakes (twice)."""
+        if self.kind == "hinge":
+            return nn.relu(1 - real_B) + nn.relu(1 + fake_B), -fooled_B
+        smooth = self.label_smoothing
+        discriminator = (1 - smooth) * nn.softplus(-real_B) + smooth * nn.softplus(real_B) + nn.softplus(fake_B)
+        return discriminator, nn.softplus(-fooled_B)
+
+    def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
+             rngs: Mapping[str, Array], train: bool) -> Loss:
+        """`batch`: "inputs" (B, H, W, C) in [-1, 1], "key" (B,), "weight" (B,). See the class for the scalar."""
+        images, weight = batch["inputs"], batch["weight"].astype(jnp.float32)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise UserError("The images reach the task as integers: let the data normalise them (mean 0.5, standard "
+                            "deviation 0.5, so that they are in [-1, 1] as the generator's are).")
+        params = variables["params"]
+        run = functools.partial(apply, model, rngs=rngs, train=train)
+        fakes, extra = run(variables, latents(batch["key"], model.latent), method="generate")
+        real, pull = jax.vjp(lambda x: run({"params": params, **extra}, x, method="discriminate")[0], images)
+        fake, extra = run({"params": params, **extra}, jax.lax.stop_gradient(fakes), method="discriminate")
+        # Forward this is the same computation once more, which XLA finds; backward only the images get a gradient.
+        still = {**params, "discriminator": jax.lax.stop_gradient(params["discriminator"])}
+        fooled, _ = run({"params": still, **extra}, fakes, method="discriminate")
+        discriminator, generator = self.losses(real, fake, fooled)
+        if self.r1:
+            slope, = pull(jnp.ones_like(real))
+            discriminator += self.r1 / 2 * jnp.square(slope).sum((1, 2, 3))
+
+        def total(values_B: Array) -> tuple[Array, Array]:
+            return (values_B * weight).sum(), weight.sum()
+
+        metrics = {"loss": total(discriminator + generator), "generator_loss": total(generator),
+                   "discriminator_loss": total(discriminator), "real_accuracy": total(real > 0),
+                   "fake_accuracy": total(fake < 0)}
+        return *metrics["loss"], metrics, extra
+
+    def snapshot(self, outcome: Outcome) -> None:
+        """Writes samples/step-<step>.png: 8 x 8 samples of noise that depends on the seed only, so one can compare."""
+        path = outcome.folder / "samples" / f"step-{outcome.step:06d}.png"
+        _save(path, grid(generate_images(outcome.model, outcome.variables, GRID * GRID, outcome.seed)))
+
+    def artifacts(self, outcome: Outcome) -> list[str]:
+        """Writes plots/samples.png, and plots/samples_over_time.png from the grids of this run's `snapshot`s."""
+        plots = outcome.folder / "plots"
+        _save(plots / "samples.png", grid(generate_images(outcome.model, outcome.variables, GRID * GRID, outcome.seed)))
+        lines = [f"{GRID * GRID} samples: {plots / 'samples.png'}"]
+        # From the files, which a resumed run finds as it left them. A step after this one is not of this run's past.
+        found = {int(m[1]): path for path in (outcome.folder / "samples").glob("step-*.png")
+                 if (m := re.fullmatch(r"step-(\d+)\.png", path.name)) and int(m[1]) <= outcome.step}
+        if len(found) > 1:
+            _save(plots / "samples_over_time.png", over_time(found))
+            lines.append(f"The same noise at {len(found)} steps: {plots / 'samples_over_time.png'}")
+        return lines
+
+
+# --------------------------------------------------------------------------------------------------------- samples
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _generate(model: nn.Module, variables: Mapping[str, Any], seed: Array, first: Array, batch: int) -> Array:
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"samples"))
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(batch))
+    images, _ = apply(model, variables, latents(keys, model.latent), rngs={}, train=False, method="generate")
+    return jnp.round((images.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
+
+
+def generate_images(model: nn.Module, variables: Mapping[str, Any], number: int, seed: int,
+                    batch: int = 64) -> np.ndarray:
+    """`number` samples, uint8 (number, H, W, C); sample i is decided by (variables, seed, i), whatever the batch.
+
+    Computed on one device, so that one process of many may call it.
+    """
+    variables = jax.device_get(variables)
+    parts = [np.asarray(_generate(model, variables, np.uint32(seed), np.uint32(first), batch))
+             for first in range(0, number, batch)]
+    return np.concatenate(parts)[:number]
+
+
+def grid(images: np.ndarray) -> Image.Image:
+    """uint8 images (n, H, W, C), C 1 or 3, in rows of 8 on white; small ones magnified so that people see them."""
+    n, H, W, C = images.shape
+    scale = max(1, 56 // H)
+    rows = -(-n // GRID)
+    sheet = np.full((rows * (H * scale + GAP) + GAP, GRID * (W * scale + GAP) + GAP, C), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (GAP + (i // GRID) * (H * scale + GAP), GAP + (i % GRID) * (W * scale + GAP))
+        sheet[top: top + H * scale, left: left + W * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(sheet[..., 0] if C == 1 else sheet)
+
+
+def over_time(grids: Mapping[int, Path], rows: int = 12) -> Image.Image:
+    """The first row of every grid (step -> file), one below the other with its step; at most `rows`, evenly spaced."""
+    steps = sorted(grids)
+    steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(rows, len(steps))).round().astype(int))]
+    strips = []
+    for step in steps:
+        with Image.open(grids[step]) as picture:
+            strips.append(picture.convert("RGB").crop((0, 0, picture.width, (picture.height - GAP) // GRID)))
+    margin, height = 60, strips[0].height
+    sheet = Image.new("RGB", (margin + strips[0].width, len(strips) * height + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (step, strip) in enumerate(zip(steps, strips, strict=True)):
+        sheet.paste(strip, (margin, i * height))
+        draw.text((margin - 6, i * height + height // 2), f"{step:,}", fill="black", anchor="rm")
+    return sheet
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    """All of the file or nothing, so that a killed run leaves no half picture for the next."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------- scores
+
+
+def judge_scores(probabilities: np.ndarray) -> dict[str, float]:
+    """What a classifier of the real images says of samples: `probabilities` (n, C), rows that sum to 1.
+
+    confident           share of the samples with a largest probability >= 0.9
+    confidence          mean of the largest probability
+    entropy             H = -sum_c h_c log h_c in nats, h_c being the share of samples whose likeliest class is c
+    normalised_entropy  H / log C: 1 when all classes are as frequent
+    classes             number of classes with h_c >= 0.01
+    collapsed           1 when normalised_entropy < 0.5 or classes < C / 2, else 0
+
+    High confidence with low entropy is a collapse, low confidence with high entropy is noise: read both (the Inception
+    score, Salimans et al. 2016, is a product of the two). Samples that repeat one another inside every class go unseen.
+
+    Raises:
+      UserError: no sample, or fewer than two classes.
+    """
+    probabilities = np.asarray(probabilities, np.float64)
+    if probabilities.ndim != 2 or len(probabilities) == 0 or probabilities.shape[1] < 2:
+        raise UserError(f"Scores need probabilities (samples, 2 or more classes), not {probabilities.shape}.")
+    n, C = probabilities.shape
+    largest = probabilities.max(axis=1)
+    h = np.bincount(probabilities.argmax(axis=1), minlength=C) / n
+    entropy = -float(np.sum(h[h > 0] * np.log(h[h > 0])))
+    share, classes = entropy / np.log(C), int((h >= 0.01).sum())
+    return {"samples": n, "confident": float((largest >= CONFIDENT).mean()), "confidence": float(largest.mean()),
+            "entropy": entropy, "normalised_entropy": float(share), "classes": classes,
+            "collapsed": int(share < 0.5 or classes < C / 2)}

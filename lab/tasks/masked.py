@@ -1,0 +1,151 @@
+"""Masked language modelling: guess the tokens that were hidden, from both sides."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lab.errors import UserError
+from lab.tasks.base import Loss, Outcome, Task, apply
+
+HIDDEN, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become [MASK] and any token; the others stay
+MASK = "[MASK]"
+
+
+@dataclass(frozen=True)
+class MaskedLM(Task):
+    """Masked language modelling (Devlin et al. 2019): cross-entropy in nats a hidden token.
+
+    Of a text's real tokens, `rate` are chosen, rounded up, so at least one; of these 80 % become [MASK], 10 % a random
+    token, 10 % stay. [MASK] is the last id of the model's vocabulary, which is therefore at least one larger than the
+    tokenizer's; random tokens are uniform over all other ids but 0, which is padding. What is chosen depends on the
+    record's key alone: on (seed, step, record) in training, and on (seed, record) in evaluation, each time the same.
+
+    Batches: "inputs" int (B, L) with "mask" (B, L), 1 where a token is real, and perhaps "segments" (B, L); or, of
+    windows for a language model, "tokens" int (B, L+1), whose last token is left out. Metrics: loss, accuracy,
+    masked_share (chosen of the real tokens), and perplexity of the hidden tokens.
+    """
+
+    rate: float = 0.15
+    """Share of the real tokens that are to be guessed."""
+    samples: int = 8
+    """Examples to write to samples/masked.txt when a run ends."""
+
+    def validate(self) -> None:
+        """Raises UserError for a value out of range."""
+        if not 0 < self.rate <= 1:
+            raise UserError(f"--task.rate must be above 0 and at most 1, not {self.rate}.")
+        if self.samples < 0:
+            raise UserError(f"--task.samples must be 0 or more, not {self.samples}.")
+
+    def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
+        """Variables for `batch`. Raises UserError for a model with another head."""
+        if getattr(model, "classes", 0) is not None:
+            raise UserError(f"MaskedLM needs a model with a masked-LM head, BERT(classes=None); this "
+                            f"{type(model).__name__} has none.")
+        tokens_BL, fields = _texts(batch)
+        return model.init(key, tokens_BL[:1], train=False, **{name: value[:1] for name, value in fields.items()})
+
+    def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
+             rngs: Mapping[str, Array], train: bool) -> Loss:
+        """Cross-entropy at the chosen positions; the logits of all others are never computed."""
+        tokens_BL, fields = _texts(batch)
+        real_BL = fields["mask"] if "mask" in fields else jnp.ones_like(tokens_BL)
+        inputs_BL, chosen_BM, weight_BM = self.hide(tokens_BL, real_BL, batch["key"], model.vocab)
+        logits_BMV, extra = apply(model, variables, inputs_BL, rngs=rngs, train=train, select=chosen_BM, **fields)
+        weight_BM = weight_BM * batch["weight"][:, None]
+        targets_BM = jnp.take_along_axis(tokens_BL, chosen_BM, axis=1)
+        nll_BM = jax.nn.logsumexp(logits_BMV, axis=-1)
+        nll_BM -= jnp.take_along_axis(logits_BMV, targets_BM[..., None], axis=-1)[..., 0]
+        weight, nll = weight_BM.sum(), (nll_BM * weight_BM).sum()
+        correct = ((jnp.argmax(logits_BMV, -1) == targets_BM) * weight_BM).sum()
+        real = (real_BL.sum(axis=1) * batch["weight"]).sum()
+        metrics = {"loss": (nll, weight), "accuracy": (correct, weight), "masked_share": (weight, real)}
+        return nll, weight, metrics, extra
+
+    def hide(self, tokens_BL: Array, real_BL: Array, keys_B: Array, vocab: int) -> tuple[Array, Array, Array]:
+        """Chooses and hides tokens, each record by its own key.
+
+        Returns:
+          The inputs (B, L); the chosen positions int (B, M), M = rate * L rounded up; and their weights float32
+          (B, M), which are 0 for the last ones of records with fewer than L real tokens.
+        """
+        count_L = _rounded_up(self.rate, tokens_BL.shape[1])
+
+        def one(tokens_L: Array, real_L: Array, key: Array) -> tuple[Array, Array, Array]:
+            key = jax.random.fold_in(key, zlib.crc32(b"masked"))  # the data's transforms draw from the same key
+            order, kind, other = (jax.random.fold_in(key, i) for i in range(3))
+            scores_L = jnp.where(real_L > 0, jax.random.uniform(order, tokens_L.shape), -1.0)
+            _, chosen_M = jax.lax.top_k(scores_L, int(count_L[-1]))
+            count = jnp.asarray(count_L)[(real_L > 0).sum()]
+            old_M, kind_M = tokens_L[chosen_M], jax.random.uniform(kind, chosen_M.shape)
+            new_M = jnp.where(kind_M < HIDDEN + RANDOM, jax.random.randint(other, chosen_M.shape, 1, vocab - 1), old_M)
+            new_M = jnp.where(kind_M < HIDDEN, vocab - 1, new_M).astype(tokens_L.dtype)
+            weight_M = jnp.arange(chosen_M.shape[0]) < count
+            return tokens_L.at[chosen_M].set(jnp.where(weight_M, new_M, old_M)), chosen_M, weight_M.astype(jnp.float32)
+
+        return jax.vmap(one)(tokens_BL, real_BL, keys_B)
+
+    def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Perplexity: the exponential of the mean cross-entropy."""
+        return {"perplexity": float(np.exp(means["loss"]))}
+
+    def artifacts(self, outcome: Outcome) -> list[str]:
+        """Writes samples/masked.txt: texts, what the model saw of them, and what it guessed."""
+        if not self.samples or not hasattr(outcome.data, "decode"):
+            return []
+        chosen = np.unique(np.linspace(0, len(outcome.records) - 1, self.samples).astype(int))
+        records = outcome.records[chosen]
+        tokens_BL, fields = _texts(records)
+        real_BL = fields.get("mask", np.ones_like(tokens_BL))
+        keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(outcome.seed), i))(jnp.asarray(chosen))
+        hide = jax.jit(self.hide, static_argnums=3)
+        hidden = hide(jnp.asarray(tokens_BL), jnp.asarray(real_BL), keys_B, outcome.model.vocab)
+        guess = jax.jit(lambda variables, tokens, select, fields: apply(
+            outcome.model, variables, tokens, rngs={}, train=False, select=select, **fields)[0].argmax(-1))
+        guesses_BM = guess(outcome.variables, *hidden[:2], fields)
+        rows = zip(tokens_BL, real_BL > 0, *map(np.asarray, (*hidden, guesses_BM)), strict=True)
+        path = outcome.folder / "samples" / "masked.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(_example(outcome.data.decode, outcome.model.vocab - 1, *row) for row in rows))
+        return [f"Texts with hidden tokens and what the model guessed: {path}"]
+
+
+def _example(decode: Callable[[np.ndarray], str], mask_id: int, tokens_L: np.ndarray, real_L: np.ndarray,
+             inputs_L: np.ndarray, chosen_M: np.ndarray, weight_M: np.ndarray, guesses_M: np.ndarray) -> str:
+    """One text as it was, as the model got it, and with what it guessed."""
+    chosen, guesses, filled_L = chosen_M[weight_M > 0], guesses_M[weight_M > 0], inputs_L.copy()
+    filled_L[chosen] = guesses
+    shown = {"original": tokens_L, "masked": inputs_L,
+             f"predicted ({(guesses == tokens_L[chosen]).sum()} of {len(chosen)} right)": filled_L}
+    return "".join(f"--- {title}\n{_decoded(decode, ids[real_L], mask_id)}\n" for title, ids in shown.items())
+
+
+def _texts(batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The token ids (B, L), and what else the model gets, of either kind of batch."""
+    if "tokens" in batch:
+        return batch["tokens"][:, :-1], {}
+    return batch["inputs"], {name: batch[name] for name in ("mask", "segments") if name in batch}
+
+
+def _rounded_up(rate: float, length: int) -> np.ndarray:
+    """How many of 0, 1, ... `length` tokens are chosen. 0.07 * 100 is 7.000000000000001, and must not become 8."""
+    count = np.arange(length + 1)
+    return np.maximum(np.ceil(np.round(rate * count, 6)), count > 0).astype(np.int32)
+
+
+def _decoded(decode: Callable[[np.ndarray], str], ids: np.ndarray, mask_id: int) -> str:
+    """The text of `ids`. Runs between masks are decoded whole: a token alone may be part of a character."""
+    runs = [run[run != mask_id] for run in np.split(ids, np.flatnonzero(ids == mask_id))]
+    texts = [text for run in runs for text in (MASK, decode(run) if len(run) else "")][1:]
+    two = ids[ids != mask_id][:2]
+    words = len(two) == 2 and decode(two) == f"{decode(two[:1])} {decode(two[1:])}"  # a tokenizer of whole words
+    return " ".join(filter(None, texts)) if words else "".join(texts)

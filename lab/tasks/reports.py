@@ -1,0 +1,170 @@
+"""What is said about predictions when a model has made them: figures of a confusion matrix, tables, worst mistakes.
+
+NumPy only. These functions get finished predictions of a whole split; nothing here is part of a compiled step.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lab import plots
+from lab.tasks.base import Outcome
+
+MOST = 25  # worst records that are written
+FEW = 20  # classes that a screen, or a picture with numbers, has room for
+CHUNK = 1024  # records read at once
+
+
+def read(records: Any, *names: str) -> dict[str, np.ndarray]:
+    """These fields of all records, those that they have. Read in pieces, so that no split of images is in memory."""
+    parts = []
+    for start in range(0, len(records), CHUNK):
+        rows = records[np.arange(start, min(start + CHUNK, len(records)))]
+        parts.append({name: rows[name] for name in names if name in rows})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def beside(outcome: Outcome) -> list[str]:
+    """Lines for the screen: what simple methods reach on the test split, or validation where there is none."""
+    same = outcome.split == ("validation" if outcome.data.test is None else "test")
+    return [f"Beside it{', on the same split' if same else ''}: {line}" for line in outcome.data.reference()]
+
+
+# ----------------------------------------------------------------------------------------------------- figures
+
+
+class Figures(NamedTuple):
+    """Figures of every class, all (C,); 0 where nothing can be divided (scikit-learn's zero_division=0)."""
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    support: np.ndarray
+    """Records of the class."""
+    occurs: np.ndarray
+    """Whether the class occurs, as truth or as prediction."""
+
+
+def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """int (C, C) [true, predicted], from classes (n,)."""
+    pairs = true.astype(np.int64) * classes + predicted
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def class_figures(confusion: np.ndarray) -> Figures:
+    """Precision, recall, F1 (their harmonic mean) and support of every class from (C, C) [true, predicted]."""
+    confusion = np.asarray(confusion, np.float64)
+    hits, support, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+
+    def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.divide(a, b, out=np.zeros_like(a), where=b > 0)
+
+    return Figures(ratio(hits, predicted), ratio(hits, support), ratio(2 * hits, support + predicted), support,
+                   support + predicted > 0)
+
+
+def macro(confusion: np.ndarray) -> dict[str, float]:
+    """Means of precision, recall and F1 over the classes that occur; the mean of F1, not the F1 of means."""
+    figures = class_figures(confusion)
+    if not figures.occurs.any():
+        return dict.fromkeys(("precision", "recall", "f1"), float("nan"))
+    return {name: float(getattr(figures, name)[figures.occurs].mean()) for name in ("precision", "recall", "f1")}
+
+
+def area(histogram: np.ndarray) -> float:
+    """Area under the ROC curve from counts (2, bins) of scores by true class, in the order of scores.
+
+    It is the share of (negative, positive) pairs in the right order, where a tie counts a half (Hanley & McNeil 1982).
+    NaN where a class has no record.
+    """
+    negative, positive = np.asarray(histogram, np.float64)
+    pairs = negative.sum() * positive.sum()
+    below = np.cumsum(negative) - negative
+    return float((positive * (below + negative / 2)).sum() / pairs) if pairs else float("nan")
+
+
+def fit(true: np.ndarray, predicted: np.ndarray) -> str:
+    """RMSE, MAE and R2 of predictions (n,), as text."""
+    error = predicted - true
+    spread = np.square(true - true.mean()).sum()
+    r2 = 1 - np.square(error).sum() / spread if spread > 0 else float("nan")
+    return f"RMSE {np.sqrt(np.square(error).mean()):.4g}, MAE {np.abs(error).mean():.4g}, R2 {r2:.4f}"
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def class_names(classes: Sequence[str], count: int) -> Sequence[str]:
+    """The names, or the numbers of the classes where there are none."""
+    return classes if len(classes) == count else tuple(str(i) for i in range(count))
+
+
+def headline(title: str, confusion: np.ndarray) -> str:
+    """One line: accuracy and the macro averages."""
+    figures = macro(confusion)
+    return (f"{title}: accuracy {np.trace(confusion) / max(confusion.sum(), 1):.4f}; macro precision "
+            f"{figures['precision']:.4f}, recall {figures['recall']:.4f}, F1 {figures['f1']:.4f}")
+
+
+def class_table(confusion: np.ndarray, names: Sequence[str], rows: Sequence[int] | None = None) -> list[str]:
+    """Precision, recall, F1 and support, a line for each class (of `rows`), then the macro averages."""
+    figures = class_figures(confusion)
+    rows = range(len(names)) if rows is None else rows
+    width = max(len(name) for name in ("macro average", *(names[i] for i in rows)))
+
+    def line(name: str, precision: float, recall: float, f1: float, support: float) -> str:
+        return f"{name:<{width}}  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {int(support):7,}"
+
+    return [f"{'class':<{width}}  precision  recall      F1  support",
+            *(line(names[i], *(figure[i] for figure in figures[:4])) for i in rows),
+            line("macro average", *macro(confusion).values(), figures.support.sum())]
+
+
+def shortened(confusion: np.ndarray, names: Sequence[str]) -> list[str]:
+    """`class_table` for a screen: of more than FEW classes only the 5 with the lowest F1 that occur."""
+    if len(names) <= FEW:
+        return class_table(confusion, names)
+    figures = class_figures(confusion)
+    occurring = np.flatnonzero(figures.occurs)
+    worst = occurring[np.argsort(figures.f1[occurring], kind="stable")[:5]]
+    return [f"The {len(worst)} of {len(names)} classes with the lowest F1 (all in report.txt):",
+            *class_table(confusion, names, worst.tolist())]
+
+
+# ------------------------------------------------------------------------------------------------------- worst
+
+
+def write_worst(outcome: Outcome, chosen: np.ndarray, facts: Mapping[str, Sequence[str]], prefix: str = "") -> None:
+    """Writes the `chosen` records, worst first, each with its `facts` (name -> one text for each), as people see them.
+
+    Images: plots/worst.png. Texts (integers, where the data can decode them): worst.txt. Tables: worst.csv, with the
+    inputs as the model gets them. What an earlier call wrote is gone if nothing is chosen.
+    """
+    folder = outcome.folder
+    pictures, texts, table = (folder / "plots" / f"{prefix}worst.png", folder / f"{prefix}worst.txt",
+                              folder / f"{prefix}worst.csv")
+    for path in (pictures, texts, table):
+        path.unlink(missing_ok=True)
+    if not len(chosen):
+        return
+    rows = outcome.records[np.asarray(chosen)]
+    inputs = rows["inputs"]
+    said = [[f"{name} {values[i]}" for name, values in facts.items()] for i in range(len(chosen))]
+    if inputs.ndim == 4:
+        plots.image_grid(inputs, pictures, ["\n".join(line[:30] for line in lines) for lines in said])
+    elif hasattr(outcome.data, "decode"):
+        masks = rows.get("mask", np.ones_like(inputs))
+        shown = [outcome.data.decode(ids[mask > 0]) for ids, mask in zip(inputs, masks, strict=True)]
+        texts.write_text("".join(f"--- record {i}: {', '.join(lines)}\n{text}\n\n"
+                                 for i, lines, text in zip(chosen, said, shown, strict=True)))
+    elif inputs.ndim == 2:
+        names = getattr(outcome.data, "feature_names", None) or [f"input {i}" for i in range(inputs.shape[1])]
+        with table.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["record", *facts, *names])
+            writer.writerows([i, *(values[n] for values in facts.values()), *map(float, row)]
+                             for n, (i, row) in enumerate(zip(chosen, inputs, strict=True)))

@@ -1,0 +1,285 @@
+"""Supervised learning: `Classify` and `Regress`, and what they write about a model.
+
+Each has a pure `score(output, targets, batch, train)`, the loss without the model, so that `MultiTask` can use it. All
+metrics are (sum, weight), or counts that add: exact over ragged batches, microbatches, devices and hosts.
+
+The output of an `Ensemble` has an axis of members after the batch. Its loss is the sum of its members' losses, so that
+each member trains exactly as it would alone; its predictions are the mean of its members'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lab import plots
+from lab.errors import UserError
+from lab.tasks import reports
+from lab.tasks.base import Loss, Metrics, Outcome, Task, apply
+
+Score = tuple[Array, Array, Metrics]
+BINS = 1 << 16  # of the histogram of margins
+STEEP, LARGEST = 1e3, 1e5  # its bins are even in log(1 + STEEP |margin|), up to margins of LARGEST
+
+
+def forward(model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array], rngs: Mapping[str, Array],
+            train: bool) -> tuple[Any, dict[str, Any]]:
+    """(output of the model for a batch, mutable collections); texts come with their mask and segments."""
+    more = {name: batch[name] for name in ("mask", "segments") if name in batch}
+    return apply(model, variables, batch["inputs"], rngs=rngs, train=train, **more)
+
+
+@dataclass(frozen=True)
+class Supervised(Task):
+    """What the tasks with "targets" share."""
+
+    def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
+        """(sum of losses, sum of weights, metrics) of a model's output; of `batch`: "weight" (B,), and scales."""
+        raise NotImplementedError
+
+    def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """A model's output as predictions: name -> (B, ...)."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
+             rngs: Mapping[str, Array], train: bool) -> Loss:
+        """`batch`: "inputs", "targets", "weight" (B,) 1 real and 0 padding; see `score`."""
+        output, extra = forward(model, variables, batch, rngs, train)
+        return *self.score(output, batch["targets"], batch, train), extra
+
+    def predict(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> dict[str, Array]:
+        """See `answer`."""
+        return self.answer(forward(model, variables, batch, {}, False)[0], batch)
+
+
+@dataclass(frozen=True)
+class Classify(Supervised):
+    """Classification by cross-entropy. Logits (B, C), or (B, M, C) of M members; targets int (B,) or soft (B, C).
+
+    Metrics: loss (plain cross-entropy of the prediction, in nats), objective (what is optimised, where class weights,
+    smoothing or members make it differ), accuracy, top5_accuracy where there are more than 5 classes, and
+    member_accuracy, the mean over the members. Under soft targets (mixup) a prediction counts as right to the extent
+    that the target says so. In evaluation also precision, recall and f1, macro averages over the classes that occur
+    as truth or prediction, which is scikit-learn's default with zero_division=0, and for two classes the area under
+    the ROC curve, auc. It is taken from a histogram of margins log p1 - log p0, where pairs within a bin count as
+    ties. A bin is 6e-7 wide at 0, and 0.06 % of the margin beyond 0.01: unless all margins lie within a few bins, the
+    error is below 2e-4 (tested; also for the margins of a model that is always sure, which probabilities cannot tell
+    apart).
+    """
+
+    label_smoothing: float = 0.0
+    """Mix the target with the uniform distribution (Szegedy et al. 2016): (1-e) target + e / classes."""
+    class_weights: tuple[float, ...] = ()
+    """A weight for each class, and the objective is the weighted mean, as in torch: sum w_y ce / sum w_y. Soft targets
+    weigh what their classes weigh together (torch divides by the number of records there). (): all count the same."""
+
+    curves: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+
+    def validate(self) -> None:
+        """Raises UserError for a value out of range."""
+        if isinstance(self.label_smoothing, int | float) and not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--task.label-smoothing must be in [0, 1), not {self.label_smoothing}.")
+        bad = any(not 0 <= w < float("inf") for w in self.class_weights)
+        if bad or (self.class_weights and not any(self.class_weights)):
+            raise UserError("--task.class-weights must be numbers of 0 or more, not all 0.")
+
+    def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
+        """See `Supervised.score`. Raises UserError when the class weights are not one for each class."""
+        logits_BMC = (output if output.ndim == 3 else output[:, None]).astype(jnp.float32)
+        M, C = logits_BMC.shape[1:]
+        if self.class_weights and len(self.class_weights) != C:
+            raise UserError(f"--task.class-weights has {len(self.class_weights)} numbers, but there are {C} classes.")
+        target_BC = (jax.nn.one_hot(targets, C) if targets.ndim == 1 else targets).astype(jnp.float32)
+        weight_B = batch["weight"].astype(jnp.float32)
+        weight = weight_B.sum()
+        logp_BMC = jax.nn.log_softmax(logits_BMC)
+        logp_BC = _mean_probability(logp_BMC)
+
+        def total(value_B: Array) -> tuple[Array, Array]:
+            return (value_B * weight_B).sum(), weight
+
+        def right(logp: Array, k: int = 1) -> Array:
+            """How much of the target lies on the k likeliest classes: (B,)."""
+            best = jax.lax.top_k(logp, k)[1] if k > 1 else jnp.argmax(logp, -1, keepdims=True)
+            return jnp.take_along_axis(target_BC, best, axis=-1).sum(-1)
+
+        metrics: Metrics = {"loss": total(-(target_BC * logp_BC).sum(-1)), "accuracy": total(right(logp_BC))}
+        if C > 5:
+            metrics["top5_accuracy"] = total(right(logp_BC, 5))
+        if M > 1:
+            metrics["member_accuracy"] = total(jax.vmap(right, in_axes=1, out_axes=1)(logp_BMC).mean(-1))
+        if not train:
+            metrics |= _counts(logits_BMC[:, 0] if M == 1 else logp_BC, target_BC, weight_B)  # no digit lost
+        smoothed = not isinstance(self.label_smoothing, int | float) or self.label_smoothing > 0  # or traced
+        if M == 1 and not self.class_weights and not smoothed:
+            return *metrics["loss"], metrics
+        objective = self._objective(logp_BMC, target_BC, weight_B)
+        return *objective, metrics | {"objective": objective}
+
+    def _objective(self, logp_BMC: Array, target_BC: Array, weight_B: Array) -> tuple[Array, Array]:
+        """(sum, weight) of what is optimised: class weights and smoothing as in torch, summed over the members."""
+        C = target_BC.shape[-1]
+        weight_C = jnp.asarray(self.class_weights or (1.0,) * C, jnp.float32)
+        smooth_BC = (1 - self.label_smoothing) * target_BC + self.label_smoothing / C
+        each_B = -((weight_C * smooth_BC)[:, None] * logp_BMC).sum((1, 2))
+        return (each_B * weight_B).sum(), ((target_BC * weight_C).sum(-1) * weight_B).sum()
+
+    def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Macro precision, recall and f1, and auc for two classes."""
+        found = reports.macro(counts["confusion"])
+        return found | ({"auc": reports.area(counts["scores"])} if "scores" in counts else {})
+
+    def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """"probabilities" (B, C), the mean over members, and "prediction" int32 (B,)."""
+        logp_BMC = jax.nn.log_softmax((output if output.ndim == 3 else output[:, None]).astype(jnp.float32))
+        logp_BC = _mean_probability(logp_BMC)
+        return {"probabilities": jnp.exp(logp_BC), "prediction": jnp.argmax(logp_BC, -1).astype(jnp.int32)}
+
+    def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
+        """The predicted class by its name, and the probability of each: p(name)."""
+        return self.named(predictions, data.classes)
+
+    def named(self, predictions: Mapping[str, np.ndarray], classes: Sequence[str]) -> dict[str, list[Any]]:
+        """`columns` for classes of these names; () names them by their numbers."""
+        probabilities = predictions["probabilities"]
+        names = reports.class_names(classes, probabilities.shape[1])
+        return {"prediction": [names[i] for i in predictions["prediction"]],
+                **{f"p({name})": probabilities[:, i].tolist() for i, name in enumerate(names)}}
+
+    def artifacts(self, outcome: Outcome) -> list[str]:
+        """Writes plots/confusion.png, report.txt and the worst mistakes; returns a table for the screen."""
+        targets = reports.read(outcome.records, "targets")["targets"]
+        return self.report(outcome, targets, outcome.data.classes) + reports.beside(outcome)
+
+    def report(self, outcome: Outcome, targets: np.ndarray, classes: Sequence[str], prefix: str = "") -> list[str]:
+        """`artifacts` for these targets, int (n,), and names of classes; `prefix` begins the names of the files."""
+        predictions = outcome.predict()
+        predicted, probabilities = predictions["prediction"], predictions["probabilities"]
+        names = reports.class_names(classes, probabilities.shape[1])
+        confusion = reports.confusion(targets, predicted, len(names))
+        title = f"{outcome.split.capitalize()} split, {len(targets):,} records"
+        plots.confusion(confusion, names, outcome.folder / "plots" / f"{prefix}confusion.png", title)
+        head = reports.headline(title, confusion)
+        table = reports.class_table(confusion, names)
+        (outcome.folder / f"{prefix}report.txt").write_text("\n".join([head, "", *table]) + "\n")
+        confidence = np.where(predicted == targets, -1.0, probabilities[np.arange(len(predicted)), predicted])
+        worst = np.argsort(-confidence, kind="stable")[:reports.MOST]
+        worst = worst[confidence[worst] >= 0]
+        reports.write_worst(outcome, worst, {"true": [names[i] for i in targets[worst]],
+                                             "predicted": [names[i] for i in predicted[worst]],
+                                             "probability": [f"{p:.4f}" for p in confidence[worst]]}, prefix)
+        return [head, *(f"  {line}" for line in reports.shortened(confusion, names))]
+
+
+def _mean_probability(logp_BMC: Array) -> Array:
+    """The logarithm of the members' mean probability: (B, C)."""
+    M = logp_BMC.shape[1]
+    return logp_BMC[:, 0] if M == 1 else jax.nn.logsumexp(logp_BMC, axis=1) - np.log(M)
+
+
+def _counts(logits_BC: Array, target_BC: Array, weight_B: Array) -> dict[str, Array]:
+    """"confusion" float32 (C, C) [true, predicted], for two classes "scores" (2, BINS): histogram of margins by truth.
+
+    Counts in float32 are exact up to 2^24 a cell.
+    """
+    C = target_BC.shape[-1]
+    truth_BC = target_BC * weight_B[:, None]
+    counts = {"confusion": jnp.zeros((C, C)).at[:, jnp.argmax(logits_BC, -1)].add(truth_BC.T)}
+    if C == 2:
+        margin_B = logits_BC[:, 1] - logits_BC[:, 0]
+        place_B = jnp.sign(margin_B) * jnp.log1p(STEEP * jnp.abs(margin_B)) / np.log1p(STEEP * LARGEST)  # -1 to 1
+        bin_B = jnp.clip(jnp.round((place_B + 1) / 2 * (BINS - 1)), 0, BINS - 1).astype(jnp.int32)
+        counts["scores"] = jnp.zeros((2, BINS)).at[:, bin_B].add(truth_BC.T)
+    return counts
+
+
+@dataclass(frozen=True)
+class Regress(Supervised):
+    """Regression. Output and targets (B,) standardised, target = targets * scale + offset; or any (B, ...), where a
+    record's loss is the mean over its elements. An output (B, M, ...) is that of M members.
+
+    Metrics: loss (the criterion on standardised targets), objective (for an ensemble, the sum over its members), mse
+    and mae in (squared) units of the target; in evaluation rmse, in those units, and r2 = 1 - sum (y - f)^2 / sum
+    (y - mean y)^2 from sums of standardised numbers, which stay small; NaN where all targets are the same.
+    """
+
+    criterion: Literal["mse", "mae", "huber"] = "mse"
+    """What is optimised, in units of the training targets' standard deviation: e^2, |e|, or Huber's (1964), which is
+    e^2 / 2 up to |e| = 1 and |e| - 1/2 beyond."""
+
+    curves: ClassVar[tuple[str, ...]] = ("loss", "mae")
+
+    def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
+        """See `Supervised.score`; of `batch` also "scale" (B,), 1 where it is missing."""
+        members = _members(output, targets.ndim)
+        targets, weight_B = targets.astype(jnp.float32), batch["weight"].astype(jnp.float32)
+        weight = weight_B.sum()
+        scale_B = batch.get("scale", jnp.ones_like(weight_B))
+
+        def total(value: Array) -> tuple[Array, Array]:
+            return (value.reshape(len(weight_B), -1).mean(-1) * weight_B).sum(), weight
+
+        error = members.mean(1) - targets
+        square, absolute = total(jnp.square(error)), jnp.abs(error).reshape(len(weight_B), -1)
+        metrics: Metrics = {"loss": total(self._each(error)), "mae": total(absolute * scale_B[:, None]),
+                            "mse": total(jnp.square(absolute * scale_B[:, None]))}
+        if not train:
+            metrics["moments"] = jnp.stack([weight, total(targets)[0], total(jnp.square(targets))[0], square[0]])
+        if members.shape[1] == 1:
+            return *metrics["loss"], metrics
+        each = self._each(members - targets[:, None])
+        objective = total(each)[0] * members.shape[1], weight
+        return *objective, metrics | {"objective": objective}
+
+    def _each(self, error: Array) -> Array:
+        """The criterion, element by element."""
+        size = jnp.abs(error)
+        if self.criterion == "mae":
+            return size
+        return jnp.square(error) if self.criterion == "mse" else jnp.where(size < 1, size * size / 2, size - 0.5)
+
+    def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """rmse in units of the target, and r2."""
+        weight, first, second, error = np.asarray(counts["moments"], np.float64)
+        spread = second - first**2 / weight if weight else 0.0
+        return {"rmse": float(np.sqrt(means["mse"])), "r2": float(1 - error / spread) if spread > 0 else float("nan")}
+
+    def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """"prediction" (B, ...) in units of the target: the mean over members."""
+        prediction = _members(output, batch["targets"].ndim if "targets" in batch else 1).mean(1)
+        return {"prediction": prediction * batch["scale"] + batch["offset"] if "scale" in batch else prediction}
+
+    def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
+        """The prediction in units of the target."""
+        return {"prediction": predictions["prediction"].tolist()}
+
+    def artifacts(self, outcome: Outcome) -> list[str]:
+        """Writes plots/scatter.png and the records with the largest errors; returns lines for the screen."""
+        return self.report(outcome) + reports.beside(outcome)
+
+    def report(self, outcome: Outcome, prefix: str = "") -> list[str]:
+        """`artifacts` without what others reach; `prefix` begins the names of the files."""
+        read = reports.read(outcome.records, "targets", "scale", "offset")
+        true = read["targets"].astype(np.float64)
+        true = true * read["scale"] + read["offset"] if "scale" in read else true
+        predicted = outcome.predict()["prediction"].astype(np.float64)
+        title = f"{outcome.split.capitalize()} split, {len(true):,} records"
+        head = f"{title}: {reports.fit(true, predicted)}"
+        plots.scatter(true, predicted, outcome.folder / "plots" / f"{prefix}scatter.png", head)
+        worst = np.argsort(-np.abs(predicted - true), kind="stable")[:reports.MOST]
+        reports.write_worst(outcome, worst, {"true": [f"{x:.6g}" for x in true[worst]],
+                                             "predicted": [f"{x:.6g}" for x in predicted[worst]],
+                                             "error": [f"{x:+.6g}" for x in (predicted - true)[worst]]}, prefix)
+        return [head]
+
+
+def _members(output: Array, ndim: int) -> Array:
+    """float32 (B, M, ...): a single model is an ensemble of one."""
+    return (output if output.ndim > ndim else output[:, None]).astype(jnp.float32)
