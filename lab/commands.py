@@ -16,6 +16,7 @@ from lab.experiment import Experiment
 from lab.restore import open_run
 from lab.run_folder import check_same, write_json
 from lab.step import eval_params
+from lab.tasks.adversarial import Adversarial, generate_images, judge_scores
 from lab.tasks.base import Outcome
 
 Run = Annotated[Path, tyro.conf.Positional]
@@ -74,15 +75,17 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
     data = experiment.data.load()
     check_same(run, experiment, data.fingerprint)
     split = split or ("validation" if data.test is None else "test")
+    if judge is not None and not isinstance(experiment.task, Adversarial):
+        raise UserError("--judge is for a GAN: this run makes no images.")
     name = f"evaluation-{int(jax.device_get(state.step))}"
     folder = run / name
-    folder.mkdir(exist_ok=True)
     outcome = report.evaluate(program, state, data, split, folder, records)
+    folder.mkdir(exist_ok=True)
     size = len(outcome.records)
     print(f"{min(records or size, size):,} of {size:,} {split} records")
     row: dict[str, Any] = {"step": outcome.step, "split": split, **outcome.means}
     if judge is not None:
-        row |= _judged(experiment, outcome, judge)
+        row |= _judged(outcome, judge)
     for key, value in row.items():
         print(f"{key:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
     for line in experiment.task.artifacts(outcome):
@@ -91,18 +94,14 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
     print(f"Written to {run / name}.json and {folder}")
 
 
-def _judged(experiment: Experiment, outcome: Outcome, judge: Path, number: int = 2000) -> dict[str, Any]:
+def _judged(outcome: Outcome, judge: Path, number: int = 2000) -> dict[str, Any]:
     """How a classifier of the same images labels `number` samples of a GAN."""
-    from lab.tasks.adversarial import Adversarial, generate_images, judge_scores
-
-    if not isinstance(experiment.task, Adversarial):
-        raise UserError("--judge is for a GAN: this run makes no images.")
     _, program, state = open_run(judge)
     images = generate_images(outcome.model, outcome.variables, number, outcome.seed)
-    try:
-        labelled = report.predict(program, state, Arrays({"inputs": images}))
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{judge} cannot judge images of shape {images.shape[1:]}: {str(e).splitlines()[0]}") from e
+    wanted = program.spec["inputs"].shape[1:] if "inputs" in program.spec else None
+    if wanted != images.shape[1:]:  # as stored: larger ones would lose their borders without a word
+        raise UserError(f"{judge} cannot judge images of shape {images.shape[1:]}: its own inputs are {wanted}.")
+    labelled = report.predict(program, state, Arrays({"inputs": images}))
     if "probabilities" not in labelled:
         raise UserError(f"{judge} is not a classifier.")
     return {f"judge_{name}": value for name, value in judge_scores(labelled["probabilities"]).items()}
@@ -127,8 +126,11 @@ def predict(run: Run, input: Path, output: Path = Path("predictions.csv"), step:
     check_same(run, experiment, data.fingerprint)
     names, records = data.read(input)
     columns = experiment.task.columns(report.predict(program, state, records), data)
-    with output.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["record", *columns])
-        writer.writerows(zip(names, *columns.values(), strict=True))
+    try:
+        with output.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["record", *columns])
+            writer.writerows(zip(names, *columns.values(), strict=True))
+    except OSError as e:
+        raise UserError(f"--output {output} cannot be written: {e.strerror}.") from None
     print(f"{len(names):,} predictions are in {output}")

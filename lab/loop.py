@@ -200,7 +200,7 @@ class _Run:
         means = {settings.metric: means[settings.metric], **means}
         self.evaluations.append({"step": self.step, "split": "validation", **means})
         self._write(self.evaluations[-1])
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        shown = _shown(means)
         best = "  (best)" if self.step and self.best_step == self.step else ""
         self.screen.say(f"update {self.step:>6}  validation  {shown}{best}")
         with self.clock.paused("evaluation"):
@@ -278,8 +278,7 @@ class _Run:
                 self._write(result["test"])
         for line in self.experiment.task.artifacts(outcome):
             self.screen.say(line)
-        for metric in self.experiment.task.curves:
-            plots.curves(self.rows.rows, self.folder / "plots", metric)
+        plots.curves(self.rows.rows, self.folder / "plots", self.experiment.task.curves)
         write_json(self.folder / "result.json", result)
         self.screen.say(describe_result(result))
         pictures = sorted((self.folder / "plots").glob("*.png"))
@@ -360,18 +359,23 @@ class _Clock:
                 "compile_seconds": program.compile_seconds, "data_wait_seconds": batches.wait_seconds}
 
 
+def _shown(row: dict[str, Any], most: int = 6) -> str:
+    """The first few metrics of a row; metrics.jsonl has all of them."""
+    values = [(name, value) for name, value in row.items() if name not in ("step", "split")]
+    return "  ".join([f"{name} {value:.4f}" for name, value in values[:most]] + ["..."] * (len(values) > most))
+
+
 def _shortly(paths: list[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "") if paths else "nothing"
 
 
 def describe_result(result: dict[str, Any]) -> str:
     """One or two lines for a person about a finished run."""
-    final = "  ".join(f"{k} {v:.4f}" for k, v in result["final"].items() if k not in ("step", "split"))
+    final = _shown(result["final"])
     early = " (stopped early)" if result["stopped_early"] else ""
     lines = [f"Finished after {result['steps']} updates{early}: {final}; best at update {result['best']['step']}"]
     if "test" in result:
-        test = "  ".join(f"{k} {v:.4f}" for k, v in result["test"].items() if k not in ("step", "split"))
-        lines.append(f"Test split, with the state of update {result['test']['step']}: {test}")
+        lines.append(f"Test split, with the state of update {result['test']['step']}: {_shown(result['test'])}")
     if "seconds_per_update" in result:
         share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
         rate, seconds = 1000 * result["seconds_per_update"], result["training_seconds"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -95,7 +96,8 @@ class Rows:
 
     def __init__(self, path: Path, last_step: int):
         """Opens for appending, without the rows after `last_step` that a crashed process may have left."""
-        self.rows = [row for row in read_rows(path) if row["step"] <= last_step]
+        # In the order of time, in which the row of the test split comes last, even if it is of an earlier, best state.
+        self.rows = list(itertools.takewhile(lambda row: row["step"] <= last_step, read_rows(path)))
         replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = path.open("a")
 

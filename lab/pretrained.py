@@ -18,6 +18,7 @@ from lab.errors import UserError
 
 Given = dict[str, Any]
 Report = dict[str, Any]
+NUMBER = re.compile(r"[-+.]?\d")
 
 
 def _check_rules(**rules: tuple[str, ...]) -> None:
@@ -88,8 +89,8 @@ class Pretrained:
         """Ids must mean the same there and here; nothing else would ever say so."""
         saved, here = folder / "tokenizer.json", getattr(data, "tokenizer_state", None)
         if here is not None and saved.exists() and saved.read_text() != here:
-            raise UserError(f"The tokenizer of {folder} is another one, so its parameters would be read with wrong ids. "
-                            f"Use its own: tokenizer=Saved({str(folder)!r}) in the experiment's data.")
+            raise UserError(f"The tokenizer of {folder} is another one, so its parameters would be read with wrong "
+                            f"ids. Use its own: tokenizer=Saved({str(folder)!r}) in the experiment's data.")
 
 
 @dataclass(frozen=True)
@@ -125,23 +126,28 @@ class WordVectors:
         words = getattr(data, "vocabulary", None)
         if not words:
             raise UserError("Word vectors need data with a vocabulary of words: tokenizer=Words(...).")
+        if wanted[path].ndim != 2:
+            raise UserError(f"--init-from.parameter {path} has shape {wanted[path].shape}: it is no embedding.")
         size, dimension = wanted[path].shape
         place = {word: i for i, word in enumerate(words[:size])}
         # As torch.nn.Embedding would begin, and small beside GloVe's rows; a function of the file's dimension alone.
         rows = np.random.default_rng(0).normal(0, 0.1, (size, dimension)).astype(np.float32)
-        found = 0
+        found = number = 0
         try:
             with open(self.path, encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
-                    word, *values = line.rstrip("\n").split(" ")
-                    if len(values) != dimension:
-                        raise UserError(f"{self.path}, line {number}: {len(values)} numbers after {word[:30]!r}, and "
+                    first, *values = line.rstrip().split(" ")
+                    spaced = values[:-dimension]  # some words of glove.840B have spaces in them
+                    if len(values) < dimension or (spaced and NUMBER.match(spaced[-1])):
+                        raise UserError(f"{self.path}, line {number}: {len(values)} numbers after {first[:30]!r}, and "
                                         f"the embedding has {dimension}.")
-                    if word in place:
-                        rows[place[word]] = [float(v) for v in values]
+                    if first in place and not spaced:
+                        rows[place[first]] = [float(v) for v in values]
                         found += 1
         except OSError as e:
             raise UserError(f"Cannot read the word vectors {self.path}: {e.strerror}.") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{self.path}, after line {number}, is not UTF-8 text.") from None
         except ValueError as e:
             raise UserError(f"{self.path}, line {number} is not a word and {dimension} numbers ({e}).") from None
         if not found:

@@ -26,8 +26,8 @@ def make_outcome(program: Program, state: State, data: Any, split: str, means: M
     records = getattr(data, split)
     experiment = program.experiment
     predictions = functools.partial(predict, program, state, records)
-    return Outcome(experiment.model, eval_variables(experiment, state), data, records, split, means, counts, predictions,
-                   int(jax.device_get(state.step)), experiment.seed, folder)
+    return Outcome(experiment.model, eval_variables(experiment, state), data, records, split, means, counts,
+                   predictions, int(jax.device_get(state.step)), experiment.seed, folder)
 
 
 def predict(program: Program, state: State, records: Any) -> dict[str, np.ndarray]:

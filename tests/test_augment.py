@@ -176,15 +176,18 @@ def measured(augment, size=(41, 31), stored=(41, 31), n=500):
 
 
 def test_rotate_shift_and_zoom_are_what_their_names_say():
-    centre, matrix, _ = measured(Augment(rotate=30, shift=0.1, zoom=0.2))
+    centre, matrix, _ = measured(Augment(rotate=30, shift=0.1, zoom=0.2, flip=True))
+    mirrored = np.linalg.det(matrix) < 0
+    assert abs(mirrored.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(mirrored))
+    matrix[mirrored, :, 1] *= -1
     size = np.sqrt(np.linalg.det(matrix))
     angle = np.degrees(np.arctan2(matrix[:, 0, 1], matrix[:, 0, 0]))
     moved = (centre - [20, 15]) / [41, 31]
     for values, low, high in ((1 / size, 0.8, 1.2), (angle, -30, 30), *((part, -0.1, 0.1) for part in moved.T)):
         assert values.min() > low - 1e-3 and values.max() < high + 1e-3
         assert scipy.stats.kstest(values, scipy.stats.uniform(low, high - low).cdf).pvalue > 1e-3
-    together = np.corrcoef(np.stack([size, angle, *moved.T]))
-    assert np.abs(together - np.eye(4)).max() < 0.2  # four independent numbers
+    together = np.corrcoef(np.stack([size, angle, *moved.T, mirrored]))
+    assert np.abs(together - np.eye(5)).max() < 0.2  # independent of each other
 
 
 def test_resized_crop_has_the_area_and_stays_inside():

@@ -382,7 +382,8 @@ def test_result_is_written_last(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     pictures: list[Path] = []
-    monkeypatch.setattr(loop.plots, "curves", lambda rows, folder, metric: pictures.append(folder) or [_draw(Figure, folder)])
+    monkeypatch.setattr(loop.plots, "curves",
+                        lambda rows, folder, metric: pictures.append(folder) or [_draw(Figure, folder)])
     go(toy(), tmp_path / "run")
     assert at_result == [([4, 8, 12], 12 + 4, ["loss.png"])]
     assert loop.finished(tmp_path / "run")["steps"] == 12

@@ -148,6 +148,9 @@ def test_evaluation_predictions_and_report(tmp_path):
     want = RECORDS.arrays["inputs"].reshape(N, -1), np.asarray(outputs["image"]).reshape(N, -1)
     assert found["image_rmse"] == pytest.approx(sk.root_mean_squared_error(want[0].ravel(), want[1].ravel()), rel=1e-4)
     assert found["image_r2"] == pytest.approx(sk.r2_score(want[0].ravel(), want[1].ravel()), rel=1e-3)
+    new = {"inputs": RECORDS.arrays["inputs"]}  # what `predict` has: no targets
+    for name, value in TASK.predict(MODEL, variables(), new).items():
+        np.testing.assert_allclose(value, predictions[name], rtol=1e-3, atol=1e-3)
     columns = TASK.columns(predictions, Data())
     assert list(columns) == ["class prediction", *(f"class p({c})" for c in Data.classes), "group prediction",
                              "group p(top)", "group p(shoe)", "group p(bag)", "image error"]

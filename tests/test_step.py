@@ -69,7 +69,8 @@ class Points:
         y = np.arange(n, dtype=np.int32) % 4
         x = (random.normal(size=(4, 6))[y] + 0.5 * random.normal(size=(n, 6))).astype(np.float32)
         train, validation = (Table(x=x[part], y=y[part]) for part in (slice(self.records), slice(self.records, n)))
-        return SimpleNamespace(train=train, validation=validation, test=None, fingerprint=f"points {self.records} {self.draw}",
+        return SimpleNamespace(train=train, validation=validation, test=None,
+                               fingerprint=f"points {self.records} {self.draw}",
                                facts={}, unit=self.unit, units_per_record=1, summary={"records": self.records})
 
 

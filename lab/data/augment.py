@@ -27,8 +27,8 @@ OPERATIONS = ("crop", "flip", "resized_crop", "rotate", "shift", "zoom", "cutout
 class Augment:
     """Random changes to training images; all off by default, and what is off costs nothing.
 
-    Order: crop, flip; then one bilinear resampling for resized_crop, zoom, shift and rotate together (what lies beyond
-    the edge repeats the edge); then, on normalised pixels, cutout and mixup or cutmix.
+    Order: crop; one bilinear resampling for resized_crop, zoom, shift and rotate together (what lies beyond the edge
+    repeats the edge); flip; then, on normalised pixels, cutout and mixup or cutmix.
     """
 
     crop: int = 0
@@ -85,11 +85,12 @@ class Augment:
             images = jnp.pad(images, ((0, 0), pad, pad, (0, 0)), mode=mode)
             room = jnp.array([images.shape[1] - size[0], images.shape[2] - size[1]])
             images = window(images, jnp.floor(numbers["crop"][:, :2] * (room + 1)).astype(jnp.int32), size)
-        if self.flip:
-            images = jnp.where(numbers["flip"][:, 0, None, None, None] < 0.5, images[:, :, ::-1], images)
         if self.rotate or self.shift or self.zoom or self.resized_crop:
             return self._resampled(images, numbers, size)
-        return middle(images, size)
+        images = middle(images, size)
+        if self.flip:
+            images = jnp.where(numbers["flip"][:, 0, None, None, None] < 0.5, images[:, :, ::-1], images)
+        return images
 
     def _resampled(self, images: Array, numbers: dict[str, Array], size: tuple[int, int]) -> Array:
         import jax.numpy as jnp
@@ -107,6 +108,9 @@ class Augment:
             scale = scale / (1 + self.zoom * (2 * numbers["zoom"][:, :1] - 1))
         if self.shift:
             centre = centre + self.shift * out * (2 * numbers["shift"][:, :2] - 1)
+        if self.flip:  # the result is mirrored
+            mirror = jnp.where(numbers["flip"][:, :1] < 0.5, -1.0, 1.0)
+            scale = scale * jnp.concatenate([jnp.ones_like(mirror), mirror], 1)
         angle = math.radians(self.rotate) * (2 * numbers["rotate"][:, 0] - 1) if self.rotate else None
         return resample(images, centre, scale, angle, size)
 
@@ -123,7 +127,6 @@ class Augment:
             images = jnp.where(inside, 0, images)
         if not self.mixes:
             return images, targets
-        images = jax.lax.optimization_barrier(images)
         keep = 0.0  # how much of each pixel (B, H or 1, W or 1, 1) stays the record's own
         if self.mixup:
             keep = symmetric_beta(numbers["mixup"], self.mixup)[:, None, None, None]
@@ -181,7 +184,7 @@ def resample(images: Array, centre: Array, scale: Array, angle: Array | None, si
     import jax.numpy as jnp
 
     last = jnp.array(images.shape[1:3], jnp.float32) - 1
-    images = jax.lax.optimization_barrier(images.astype(jnp.float32))
+    images = images.astype(jnp.float32)
     rows, columns = ((jnp.arange(n) - (n - 1) / 2)[None] * scale[:, i, None] for i, n in enumerate(size))
     if angle is None:  # rows and columns on their own are two matrix products, quick on every accelerator
         sides = []

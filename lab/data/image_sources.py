@@ -62,11 +62,15 @@ class Opened:
     notes: dict[str, str | int | float] = field(default_factory=dict)
 
 
-def _with_test(splits: dict[str, Any]) -> dict[str, Any]:
-    """A held-out split that is called validation is the test split where there is no other, as in ImageNet."""
-    if "test" not in splits and "validation" in splits:
-        return {"train": splits["train"], "test": splits["validation"]}
-    return splits
+def _with_test(splits: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str | int | float]]:
+    """A held-out split that is called validation is the test split where there is no other, as in ImageNet.
+
+    Returns the splits, and a line that says so.
+    """
+    if "test" in splits or "validation" not in splits:
+        return splits, {}
+    return ({"train": splits["train"], "test": splits["validation"]},
+            {"test split": "what the source calls validation, which is all it holds out"})
 
 
 # ------------------------------------------------------------------------------------------------------ folders
@@ -137,8 +141,9 @@ class ImageFolder:
         for split, folder in folders.items():
             splits[split], left_out = _labelled(folder, classes, folders["train"])
             others += left_out
-        return Opened(f"images in {self.path}", _with_test(splits), len(classes), classes,
-                      {"other files, left out": others} if others else {})
+        found, notes = _with_test(splits)
+        notes |= {"other files, left out": others} if others else {}
+        return Opened(f"images in {self.path}", found, len(classes), classes, notes)
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -219,15 +224,14 @@ class Tfds:
         own = [s["name"] for s in info.get("splits", [])]
         chosen = {"train": self.train, "validation": self.validation or ("validation" if "validation" in own else None),
                   "test": self.test or ("test" if "test" in own else None)}
-        if self.validation and not chosen["test"]:
-            splits = chosen  # asked for by name: it stays the validation split
-        else:
-            splits = _with_test({name: expression for name, expression in chosen.items() if expression})
+        splits, notes = {split: expression for split, expression in chosen.items() if expression}, {}
+        if not self.validation:  # what is asked for by name stays the validation split
+            splits, notes = _with_test(splits)
         labels = folder / f"{self.label_key}.labels.txt"
         names = tuple(labels.read_text().split("\n")) if labels.is_file() else ()
         names = tuple(name for name in names if name)
-        return Opened(f"TFDS {self.name}", {k: Shards(self, folder, e, own) for k, e in splits.items() if e},
-                      int(features[self.label_key]["classLabel"]["numClasses"]), names)
+        return Opened(f"TFDS {self.name}", {k: Shards(self, folder, e, own) for k, e in splits.items()},
+                      int(features[self.label_key]["classLabel"]["numClasses"]), names, notes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,7 +119,7 @@ def train_indices(step: int, batch: int, size: int, seed: int) -> np.ndarray:
 
 
 def train_batch(records: Records, step: int, batch: int, seed: int, rows: slice = ALL) -> Batch:
-    """The `rows` of the training batch of `step`, with `weight` all ones, float32, and `index`, the records' numbers."""
+    """The `rows` of the training batch of `step`, with `weight` (float32 ones) and `index` (numbers of the records)."""
     indices = train_indices(step, batch, len(records), seed)[rows]
     return _numbered(records, indices, np.ones(len(indices), np.float32))
 

@@ -230,6 +230,12 @@ class TableData(Dataset):
     target: Target = field(default=Target(""), kw_only=True)
     standardised: bool = field(default=True, kw_only=True)
 
+    @property
+    def feature_names(self) -> list[str]:
+        """A name for each number of a record's inputs: the column, or column=category."""
+        return [name for f in self.features
+                for name in ([f"{f.name}={value}" for value in f.values] if isinstance(f, Category) else [f.name])]
+
     def read(self, path: Path) -> tuple[list[str], Arrays]:
         """The rows of a CSV file that has the columns of the features (in any order; others are passed over).
 

@@ -26,6 +26,9 @@ class BERT(Transformer):
     stably from scratch at larger rates and hardly needs warmup (Xiong et al. 2020), and is the block that every
     Transformer here shares. It costs one more norm, after the last block. The original also has a dense tanh layer
     on the first token, trained to tell whether two sentences follow each other; here nothing would train it.
+
+    For small budgets use rotary positions: with learned ones a masked LM first stays at the tokens' mere frequencies
+    (Tiny Shakespeare as bytes, width 64, 2 blocks: loss 3.3 after 200 updates; rotary 2.2, and 1.9 after 500).
     """
 
     context: int = 512

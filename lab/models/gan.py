@@ -18,7 +18,7 @@ from lab.errors import UserError
 
 GeneratorNorm = Literal["batchnorm", "groupnorm"]
 SLOPE = 0.2  # of the leaky rectifier, as in DCGAN
-INIT = nn.initializers.normal(0.02)  # DCGAN's, for both networks: a discriminator that starts slowly leaves a game to play
+INIT = nn.initializers.normal(0.02)  # DCGAN's: the discriminator, which has no norm, starts slowly and wins less early
 SMALLEST = 4  # the least side of a feature map
 
 
@@ -49,8 +49,8 @@ class Generator(nn.Module):
         n = stages(H, W)
         channels = self.width * 2 ** (n - 1)
         h, w = H >> n, W >> n
-        x = nn.Dense(h * w * channels, use_bias=False, kernel_init=INIT, name="latent")(z_BZ).reshape(-1, h, w, channels)
-        x = nn.relu(self._normalise(x, train, "latent_norm"))
+        x = nn.Dense(h * w * channels, use_bias=False, kernel_init=INIT, name="latent")(z_BZ)
+        x = nn.relu(self._normalise(x.reshape(-1, h, w, channels), train, "latent_norm"))
         for i in reversed(range(n)):
             # Not a transposed convolution, whose gradient by the weights is 10 times slower in XLA on a CPU.
             x = nn.Conv(4 * (self.width * 2**i // 2), (3, 3), use_bias=False, kernel_init=INIT, name=f"up_{i}")(x)
@@ -91,7 +91,7 @@ class GAN(nn.Module):
     latent: int = 64
     """Numbers in a latent vector, drawn from a standard normal distribution."""
     width: int = 32
-    """Channels of the largest feature maps of both networks; every halving of the image doubles them."""
+    """Channels of both networks at half the image's size; twice as many at every further halving."""
     shape: tuple[int, int, int] = (28, 28, 1)
     """Height, width and channels of an image."""
     norm: GeneratorNorm = "batchnorm"
@@ -116,9 +116,9 @@ class GAN(nn.Module):
 
     def validate(self) -> None:
         """Raises UserError for a field out of range."""
-        for name in ("latent", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--model.{name} must be at least 1, not {getattr(self, name)}.")
+        for name, least in (("latent", 1), ("width", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"--model.{name} must be at least {least}, not {getattr(self, name)}.")
         if len(self.shape) != 3 or self.shape[2] not in (1, 3) or stages(*self.shape[:2]) == 0:
             raise UserError(f"--model.shape must be height, width (even, {2 * SMALLEST} or more) and 1 or 3 channels, "
                             f"not {self.shape}.")

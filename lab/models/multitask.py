@@ -50,7 +50,7 @@ class ClassifyAndReconstruct(nn.Module):
                                 f"{facts[side]}. Give fewer --model.channels.")
 
     @nn.compact
-    def __call__(self, inputs: Array, *, train: bool, mask: None = None) -> dict[str, Array]:
+    def __call__(self, inputs: Array, *, train: bool) -> dict[str, Array]:
         """Images (B, H, W, C) -> float32 "class" (B, classes), "group" (B, groups), "image" (B, H, W, C)."""
         x_BHWC = inputs
         sizes = []

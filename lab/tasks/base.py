@@ -1,4 +1,4 @@
-"""What a task is: batch -> (loss sum, weight, metrics, extra). The step and the loop know no model; a task knows no loop.
+"""What a task is: batch -> (loss sum, weight, metrics, extra). The loop knows no model, and a task knows no loop.
 
 A task is a frozen dataclass. Losses and metrics are sums with their weights, never means, so that microbatches, devices
 and hosts add and divide once.

@@ -82,8 +82,8 @@ class LanguageModel(Task):
         spread = np.linspace(0, len(data.validation) - 1, min(self.samples, len(data.validation))).astype(int)
         prompts = [data.decode(row[: min(32, len(row) // 4)])
                    for row in data.validation[spread]["tokens"]]
-        texts = sample_texts(model, outcome.variables["params"], data, prompts, seed=outcome.seed, new_tokens=model.context,
-                             temperature=0.8, top_k=50)
+        texts = sample_texts(model, outcome.variables["params"], data, prompts, seed=outcome.seed,
+                             new_tokens=model.context, temperature=0.8, top_k=50)
         (folder / "samples").mkdir(exist_ok=True)
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             (folder / "samples" / f"{i}.txt").write_text(f"--- prompt\n{prompt}\n--- continuation\n{text}\n")

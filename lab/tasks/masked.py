@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,8 @@ class MaskedLM(Task):
     """Share of the real tokens that are to be guessed."""
     samples: int = 8
     """Examples to write to samples/masked.txt when a run ends."""
+
+    curves: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""

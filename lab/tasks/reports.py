@@ -166,5 +166,5 @@ def write_worst(outcome: Outcome, chosen: np.ndarray, facts: Mapping[str, Sequen
         with table.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["record", *facts, *names])
-            writer.writerows([i, *(values[n] for values in facts.values()), *map(float, row)]
+            writer.writerows([i, *(values[n] for values in facts.values()), *(f"{x:.6g}" for x in row)]
                              for n, (i, row) in enumerate(zip(chosen, inputs, strict=True)))
