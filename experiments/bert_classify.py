@@ -21,7 +21,7 @@ from lab.tasks.supervised import Classify
 experiment = replace(
     bert_reviews.experiment,
     # The tokenizer of the first run: the same word must have the same id.
-    data=Messages(Tfds("imdb_reviews/plain_text", train="train[:10%]"), Saved("runs/bert_reviews"), length=128),
+    data=Messages(Tfds("imdb_reviews/plain_text", train="train[:10%]"), Saved("runs/bert_reviews"), length=64),
     model=bert_reviews.experiment.model.clone(classes=2, pool="mean", dropout=0.1),
     task=Classify(),
     optim=AdamW(lr=Linear(5e-4, warmup=40, end=0.0), decay=0.01, clip=1.0),

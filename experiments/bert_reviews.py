@@ -16,11 +16,10 @@ from lab.optim import AdamW, Linear
 
 experiment = replace(
     bert_base.local,
-    data=Messages(Tfds("imdb_reviews/plain_text"), BPE(8192), length=128),
-    model=BERT(depth=3, width=128, heads=4, context=128, vocab=8193, segments=0, dropout=0.0,
-               position="rotary"),
+    data=Messages(Tfds("imdb_reviews/plain_text"), BPE(8192), length=64),
+    model=BERT(depth=2, width=64, heads=2, context=64, vocab=8193, segments=0, dropout=0.0, position="rotary"),
     optim=AdamW(lr=Linear(2e-3, warmup=100, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
-    steps=4000, batch=64, evaluate=Evaluate(every=1000, records=1024), checkpoint=Checkpoint(every=1000),
+    steps=1500, batch=64, evaluate=Evaluate(every=500, records=1024), checkpoint=Checkpoint(every=500),
 )
 
 local = bert_base.local

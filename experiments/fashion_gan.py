@@ -19,9 +19,10 @@ experiment = Experiment(
     data=Images(Tfds("fashion_mnist"), shape=(28, 28, 1), validation=1000),    # mean and std 0.5: pixels in [-1, 1]
     model=GAN(shape=(28, 28, 1)),
     task=Adversarial(),
-    optim=Adam(lr=Constant(4e-4), b1=0.5, b2=0.99, ema=0.995,
-               groups=(("^generator/", 0.5), ("^discriminator/", 1.0))),
-    steps=4000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500, best=False),
+    # Two parameter groups by path, here with the same rate; the samples come from averaged parameters.
+    optim=Adam(lr=Constant(5e-4), b1=0.5, b2=0.999, ema=0.99,
+               groups=(("^generator/", 1.0), ("^discriminator/", 1.0))),
+    steps=2000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500, best=False),
 )
 
 local = replace(experiment, data=Images(Sklearn("digits"), shape=(8, 8, 1)), model=GAN(shape=(8, 8, 1)),

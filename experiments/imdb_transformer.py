@@ -16,12 +16,12 @@ from lab.optim import AdamW, Cosine
 from lab.tasks.supervised import Classify
 
 experiment = Experiment(
-    data=Messages(Tfds("imdb_reviews/plain_text"), Words(20_000), length=256),
-    model=BERT(depth=1, width=64, heads=4, context=256, vocab=20_000, segments=0, classes=2, pool="mean", dropout=0.3),
+    data=Messages(Tfds("imdb_reviews/plain_text"), Words(20_000), length=200),
+    model=BERT(depth=1, width=64, heads=2, context=200, vocab=20_000, segments=0, classes=2, pool="mean", dropout=0.3),
     task=Classify(),
     optim=AdamW(lr=Cosine(1e-3, warmup=100, end=0.01), decay=0.1, clip=1.0),
-    steps=1408, batch=64,    # 4 epochs
-    evaluate=Evaluate(every=352, metric="accuracy", mode="max"), checkpoint=Checkpoint(every=352),
+    steps=1056, batch=64,    # 3 epochs
+    evaluate=Evaluate(every=176, metric="accuracy", mode="max"), checkpoint=Checkpoint(every=176),
 )
 
 local = replace(experiment, data=newsgroups_lstm.local.data, steps=600,

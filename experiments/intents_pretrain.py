@@ -15,11 +15,11 @@ from lab.optim import AdamW, Linear
 
 experiment = replace(
     bert_base.local,
-    data=Messages(Csv("banking77/train.csv", target="category", text="text"), Words(2500), length=40),
-    model=BERT(depth=3, width=128, heads=4, context=40, vocab=2501, segments=0, dropout=0.1,
+    data=Messages(Csv("banking77/train.csv", target="category", text="text"), Words(2500), length=32),
+    model=BERT(depth=2, width=128, heads=2, context=32, vocab=2501, segments=0, dropout=0.1,
                position="rotary"),
     optim=AdamW(lr=Linear(1e-3, warmup=100, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
-    steps=3000, batch=128, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500),
+    steps=2000, batch=128, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500),
 )
 
 local = bert_base.local

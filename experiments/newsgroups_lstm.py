@@ -18,11 +18,11 @@ from lab.tasks.supervised import Classify
 
 experiment = Experiment(
     data=Messages(Sklearn("20newsgroups"), Words(10_000), length=100),
-    model=LSTM(vocab=10_000, width=100, hidden=128, dropout=0.5, pool="max", classes=20),
+    model=LSTM(vocab=10_000, width=100, hidden=64, dropout=0.5, pool="max", classes=20),
     task=Classify(),
     optim=AdamW(lr=Cosine(3e-3, warmup=100), decay=0.01, clip=1.0),
-    steps=3200, batch=64,    # 20 epochs
-    evaluate=Evaluate(every=160, metric="accuracy", mode="max", patience=4), checkpoint=Checkpoint(every=160),
+    steps=1600, batch=128,    # 20 epochs
+    evaluate=Evaluate(every=80, metric="accuracy", mode="max", patience=3), checkpoint=Checkpoint(every=80),
 )
 
 local = replace(experiment, data=Messages(PythonPackages(), Words(5000), length=100),

@@ -141,6 +141,8 @@ class Checkpoints:
                     raise
                 log.warning("The checkpoint of step %d in %s is damaged (%s).", candidate, self.folder,
                             str(e).splitlines()[0][:120] if str(e) else type(e).__name__)
+        if step is not None:
+            raise UserError(f"The checkpoint of step {step} in {self.folder} is damaged. There are {steps}.")
         if steps:
             raise UserError(f"Every checkpoint in {self.folder} is damaged (steps {steps}). Delete the run folder to "
                             f"start again, or choose another with --run-dir.")

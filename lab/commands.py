@@ -12,7 +12,6 @@ import tyro
 from lab import report
 from lab.data.pipeline import Arrays
 from lab.errors import UserError
-from lab.experiment import Experiment
 from lab.restore import open_run
 from lab.run_folder import check_same, write_json
 from lab.step import eval_params
@@ -61,7 +60,7 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
 
 def evaluate(run: Run, step: int | None = None, best: bool = False, records: int | None = None,
              split: Literal["test", "validation"] | None = None, judge: Path | None = None) -> None:
-    """Evaluates a checkpoint of a run, and writes the task's whole report to evaluation-<step>/ in the run folder.
+    """Evaluates a checkpoint of a run, and writes the task's whole report to evaluation-<split>-<step>/ in its folder.
 
     Args:
       run: the run folder.
@@ -77,10 +76,9 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
     split = split or ("validation" if data.test is None else "test")
     if judge is not None and not isinstance(experiment.task, Adversarial):
         raise UserError("--judge is for a GAN: this run makes no images.")
-    name = f"evaluation-{int(jax.device_get(state.step))}"
+    name = f"evaluation-{split}-{int(jax.device_get(state.step))}"
     folder = run / name
     outcome = report.evaluate(program, state, data, split, folder, records)
-    folder.mkdir(exist_ok=True)
     size = len(outcome.records)
     print(f"{min(records or size, size):,} of {size:,} {split} records")
     row: dict[str, Any] = {"step": outcome.step, "split": split, **outcome.means}
@@ -88,6 +86,7 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
         row |= _judged(outcome, judge)
     for key, value in row.items():
         print(f"{key:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
+    folder.mkdir(exist_ok=True)
     for line in experiment.task.artifacts(outcome):
         print(line)
     write_json(run / f"{name}.json", row)

@@ -291,11 +291,13 @@ class _Run:
         best = self.best_step
         if self.experiment.evaluate.patience is None or best in (None, 0, self.step):
             return self.state
-        if best not in self.checkpoints.steps():
-            self.screen.say(f"The best state, of update {best}, was not kept (--checkpoint.best): reporting the last.")
+        try:
+            state = self.checkpoints.restore(self.program.abstract, best)
+        except UserError as e:  # not kept (--checkpoint.best), or damaged
+            self.screen.say(f"The best state, of update {best}, cannot be had: reporting the last. {e}")
             return self.state
         self.screen.say(f"Reporting the best state, of update {best}.")
-        return self.checkpoints.restore(self.program.abstract, best)
+        return state
 
     def close(self) -> None:
         """Releases files and threads; a save that was started is finished."""

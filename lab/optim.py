@@ -178,9 +178,10 @@ class Optimizer:
             if i not in first:
                 taken = " that an earlier group has not taken" if any(re.search(pattern, p) for p in paths) else ""
                 shown = ", ".join(paths[:: max(len(paths) // 4, 1)][:5])
-                raise UserError(f"optim.groups: {pattern!r} matches no parameter{taken}. Some paths: {shown}.")
+                raise UserError(f"optim.groups or init_from.freeze: {pattern!r} matches no parameter{taken}. Some "
+                                f"paths: {shown}.")
         if "trained" not in jax.tree.leaves(self._labels(params)):
-            raise UserError("optim.groups freezes every parameter: nothing would be trained.")
+            raise UserError("optim.groups or init_from.freeze freezes every parameter: nothing would be trained.")
 
     def validate(self, steps: int) -> None:
         """UserError, in plain words, for a number out of range. Traced values are not looked at."""

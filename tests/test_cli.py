@@ -197,7 +197,7 @@ def test_piped_output_is_plain_lines(reference):
 def test_what_a_run_leaves(reference):
     names = {p.name for p in reference[0].iterdir()}
     assert {"experiment.json", "environment.json", "metrics.jsonl", "plots", "samples", "checkpoints",
-            "result.json", "lock"} == names
+            "result.json", "lock", "tokenizer.json"} == names
     assert {p.name for p in (reference[0] / "plots").iterdir()} == {"loss.png", "learning_rate.png", "norms.png"}
     losses = [json.loads(line)["loss"] for line in (reference[0] / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 1
@@ -428,12 +428,12 @@ def test_eval(typed, reference):
     status, out, _ = typed("eval", "reference", "--records", "16")
     last = json.loads((reference[0] / "result.json").read_text())["final"]
     assert status == 0
-    written = json.loads((reference[0] / "evaluation-20.json").read_text())
-    (reference[0] / "evaluation-20.json").unlink()
+    written = json.loads((reference[0] / "evaluation-validation-20.json").read_text())
+    (reference[0] / "evaluation-validation-20.json").unlink()
     assert written["step"] == 20 and written["loss"] == pytest.approx(last["loss"], abs=1e-5)
     assert f"{written['loss']:.6f}" in out
     assert typed("eval", "reference", "--step", "18")[0] == 0  # the whole split of another state: another number
-    other = reference[0] / "evaluation-18.json"
+    other = reference[0] / "evaluation-validation-18.json"
     assert abs(json.loads(other.read_text())["loss"] - last["loss"]) > 1e-6
     other.unlink()
 

@@ -409,6 +409,14 @@ def test_tfds_split_expressions_and_errors(prepared):
             file.write(before)
 
 
+def test_a_file_that_vanishes_while_training_is_named(tmp_path):
+    write_images(tmp_path)
+    data = folder_data(tmp_path, memory=0).load()
+    (tmp_path / "dog" / "1.png").unlink()
+    with pytest.raises(UserError, match="Cannot read .*dog/1.png: No such file"):
+        everything(data.train), everything(data.validation)
+
+
 def test_imagenet_needs_no_data_for_a_dry_run(tmp_path):
     data = Images(Tfds("imagenet2012", str(tmp_path)), (224, 224, 3), border=16, classes=1000,
                   augment=Augment(resized_crop=0.08, flip=True, mixup=0.2))

@@ -109,7 +109,9 @@ class Images:
     def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
         """inputs uint8 -> float32 (B, H, W, C), normalised and, in training, augmented; pure JAX.
 
-        64 images of 28x28 take 0.1 ms on two CPU cores, with every augmentation 1.6 ms.
+        64 grey images of 28x28 on two busy CPU cores (fastest to median): normalising 0.05 to 0.1 ms; crop, flip and
+        cutout 0.2 to 0.3; rotate, shift, zoom and flip 0.3 to 0.6; mixup and cutmix 0.2 to 0.4; everything together 2
+        to 4, because XLA for CPUs fuses the resampling into the mixing and so computes it several times.
         """
         import jax.numpy as jnp
 

@@ -164,7 +164,8 @@ def _write(split: Encoded, form: Form, classes: int, skip_corrupt: bool, folder:
 class Lazy:
     """Records that are read and decoded when a batch asks for them: one read per batch, then Grain's 16 threads.
 
-    A corrupt image raises UserError, or with `skip_corrupt` is replaced by the next one, which is logged once.
+    A corrupt image raises UserError, or with `skip_corrupt` is replaced by the next one, which is logged once. On two
+    busy cores 64 JPEGs of 375x500, resized, took 0.15 to 0.3 s; Python's own pool of threads was no faster.
     """
 
     def __init__(self, split: Encoded, form: Form, classes: int, skip_corrupt: bool):

@@ -57,8 +57,6 @@ class Adversarial(Task):
     label_smoothing: float = 0.0
     """Target 1 - this for real images (one-sided, Salimans et al. 2016). For non_saturating only."""
 
-    r1: float = 0.0
-
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
         if not isinstance(self.label_smoothing, int | float):  # traced by a study
@@ -86,15 +84,12 @@ class Adversarial(Task):
         params = variables["params"]
         run = functools.partial(apply, model, rngs=rngs, train=train)
         fakes, extra = run(variables, latents(batch["key"], model.latent), method="generate")
-        real, pull = jax.vjp(lambda x: run({"params": params, **extra}, x, method="discriminate")[0], images)
+        real, extra = run({"params": params, **extra}, images, method="discriminate")
         fake, extra = run({"params": params, **extra}, jax.lax.stop_gradient(fakes), method="discriminate")
         # Forward this is the same computation once more, which XLA finds; backward only the images get a gradient.
         still = {**params, "discriminator": jax.lax.stop_gradient(params["discriminator"])}
         fooled, _ = run({"params": still, **extra}, fakes, method="discriminate")
         discriminator, generator = self.losses(real, fake, fooled)
-        if self.r1:
-            slope, = pull(jnp.ones_like(real))
-            discriminator += self.r1 / 2 * jnp.square(slope).sum((1, 2, 3))
 
         def total(values_B: Array) -> tuple[Array, Array]:
             return (values_B * weight).sum(), weight.sum()

@@ -90,6 +90,12 @@ class Classify(Supervised):
         if bad or (self.class_weights and not any(self.class_weights)):
             raise UserError("--task.class-weights must be numbers of 0 or more, not all 0.")
 
+    def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
+        """See `Task.init`. Raises UserError for a model without classes, whose outputs would pass for logits."""
+        if getattr(model, "classes", 0) is None:
+            raise UserError("Classification needs a model with classes: set --model.classes.")
+        return super().init(model, key, batch)
+
     def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
         """See `Supervised.score`. Raises UserError when the class weights are not one for each class."""
         logits_BMC = (output if output.ndim == 3 else output[:, None]).astype(jnp.float32)
