@@ -12,7 +12,7 @@ from lab.data.image import Images
 from lab.data.image_sources import Tfds
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.gan import GAN
-from lab.optim import Adam, Constant
+from lab.optim import Adam, Linear
 from lab.tasks.adversarial import Adversarial
 
 experiment = Experiment(
@@ -20,9 +20,9 @@ experiment = Experiment(
     model=GAN(shape=(28, 28, 1)),
     task=Adversarial(),
     # Two parameter groups by path, here with the same rate; the samples come from averaged parameters.
-    optim=Adam(lr=Constant(5e-4), b1=0.5, b2=0.999, ema=0.99,
+    optim=Adam(lr=Linear(5e-4, end=0.0), b1=0.5, b2=0.999, ema=0.995,
                groups=(("^generator/", 1.0), ("^discriminator/", 1.0))),
-    steps=2000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500, best=False),
+    steps=3000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500, best=False),
 )
 
 local = replace(experiment, data=Images(Sklearn("digits"), shape=(8, 8, 1)), model=GAN(shape=(8, 8, 1)),

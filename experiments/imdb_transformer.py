@@ -21,7 +21,7 @@ experiment = Experiment(
     task=Classify(),
     optim=AdamW(lr=Cosine(1e-3, warmup=100, end=0.01), decay=0.1, clip=1.0),
     steps=1056, batch=64,    # 3 epochs
-    evaluate=Evaluate(every=176, metric="accuracy", mode="max"), checkpoint=Checkpoint(every=176),
+    evaluate=Evaluate(every=176, metric="accuracy", mode="max", patience=3), checkpoint=Checkpoint(every=176),
 )
 
 local = replace(experiment, data=newsgroups_lstm.local.data, steps=600,
