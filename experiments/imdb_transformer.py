@@ -16,11 +16,12 @@ from lab.optim import AdamW, Cosine
 from lab.tasks.supervised import Classify
 
 experiment = Experiment(
-    data=Messages(Tfds("imdb_reviews/plain_text"), Words(20_000), length=200),
-    model=BERT(depth=1, width=64, heads=2, context=200, vocab=20_000, segments=0, classes=2, pool="mean", dropout=0.3),
+    # A review comes to its verdict at the end: that is what is kept of a long one.
+    data=Messages(Tfds("imdb_reviews/plain_text"), Words(20_000), length=300, truncate="start"),
+    model=BERT(depth=1, width=64, heads=2, context=300, vocab=20_000, segments=0, classes=2, pool="mean", dropout=0.5),
     task=Classify(),
     optim=AdamW(lr=Cosine(1e-3, warmup=100, end=0.01), decay=0.1, clip=1.0),
-    steps=1056, batch=64,    # 3 epochs
+    steps=704, batch=64,    # 2 epochs
     evaluate=Evaluate(every=176, metric="accuracy", mode="max", patience=3), checkpoint=Checkpoint(every=176),
 )
 
