@@ -1,5 +1,4 @@
-"""A bidirectional LSTM on 20 Newsgroups: 10,000 words, the first 100 of a message, early stopping; the twin tells which
-package of the standard library a piece of Python belongs to.
+"""A bidirectional LSTM on 20 Newsgroups, with early stopping; the twin sorts pieces of Python by their package.
 
     ./launch.sh experiments/newsgroups_lstm.py
     ./launch.sh experiments/newsgroups_lstm.py --full --data.source.path 20news-bydate.tar.xz    # or downloaded

@@ -16,6 +16,7 @@ from lab.models.rnn import LSTM
 from lab.plan import make_plan
 from lab.tasks.language import LanguageModel
 from tests.conftest import ROOT
+from tests.test_step import compiled_in_haste  # noqa: F401
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 # Published: GPT-2's own, torchvision's resnet50, and timm's ViT-S/16 less its class token and learned positions.

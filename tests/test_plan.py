@@ -25,6 +25,9 @@ class Tokens:
     def record_spec(self):
         return {"tokens": ((self.length + 1,), np.int32), "bytes": ((), np.int32)}
 
+    def transform(self, batch, train):
+        return batch
+
 
 def experiment(model, length=8, batch=4, **settings):
     return Experiment(data=Tokens(length), model=model, task=LanguageModel(), optim=AdamW(lr=Constant(1e-3)), steps=1,
