@@ -23,7 +23,7 @@ experiment = replace(
     model=intents_pretrain.experiment.model.clone(classes=77, pool="mean", dropout=0.2),
     task=Classify(),
     optim=AdamW(lr=Linear(1e-3, warmup=50, end=0.0), decay=0.05, clip=1.0),
-    steps=1000, batch=64, evaluate=Evaluate(every=250, metric="f1", mode="max"), init_from=Pretrained(),
+    steps=600, batch=64, evaluate=Evaluate(every=200, metric="f1", mode="max"), init_from=Pretrained(),
 )
 
 local = bert_classify.local

@@ -19,7 +19,7 @@ experiment = replace(
     model=BERT(depth=2, width=128, heads=2, context=32, vocab=2501, segments=0, dropout=0.1,
                position="rotary"),
     optim=AdamW(lr=Linear(1e-3, warmup=100, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
-    steps=2000, batch=128, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500),
+    steps=1200, batch=64, evaluate=Evaluate(every=400), checkpoint=Checkpoint(every=400),
 )
 
 local = bert_base.local
