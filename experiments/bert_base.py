@@ -1,11 +1,12 @@
-"""BERT base (110M parameters), masked language modelling on Wikipedia; its twin reads packages of the standard library.
+"""BERT base, masked language modelling on Wikipedia; its twin reads packages of Python's standard library.
 
     ./launch.sh experiments/bert_base.py            # no accelerator: the twin
     ./launch.sh prepare wikipedia/20230601.en
     LAB_EXTRAS=tiktoken ./launch.sh experiments/bert_base.py --full
 
-The real one has GPT-2's tokenizer and no second sentence (RoBERTa, Liu et al. 2019, found that it does not help). Not
-trained here, only planned (``--full --dry-run``) and run as the twin, from which bert_classify.py can begin.
+The real one has GPT-2's tokenizer (124.7M parameters) and no second sentence (RoBERTa, Liu et al. 2019, found that it
+does not help). Not trained here, only planned (``--full --dry-run``: 15.8E FLOPs) and run as the twin, from which
+bert_classify.py can begin.
 """
 
 from dataclasses import replace

@@ -21,12 +21,12 @@ from lab.tasks.supervised import Classify
 experiment = replace(
     bert_reviews.experiment,
     # The tokenizer of the first run: the same word must have the same id.
-    data=Messages(Tfds("imdb_reviews/plain_text", train="train[:10%]"), Saved("runs/bert_reviews"), length=64),
-    model=bert_reviews.experiment.model.clone(classes=2, pool="mean", dropout=0.1),
+    data=Messages(Tfds("imdb_reviews/plain_text", train="train[:10%]"), Saved("runs/bert_reviews"), length=192),
+    model=bert_reviews.experiment.model.clone(classes=2, pool="mean", dropout=0.3, context=192),
     task=Classify(),
-    optim=AdamW(lr=Linear(5e-4, warmup=40, end=0.0), decay=0.01, clip=1.0),
-    steps=400, batch=32, init_from=Pretrained("runs/bert_reviews"),
-    evaluate=Evaluate(every=100, metric="accuracy", mode="max"),
+    optim=AdamW(lr=Linear(2e-3, warmup=40, end=0.0), decay=0.01, clip=1.0),
+    steps=200, batch=32, init_from=Pretrained("runs/bert_reviews"),
+    evaluate=Evaluate(every=50, metric="accuracy", mode="max"),
 )
 
 local = replace(experiment, data=bert_base.local.data, init_from=Pretrained(),

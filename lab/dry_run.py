@@ -32,7 +32,8 @@ def show(experiment: Experiment) -> None:
     cost.add_row("updates", f"{experiment.steps:,}")
     cost.add_row(f"{unit} an update", f"{units:,} ({experiment.batch} records x {experiment.data.units_per_record})")
     cost.add_row(f"{unit} in all", human(units * experiment.steps))
-    cost.add_row("FLOPs an update", f"{human(plan.flops)} ({plan.flops / rule:.2f} x the rule 6 x parameters x {unit})")
+    beside = f" ({plan.flops / rule:.2f} x the rule 6 x parameters x tokens)" if unit == "tokens" else ""
+    cost.add_row("FLOPs an update", human(plan.flops) + beside)
     cost.add_row("FLOPs in all", human(plan.flops * experiment.steps))
     console.print(cost)
 
