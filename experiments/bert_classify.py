@@ -5,6 +5,9 @@
     ./launch.sh experiments/bert_classify.py --full --init-from.run None     # the same from scratch
 
 The twin begins at random unless told `--init-from.run RUN`, RUN being a run of bert_base.py's twin.
+
+Measured (2-core CPU, 2026-11-22, seed 0): 75.1 % of 5,000 test reviews from the first run, 77.1 % from scratch. Nine
+minutes of pretraining (perplexity 112) do not help here yet; with frozen embeddings it was 62.8 % of validation.
 """
 
 from dataclasses import replace

@@ -2,6 +2,9 @@
 
     ./launch.sh experiments/fashion_cnn.py
     ./launch.sh experiments/fashion_cnn.py --full      # first: ./launch.sh prepare fashion_mnist
+
+Expected: 91.75 %, a published tutorial. Measured (2-core CPU, 2026-11-22): @@FASHION@@ of the 10,000 test images after 9
+epochs of 59,000; 14 minutes alone on one of the two cores.
 """
 
 from dataclasses import replace

@@ -22,7 +22,7 @@ experiment = Experiment(
     # Two parameter groups by path, here with the same rate; the samples come from averaged parameters.
     optim=Adam(lr=Linear(5e-4, end=0.0), b1=0.5, b2=0.999, ema=0.995,
                groups=(("^generator/", 1.0), ("^discriminator/", 1.0))),
-    steps=1000, batch=64, evaluate=Evaluate(every=200), checkpoint=Checkpoint(every=500, best=False),
+    steps=4000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500, best=False),
 )
 
 local = replace(experiment, data=Images(Sklearn("digits"), shape=(8, 8, 1)), model=GAN(shape=(8, 8, 1)),
