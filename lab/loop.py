@@ -155,6 +155,7 @@ class _Run:
                     return self._finish()
                 if self.stop():
                     break
+                self.evaluated = None  # its copy of the parameters need not live on beside the state
                 with jax.transfer_guard_host_to_device("disallow"):  # a hidden copy in the step would cost every step
                     self.state, values = update(self.state, next(self.batches))
                 self.step += n

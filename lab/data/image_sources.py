@@ -10,7 +10,6 @@ there already (`lab.data.idx`), or *encoded* images (`Files`, `Shards`):
 """
 
 import functools
-import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lab.data import digest
-from lab.data.sources import prepared_folder
+from lab.data.sources import described
 from lab.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -210,18 +209,13 @@ class Tfds:
     def open(self) -> Opened:
         """Find the prepared folder and read its descriptions (no TFDS import, no network). UserError when absent."""
         self.validate()
-        folder = prepared_folder(self.name, self.data_dir)
-        info = json.loads((folder / "dataset_info.json").read_bytes())
-        if info.get("fileFormat") != "array_record":
-            raise UserError(f"{folder} was prepared as {info.get('fileFormat')}, which needs TensorFlow to read: "
-                            f"run ./launch.sh prepare {self.name}")
-        features = json.loads((folder / "features.json").read_bytes()).get("featuresDict", {}).get("features", {})
+        folder, found, features = described(self.name, self.data_dir)
         for key, kind in ((self.image_key, "image"), (self.label_key, "classLabel")):
             if kind not in features.get(key, {}):
                 have = ", ".join(f"{name} ({next((k for k in f if k != 'pythonClassName'), '?')})"
                                  for name, f in sorted(features.items()))
                 raise UserError(f"{self.name} has no field {key!r} that is {kind}; its fields are {have}.")
-        own = [s["name"] for s in info.get("splits", [])]
+        own = list(found)
         chosen = {"train": self.train, "validation": self.validation or ("validation" if "validation" in own else None),
                   "test": self.test or ("test" if "test" in own else None)}
         splits, notes = {split: expression for split, expression in chosen.items() if expression}, {}

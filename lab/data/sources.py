@@ -330,21 +330,23 @@ class Tfds:
     def open(self) -> "TfdsCorpus":
         """Find the prepared folder and read its descriptions (no TFDS import, no network). UserError when absent."""
         self.validate()
-        folder = prepared_folder(self.name, self.data_dir)
-        info = json.loads((folder / "dataset_info.json").read_bytes())
-        splits = {s["name"]: s for s in info.get("splits", [])}
-        if info.get("fileFormat") != "array_record":
-            raise UserError(
-                f"{folder} was prepared as {info.get('fileFormat')}, which needs TensorFlow to read: "
-                f"run ./launch.sh prepare {self.name}"
-            )
-        features = json.loads((folder / "features.json").read_bytes()).get("featuresDict", {}).get("features", {})
+        folder, splits, features = described(self.name, self.data_dir)
         if self.feature not in features:
             raise UserError(f"{self.name} has no field {self.feature!r}; it has {', '.join(sorted(features))}.")
-        chosen = dataclasses.replace(
-            self, validation=self.validation or ("validation" if "validation" in splits else None)
-        )
+        validation = self.validation or ("validation" if "validation" in splits else None)
+        chosen = dataclasses.replace(self, validation=validation)
         return TfdsCorpus(f"TFDS {self.name}", chosen, folder, splits)
+
+
+def described(name: str, data_dir: str | None) -> tuple[Path, dict[str, dict[str, Any]], dict[str, Any]]:
+    """Folder, splits and features of a prepared data set. UserError where it is not there as ArrayRecord."""
+    folder = prepared_folder(name, data_dir)
+    info = json.loads((folder / "dataset_info.json").read_bytes())
+    if info.get("fileFormat") != "array_record":
+        raise UserError(f"{folder} was prepared as {info.get('fileFormat')}, which needs TensorFlow to read: "
+                        f"run ./launch.sh prepare {name}")
+    features = json.loads((folder / "features.json").read_bytes()).get("featuresDict", {}).get("features", {})
+    return folder, {s["name"]: s for s in info.get("splits", [])}, features
 
 
 def prepared_folder(name: str, data_dir: str | None) -> Path:
