@@ -1,6 +1,6 @@
-"""Two other ways to spread an update over devices than the compiler's own: `jax.pmap`, and sums in a fixed order.
+"""How the sums of a batch come about on many devices: by the compiler, by `jax.pmap`, or in a fixed order.
 
-Each is a `Total` (see lab/step.py): it says how the sums of a batch come about, and the step around it stays the same.
+Each is a `Total` (see lab/step.py); the step around it stays the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,20 @@ from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.sharding import ROWS
 from lab.step import Gradient, State, Total, make_train_step, microbatched
+
+
+def compiled(experiment: Experiment, shardings: Any) -> Total:
+    """The compiler divides the work. Gradients are born where their parameters live (`shardings`, theirs): without
+    being told, it sums whole gradients on every device of "fsdp" (an all-reduce) and throws most of them away.
+    """
+    def total(gradient: Gradient, state: State, batch: Any) -> Any:
+        def placed(*args: Any) -> Any:
+            grads, rest = gradient(*args)
+            return jax.lax.with_sharding_constraint(grads, shardings), rest
+
+        return microbatched(experiment.microbatches)(placed, state, batch)
+
+    return total
 
 
 def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lab import metrics
 from lab.errors import UserError
 from lab.experiment import Experiment
-from lab.parallel import in_fixed_order, pmapped
+from lab.parallel import compiled, in_fixed_order, pmapped
 from lab.sharding import batch_sharding, constrained, make_mesh, process_rows, put, state_shardings
 from lab.step import State, init_state, make_eval_step, make_predict_step, make_train_step
 
@@ -125,7 +125,9 @@ class Program:
             seeded = replace(experiment, seed=seed)
             if experiment.parallel == "pmap":
                 return pmapped(seeded, self.mesh)(state, batch)
-            make = make_train_step(seeded, in_fixed_order(seeded, self.mesh) if experiment.exact else None)
+            total = (in_fixed_order(seeded, self.mesh) if experiment.exact else
+                     compiled(seeded, self.shardings.params))
+            make = make_train_step(seeded, total)
 
             def step(state: State, batch: Any) -> tuple[State, Any]:
                 rows = jax.tree.map(lambda x: x[batch["index"]], resident or {})
