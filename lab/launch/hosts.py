@@ -56,13 +56,13 @@ def mpirun(hosts: list[str], text: str) -> list[str]:
 def launch(options: Options, job: Job) -> int:
     """Copies what is needed, sets up, starts, waits; returns mpirun's status, or 130 after Ctrl-C."""
     hosts = parse_hosts(options.hosts)
-    home, setup = f".cache/lab/checkouts/{job.name}", f"{exports()}./launch.sh env"
+    home, setup = f".cache/lab/checkouts/{job.name}", f"{exports('; ')}./launch.sh env"
     copy = f"mkdir -p {home} && tar -xzf - -C {home}"
     port = 20000 + int(job.name[-8:], 16) % 10000
     if options.dry_run:
         place, archive = shlex.quote(os.getcwd()), job.folder / "checkout.tar.gz"
         print("# Where the hosts see this checkout and the run folder:")
-        show(*(ssh(host, f"cd {shlex.quote(str(ROOT))} && {setup}") for host in hosts))
+        show(*(ssh(host, f"cd {shlex.quote(str(ROOT))} && {{ {setup}; }}") for host in hosts))
         show(mpirun(hosts, task(job, place, False, f"{coordinator(hosts[0])}:{port}")))
         print("# Where they do not:")
         for host in hosts:
@@ -82,7 +82,7 @@ def launch(options: Options, job: Job) -> int:
         each(hosts, copy, archive)
         each(hosts, _copied_setup(home, setup))
     else:
-        each(hosts, f"cd {shlex.quote(str(ROOT))} && {setup}")
+        each(hosts, f"cd {shlex.quote(str(ROOT))} && {{ {setup}; }}")
     folder = f'"$HOME"/{home}' if copied else shlex.quote(os.getcwd())
     text = task(job, folder, copied, f"{coordinator(hosts[0])}:{port}")
     status = wait(mpirun(hosts, text))
@@ -97,7 +97,7 @@ def ssh(host: str, command: str) -> list[str]:
 
 
 def _copied_setup(home: str, setup: str) -> str:
-    return f'cd {home} && export LAB_ENVS="$HOME/.cache/lab/venvs" && {setup}'
+    return f'cd {home} && export LAB_ENVS="$HOME/.cache/lab/venvs" && {{ {setup}; }}'
 
 
 def coordinator(host: str) -> str:

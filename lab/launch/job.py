@@ -19,7 +19,7 @@ FORWARDED = ("LAB_ACCELERATOR", "LAB_EXTRAS", "JAX_PLATFORMS", "XLA_FLAGS")
 # `uv python install` puts python3.12 there, where launch.sh finds it: the images of TPU VMs have Python 3.10 only.
 BIN = 'export PATH="$HOME/.local/bin:$PATH"'
 PREPARE = (f"{BIN}; ./launch.sh env || "
-           "{ python3 -m pip install -q --user uv && python3 -m uv python install 3.12 && ./launch.sh env; }")
+           "{ python3 -m pip install -q --user uv && python3 -m uv python install 3.12 && ./launch.sh env; };")
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def show(*commands: Sequence[str]) -> None:
         print("+", shlex.join(command))
 
 
-def exports() -> str:
-    """`export` of the variables that go along, each with a newline; empty where none is set."""
-    return "".join(f"export {name}={shlex.quote(os.environ[name])}\n" for name in FORWARDED if name in os.environ)
+def exports(end: str = "\n") -> str:
+    """`export` of the variables that go along, each with `end`; empty where none is set."""
+    return "".join(f"export {name}={shlex.quote(os.environ[name])}{end}" for name in FORWARDED if name in os.environ)
 
 
 def tracked_files(job: Job) -> list[str]:
@@ -139,8 +139,8 @@ def tracked_files(job: Job) -> list[str]:
     return sorted(name for name in names if (ROOT / name).exists())
 
 
-def pack(job: Job) -> Path:
-    """Writes the files to launch/checkout.tar.gz and returns its path."""
+def pack(job: Job, *written: str) -> Path:
+    """Writes the files to launch/checkout.tar.gz and returns its path; `written`: files of launch/ that go along."""
     import tarfile
 
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -148,6 +148,8 @@ def pack(job: Job) -> Path:
     with tarfile.open(path, "w:gz") as archive:
         for name in tracked_files(job):
             archive.add(ROOT / name, arcname=name)
+        for name in written:
+            archive.add(job.folder / name, arcname=f"launch/{name}")
     return path
 
 
