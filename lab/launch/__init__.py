@@ -78,7 +78,7 @@ def parse(words: Sequence[str]) -> tuple[Options, list[str]]:
         name = "help" if flag == "-h" else flag[2:].replace("-", "_")
         if name not in vars(options):
             known = ["--" + n.replace("_", "-") for n in vars(options)]
-            near = difflib.get_close_matches(flag, known, n=1)
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
             raise UserError(f"There is no option {flag} before the command." + (f" Perhaps you meant {near[0]}." if near
                             else f" The flags of the experiment come after its file; there are {', '.join(known)}."))
         if isinstance(getattr(options, name), bool):

@@ -83,8 +83,8 @@ def launch(options: Options, job: Job) -> int:
     path.write_text(text)
     done = subprocess.run(submit, capture_output=True, text=True)
     if done.returncode:
-        reason = " ".join(done.stderr.split()).removeprefix("sbatch: ").removeprefix("error: ")
-        raise UserError(f"sbatch did not take the job: {reason} (script: {path})")
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise UserError(f"sbatch did not take the job: {re.sub('^sbatch: (error: |fatal: )?', '', reason)} ({path})")
     number = done.stdout.strip().partition(";")[0]
     log = job.folder / f"slurm-{number}.log"
     say(f"job {number} is submitted; its output goes to {log}")

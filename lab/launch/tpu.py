@@ -7,6 +7,7 @@ command follows again. With --create a VM that is taken away is requested again,
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -21,7 +22,7 @@ from lab.launch.job import PREPARE, Job, commit, exports, pack, say, show, tool
 if TYPE_CHECKING:
     from lab.launch import Options
 
-PAUSE = 20.0    # seconds between two questions
+PAUSE = float(os.environ.get("LAB_POLL_SECONDS", "20"))    # between two questions
 PATIENCE = 600.0    # seconds for which a VM that is said to be ready may stay unreachable
 HOW = "install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install), then run gcloud auth login."
 # TPU generation -> (its name in an accelerator type, software image), as Google's documentation pairs them.
