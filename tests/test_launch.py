@@ -121,7 +121,7 @@ def test_slurm_script(checkout, environ):
     assert lines[-2:] == ["#SBATCH --ntasks-per-node=1", "#SBATCH --nodes=2 --gpus-per-node=8 --time=4:00:00"]
     assert "export LAB_ACCELERATOR=cuda12" in text, "the login node has no GPU to ask"
     srun = shlex.split(next(line for line in text.splitlines() if line.startswith("srun")))
-    assert srun[:3] == ["srun", "--kill-on-bad-exit=1", f"{checkout}/launch.sh"]
+    assert srun[:3] == ["srun", "--kill-on-bad-exit=0", f"{checkout}/launch.sh"]
     assert srun[3:6] == ["experiments/tiny.py", "--note", SPECIAL]
     assert printed_commands(text) == [[f"{checkout}/launch.sh", "env"], ["sbatch", "--parsable", f"{folder}/slurm.sh"]]
     script = text.partition("slurm.sh\n")[2].partition("\n+ ")[0]

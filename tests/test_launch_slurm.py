@@ -58,8 +58,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     if missing or os.getuid():
         pytest.skip(f"needs root and {', '.join(missing) or 'no more programs'} (apt install slurm-wlm munge)")
     folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().partition(".")[0]
-    names = ("localhost", host)    # both lead here: process 0 is found by the name of its node
-    nodes = "\n".join(f"NodeName={n} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 RealMemory=8000"
+    names = (host, f"{host}-b")    # process 0 is found by the name of its node, which must lead here
+    nodes = "\n".join(f"NodeName={n} NodeHostname={n} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 RealMemory=8000"
                       for n in names)
     conf = folder / "slurm.conf"
     conf.write_text(CONFIGURATION.format(host=host, folder=folder, port=free_port(), nodes=nodes))
@@ -106,11 +106,17 @@ def test_slurm_runs_on_two_nodes_and_returns_the_status(checkout, environ, slurm
     assert kept[0].startswith("slurm-") and kept[1] == "slurm.sh"
 
 
-def test_slurm_a_failing_process_ends_the_job_with_its_status(checkout, environ, slurm):
+def test_slurm_a_failing_process_decides_the_status(checkout, environ, slurm):
+    done = run(checkout, environ | slurm, "--slurm", TWO, "experiments/tiny.py", "--fail")
+    assert done.returncode == 7 and "failed, exit status 7" in done.stderr, (done.stdout, done.stderr)
+
+
+def test_slurm_a_process_that_outlives_a_failed_one_is_killed(checkout, environ, slurm):
     began = time.monotonic()
-    done = run(checkout, environ | slurm, "--slurm", TWO, "experiments/tiny.py", "--hang", "--fail")
-    assert done.returncode == 7 and "failed, exit status 7" in done.stderr, (done.returncode, done.stderr, done.stdout)
-    assert time.monotonic() - began < 60
+    done = run(checkout, environ | slurm | {"SLURM_WAIT": "2"}, "--slurm", TWO, "experiments/tiny.py", "--fail",
+               "--hang")
+    assert done.returncode == 137 and "failed" in done.stderr, (done.stdout, done.stderr)
+    assert time.monotonic() - began < 60, "it would sleep for 120 s"
 
 
 def test_slurm_queues_a_preempted_job_again(checkout, environ, slurm):

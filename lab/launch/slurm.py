@@ -17,10 +17,10 @@ from lab.launch.job import ROOT, Job, exports, say, show, tool
 if TYPE_CHECKING:
     from lab.launch import Options
 
-# Status 75 means saved: the job goes back into the queue with its number and its output file. --kill-on-bad-exit sends
-# the other processes SIGTERM at once and SIGKILL after SLURM's KillWait (default 30 s), so one that is still saving can
-# end. The loop around `wait` is there because a signal to this script ends `wait` early. srun ignores the processors
-# per task that sbatch was asked for, hence SRUN_CPUS_PER_TASK.
+# Status 75 means saved: the job goes back into the queue with its number and its output file. SLURM_WAIT: seconds after
+# the end of the first process in which the others must end, too; --kill-on-bad-exit=1 would signal them at once, and
+# turn their 75 or 2 into the signal's 143. The loop around `wait` is there because a signal to this script ends `wait`
+# early. srun ignores the processors per task that sbatch was asked for, hence SRUN_CPUS_PER_TASK.
 SCRIPT = """\
 #!/bin/bash
 # Written by ./launch.sh --slurm; can be submitted again with sbatch.
@@ -30,11 +30,11 @@ SCRIPT = """\
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
 {tasks}#SBATCH {options}
-{exports}export PYTHONUNBUFFERED=1
+{exports}export PYTHONUNBUFFERED=1 SLURM_WAIT="${{SLURM_WAIT:-30}}"
 if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 cd -- {cwd} || exit 2
 trap : TERM
-srun --kill-on-bad-exit=1 {command} &
+srun --kill-on-bad-exit=0 {command} &
 while :; do wait $!; status=$?; kill -0 $! 2>/dev/null || break; done
 if [ $status = 75 ]; then
   echo "lab: saved; job $SLURM_JOB_ID goes back into the queue."
