@@ -18,7 +18,7 @@ DISTRIBUTED = (ROOT / "lab/distributed.py").exists()
 # `python -m lab` without training: prints its role and arguments; on SIGTERM "saves" and exits 75; goes on afterwards.
 STAND_IN = '''
 import os, pathlib, signal, sys, time
-rank = os.environ.get("SLURM_PROCID") or os.environ.get("LAB_PROCESS_ID")
+rank = os.environ.get("SLURM_PROCID") or os.environ.get("LAB_PROCESS_ID") or os.uname().nodename[-1]
 words = sys.argv[sys.argv.index("lab") + 1:]
 folder = pathlib.Path(words[words.index("--run-dir") + 1])
 saved = folder / f"saved-{rank}"
@@ -129,6 +129,8 @@ def run(checkout: Path, environ: dict[str, str], *words: str) -> subprocess.Comp
     process = start(checkout, environ, *words)
     try:
         out, err = process.communicate(timeout=150)
-    finally:
+    except subprocess.TimeoutExpired:
         process.kill()
+        out, err = process.communicate()
+        err += "(killed after 150 s)"
     return subprocess.CompletedProcess(words, process.returncode, out, err)

@@ -6,13 +6,16 @@ needs root and
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,8 @@ AuthorizedKeysFile {folder}/id.pub
 PermitRootLogin prohibit-password
 StrictModes no
 UsePAM no
+Subsystem sftp /usr/lib/openssh/sftp-server
+ForceCommand {folder}/session
 SetEnv LAB_UV="{parts}/uv" PYTHON="{python}" STAND_IN={stand_in} PATH="{path}"
 """
 SUBNET = "10.213.77"
@@ -48,7 +53,8 @@ class Hosts:
         (folder / "config").write_text(entries + f"Host *\n  User root\n  IdentityFile {folder}/id\n  LogLevel ERROR\n"
                                        "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n")
         (folder / "bin").mkdir()
-        write_script(folder / "bin/ssh", f"#!/bin/sh\nexec {shutil.which('ssh')} -F {folder}/config \"$@\"\n")
+        for name in ("ssh", "scp"):
+            write_script(folder / "bin" / name, f"#!/bin/sh\nexec {shutil.which(name)} -F {folder}/config \"$@\"\n")
         ip("link", "add", "labbr", "type", "bridge")
         ip("addr", "add", f"{SUBNET}.254/24", "dev", "labbr")
         ip("link", "set", "labbr", "up")
@@ -70,10 +76,13 @@ class Hosts:
         parts = self.checkout.parent
         (self.folder / "sshd.conf").write_text(SSHD.format(folder=self.folder, parts=parts, python=sys.executable,
                                                            stand_in=stand_in, path=SBIN))
+        # Each host has a home of its own.
+        write_script(self.folder / "session", f"""#!/bin/sh
+export HOME="{self.folder}/home-$(uname -n)"
+mkdir -p "$HOME" && cd "$HOME" && exec bash -c "$SSH_ORIGINAL_COMMAND"
+""")
         for i in (1, 2):
-            home = self.folder / f"home{i}"
-            home.mkdir(exist_ok=True)
-            hide = f"mount -t tmpfs none '{self.checkout}' && mount --bind {home} /root &&" if private else ""
+            hide = f"mount -t tmpfs none '{self.checkout}' &&" if private else ""
             self.daemons.append(subprocess.Popen(
                 ["ip", "netns", "exec", f"lab{i}", "unshare", "--uts", "--mount", "bash", "-c",
                  f"hostname lab{i} && {hide} exec {shutil.which('sshd', path=SBIN)} -D -f {self.folder}/sshd.conf"]))
@@ -170,3 +179,69 @@ def test_hosts_train(checkout, environ, hosts):
                "runs/real hosts")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (checkout / "runs/real hosts/result.json").exists()
+
+
+# --- the real gcloud, a stand-in for Google's API, and the two hosts as workers of a TPU VM ---------------------------
+
+
+class Api(BaseHTTPRequestHandler):
+    """As much of the Cloud TPU and Compute APIs as gcloud asks for; the VM exists once it was requested."""
+
+    requested = False
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        path, code = self.path.partition("?")[0], 200
+        if self.command == "POST" and path.endswith("/queuedResources"):
+            Api.requested = True
+            value = {"name": "projects/p/locations/z-a/operations/1", "done": True}
+        elif path.endswith(":getGuestAttributes"):
+            value = {"guestAttributes": [{"queryValue": {"items": []}}] * 2}
+        elif "/nodes/" in path or "/queuedResources/" in path:
+            value = {"name": f"projects/p/locations/z-a/nodes/{path.rpartition('/')[2]}", "health": "HEALTHY",
+                     "acceleratorType": "v6e-8", "runtimeVersion": "v2-alpha-tpuv6e", "apiVersion": "V2",
+                     "state": "READY" if "/nodes/" in path else {"state": "ACTIVE"},
+                     "networkEndpoints": [{"ipAddress": ip, "port": 8470, "accessConfig": {"externalIp": ip}}
+                                          for ip in (f"{SUBNET}.1", f"{SUBNET}.2")]}
+            if not Api.requested:
+                code, value = 404, {"error": {"code": 404, "status": "NOT_FOUND", "message": "pod was not found"}}
+        elif "/operations/" in path:
+            value = {"name": path[4:], "done": True}
+        else:
+            value = {"commonInstanceMetadata": {"items": []}, "name": "p"}
+        body = json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_DELETE = answer
+
+    def log_message(self, *words: object) -> None:
+        """Says nothing."""
+
+
+def test_tpu_with_the_real_gcloud(checkout, environ, hosts, tmp_path):
+    if shutil.which("gcloud") is None:
+        pytest.skip("the Google Cloud CLI is not installed")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    (tmp_path / "token").write_text("token")
+    variables = environ | hosts.serve(private=True) | {
+        "CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU": url, "CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE": url,
+        "CLOUDSDK_AUTH_ACCESS_TOKEN_FILE": str(tmp_path / "token"), "CLOUDSDK_CONFIG": str(tmp_path / "config"),
+        "CLOUDSDK_CORE_PROJECT": "p", "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "true", "LAB_POLL_SECONDS": "5"}
+    try:
+        done = run(checkout, variables, "--tpu", "pod", "--zone", "z-a", "--create", "v6e-16", "--gcloud-flags",
+                   f"--plain --ssh-key-file={hosts.folder}/id", "experiments/tiny.py", "--note", "two words, $HOME",
+                   "--run-dir", "gs://bucket/tpu")
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rank 1 of None arguments ['experiments/tiny.py', '--note', 'two words, $HOME'," in done.stdout
+    assert "rank 2" not in done.stdout, "the output is that of worker 0"
+    for i in (1, 2):
+        ran = hosts.folder.glob(f"home-lab{i}/.cache/lab/checkouts/*/gs:/bucket/tpu/ran-{i}")
+        assert list(ran), f"worker {i - 1} ran, too"

@@ -87,7 +87,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             daemon.terminate()
         for daemon in reversed(daemons):
             try:
-                daemon.wait(10)
+                daemon.wait(3)
             except subprocess.TimeoutExpired:
                 daemon.kill()
 
@@ -149,6 +149,24 @@ def test_slurm_ctrl_c_stops_following_and_not_the_job(checkout, environ, slurm):
 def test_slurm_says_what_sbatch_refuses(checkout, environ, slurm):
     done = run(checkout, environ | slurm, "--slurm", "--nodes=2 --partition=none", "experiments/tiny.py")
     assert done.returncode == 2 and "partition" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not DISTRIBUTED, reason="the code knows one process only")
+def test_slurm_preempted_training_goes_on(checkout, environ, slurm):
+    """SIGTERM to two processes that train: saved, queued again, finished."""
+    process = start(checkout, environ | slurm | {"STAND_IN": ""}, "--slurm", "--nodes=2", "experiments/tiny.py",
+                    "--steps", "100000", "--checkpoint.every", "100000", "--evaluate.every", "100000", "--run-dir", "runs/long")
+    folder = checkout / "runs/long"
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size, 120, "training")
+    number = next(folder.glob("launch/slurm-*.log")).stem.removeprefix("slurm-")
+    subprocess.run(["scancel", "--signal=TERM", number], env=slurm, check=True)
+    log = folder / f"launch/slurm-{number}.log"
+    wait_for(lambda: "goes back into the queue" in log.read_text(), 60, "the saving")
+    wait_for(lambda: len(list(folder.glob("environment*.json"))) == 2, 90, "the second start")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    subprocess.run(["scancel", number], env=slurm, check=True)
+    assert list((folder / "checkpoints").glob("[0-9]*")), out
 
 
 def test_slurm_trains(checkout, environ, slurm):

@@ -16,10 +16,10 @@ from lab.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FORWARDED = ("LAB_ACCELERATOR", "LAB_EXTRAS", "JAX_PLATFORMS", "XLA_FLAGS")
-# `uv python install` puts python3.12 there, where launch.sh finds it: the images of TPU VMs have Python 3.10 only.
+# The images of TPU VMs have Python 3.10 only; `uv python install` puts python3.12 where launch.sh finds it. For bash.
 BIN = 'export PATH="$HOME/.local/bin:$PATH"'
-PREPARE = (f"{BIN}; ./launch.sh env || "
-           "{ python3 -m pip install -q --user uv && python3 -m uv python install 3.12 && ./launch.sh env; };")
+PREPARE = (f'{BIN}; [ -n "$PYTHON" ] || command -v python3.13 python3.12 python3.11 >/dev/null || '
+           "{ python3 -m pip install -q --user uv && python3 -m uv python install 3.12; }; ./launch.sh env;")
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,8 @@ def dry_run(options: Options, pod: Pod, job: Job) -> None:
 def capture(command: list[str]) -> tuple[int, str, str]:
     """Exit status, output, and the reason that gcloud gives."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and not line.startswith("#####")]
+    lines = lines or [f"status {done.returncode}"]
     errors = [line for line in lines if line.startswith("ERROR")] or lines
     return done.returncode, done.stdout, errors[-1].removeprefix("ERROR: ")
 
@@ -280,7 +281,7 @@ def setup(pod: Pod, job: Job) -> None:
 
 def ask(pod: Pod, job: Job) -> str:
     """What worker 0 does, as `state` prints it; empty where it cannot be reached within PATIENCE or is gone."""
-    limit = time.monotonic() + PATIENCE
+    limit, told = time.monotonic() + PATIENCE, ""
     while True:
         _, text, reason = capture(pod.ssh("0", state(job)))
         if found := re.search(r"^lab:(\w+)$", text, re.MULTILINE):
@@ -289,6 +290,9 @@ def ask(pod: Pod, job: Job) -> str:
             return ""
         if time.monotonic() > limit:
             raise UserError(f"Worker 0 of {pod.name} cannot be reached by ssh: {reason}")
+        if reason != told:
+            say(f"worker 0 of {pod.name} cannot be reached, trying for {PATIENCE / 60:g} minutes: {reason}")
+            told = reason
         time.sleep(PAUSE)
 
 
