@@ -181,6 +181,19 @@ def test_hosts_train(checkout, environ, hosts):
     assert (checkout / "runs/real hosts/result.json").exists()
 
 
+@pytest.mark.skipif(not DISTRIBUTED, reason="the code knows one process only")
+def test_hosts_training_saves_on_ctrl_c(checkout, environ, hosts):
+    process = start(checkout, environ | hosts.serve(stand_in=""), "--hosts", "lab1,lab2", "experiments/tiny.py",
+                    "--steps", "100000", "--checkpoint.every", "100000", "--evaluate.every", "100000",
+                    "--run-dir", "runs/long hosts")
+    folder = checkout / "runs/long hosts"
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size, 120, "training")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, (out, err)
+    assert list((folder / "checkpoints").glob("[0-9]*")), out
+
+
 # --- the real gcloud, a stand-in for Google's API, and the two hosts as workers of a TPU VM ---------------------------
 
 

@@ -153,9 +153,10 @@ def test_slurm_says_what_sbatch_refuses(checkout, environ, slurm):
 
 @pytest.mark.skipif(not DISTRIBUTED, reason="the code knows one process only")
 def test_slurm_preempted_training_goes_on(checkout, environ, slurm):
-    """SIGTERM to two processes that train: saved, queued again, finished."""
+    """SIGTERM to two processes that train: both save, the job is queued and starts again."""
     process = start(checkout, environ | slurm | {"STAND_IN": ""}, "--slurm", "--nodes=2", "experiments/tiny.py",
-                    "--steps", "100000", "--checkpoint.every", "100000", "--evaluate.every", "100000", "--run-dir", "runs/long")
+                    "--steps", "100000", "--checkpoint.every", "100000", "--evaluate.every", "100000",
+                    "--run-dir", "runs/long")
     folder = checkout / "runs/long"
     wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size, 120, "training")
     number = next(folder.glob("launch/slurm-*.log")).stem.removeprefix("slurm-")
