@@ -82,7 +82,9 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield environ
     finally:
         subprocess.run(["scancel", "--user=root"], env=environ, capture_output=True)
-        time.sleep(0.5)
+        limit = time.monotonic() + 20
+        while subprocess.run(["squeue", "-h"], env=environ, capture_output=True).stdout and time.monotonic() < limit:
+            time.sleep(0.2)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in reversed(daemons):
