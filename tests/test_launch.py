@@ -132,6 +132,8 @@ def test_slurm_leaves_the_number_of_tasks_to_the_user_and_refuses_line_breaks(ch
     for options in ("-n 4", "--ntasks=4", "--ntasks-per-node 8", "--gpus-per-task=1 --nodes=2"):
         text = dry(checkout, environ, "--slurm", options, "--dry-run", "experiments/tiny.py")
         assert "#SBATCH --ntasks-per-node=1" not in text and f"#SBATCH {options}\n" in text
+    for options in ("-o x", "--output=x", "-n1 --array=0-3", "-n1 -a 0"):
+        assert "does not go with --slurm" in fails(checkout, environ, "--slurm", options, "experiments/tiny.py")
     assert "line break" in fails(checkout, environ, "--slurm", "-n1\nrm x", "--dry-run", "experiments/tiny.py")
 
 
