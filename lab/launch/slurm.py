@@ -55,7 +55,8 @@ def script(job: Job, options: str) -> str:
     if "\n" in options or "\r" in options:
         raise UserError("The options of --slurm hold a line break; put them on one line.")
     if found := re.search(r"(^|\s)(-[oea]|--output|--error|--array)(?![a-z-])", options):
-        raise UserError(f"{found[2]} does not go with --slurm: there is one job, and its output goes to the run folder.")
+        raise UserError(f"{found[2]} does not go with --slurm: there is one job, and its output goes to the "
+                        f"run folder.")
     asked = re.search(r"(^|\s)(-n|--ntasks|--gpus-per-task|--tasks-per-node)", options)
     log = str(job.folder).replace("%", "%%") + "/slurm-%j.log"    # sbatch replaces %x and the like
     return SCRIPT.format(
