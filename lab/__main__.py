@@ -41,7 +41,8 @@ def overview() -> str:
             *[(f"{name} ...", summary) for name, (_, summary) in COMMANDS.items()],
             ("tests [pytest arguments]", "run the tests"),
             ("prepare NAME [--data-dir D]", "download and prepare a TensorFlow Dataset"),
-            ("env", "print the environment's folder, accelerator and versions")]
+            ("env", "print the environment's folder, accelerator and versions"),
+            ("--slurm|--hosts|--tpu|--sky ...", "start any of this elsewhere; ./launch.sh --slurm --help lists all")]
     width = max(len(name) for name, _ in rows + list(experiments().items())) + 2
     lines = ["lab: a functional research codebase in JAX", "", "usage: ./launch.sh ..."]
     lines += [f"  {name:<{width}}{what}" for name, what in rows]

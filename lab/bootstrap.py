@@ -29,6 +29,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
 BASE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 PLATFORMS = {"cpu": "cpu", "cuda12": "gpu", "cuda13": "gpu", "tpu": "tpu"}    # accelerator -> LAB_PLATFORM
+LAUNCHERS = ("--slurm", "--hosts", "--tpu", "--sky")    # handled by lab/launch
 NVIDIA_PROC = Path("/proc/driver/nvidia")
 WSL_SMI = Path("/usr/lib/wsl/lib/nvidia-smi")    # not always on PATH there
 PCI_DEVICES = Path("/sys/bus/pci/devices")
@@ -404,6 +405,11 @@ def describe(folder: Path, choice: Choice) -> str:
 def main(arguments: list[str]) -> None:
     """Finds or builds the environment and becomes the command in it."""
     verb, rest = (arguments or [""])[0], arguments[1:]
+    if verb.partition("=")[0] in LAUNCHERS:    # starting elsewhere needs no environment here
+        sys.path.insert(0, str(ROOT))
+        from lab import launch
+
+        sys.exit(launch.main(arguments))
     if verb == "prepare":
         script = str(ROOT / "lab/data/prepare.py")
         if not rest or {"-h", "--help"} & set(rest):    # answered without TensorFlow

@@ -11,6 +11,8 @@ os.environ.pop("LAB_PLATFORM", None)
 
 import pytest
 
+from tests.launching import checkout, environ  # noqa: F401 (fixtures)
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LAB_SHARED", ROOT.parent / "shared"))
 

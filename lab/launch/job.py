@@ -1,0 +1,160 @@
+"""What is started elsewhere, and the few things that every engine needs: files to copy, tools, quoting."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+FORWARDED = ("LAB_ACCELERATOR", "LAB_EXTRAS", "JAX_PLATFORMS", "XLA_FLAGS")
+# The images of TPU VMs have Python 3.10 only; `uv python install` puts python3.12 where launch.sh finds it. For bash.
+BIN = 'export PATH="$HOME/.local/bin:$PATH"'
+PREPARE = (f'{BIN}; [ -n "$PYTHON" ] || command -v python3.13 python3.12 python3.11 >/dev/null || '
+           "{ python3 -m pip install -q --user uv && python3 -m uv python install 3.12; }; ./launch.sh env;")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command for `python -m lab`, and where its run and the launcher's files live."""
+
+    words: tuple[str, ...]
+    """The command, such as ("experiments/x.py", "--steps", "5", "--run-dir", "runs/x-0123abcd")."""
+    run_dir: str
+    """Its run folder: a local path, or a bucket such as gs://mine/x."""
+    name: str
+    """Short name: letters, digits and hyphens."""
+    local: Path
+    """A local folder: the run folder, or its stand-in where that is a bucket."""
+    file: Path | None
+    """The experiment's file."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the launcher keeps what it writes."""
+        return self.local / "launch"
+
+    @property
+    def bucket(self) -> bool:
+        """Whether the run goes to a bucket."""
+        return "://" in self.run_dir
+
+    def elsewhere(self) -> tuple[str, ...]:
+        """The command for another machine, in a copy of the checkout.
+
+        Raises:
+          UserError: the experiment's file is outside the checkout.
+        """
+        if self.file is None:
+            return self.words
+        if not self.file.is_relative_to(ROOT):
+            raise UserError(f"{self.file} is outside {ROOT}, which is what the other machine gets. Move it into "
+                            f"{ROOT / 'experiments'}.")
+        return tuple(str(self.file.relative_to(ROOT)) if w.endswith(".py") else w for w in self.words)
+
+
+def make_job(words: Sequence[str], engine: str) -> Job:
+    """The job for a command line such as ["experiments/x.py", "--steps", "5"].
+
+    Without --run-dir the folder is named by a hash of the experiment's file and flags: the experiment's own fingerprint
+    needs JAX. So the same command goes on with the same run, and an edited experiment begins another.
+
+    Raises:
+      UserError: there is no command or no such experiment.
+    """
+    if not words:
+        raise UserError(f"Say what to start, such as ./launch.sh {engine} ... experiments/gpt_small.py")
+    from lab.__main__ import find_experiment
+
+    scripts = [w for w in words[:2] if w.endswith(".py")]
+    file = find_experiment(scripts[0]) if scripts else None
+    stem = (file.stem if file else words[0]).replace("_", "-")
+    content = file.read_bytes() if file else b""
+    digest = hashlib.sha256(b"\0".join([content, *(w.encode() for w in words)])).hexdigest()[:8]
+    name, run_dir = f"{stem}-{digest}", _value(words, "--run-dir")
+    trains = words[0].endswith(".py")
+    if run_dir is None:
+        run_dir = f"runs/{name}"
+        words = [*words, "--run-dir", run_dir] if trains else words
+    local = Path(f"runs/{name}" if "://" in run_dir else run_dir)
+    return Job(tuple(words), run_dir, name, local.absolute(), file)
+
+
+def _value(words: Sequence[str], flag: str) -> str | None:
+    for i, word in enumerate(words):
+        if word == flag and i + 1 < len(words):
+            return words[i + 1]
+        if word.startswith(flag + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def tool(name: str, how: str) -> str:
+    """The path of a program. Raises UserError, with how to get it, where it is missing."""
+    path = shutil.which(name)
+    if path is None:
+        raise UserError(f"{name} was not found on this machine: {how}")
+    return path
+
+
+def say(text: str) -> None:
+    """One line of the launcher, on stderr: stdout is the run's."""
+    print(f"lab: {text}", file=sys.stderr, flush=True)
+
+
+def show(*commands: Sequence[str]) -> None:
+    """Prints commands as they can be typed."""
+    for command in commands:
+        print("+", shlex.join(command))
+
+
+def exports(end: str = "\n") -> str:
+    """`export` of the variables that go along, each with `end`; empty where none is set."""
+    return "".join(f"export {name}={shlex.quote(os.environ[name])}{end}" for name in FORWARDED if name in os.environ)
+
+
+def tracked_files(job: Job) -> list[str]:
+    """Paths, relative to the checkout, of the tracked files that exist, and of the experiment.
+
+    Raises:
+      UserError: this is no git checkout.
+    """
+    try:
+        listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
+    except OSError:
+        raise UserError("git was not found; it says which files the other machine needs. Install git.") from None
+    if listed.returncode:
+        raise UserError(f"{ROOT} is no git checkout, so which files to copy is unknown. Clone the project with git.")
+    names = set(filter(None, listed.stdout.split("\0")))
+    if job.file is not None:
+        names.add(str(job.file.relative_to(ROOT)))
+    return sorted(name for name in names if (ROOT / name).exists())
+
+
+def pack(job: Job, *written: str) -> Path:
+    """Writes the files to launch/checkout.tar.gz and returns its path; `written`: files of launch/ that go along."""
+    import tarfile
+
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path = job.folder / "checkout.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name in tracked_files(job):
+            archive.add(ROOT / name, arcname=name)
+        for name in written:
+            archive.add(job.folder / name, arcname=f"launch/{name}")
+    return path
+
+
+def commit() -> str:
+    """The commit of the checkout, with -dirty after local changes: a copy has no .git to tell it."""
+    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
+                          capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,81 @@
+"""`--sky OPTIONS`: writes a SkyPilot task into the run folder and launches it: cloud GPUs, TPUs, Kubernetes, SLURM.
+
+SkyPilot finds the machines, copies the checkout, starts one process per node (lab/distributed.py knows its variables).
+Spot machines become a managed job, which SkyPilot recovers after preemption and after exit status 75.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.errors import UserError
+from lab.launch.job import BIN, FORWARDED, PREPARE, ROOT, Job, show, tool
+
+if TYPE_CHECKING:
+    from lab.launch import Options
+
+# Options of `sky launch` that belong to the task, and their names in its resources.
+RESOURCES = {"--gpus": "accelerators", "--infra": "infra", "--cpus": "cpus", "--memory": "memory",
+             "--disk-size": "disk_size", "--image-id": "image_id", "--instance-type": "instance_type"}
+HOW = "install SkyPilot in an environment of its own, for example: uv tool install 'skypilot[gcp,kubernetes,slurm]'"
+
+
+def task(job: Job, options: str) -> dict[str, Any]:
+    """The task, as SkyPilot's YAML has it.
+
+    Raises:
+      UserError: an option is unknown or lacks its value.
+    """
+    words, resources, nodes = shlex.split(options), {}, 1
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        if flag == "--use-spot":
+            resources["use_spot"] = True
+            continue
+        if flag not in (*RESOURCES, "--num-nodes"):
+            raise UserError(f"--sky does not know {flag}. It takes --use-spot, --num-nodes, {', '.join(RESOURCES)}; "
+                            f"other settings can be added to the task that --dry-run prints.")
+        if not equals and not words:
+            raise UserError(f"{flag} in --sky needs a value.")
+        value = value if equals else words.pop(0)
+        if flag == "--num-nodes":
+            if not value.isdigit():
+                raise UserError(f"--num-nodes {value} in --sky must be a number.")
+            nodes = int(value)
+        else:
+            resources[RESOURCES[flag]] = int(value) if flag == "--disk-size" and value.isdigit() else value
+    if resources.get("use_spot"):
+        resources["job_recovery"] = {"recover_on_exit_codes": [75]}
+    if str(resources.get("accelerators", "")).startswith("tpu-"):
+        resources.setdefault("infra", "gcp")
+    environ = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    return {"name": job.name, "num_nodes": nodes, "workdir": str(ROOT), "resources": resources,
+            **({"envs": environ} if environ else {}), "setup": PREPARE,
+            "run": f"{BIN} PYTHONUNBUFFERED=1\n./launch.sh {shlex.join(job.elsewhere())}"}
+
+
+def launch(options: Options, job: Job) -> int:
+    """Writes the task and hands it to SkyPilot, which follows its output; returns its status."""
+    found = task(job, options.sky)
+    if job.words[0].endswith(".py") and not (job.bucket or Path(job.run_dir).is_absolute()):
+        raise UserError(f"Machines made by SkyPilot are gone after the run. Add --run-dir with a bucket, such as "
+                        f"--run-dir gs://mine/{job.name}, or an absolute path on a disk that outlives them.")
+    path = job.folder / "sky.yaml"
+    # JSON is YAML, and any string in it is quoted rightly.
+    text = json.dumps(found, indent=2) + "\n"
+    managed = found["resources"].get("use_spot", False)
+    command = ["sky", *(["jobs", "launch"] if managed else ["launch", "--cluster", job.name, "--down"]), "--yes",
+               *(["--detach-run"] if options.detach else []), str(path)]
+    if options.dry_run:
+        print(f"# {path}\n{text}")
+        show(command)
+        return 0
+    tool("sky", HOW)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return subprocess.run(command).returncode

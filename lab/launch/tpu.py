@@ -1,0 +1,328 @@
+"""`--tpu NAME`: runs on all workers of a Cloud TPU VM (v2 to v6e) through gcloud; requests the VM first if asked to.
+
+The processes are detached from the connection that starts them: a lost one ends only the following, and the same
+command follows again. With --create a VM that is taken away is requested again, and the run goes on from its bucket.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lab.errors import UserError
+from lab.launch.job import PREPARE, Job, commit, exports, pack, say, show, tool
+
+if TYPE_CHECKING:
+    from lab.launch import Options
+
+PAUSE = float(os.environ.get("LAB_POLL_SECONDS", "20"))    # between two questions
+PATIENCE = 600.0    # seconds for which a VM that is said to be ready may stay unreachable
+HOW = "install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install), then run gcloud auth login."
+# TPU generation -> (its name in an accelerator type, software image), as Google's documentation pairs them.
+IMAGES = {"v2": ("v2", "tpu-ubuntu2204-base"), "v3": ("v3", "tpu-ubuntu2204-base"),
+          "v4": ("v4", "tpu-ubuntu2204-base"), "v5e": ("v5litepod", "v2-alpha-tpuv5-lite"),
+          "v5p": ("v5p", "v2-alpha-tpuv5"), "v6e": ("v6e", "v2-alpha-tpuv6e")}
+
+# JAX's own port, 8482, is closed by the firewall rule that Google's multislice guide sets up. SIGTERM goes to the whole
+# session; the script outlives it, to note the status.
+START = """\
+#!/bin/bash
+# Written by ./launch.sh --tpu: every worker runs it in its copy of the checkout.
+trap : TERM
+export PATH="$HOME/.local/bin:$PATH" LAB_ENVS="$HOME/.cache/lab/venvs" LAB_COMMIT={commit}
+export PYTHONUNBUFFERED=1 JAX_COORDINATOR_PORT=8476
+{exports}{command}
+echo $? >launch/status
+"""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A TPU VM's name and the commands about it. `ssh_flags`: for gcloud's ssh and scp."""
+
+    name: str
+    zone: str = ""
+    ssh_flags: tuple[str, ...] = ()
+
+    def _command(self, *words: str) -> list[str]:
+        return ["gcloud", "--quiet", "compute", "tpus", *words, *([f"--zone={self.zone}"] if self.zone else [])]
+
+    def describe(self) -> list[str]:
+        """Prints the VM as JSON."""
+        return self._command("tpu-vm", "describe", self.name, "--format=json")
+
+    def request(self, kind: str, spot: bool) -> list[str]:
+        """Requests the VM as a queued resource of the same name. Raises UserError where there is no such TPU."""
+        accelerator, image = accelerator_type(kind)
+        return self._command("queued-resources", "create", self.name, f"--node-id={self.name}",
+                             f"--accelerator-type={accelerator}", f"--runtime-version={image}",
+                             *(["--spot"] if spot else []))
+
+    def request_state(self) -> list[str]:
+        """Prints the state of the request, such as WAITING_FOR_RESOURCES or ACTIVE."""
+        return self._command("queued-resources", "describe", self.name, "--format=value(state.state)")
+
+    def delete(self) -> list[str]:
+        """Deletes the request and the VM."""
+        return self._command("queued-resources", "delete", self.name, "--force")
+
+    def ssh(self, worker: str, command: str) -> list[str]:
+        """Runs a command on one worker, or on `all`."""
+        return self._command("tpu-vm", "ssh", self.name, f"--worker={worker}", *self.ssh_flags, f"--command={command}")
+
+    def scp(self, worker: str, *paths: str) -> list[str]:
+        """Copies; the last path is where to."""
+        return self._command("tpu-vm", "scp", *paths, f"--worker={worker}", *self.ssh_flags)
+
+
+def accelerator_type(kind: str) -> tuple[str, str]:
+    """("v5litepod-16", its software image) for "v5e-16". Raises UserError where there is no such TPU."""
+    generation, _, size = kind.replace("v5litepod", "v5e").partition("-")
+    if generation.startswith(("tpu7", "v7")):
+        raise UserError(f"--create {kind}: the Cloud TPU API does not offer TPU7x. Use Google's Cluster Toolkit "
+                        f"(gcluster job submit) on a GKE cluster; README.md says how.")
+    if generation not in IMAGES or not size.isdigit():
+        raise UserError(f"--create {kind} is no TPU type. They are called {', '.join(f'{g}-N' for g in IMAGES)}, "
+                        f"such as v5e-16.")
+    accelerator, image = IMAGES[generation]
+    return f"{accelerator}-{size}", image
+
+
+def home(job: Job) -> str:
+    """The copy of the checkout on a worker, relative to the home folder."""
+    return f".cache/lab/checkouts/{job.name}"
+
+
+def unpack(job: Job) -> str:
+    """What sets a worker up, once the archive is there."""
+    return (f"mkdir -p {home(job)} && cd {home(job)} && tar -xzf ~/{job.name}.tar.gz && rm ~/{job.name}.tar.gz && "
+            f'export LAB_ENVS="$HOME/.cache/lab/venvs" && {{ {exports("; ")}{PREPARE} }}')
+
+
+def script(job: Job) -> str:
+    """What every worker runs in its copy of the checkout."""
+    return START.format(commit=commit(), exports=exports(), command=shlex.join(["./launch.sh", *job.elsewhere()]))
+
+
+def begin(job: Job) -> str:
+    """What starts the script on a worker, detached; its output and its status go to files."""
+    return (f"cd {home(job)} && rm -f launch/status && "
+            "{ setsid nohup bash launch/start.sh >launch/log 2>&1 </dev/null & echo $! >launch/pid; }")
+
+
+def stop(job: Job) -> str:
+    """What makes the process of a worker save and end."""
+    return f"kill -TERM -- -$(cat {home(job)}/launch/pid)"
+
+
+def tail(job: Job, line: int) -> str:
+    """Prints worker 0's output from a line on, until the process has ended."""
+    return f"cd {home(job)}/launch && tail -n +{line} -F --pid=$(cat pid) log 2>/dev/null"
+
+
+def state(job: Job) -> str:
+    """Prints `lab:` and what worker 0 does: an exit status, `running`, `killed`, or `none` (never started)."""
+    return (f"cd {home(job)}/launch 2>/dev/null || {{ echo lab:none; exit; }}; if [ -s status ]; then "
+            'echo lab:$(cat status); elif kill -0 $(cat pid) 2>/dev/null; then echo lab:running; '
+            "else echo lab:killed; fi")
+
+
+def launch(options: Options, job: Job) -> int:
+    """Requests, copies, sets up, starts, follows, and starts again as long as the run asks for it."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", options.tpu):
+        raise UserError(f"--tpu {options.tpu!r} is no name of a TPU VM: small letters, digits and hyphens.")
+    pod = Pod(options.tpu, options.zone, tuple(shlex.split(options.gcloud_flags)))
+    job.elsewhere()
+    check_bucket(options, job)
+    if options.dry_run:
+        dry_run(options, pod, job)
+        return 0
+    tool("gcloud", HOW)
+    while True:
+        found = ready(options, pod)
+        check_bucket(options, job, workers=len(found.get("networkEndpoints", [])) or 1)
+        doing = ask(pod, job)
+        if doing == "running":
+            say(f"it runs on {pod.name} already.")
+        else:
+            if doing != "75":  # after 75 the files are there
+                setup(pod, job)
+            must(pod.ssh("all", begin(job)), "starting")
+        if options.detach:
+            say(f"started on {pod.name}; the same command without --detach follows it.")
+            return 0
+        status = follow(pod, job)
+        if status is None and not options.create:
+            say(f"{pod.name} was taken away. Create it again, then start the same command: the run goes on.")
+            return 75
+        if status not in (75, None):
+            break
+        say("the run saved and stopped; starting it again." if status else f"{pod.name} was taken away.")
+    if not job.bucket:
+        job.local.parent.mkdir(parents=True, exist_ok=True)
+        must(collect(pod, job), "fetching the run folder")
+        say(f"run folder: {job.local}")
+    if options.create:
+        say(f"{pod.name} is still there and costs money. Delete it: {shlex.join(pod.delete())}")
+    return status
+
+
+def collect(pod: Pod, job: Job) -> list[str]:
+    """Brings the run folder from worker 0."""
+    path = job.run_dir if job.run_dir.startswith("/") else f"{home(job)}/{job.run_dir}"
+    return pod.scp("0", "--recurse", f"{pod.name}:{path}", str(job.local.parent))
+
+
+def check_bucket(options: Options, job: Job, workers: int = 1) -> None:
+    """Raises UserError where a run folder on a worker's own disk would not do."""
+    chips = options.create.rpartition("-")[2]
+    if options.create:
+        accelerator_type(options.create)
+        workers = max(workers, 1 + int(int(chips) > 8))    # of every generation, up to -8 is one machine
+    if job.bucket or not job.words[0].endswith(".py"):
+        return
+    if workers > 1:
+        raise UserError(f"{options.tpu} has several workers, which share no disk, and checkpoints need one folder for "
+                        f"all. Add --run-dir with a bucket, such as --run-dir gs://mine/{job.name}.")
+    if options.spot:
+        raise UserError(f"A spot VM loses its disk when it is taken away. Add --run-dir with a bucket, such as "
+                        f"--run-dir gs://mine/{job.name}.")
+
+
+def dry_run(options: Options, pod: Pod, job: Job) -> None:
+    """Prints the script and the commands in their order."""
+    print(f"# {job.folder / 'start.sh'}\n{script(job)}")
+    show(pod.describe())
+    if options.create:
+        print("# where there is no such VM; the second until it says ACTIVE:")
+        show(pod.request(options.create, options.spot), pod.request_state())
+    print("# where the run is not there already:")
+    show(pod.ssh("0", state(job)), pod.scp("all", str(job.folder / "checkout.tar.gz"), f"{pod.name}:{job.name}.tar.gz"),
+         pod.ssh("all", unpack(job)), pod.ssh("all", begin(job)))
+    print("# follow worker 0; after status 75 start again:")
+    show(pod.ssh("0", tail(job, 1)), pod.ssh("0", state(job)))
+    if options.create:
+        print("# where the VM was taken away, before it is requested again:")
+        show(pod.delete())
+    if not job.bucket:
+        print("# at the end:")
+        show(collect(pod, job))
+
+
+def capture(command: list[str]) -> tuple[int, str, str]:
+    """Exit status, output, and the reason that gcloud gives."""
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and not line.startswith("#####")]
+    lines = lines or [f"status {done.returncode}"]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines
+    return done.returncode, done.stdout, errors[-1].removeprefix("ERROR: ")
+
+
+def must(command: list[str], doing: str) -> None:
+    """Raises UserError, with gcloud's reason, where the command fails."""
+    code, _, reason = capture(command)
+    if code:
+        raise UserError(f"{doing[0].upper()}{doing[1:]} failed: {reason}")
+
+
+def look(pod: Pod) -> dict:
+    """The VM as the API describes it; empty where there is none. Raises UserError where it cannot be asked."""
+    code, text, reason = capture(pod.describe())
+    if code == 0:
+        return json.loads(text)
+    if "NOT_FOUND" in reason or "not found" in reason.lower():
+        return {}
+    raise UserError(f"gcloud cannot say whether there is a TPU VM {pod.name}: {reason}")
+
+
+def ready(options: Options, pod: Pod) -> dict:
+    """The VM once it is ready, which is requested first if --create allows it.
+
+    Raises:
+      UserError: there is none, or the request failed.
+    """
+    told = ""
+    while (found := look(pod)).get("state") != "READY":
+        if not options.create:
+            what = f"is {found['state'].lower()}" if found else "does not exist"
+            raise UserError(f"The TPU VM {pod.name} {what}. Give its --zone, or create it with --create v5e-16.")
+        code, text, _ = capture(pod.request_state())
+        asked = text.strip() if code == 0 else ""
+        if asked == "FAILED":
+            raise UserError(f"The request for {pod.name} failed; see gcloud compute tpus queued-resources describe "
+                            f"{pod.name}, and delete it before the next try: {shlex.join(pod.delete())}")
+        if asked == "SUSPENDED" or (asked == "ACTIVE" and found.get("state") in (None, "PREEMPTED", "TERMINATED")):
+            must(pod.delete(), f"deleting what is left of {pod.name}")
+        elif not asked:
+            say(f"requesting {pod.name} ({options.create}{', spot' if options.spot else ''}).")
+            must(pod.request(options.create, options.spot), f"requesting {pod.name}")
+        if asked and asked != told:
+            say(f"{pod.name}: {asked.lower().replace('_', ' ')}")
+            told = asked
+        time.sleep(PAUSE)
+    return found
+
+
+def setup(pod: Pod, job: Job) -> None:
+    """Copies the tracked files to all workers and builds the environment there."""
+    say(f"copying the tracked files to all workers of {pod.name}, and building the environment there (once).")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "start.sh").write_text(script(job))
+    must(pod.scp("all", str(pack(job, "start.sh")), f"{pod.name}:{job.name}.tar.gz"), "copying the files")
+    must(pod.ssh("all", unpack(job)), "setting up")
+
+
+def ask(pod: Pod, job: Job) -> str:
+    """What worker 0 does, as `state` prints it; empty where it cannot be reached within PATIENCE or is gone."""
+    limit, told = time.monotonic() + PATIENCE, ""
+    while True:
+        _, text, reason = capture(pod.ssh("0", state(job)))
+        if found := re.search(r"^lab:(\w+)$", text, re.MULTILINE):
+            return found[1]
+        if look(pod).get("state") != "READY":
+            return ""
+        if time.monotonic() > limit:
+            raise UserError(f"Worker 0 of {pod.name} cannot be reached by ssh: {reason}")
+        if reason != told:
+            say(f"worker 0 of {pod.name} cannot be reached, trying for {PATIENCE / 60:g} minutes: {reason}")
+            told = reason
+        time.sleep(PAUSE)
+
+
+def follow(pod: Pod, job: Job) -> int | None:
+    """Worker 0's output, live; returns its exit status, or None once the VM is gone.
+
+    Raises:
+      KeyboardInterrupt: after Ctrl-C, which ends only the following; says so.
+    """
+    lines = 0
+    try:
+        while True:
+            command = pod.ssh("0", tail(job, lines + 1))
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                  start_new_session=True) as process:
+                try:
+                    for line in process.stdout:
+                        sys.stdout.buffer.write(line)
+                        sys.stdout.flush()
+                        lines += line.endswith(b"\n")
+                finally:
+                    process.terminate()
+            doing = ask(pod, job)
+            if doing == "killed":
+                return 137
+            if doing != "running":
+                return int(doing) if doing else None
+            say("the connection was lost; following again.")
+            time.sleep(min(PAUSE, 5))
+    except KeyboardInterrupt:
+        say(f"stopped following; the run goes on. The same command follows it again. End it: "
+            f"{shlex.join(pod.ssh('all', stop(job)))}")
+        raise
