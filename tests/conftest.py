@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -52,3 +53,35 @@ def tiny(text_file: Path):
         optim=AdamW(lr=Cosine(1e-2, warmup=2, end=0.1)),
         steps=8, batch=8, evaluate=Evaluate(every=4, records=16), checkpoint=Checkpoint(every=2),
     )
+
+
+@pytest.fixture
+def typed(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
+    """typed(*args) -> (exit status, stdout, stderr), in `place`, a fixture of the file that uses it."""
+    from lab.__main__ import main
+
+    monkeypatch.chdir(place)
+
+    def run(*args: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(a) for a in args])
+        except SystemExit as e:  # tyro's way
+            status = e.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def mistake(typed: Callable) -> Callable[..., str]:
+    """mistake(*args): stderr of a command that a person typed wrong: one or two sentences, exit status 2."""
+    def run(*args: str | Path) -> str:
+        status, out, err = typed(*args)
+        assert status == 2, (status, out, err)
+        assert "Traceback" not in out + err
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        return err
+
+    return run

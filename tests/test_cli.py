@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from lab.__main__ import experiments, main
+from lab.__main__ import experiments
 from lab.checkpoint import Checkpoints
 from lab.experiment import load
 from lab.program import Program
@@ -215,36 +215,6 @@ def test_the_overview_starts_without_jax(place):
 
 
 # ------------------------------------------------------------------------------------ in this process: what is said
-
-
-@pytest.fixture
-def typed(place, monkeypatch, capsys):
-    """typed(*args) -> (exit status, stdout, stderr), in `place`."""
-    monkeypatch.chdir(place)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main(list(args))
-        except SystemExit as e:  # tyro's way
-            status = e.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
-@pytest.fixture
-def mistake(typed):
-    """mistake(*args): stderr of a command that a person typed wrong: one or two sentences, exit status 2."""
-    def run(*args: str) -> str:
-        status, out, err = typed(*args)
-        assert status == 2, (status, out, err)
-        assert "Traceback" not in out + err
-        assert err.startswith("error: ") and err.count("\n") == 1, err
-        return err
-
-    return run
 
 
 def test_nothing_typed(typed):

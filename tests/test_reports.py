@@ -4,7 +4,7 @@ import csv
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from lab import loop, restore
-from lab.__main__ import main
 from lab.data.bundled import Sklearn
 from lab.data.dataset import Dataset
 from lab.data.pipeline import Arrays
@@ -219,35 +218,10 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def typed(place, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """typed(*args) -> (exit status, stdout, stderr), in `place`; what two commands compute is compiled once."""
-    monkeypatch.chdir(place)
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """What two commands compute is compiled once."""
     monkeypatch.setattr(restore, "Program", opened)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status = main([str(a) for a in args])
-        except SystemExit as e:  # tyro's way
-            status = e.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
-@pytest.fixture
-def mistake(typed) -> Callable[..., str]:
-    """mistake(*args): stderr of a command that a person typed wrong: one or two sentences, exit status 2."""
-    def run(*args: str) -> str:
-        status, out, err = typed(*args)
-        assert status == 2, (status, out, err)
-        assert "Traceback" not in out + err
-        assert err.startswith("error: ") and err.count("\n") == 1, err
-        return err
-
-    return run
 
 
 def written(place: Path, name: str) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from lab.data.idx import Idx, read_idx
 from lab.data.image_decode import MODES, Form, decoded, reshaped
 from lab.data.image_records import Found, Part, find
 from lab.data.image_sources import Files, ImageFolder, Opened, Pixels, Tfds, images_in
-from lab.data.pipeline import Arrays, Records, shuffled
+from lab.data.pipeline import Arrays, Records, fixed_order
 from lab.errors import UserError
 
 Source = Idx | ImageFolder | Tfds | Sklearn
-SPLIT_SEED = 0
 LOOK = 1000  # training images whose mean and standard deviation the screen shows
 
 
@@ -180,7 +179,7 @@ class Images:
             raise UserError(f"{title} has {n:,} images: {held:,} for test and {count:,} for validation leave none.")
         if held or count:
             rule.append("by a fixed shuffle that is the same for every seed")
-            order = shuffled(np.arange(n), 0, SPLIT_SEED, n).astype(np.int64)
+            order = fixed_order(n)
             parts = {"test": order[:held], "validation": order[held : held + count], "train": order[held + count :]}
             found = found | {name: _part(train, np.sort(rows)) for name, rows in parts.items() if len(rows)}
         if self.validation == 0:

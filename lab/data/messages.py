@@ -13,7 +13,7 @@ from lab.data.bundled import Sklearn
 from lab.data.columns import Csv, read_columns
 from lab.data.dataset import Dataset
 from lab.data.message_sources import SPLITS, Labelled, PythonPackages, TextFolder, Tfds, check_classes, load
-from lab.data.pipeline import Arrays, shuffled
+from lab.data.pipeline import Arrays, fixed_order
 from lab.data.saved import Saved, saved_form
 from lab.data.sources import read_text
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, FittedWords, Words, with_padding
@@ -25,7 +25,6 @@ Tokenizer = Words | Saved | BPE | GPT2 | Bytes | Chars
 Lines = dict[str, str | int | float]
 
 FORMAT = 1  # of the records; a new number makes other fingerprints
-SPLIT_SEED = 0
 AT_ONCE = 1 << 22  # characters encoded at once: enough for all cores, and about 200 MB of the tokenizer's objects
 FEW = 1000  # training messages below which the reference keeps words that only one of them has
 
@@ -208,7 +207,7 @@ def put_aside(texts: list[str], labels: np.ndarray, shares: tuple[float, ...]) -
     """
     first: dict[str, int] = {}
     original = np.array([first.setdefault(text, i) for i, text in enumerate(texts)])
-    order = np.argsort(shuffled(np.arange(len(texts)), 0, SPLIT_SEED, len(texts)))
+    order = np.argsort(fixed_order(len(texts)))
     order = order[original[order] == order]
     where = np.zeros(len(texts), np.int64)
     for label in np.unique(labels):

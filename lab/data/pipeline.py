@@ -97,6 +97,11 @@ def shuffled(position: Any, epoch: int, seed: int, size: int, xp: ModuleType = n
     return x.reshape(np.shape(position))
 
 
+def fixed_order(size: int) -> np.ndarray:
+    """An order of `size` records, int64 (size,), that is the same for every run: who goes into which split."""
+    return shuffled(np.arange(size), 0, 0, size).astype(np.int64)
+
+
 def train_indices(step: int, batch: int, size: int, seed: int) -> np.ndarray:
     """The records of one training batch, int64 (batch,). `step`: completed updates before it, from 0.
 

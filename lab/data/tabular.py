@@ -14,10 +14,9 @@ from lab.data.bundled import Sklearn
 from lab.data.columns import Columns, Csv, class_targets, is_numeric, read_columns
 from lab.data.dataset import Dataset
 from lab.data.features import Category, Feature, Target, encode, fit, gaps, known_numbers, moments, some
-from lab.data.pipeline import Arrays, shuffled
+from lab.data.pipeline import Arrays, fixed_order
 from lab.errors import UserError
 
-SPLIT_SEED = 0
 Lines = dict[str, str | int | float]
 FEW = 20  # different whole numbers up to which a target is taken for classes
 
@@ -145,7 +144,7 @@ def split(n: int, test: float, validation: float) -> dict[str, np.ndarray]:
     second = first + max(round(validation * (n - first)), 1)
     if n - second < 2:
         raise UserError(f"{n} rows are too few for a split with test={test} and validation={validation}.")
-    order = shuffled(np.arange(n), 0, SPLIT_SEED, n).astype(np.int64)
+    order = fixed_order(n)
     parts = {"train": order[second:], "validation": order[first:second], "test": order[:first]}
     return {name: np.sort(rows) for name, rows in parts.items()}
 
