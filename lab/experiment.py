@@ -226,6 +226,11 @@ def from_json(value: Any) -> Any:
         raise UserError(f"This run was made by other code: {value['class']} cannot be built again ({e}).") from e
 
 
+def flat(value: Any) -> dict[str, Any]:
+    """Dotted path -> plain value, of everything in an experiment."""
+    return {path: item for path, item, _ in differences(to_json(value), {})}
+
+
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two JSON values differ: (dotted path, in a, in b)."""
     if isinstance(a, dict) and isinstance(b, dict):

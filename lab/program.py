@@ -59,7 +59,8 @@ class Program:
         self.experiment = experiment
         self.spec = self.train_spec = batch_spec(experiment)
         self.mesh = make_mesh(experiment.mesh.data)
-        self.seed = jax.device_put(np.uint32(experiment.seed), NamedSharding(self.mesh, PartitionSpec()))
+        self.everywhere = NamedSharding(self.mesh, PartitionSpec())  # what every process can read
+        self.seed = jax.device_put(np.uint32(experiment.seed), self.everywhere)
         self.stacked = experiment.dispatch > 1
         self.rows = process_rows(experiment.batch)
         self.eval_batch = experiment.batch // experiment.microbatches  # what memory was meant for
@@ -84,7 +85,7 @@ class Program:
         def step(state: State, batch: Any, seed: jax.Array) -> Any:
             return make(replace(self.experiment, seed=seed))(state, batch)
 
-        return jax.jit(step)
+        return jax.jit(step, out_shardings=self.everywhere)
 
     def init(self, given: dict[str, Any] | None = None) -> State:
         """The state before the first update, created where it lives; `given`: see `init_state`."""
@@ -114,7 +115,7 @@ class Program:
 
         rows_sharding = batch_sharding(self.mesh, self.experiment.batch, self.experiment.microbatches)
         jitted = jax.jit(update, donate_argnums=0, in_shardings=(self.shardings, self.train_sharding, None, None),
-                         out_shardings=(self.shardings, None))
+                         out_shardings=(self.shardings, self.everywhere))
         leading = (self.experiment.dispatch,) if self.stacked else ()
         batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.train_spec)
         start = time.monotonic()

@@ -10,10 +10,12 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lab.distributed import Processes
 from lab.errors import UserError
 from lab.experiment import ROOT, Experiment, differences, from_json, load, to_json
 from lab.metrics import replace_file
@@ -57,6 +59,21 @@ def alone(folder: Path) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+def shared(folder: Path, processes: Processes) -> None:
+    """Returns when process 0 has made the folder and every process sees it.
+
+    Raises:
+      UserError: this process does not see it.
+    """
+    processes.gather(None)
+    limit = time.monotonic() + 10  # a network file system may show new files late
+    while not (folder / "experiment.json").exists():
+        if time.monotonic() > limit:
+            raise UserError(f"It does not see {folder.absolute()}, which process 0 has made. The run folder must be on "
+                            f"a disk that all machines share: --run-dir.")
+        time.sleep(0.2)
 
 
 def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fingerprint: str) -> None:
