@@ -193,10 +193,11 @@ def compare(processes: Processes, experiment: Experiment, folder: Path, file: Pa
     """
     if processes.count > 1:
         from lab.distributed import code_version
-        from lab.experiment import flat
+        from lab.experiment import flat, to_json
 
-        flags = {f"--{name}": value for name, value in flat(experiment).items()} | {"--run-dir": str(folder)}
+        flags = {f"--{name}": value for name, value in flat(to_json(experiment)).items()}
         processes.check_same(flags, "Start all processes with the same flags.")
+        processes.check_same({"--run-dir": str(folder)}, "Start all processes with the same run folder.")
         processes.check_same(code_version(file), "Bring all machines to the same code and packages.")
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from lab.channel import Channel, Hub
+from lab.channel import TOLD, Channel, Hub
 from lab.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,7 +180,8 @@ class Processes:
         if not self._channel:
             return
         if isinstance(error, SystemExit):
-            self.leave(error.code if isinstance(error.code, int) else int(error.code is not None))
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            self.leave(status, "" if status in TOLD else f"It ended with exit status {status}; see what it printed.")
         import jax
 
         if isinstance(error, jax.errors.JaxRuntimeError):
@@ -215,8 +216,9 @@ def start() -> Processes:
     if launch is None:
         return Processes()
     seconds, silence = _seconds("LAB_START_SECONDS", START_SECONDS), _seconds("LAB_SILENCE_SECONDS", SILENCE_SECONDS)
-    if launch.process:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (only process 0 talks)
+    # Only process 0 talks, and not the C++ code in it: Gloo greets every peer on standard output.
+    sys.stdout = open(os.devnull if launch.process else os.dup(1), "w", buffering=1)  # noqa: SIM115
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     port = launch.port + 1 if launch.port < 65535 else launch.port - 1
     if launch.process == 0:
         Hub(launch.host, port, launch.processes, seconds, silence)
@@ -237,7 +239,8 @@ def _initialize(launch: Launch, processes: Processes, seconds: float, silence: f
 
     address = f"[{launch.host}]:{launch.port}" if ":" in launch.host else f"{launch.host}:{launch.port}"
     bind = address if launch.host in ("localhost", "127.0.0.1") else None
-    os.environ.setdefault("no_grpc_proxy", launch.host)  # a company's proxy would not reach it
+    if any("_proxy" in name.lower() for name in os.environ):
+        os.environ.setdefault("no_grpc_proxy", launch.host)  # a company's proxy would not reach it
     late = threading.Timer(seconds, processes.leave, (2, f"JAX's runtime at {address} was not reached within "
                                                          f"{seconds:g} s. Is that port open between the machines?"))
     late.daemon = True

@@ -226,9 +226,12 @@ def from_json(value: Any) -> Any:
         raise UserError(f"This run was made by other code: {value['class']} cannot be built again ({e}).") from e
 
 
-def flat(value: Any) -> dict[str, Any]:
-    """Dotted path -> plain value, of everything in an experiment."""
-    return {path: item for path, item, _ in differences(to_json(value), {})}
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> plain value, of a JSON value."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {name: item for key, inner in value.items()
+            for name, item in flat(inner, f"{path}.{key}" if path else key).items()}
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
