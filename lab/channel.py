@@ -16,13 +16,14 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from lab.errors import UserError
 
 GRACE = 1.0  # seconds in which process 0 may come to say the same mistake itself
+LEAVE = 3.0  # seconds in which the others end before process 0 does: JAX aborts them when its service is gone
 LONGEST = 1 << 26  # bytes of one message
 TOLD = (0, 75, 130)  # exit statuses that are no error
 
@@ -49,6 +50,7 @@ class Hub:
         self._names: dict[int, str] = {}
         self._gathered: dict[int, dict[int, Any]] = defaultdict(dict)
         self._calls: dict[int, int] = {}
+        self._gone: set[int] = set()
         self._stopping = self._over = False
         self._lock = threading.RLock()
         try:
@@ -107,17 +109,16 @@ class Hub:
             how = f"has not been heard of for {self.silence:g} s"
         except (OSError, ValueError):
             pass
+        self._gone.add(process)
         self._end(1, f"Process {process} ({name}) {how}. All processes stop; the same command goes on from the last "
                      f"checkpoint.")
 
     def _handle(self, process: int, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "end":
-            sentence = message["sentence"]
-            if process:
-                time.sleep(GRACE)
-                sentence = sentence and f"Process {process} ({self._names[process]}): {sentence}"
-            self._end(message["status"], sentence)
+            # In a thread of its own, because this one has to see that connection end.
+            words = process, message["status"], message["sentence"]
+            threading.Thread(target=self._left, args=words, name="hub", daemon=True).start()
         with self._lock:
             if kind == "gather":
                 values = self._gathered[message["number"]]
@@ -134,6 +135,12 @@ class Hub:
                 if len(self._calls) == self.processes:
                     self._send({"kind": "stop_at", "call": max(self._calls.values()) + 1})
 
+    def _left(self, process: int, status: int, sentence: str) -> None:
+        if process:
+            time.sleep(GRACE)
+            sentence = sentence and f"Process {process} ({self._names[process]}): {sentence}"
+        self._end(status, sentence)
+
     def _ping(self) -> None:
         while not self._over:
             time.sleep(self.silence / 4)
@@ -141,14 +148,20 @@ class Hub:
 
     def _end(self, status: int, sentence: str) -> None:
         with self._lock:
-            if not self._over:
-                self._over = True
-                self._send({"kind": "end", "status": status, "sentence": sentence})
+            if self._over:
+                return
+            self._over = True
+        message, others = {"kind": "end", "status": status, "sentence": sentence}, self._sockets.keys() - {0}
+        self._send(message, others)
+        limit = time.monotonic() + LEAVE
+        while others - self._gone and time.monotonic() < limit:
+            time.sleep(0.01)
+        self._send(message, {0})  # it takes this hub with it
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any], processes: Iterable[int] | None = None) -> None:
         data = _encoded(message)
         with self._lock:
-            for process in sorted(self._sockets, reverse=True):  # process 0 last: it takes this hub with it
+            for process in self._sockets.keys() & (self._sockets if processes is None else processes):
                 with contextlib.suppress(OSError):
                     self._sockets[process].sendall(data)
 
@@ -230,7 +243,7 @@ class Channel:
         self._leaving = True
         with self._change:
             self._write({"kind": "end", "status": status, "sentence": sentence})
-            self._change.wait_for(lambda: self._left, GRACE + 1)
+            self._change.wait_for(lambda: self._left, GRACE + LEAVE + 1)
         self._exit(status)
 
     # --------------------------------------------------------------------------------------------- for the own threads
@@ -286,6 +299,7 @@ class Channel:
         if sentence and aloud:
             clear = b"\r\033[K\033[?25h" if sys.stderr.isatty() else b""  # the live line, and its hidden cursor
             os.write(2, clear + sentence.encode() + b"\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what JAX's threads say while they are torn down helps nobody
         if sentence and self.log:
             with contextlib.suppress(OSError), self.log.open("a") as log:
                 log.write(sentence + "\n")
