@@ -126,7 +126,8 @@ class Hub:
                 if len(values) == self.processes:
                     del self._gathered[message["number"]]
                     self._over |= message["last"]
-                    self._send({"kind": "gathered", "values": [values[k] for k in range(self.processes)]})
+                    self._send({"kind": "gathered", "values": [values[k] for k in range(self.processes)],
+                                "last": message["last"]})
             elif kind == "stop" and not self._stopping:
                 self._stopping = True
                 self._send({"kind": "report", "signal": message["signal"]})
@@ -161,7 +162,8 @@ class Hub:
     def _send(self, message: dict[str, Any], processes: Iterable[int] | None = None) -> None:
         data = _encoded(message)
         with self._lock:
-            for process in self._sockets.keys() & (self._sockets if processes is None else processes):
+            chosen = self._sockets.keys() & (self._sockets if processes is None else processes)
+            for process in sorted(chosen, reverse=True):  # process 0 last: it may end at once, and this hub with it
                 with contextlib.suppress(OSError):
                     self._sockets[process].sendall(data)
 
@@ -221,7 +223,6 @@ class Channel:
         self._write({"kind": "gather", "number": self._gathers, "value": value, "last": last})
         with self._change:
             self._change.wait_for(lambda: self._values is not None)
-            self._closed |= last
             return self._values
 
     def stopping(self, wanted: int | None) -> int | None:
@@ -281,6 +282,7 @@ class Channel:
                     self._socket.settimeout(self.silence)
                 case "gathered":
                     self._values = message["values"]
+                    self._closed |= message["last"]  # here, because the hub may be gone before the main thread wakes
                 case "report":
                     self._reporting, self._signal = True, message["signal"]
                     self._write({"kind": "calls", "calls": self._calls})
