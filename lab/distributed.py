@@ -225,7 +225,8 @@ def start() -> Processes:
     channel = Channel(launch.host, port, launch.process, launch.processes, seconds, silence)
     processes = Processes(launch, channel)
     _initialize(launch, processes, seconds, silence)
-    signal.signal(signal.SIGTERM, _told_to_stop)  # in place of JAX's, which only notes it
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # in place of JAX's, which only notes a SIGTERM
+        signal.signal(number, _told_to_stop)
     return processes
 
 
