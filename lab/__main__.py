@@ -148,6 +148,9 @@ class TrainOptions:
 
     run_dir: Path | None = None
     """Folder of the run; by default runs/<experiment>-<fingerprint>."""
+    checkpoint_dir: str | None = None
+    """Folder or bucket (gs://BUCKET/RUN, LAB_EXTRAS=bucket) for checkpoints; by default they are in the run folder.
+    With a bucket, machines need not share a disk: the run folder is process 0's."""
     tensorboard: bool = False
     """Also write TensorBoard event files to tensorboard/ in the run folder (needs LAB_EXTRAS=tensorboard)."""
     dry_run: bool = False
@@ -171,21 +174,23 @@ def train(args: Sequence[str], processes: Processes) -> int:
     from lab.console import Screen
 
     folder = options.run_dir or Path("runs") / f"{path.stem}-{experiment.fingerprint()}"
-    compare(processes, experiment, folder, path)
+    compare(processes, experiment, options, folder, path)
     result = processes.share(loop.finished(folder) if processes.first else None)
     with Screen(quiet=not processes.first) as screen:
         screen.say(f"Run folder: {folder}")
         if result is not None:
             from lab.run_folder import check_same
 
-            check_same(folder, experiment, experiment.data.load().fingerprint)
+            if processes.first:
+                check_same(folder, experiment, experiment.data.load().fingerprint)
             screen.say("This run is finished already. Delete its folder, or change the seed, to run it again.")
             screen.say(loop.describe_result(result))
             return 0
-        return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes)
+        return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes,
+                          checkpoints=options.checkpoint_dir)
 
 
-def compare(processes: Processes, experiment: Experiment, folder: Path, file: Path) -> None:
+def compare(processes: Processes, experiment: Experiment, options: TrainOptions, folder: Path, file: Path) -> None:
     """Returns when all processes have come here with the same experiment, run folder and code.
 
     Raises:
@@ -197,7 +202,8 @@ def compare(processes: Processes, experiment: Experiment, folder: Path, file: Pa
 
         flags = {f"--{name}": value for name, value in flat(to_json(experiment)).items()}
         processes.check_same(flags, "Start all processes with the same flags.")
-        processes.check_same({"--run-dir": str(folder)}, "Start all processes with the same run folder.")
+        folders = {"--run-dir": str(folder), "--checkpoint-dir": options.checkpoint_dir}
+        processes.check_same(folders, "Start all processes with the same flags.")
         processes.check_same(code_version(file), "Bring all machines to the same code and packages.")
 
 

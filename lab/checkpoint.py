@@ -79,7 +79,9 @@ class Checkpoints:
         self.folder, self.processes, self._ocp = folder, processes, ocp
         settings = ({"read_only": True, "create": False} if options is None else
                     {"preservation_policy": _Keep(options, best), "cleanup_tmp_directories": True})
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(
+        self.remote = "://" in str(folder)
+        place = folder if self.remote else folder.absolute()
+        self._manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1), **settings))
 
     def steps(self) -> list[int]:
@@ -93,8 +95,8 @@ class Checkpoints:
           UserError: the disk is too full or not writable. What was saved before stays.
         """
         need = sum(x.nbytes for x in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
-        if free < need:
+        free = None if self.remote else shutil.disk_usage(self.folder).free
+        if free is not None and free < need:
             raise UserError(f"The disk of {self.folder} is full: a checkpoint needs {need / 1e6:.0f} MB and "
                             f"{free / 1e6:.0f} MB are free. Free some and run the same command: it goes on from the "
                             f"last checkpoint.")
@@ -159,7 +161,8 @@ class Checkpoints:
         for later in [s for s in self.steps() if s > step]:
             aside = self.folder.parent / f"damaged-checkpoint-{later}"
             if self.processes.first:
-                shutil.rmtree(aside, ignore_errors=True)
+                if aside.exists():
+                    aside.rmtree() if self.remote else shutil.rmtree(aside, ignore_errors=True)
                 (self.folder / str(later)).rename(aside)
             log.warning("It is now %s; the run goes on from step %d.", aside, step)
         self.processes.gather(None)

@@ -167,7 +167,7 @@ class Processes:
         if not self._channel:
             return None
         self._channel.log = folder / "logs" / f"process-{self.process}.txt"
-        self._channel.log.parent.mkdir(exist_ok=True)
+        self._channel.log.parent.mkdir(parents=True, exist_ok=True)
         return self._channel.log
 
     def leave(self, status: int, sentence: str = "") -> None:

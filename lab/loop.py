@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import shutil
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from lab.experiment import Experiment
 from lab.plan import make_plan
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
-from lab.run_folder import alone, open_folder, read_json, shared, write_json
+from lab.run_folder import alone, checkpoint_folder, open_folder, read_json, shared, write_json
 from lab.step import State
 from lab.tasks.base import Outcome
 
@@ -67,8 +66,10 @@ class _Stop:
 
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
-          tensorboard: bool = False, processes: Processes = ALONE) -> int:
+          tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None) -> int:
     """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status, in each process.
+
+    `checkpoints`: another place for them than the run folder, see `checkpoint_folder`.
 
     0: finished. 75 / 130: SIGTERM / SIGINT, state saved, the same command goes on. 1: diverged.
 
@@ -81,18 +82,22 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
         experiment.model.check(data.facts)
         processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
         with alone(folder) if processes.first else contextlib.nullcontext():
+            place = checkpoint_folder(folder, checkpoints)
             if processes.first:
-                open_folder(folder, experiment, file, data.fingerprint)
+                remote = None if place == folder / "checkpoints" else str(place)
+                open_folder(folder, experiment, file, data.fingerprint, remote)
                 if state := getattr(data, "tokenizer_state", None):
                     metrics.replace_file(folder / "tokenizer.json", state)
-            shared(folder, processes)
+            processes.gather(None)  # now the folder is there
+            if checkpoints is None:
+                shared(folder)
             screen.record(processes.log(folder))
-            return _train(experiment, folder, screen, data, tensorboard, processes)
+            return _train(experiment, folder, place, screen, data, tensorboard, processes)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _train(experiment: Experiment, folder: Path, screen: Screen, data: Any, tensorboard: bool,
+def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,
            processes: Processes) -> int:
     for line in facts(data.summary):
         screen.say(line)
@@ -100,7 +105,7 @@ def _train(experiment: Experiment, folder: Path, screen: Screen, data: Any, tens
     screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
                f"compute in {experiment.precision}")
     with _Stop(processes).listening() as stop:
-        run = _Run(experiment, folder, screen, data, stop, tensorboard)
+        run = _Run(experiment, folder, checkpoints, screen, data, stop, tensorboard)
         try:
             return run.go()
         except Diverged as e:
@@ -113,15 +118,15 @@ def _train(experiment: Experiment, folder: Path, screen: Screen, data: Any, tens
 class _Run:
     """One run: the pure program, and around it the rows, checkpoints and clock."""
 
-    def __init__(self, experiment: Experiment, folder: Path, screen: Screen, data: Any, stop: _Stop, tensorboard: bool):
+    def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: _Stop,
+                 tensorboard: bool):
         self.experiment, self.screen, self.data, self.stop = experiment, screen, data, stop
         self.folder = stop.processes.own_folder(folder)
         self.program = Program(experiment, data.train)
-        self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoint, lambda: self.best_step,
-                                       stop.processes)
+        self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes)
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
-        self.rows = self._open_rows(folder / "metrics.jsonl")
+        self.rows = self._open_rows()
         self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
         self.board = _tensorboard(folder) if tensorboard else None
         self.pending: tuple[int, Any] | None = None
@@ -129,15 +134,12 @@ class _Run:
         self.batches: Prefetch | None = None
         self.clock = _Clock(experiment, data, self.step, self.program.mesh.size)
 
-    def _open_rows(self, path: Path) -> metrics.Rows:
-        """The rows so far, the same in every process: decisions follow from them."""
-        processes, own = self.stop.processes, self.folder / path.name
-        if processes.first:
-            rows = metrics.Rows(path, self.step)
-        processes.gather(None)
+    def _open_rows(self) -> metrics.Rows:
+        """The rows so far; in other processes than the first only its evaluations, from which decisions follow."""
+        processes, rows = self.stop.processes, metrics.Rows(self.folder / "metrics.jsonl", self.step)
+        evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
         if not processes.first:
-            shutil.copyfile(path, own)
-            rows = metrics.Rows(own, self.step)
+            rows.rows = evaluations
         return rows
 
     def _restore_or_init(self) -> State:

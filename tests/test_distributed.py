@@ -3,6 +3,7 @@
 What needs no JAX runs on `lab.channel` alone, in processes that start in 0.1 s.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from lab.errors import UserError
 from lab.experiment import Checkpoint, Mesh, flat, load
 from lab.local import devices_of
 from lab.metrics import read_rows
+from lab.run_folder import checkpoint_folder
 from lab.tasks.language import LanguageModel
 from tests.conftest import ROOT
 from tests.test_cli import EXPERIMENT, WORDS
@@ -211,6 +213,27 @@ def test_a_mistake_that_all_make(place):
     assert status == 2
     assert re.search(r"error: .*--batch 6 is not divisible by 4 devices", err), err
     assert err.count("error:") == 1
+
+
+def test_checkpoints_elsewhere(place, tmp_path, monkeypatch):
+    """They are found again without being told where they are; a bucket that cannot be used is one sentence."""
+    experiment = replace(load(place / "small.py").experiment, steps=4, task=LanguageModel(samples=0))
+    monkeypatch.setattr(loop.plots, "curves", lambda *_: [])
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with Quiet(at=2, action=lambda: os.kill(os.getpid(), signal.SIGTERM)) as screen:
+        assert loop.train(experiment, folder, screen, checkpoints=str(elsewhere)) == 75
+    assert checkpoint_folder(folder) == elsewhere and not (folder / "checkpoints").exists()
+    with Quiet() as screen:
+        assert loop.train(experiment, folder, screen) == 0
+    assert any("Going on after update" in line for line in screen.lines)
+    assert (elsewhere / "4").is_dir() and not (folder / "checkpoints").exists()
+
+
+def test_a_bucket_needs_packages(tmp_path):
+    if importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed; without a network it takes 50 s to give up")
+    with pytest.raises(UserError, match="LAB_EXTRAS=bucket"):
+        checkpoint_folder(tmp_path, "gs://a-bucket/run")
 
 
 # ------------------------------------------------------------------------------------------------------- the channel
