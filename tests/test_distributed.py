@@ -215,20 +215,6 @@ def test_a_mistake_that_all_make(place):
     assert err.count("error:") == 1
 
 
-def test_checkpoints_elsewhere(place, tmp_path, monkeypatch):
-    """They are found again without being told where they are; a bucket that cannot be used is one sentence."""
-    experiment = replace(load(place / "small.py").experiment, steps=4, task=LanguageModel(samples=0))
-    monkeypatch.setattr(loop.plots, "curves", lambda *_: [])
-    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    with Quiet(at=2, action=lambda: os.kill(os.getpid(), signal.SIGTERM)) as screen:
-        assert loop.train(experiment, folder, screen, checkpoints=str(elsewhere)) == 75
-    assert checkpoint_folder(folder) == elsewhere and not (folder / "checkpoints").exists()
-    with Quiet() as screen:
-        assert loop.train(experiment, folder, screen) == 0
-    assert any("Going on after update" in line for line in screen.lines)
-    assert (elsewhere / "4").is_dir() and not (folder / "checkpoints").exists()
-
-
 def test_a_bucket_needs_packages(tmp_path):
     if importlib.util.find_spec("gcsfs"):
         pytest.skip("gcsfs is installed; without a network it takes 50 s to give up")
