@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from lab.errors import UserError
 
 if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
+    from lab.distributed import Processes
     from lab.experiment import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ def overview() -> str:
     """What can be typed."""
     rows = [("EXPERIMENT.py [--flags]", "train it, or go on; --help lists every knob, --dry-run only plans"),
             *[(f"{name} ...", summary) for name, (_, summary) in COMMANDS.items()],
+            ("--processes N EXPERIMENT.py ...", "train with N processes on this machine (2x4: with 4 devices each)"),
             ("tests [pytest arguments]", "run the tests"),
             ("prepare NAME [--data-dir D]", "download and prepare a TensorFlow Dataset"),
             ("env", "print the environment's folder, accelerator and versions"),
@@ -147,6 +149,9 @@ class TrainOptions:
 
     run_dir: Path | None = None
     """Folder of the run; by default runs/<experiment>-<fingerprint>."""
+    checkpoint_dir: str | None = None
+    """Folder or bucket (gs://BUCKET/RUN, LAB_EXTRAS=bucket) for checkpoints; by default they are in the run folder.
+    With a bucket, machines need not share a disk: the run folder is process 0's."""
     tensorboard: bool = False
     """Also write TensorBoard event files to tensorboard/ in the run folder (needs LAB_EXTRAS=tensorboard)."""
     dry_run: bool = False
@@ -157,7 +162,7 @@ class TrainOptions:
     """Run the small local twin, also with an accelerator."""
 
 
-def train(args: Sequence[str]) -> int:
+def train(args: Sequence[str], processes: Processes) -> int:
     """EXPERIMENT.py [--flags]"""
     experiment, options, path = parse(find_experiment(args[0]), args[1:], TrainOptions)
     if options.dry_run:
@@ -170,17 +175,37 @@ def train(args: Sequence[str]) -> int:
     from lab.console import Screen
 
     folder = options.run_dir or Path("runs") / f"{path.stem}-{experiment.fingerprint()}"
-    result = loop.finished(folder)
-    with Screen() as screen:
+    compare(processes, experiment, options, folder, path)
+    result = processes.share(loop.finished(folder) if processes.first else None)
+    with Screen(quiet=not processes.first) as screen:
         screen.say(f"Run folder: {folder}")
         if result is not None:
             from lab.run_folder import check_same
 
-            check_same(folder, experiment, experiment.data.load().fingerprint)
+            if processes.first:
+                check_same(folder, experiment, experiment.data.load().fingerprint)
             screen.say("This run is finished already. Delete its folder, or change the seed, to run it again.")
             screen.say(loop.describe_result(result))
             return 0
-        return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard)
+        return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes,
+                          checkpoints=options.checkpoint_dir)
+
+
+def compare(processes: Processes, experiment: Experiment, options: TrainOptions, folder: Path, file: Path) -> None:
+    """Returns when all processes have come here with the same experiment, run folder and code.
+
+    Raises:
+      UserError: this process has something else than process 0.
+    """
+    if processes.count > 1:
+        from lab.distributed import code_version
+        from lab.experiment import flat, to_json
+
+        flags = {f"--{name}": value for name, value in flat(to_json(experiment)).items()}
+        processes.check_same(flags, "Start all processes with the same flags.")
+        folders = {"--run-dir": str(folder), "--checkpoint-dir": options.checkpoint_dir}
+        processes.check_same(folders, "Start all processes with the same flags.")
+        processes.check_same(code_version(file), "Bring all machines to the same code and packages.")
 
 
 def evaluate(args: Sequence[str]) -> int:
@@ -243,35 +268,60 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 
+def run(args: Sequence[str], processes: Processes) -> int:
+    """Runs a command; returns the exit status."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if args[0].endswith(".py"):
+        return train(args, processes)
+    if args[0] in COMMANDS:
+        return COMMANDS[args[0]][0](args[1:])
+    names = [*COMMANDS, "tests", "prepare", "env", *experiments()]
+    near = difflib.get_close_matches(args[0], names, n=1) or [n for n in names if args[0] in n][:1]
+    raise UserError(f"There is no command {args[0]!r}." + (f" Perhaps you meant {near[0]}." if near else
+                                                           " ./launch.sh --help lists them."))
+
+
 def main(args: Sequence[str]) -> int:
-    """Runs a command; returns the exit status: 2 for what a person can fix, said in a sentence or two."""
+    """Runs a command; returns the exit status: 2 for what a person can fix, said in a sentence or two.
+
+    With several processes all of them end when one does, with its status, and process 0 says why.
+    """
+    from lab.distributed import ALONE, start
+
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS think aloud
+    processes = ALONE
     try:
-        if not args or args[0] in ("-h", "--help", "help"):
-            print(overview())
-            return 0
-        if args[0].endswith(".py"):
-            return train(args)
-        if args[0] in COMMANDS:
-            return COMMANDS[args[0]][0](args[1:])
-        names = [*COMMANDS, "tests", "prepare", "env", *experiments()]
-        near = difflib.get_close_matches(args[0], names, n=1) or [n for n in names if args[0] in n][:1]
-        raise UserError(f"There is no command {args[0]!r}." + (f" Perhaps you meant {near[0]}." if near else
-                                                               " ./launch.sh --help lists them."))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        if "--processes" in args:
+            from lab.local import start_processes
+
+            return start_processes(args)
+        if args and (args[0].endswith(".py") or args[0] == "bench"):
+            processes = start()
+        status = run(args, processes)
+        processes.close()
+        return status
+    except KeyboardInterrupt:
+        status, sentence = 130, ""
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        status, sentence = 141, ""
+    except UserError as e:
+        status, sentence = 2, str(e)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            processes.leave_by(e)
             raise
-        print(f"error: {e.filename or 'A file'} cannot be written: {e.strerror}. Free or unlock it and run the same "
-              f"command: it goes on from the last checkpoint.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        status, sentence = 2, (f"{e.filename or 'A file'} cannot be written: {e.strerror}. Free or unlock it and run "
+                               f"the same command: it goes on from the last checkpoint.")
+    except BaseException as e:
+        processes.leave_by(e)
+        raise
+    if sentence and processes.first:  # process 0 says what it hears from the others
+        print(f"error: {sentence}", file=sys.stderr)
+    processes.leave(status, sentence)
+    return status
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lab.distributed import ALONE, Processes
 from lab.errors import UserError
 from lab.experiment import Checkpoint, digest
 from lab.sharding import path_of
@@ -71,13 +72,16 @@ class _Keep:
 class Checkpoints:
     """The checkpoints of a run folder, only to read where no options are given. `best()`: the step of the best one."""
 
-    def __init__(self, folder: Path, options: Checkpoint | None = None, best: Callable[[], int | None] = lambda: None):
+    def __init__(self, folder: Path, options: Checkpoint | None = None, best: Callable[[], int | None] = lambda: None,
+                 processes: Processes = ALONE):
         import orbax.checkpoint as ocp  # 0.7 s: not for --help and --dry-run
 
-        self.folder, self._ocp = folder, ocp
+        self.folder, self.processes, self._ocp = folder, processes, ocp
         settings = ({"read_only": True, "create": False} if options is None else
                     {"preservation_policy": _Keep(options, best), "cleanup_tmp_directories": True})
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(
+        self.remote = "://" in str(folder)
+        place = folder if self.remote else folder.absolute()
+        self._manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1), **settings))
 
     def steps(self) -> list[int]:
@@ -91,8 +95,8 @@ class Checkpoints:
           UserError: the disk is too full or not writable. What was saved before stays.
         """
         need = sum(x.nbytes for x in jax.tree.leaves(state))
-        free = shutil.disk_usage(self.folder).free
-        if free < need:
+        free = None if self.remote else shutil.disk_usage(self.folder).free
+        if free is not None and free < need:
             raise UserError(f"The disk of {self.folder} is full: a checkpoint needs {need / 1e6:.0f} MB and "
                             f"{free / 1e6:.0f} MB are free. Free some and run the same command: it goes on from the "
                             f"last checkpoint.")
@@ -132,15 +136,19 @@ class Checkpoints:
         if step is not None and step not in steps:
             raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {steps}.")
         for candidate in reversed(steps) if step is None else [step]:
+            damage = None
             try:
-                return self._read(candidate, target)
+                state = self._read(candidate, target)
             except UserError:
                 raise
             except Exception as e:  # whatever a damaged file makes Orbax raise; it is reported
                 if "RESOURCE_EXHAUSTED" in str(e):  # this machine's memory, not the file
                     raise
-                log.warning("The checkpoint of step %d in %s is damaged (%s).", candidate, self.folder,
-                            str(e).splitlines()[0][:120] if str(e) else type(e).__name__)
+                damage = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
+            damages = [found for found in self.processes.gather(damage) if found]
+            if not damages:
+                return state
+            log.warning("The checkpoint of step %d in %s is damaged (%s).", candidate, self.folder, damages[0])
         if step is not None:
             raise UserError(f"The checkpoint of step {step} in {self.folder} is damaged. There are {steps}.")
         if steps:
@@ -152,9 +160,12 @@ class Checkpoints:
         """Moves checkpoints later than `step` (all damaged) aside, so that their steps can be saved again."""
         for later in [s for s in self.steps() if s > step]:
             aside = self.folder.parent / f"damaged-checkpoint-{later}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(later)).rename(aside)
+            if self.processes.first:
+                if aside.exists():
+                    aside.rmtree() if self.remote else shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(later)).rename(aside)
             log.warning("It is now %s; the run goes on from step %d.", aside, step)
+        self.processes.gather(None)
         self._manager.reload()
 
     def _read(self, step: int, target: Any) -> Any:

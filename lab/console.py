@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +57,11 @@ class Screen:
         self._live = Live(console=self.console, refresh_per_second=4, transient=True) if live else None
         self._handler, self._log = _SayLog(self), logging.getLogger("lab")
         self._said = time.monotonic()
+        self._record: Path | None = None
+
+    def record(self, path: Path | None) -> None:
+        """From now on all lines go to this file, too, with the time."""
+        self._record = path
 
     def __enter__(self) -> Screen:
         self._log.addHandler(self._handler)
@@ -75,6 +81,9 @@ class Screen:
 
     def say(self, line: str) -> None:
         """A line that stays."""
+        if self._record:
+            with self._record.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         self.console.print(line, markup=False)
 
     def progress(self, line: str) -> None:

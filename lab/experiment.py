@@ -261,6 +261,14 @@ def from_json(value: Any) -> Any:
         raise UserError(f"This run was made by other code: {value['class']} cannot be built again ({e}).") from e
 
 
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> plain value, of a JSON value."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {name: item for key, inner in value.items()
+            for name, item in flat(inner, f"{path}.{key}" if path else key).items()}
+
+
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two JSON values differ: (dotted path, in a, in b)."""
     if isinstance(a, dict) and isinstance(b, dict):

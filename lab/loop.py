@@ -18,16 +18,18 @@ from lab import metrics, plots
 from lab.checkpoint import Checkpoints
 from lab.console import Screen, clock, facts, human
 from lab.data.pipeline import Prefetch, eval_batches, train_batch, train_indices
+from lab.distributed import ALONE, Processes
 from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.plan import make_plan
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
-from lab.run_folder import alone, open_folder, read_json, write_json
+from lab.run_folder import alone, checkpoint_folder, open_folder, read_json, shared, write_json
 from lab.step import State
 from lab.tasks.base import Outcome
 
-EXIT = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75 (EX_TEMPFAIL) tells a launcher: saved, start me again
+# 75 (EX_TEMPFAIL) tells a launcher: saved, start me again. SIGUSR1 is what SLURM and mpirun can be asked to send.
+EXIT = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
 class Diverged(Exception):
@@ -35,16 +37,22 @@ class Diverged(Exception):
 
 
 class _Stop:
-    """Remembers the first signal; a second one ends the process as if nothing listened."""
+    """Remembers the first signal; a second one ends the process as if nothing listened.
 
-    def __init__(self) -> None:
+    Of several processes all stop at the same call, whichever got the signal: all must ask at the same places.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self.signal: int | None = None
+        self._caught: int | None = None
 
     def __call__(self) -> bool:
+        self.signal = self.signal or self.processes.stopping(self._caught)
         return self.signal is not None
 
     def _handle(self, number: int, frame: Any) -> None:
-        self.signal = number
+        self._caught = number
         signal.signal(number, signal.SIG_DFL)
 
     @contextlib.contextmanager
@@ -58,8 +66,10 @@ class _Stop:
 
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
-          tensorboard: bool = False) -> int:
-    """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status.
+          tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None) -> int:
+    """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status, in each process.
+
+    `checkpoints`: another place for them than the run folder, see `checkpoint_folder`.
 
     0: finished. 75 / 130: SIGTERM / SIGINT, state saved, the same command goes on. 1: diverged.
 
@@ -70,22 +80,32 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
     try:
         data = experiment.data.load()
         experiment.model.check(data.facts)
-        with alone(folder):
-            open_folder(folder, experiment, file, data.fingerprint)
-            if state := getattr(data, "tokenizer_state", None):
-                metrics.replace_file(folder / "tokenizer.json", state)
-            return _train(experiment, folder, screen, data, tensorboard)
+        processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
+        with alone(folder) if processes.first else contextlib.nullcontext():
+            place = checkpoint_folder(folder, checkpoints)
+            if processes.first:
+                remote = None if place == folder / "checkpoints" else str(place)
+                open_folder(folder, experiment, file, data.fingerprint, remote)
+                if state := getattr(data, "tokenizer_state", None):
+                    metrics.replace_file(folder / "tokenizer.json", state)
+            processes.gather(None)  # now the folder is there
+            if checkpoints is None:
+                shared(folder)
+            screen.record(processes.log(folder))
+            return _train(experiment, folder, place, screen, data, tensorboard, processes)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _train(experiment: Experiment, folder: Path, screen: Screen, data: Any, tensorboard: bool) -> int:
+def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,
+           processes: Processes) -> int:
     for line in facts(data.summary):
         screen.say(line)
-    screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}), "
+    among = f" in {processes.count} processes" if processes.count > 1 else ""
+    screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
                f"compute in {experiment.precision}")
-    with _Stop().listening() as stop:
-        run = _Run(experiment, folder, screen, data, stop, tensorboard)
+    with _Stop(processes).listening() as stop:
+        run = _Run(experiment, folder, checkpoints, screen, data, stop, tensorboard)
         try:
             return run.go()
         except Diverged as e:
@@ -98,19 +118,29 @@ def _train(experiment: Experiment, folder: Path, screen: Screen, data: Any, tens
 class _Run:
     """One run: the pure program, and around it the rows, checkpoints and clock."""
 
-    def __init__(self, experiment: Experiment, folder: Path, screen: Screen, data: Any, stop: _Stop, tensorboard: bool):
-        self.experiment, self.folder, self.screen, self.data, self.stop = experiment, folder, screen, data, stop
+    def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: _Stop,
+                 tensorboard: bool):
+        self.experiment, self.screen, self.data, self.stop = experiment, screen, data, stop
+        self.folder = stop.processes.own_folder(folder)
         self.program = Program(experiment, data.train)
-        self.checkpoints = Checkpoints(folder / "checkpoints", experiment.checkpoint, lambda: self.best_step)
+        self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes)
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
-        self.rows = metrics.Rows(folder / "metrics.jsonl", self.step)
+        self.rows = self._open_rows()
         self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
         self.board = _tensorboard(folder) if tensorboard else None
         self.pending: tuple[int, Any] | None = None
         self.evaluated: Outcome | None = None  # the last evaluation of this process
         self.batches: Prefetch | None = None
         self.clock = _Clock(experiment, data, self.step, self.program.mesh.size)
+
+    def _open_rows(self) -> metrics.Rows:
+        """The rows so far; in other processes than the first only its evaluations, from which decisions follow."""
+        processes, rows = self.stop.processes, metrics.Rows(self.folder / "metrics.jsonl", self.step)
+        evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
+        if not processes.first:
+            rows.rows = evaluations
+        return rows
 
     def _restore_or_init(self) -> State:
         state = self.checkpoints.restore(self.program.abstract)

@@ -65,6 +65,7 @@ class Program:
         self.experiment = experiment
         self.spec = self.train_spec = batch_spec(experiment)
         self.mesh = make_mesh(experiment.mesh, devices)
+        self.everywhere = NamedSharding(self.mesh, PartitionSpec())  # what every process can read
         self.stacked = experiment.dispatch > 1
         self.eval_batch = experiment.batch // experiment.microbatches  # what memory was meant for
         self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches,
@@ -78,18 +79,14 @@ class Program:
         self._predict = self._seeded(make_predict_step)
         self.resident = None
         if train is not None and fits(experiment, train):
-            self.resident = jax.device_put(train.arrays, self._everywhere)
+            self.resident = jax.device_put(train.arrays, self.everywhere)
             self.train_spec = _numbered(experiment.batch)
         self.train_records = train if self.resident is None else Numbers(len(train))
-
-    @property
-    def _everywhere(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
 
     @functools.cached_property
     def seed(self) -> jax.Array:
         """The experiment's seed, on every device."""
-        return jax.device_put(np.uint32(self.experiment.seed), self._everywhere)
+        return jax.device_put(np.uint32(self.experiment.seed), self.everywhere)
 
     @functools.cached_property
     def rows(self) -> slice:
@@ -107,7 +104,7 @@ class Program:
             with constrained(self.mesh):
                 return make(replace(self.experiment, seed=seed))(state, batch)
 
-        return jax.jit(step, out_shardings=self._everywhere)
+        return jax.jit(step, out_shardings=self.everywhere)
 
     def init(self, given: dict[str, Any] | None = None) -> State:
         """The state before the first update, created where it lives; `given`: see `init_state`."""
@@ -141,8 +138,8 @@ class Program:
 
         rows_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches)
         jitted = jax.jit(update, donate_argnums=0,
-                         in_shardings=(self.shardings, self.train_sharding, self._everywhere, self._everywhere),
-                         out_shardings=(self.shardings, self._everywhere))
+                         in_shardings=(self.shardings, self.train_sharding, self.everywhere, self.everywhere),
+                         out_shardings=(self.shardings, self.everywhere))
         leading = (experiment.dispatch,) if self.stacked else ()
         batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.train_spec)
         lowered = jitted.lower(self.abstract, batch, jax.ShapeDtypeStruct((), np.uint32), self.resident)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lab.data.pipeline import eval_batches
 from lab.errors import UserError
@@ -26,8 +27,17 @@ def make_outcome(program: Program, state: State, data: Any, split: str, means: M
     records = getattr(data, split)
     experiment = program.experiment
     predictions = functools.partial(predict, program, state, records)
-    return Outcome(experiment.model, eval_variables(experiment, state), data, records, split, means, counts,
+    variables = functools.partial(variables_here, experiment, state)
+    return Outcome(experiment.model, variables, data, records, split, means, counts,
                    predictions, int(jax.device_get(state.step)), experiment.seed, folder)
+
+
+def variables_here(experiment: Experiment, state: State) -> dict[str, Any]:
+    """`eval_variables`; with several processes as NumPy arrays, so that each can compute with them by itself."""
+    variables = eval_variables(experiment, state)
+    if jax.process_count() == 1:
+        return variables
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), variables)
 
 
 def predict(program: Program, state: State, records: Any) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from lab.errors import UserError
 from lab.experiment import Experiment, Mesh
 from lab.metrics import best_row, read_rows
 from lab.program import Program
-from lab.run_folder import read_folder
+from lab.run_folder import checkpoint_folder, read_folder
 from lab.sharding import path_of
 from lab.step import State
 
@@ -39,14 +39,15 @@ def open_run(run: Path, step: int | None = None, best: bool = False) -> tuple[Ex
         step = best_row(rows, experiment.evaluate.metric, experiment.evaluate.mode)["step"]
         if step is None:
             raise UserError(f"{run} has no evaluation after an update yet, so no checkpoint is its best.")
-    if not (run / "checkpoints").is_dir():
+    folder = checkpoint_folder(run)
+    if not folder.is_dir():
         raise UserError(f"{run} has no checkpoint yet.")
     try:
         program = Program(experiment)
     except UserError:  # a run may be looked at on another number of devices than it was trained on
         devices = math.gcd(experiment.batch // experiment.microbatches, jax.device_count())
         program = Program(replace(experiment, mesh=Mesh(devices)))
-    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints = Checkpoints(folder)
     state = checkpoints.restore(program.abstract, step)
     checkpoints.close()
     if state is None:

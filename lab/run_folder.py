@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def alone(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strange = [p.name for p in folder.iterdir() if p.name not in ("lock", "launch") and p.suffix != ".tmp"]
+        strange = [p.name for p in folder.iterdir() if p.name not in ("lock", "launch", "logs") and p.suffix != ".tmp"]
         if strange and "experiment.json" not in strange:
             raise UserError(f"{folder} is not empty and is no run folder. Choose another with --run-dir.")
         lock = (folder / "lock").open("w")
@@ -59,7 +60,49 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fingerprint: str) -> None:
+def shared(folder: Path) -> None:
+    """Returns when this process sees the folder that process 0 has made.
+
+    Raises:
+      UserError: this process does not see it.
+    """
+    limit = time.monotonic() + 10  # a network file system may show new files late
+    while not (folder / "experiment.json").exists():
+        if time.monotonic() > limit:
+            raise UserError(f"It does not see {folder.absolute()}, which process 0 has made. The run folder must be on "
+                            f"a disk that all machines share: --run-dir.")
+        time.sleep(0.2)
+
+
+def checkpoint_folder(folder: Path, wish: str | None = None) -> Any:
+    """Where the checkpoints of a run are: where `wish` says, else where they were put before, else in its folder.
+
+    A pathlib.Path, or for a bucket an etils.epath.Path, which has the same methods.
+
+    Raises:
+      UserError: the bucket cannot be used.
+    """
+    described = folder / "experiment.json"
+    if wish is None and described.exists():
+        wish = read_json(described).get("checkpoints")
+    if wish is None or "://" not in wish:
+        return folder / "checkpoints" if wish is None else Path(wish)
+    from etils import epath
+
+    try:
+        place = epath.Path(wish)
+        place.mkdir(parents=True, exist_ok=True)
+        place.exists()
+    except ImportError as e:
+        raise UserError(f"Checkpoints in {wish} need more packages ({e}): LAB_EXTRAS=bucket ./launch.sh ...") from None
+    except Exception as e:  # of whatever library speaks to this kind of bucket
+        raise UserError(f"The bucket {wish} cannot be used ({type(e).__name__}: {str(e)[:160]}). Does it exist, and "
+                        f"are there credentials (gcloud auth application-default login)?") from e
+    return place
+
+
+def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fingerprint: str,
+                checkpoints: str | None = None) -> None:
     """Describes the run in its folder, or checks that the folder belongs to this experiment and data.
 
     Every start adds an environment file, environment.json, environment-2.json, ...: a run may change machines.
@@ -71,7 +114,7 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
     if described.exists():
         check_same(folder, experiment, data_fingerprint)
     write_json(described, {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
-                           "data": data_fingerprint, "file": str(file) if file else None})
+                           "data": data_fingerprint, "file": str(file) if file else None, "checkpoints": checkpoints})
     start = 1 + sum(1 for _ in folder.glob("environment*.json"))
     write_json(folder / f"environment{f'-{start}' if start > 1 else ''}.json", environment())
 

@@ -290,8 +290,8 @@ def test_what_does_not_fit():
 
 
 def outcome(folder: Any, variables: Any, step: int = 1, seed: int = 0) -> Outcome:
-    return Outcome(model=MODEL, variables=variables, data=None, records=None, split="validation", means={}, counts={},
-                   predictions=dict, step=step, seed=seed, folder=folder)
+    return Outcome(model=MODEL, variables_here=lambda: variables, data=None, records=None, split="validation", means={},
+                   counts={}, predictions=dict, step=step, seed=seed, folder=folder)
 
 
 def pixels(path: Any) -> np.ndarray:

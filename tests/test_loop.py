@@ -26,6 +26,7 @@ from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
 from lab.metrics import read_rows
 from lab.optim import SGD, Constant
 from lab.program import Program
+from lab.run_folder import checkpoint_folder
 from lab.step import State, init_state
 from tests.test_step import Points, apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
@@ -500,3 +501,14 @@ def test_the_folder_says_what_was_run(reference):
     environment = json.loads((reference / "environment.json").read_text())
     assert environment["versions"]["jax"] == jax.__version__ and environment["platform"] == "cpu"
     assert {f.name for f in dataclasses.fields(Experiment)} <= set(described["experiment"])
+
+
+def test_checkpoints_elsewhere(tmp_path):
+    """They are found again without being told where they are."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    stop = functools.partial(signal.raise_signal, signal.SIGTERM)
+    assert go(toy(), folder, 2, stop, checkpoints=str(elsewhere))[0] == 75
+    assert checkpoint_folder(folder) == elsewhere
+    status, said = go(toy(), folder)
+    assert status == 0 and "Going on after update" in said
+    assert (elsewhere / "12").is_dir() and not (folder / "checkpoints").exists()

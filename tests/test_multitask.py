@@ -157,7 +157,7 @@ def test_evaluation_predictions_and_report(tmp_path):
     assert columns["class prediction"] == [Data.classes[i] for i in predictions["class_prediction"]]
     np.testing.assert_allclose(columns["image error"], np.square(want[0] - want[1]).mean(1), rtol=2e-2)
 
-    lines = TASK.artifacts(Outcome(MODEL, variables(), Data(), RECORDS, "validation", found, counts,
+    lines = TASK.artifacts(Outcome(MODEL, variables, Data(), RECORDS, "validation", found, counts,
                                    lambda: predictions, 1, 0, tmp_path))
     for start in ("class: Validation split, 11 records: accuracy", "group: Validation split, 11 records: accuracy",
                   "image: Validation split, 11 records: mean squared error"):

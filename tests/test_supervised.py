@@ -413,7 +413,7 @@ class Data:
 def outcome(task, records, outputs, data, folder, split="validation"):
     found = task.predict(Identity(), VARIABLES, {"inputs": outputs} | {
         name: records.arrays[name] for name in ("scale", "offset") if name in records.arrays})
-    return Outcome(None, {}, data, records, split, {}, {}, lambda: jax.device_get(found), 0, 0, folder)
+    return Outcome(None, dict, data, records, split, {}, {}, lambda: jax.device_get(found), 0, 0, folder)
 
 
 def test_report_on_images(tmp_path):

@@ -44,8 +44,8 @@ class Outcome:
     """An evaluated model, with all that a task may write or draw about it."""
 
     model: Any
-    variables: Mapping[str, Any]
-    """Parameters to evaluate with, in the compute type, and the mutable collections."""
+    variables_here: Callable[[], Mapping[str, Any]]
+    """Computes `variables`; with several processes, all of them together."""
     data: Any
     records: Any
     """The records of the split that was evaluated."""
@@ -57,6 +57,11 @@ class Outcome:
     seed: int
     folder: Path
     """Existing; pictures and tables go here."""
+
+    @functools.cached_property
+    def variables(self) -> Mapping[str, Any]:
+        """Parameters to evaluate with, in the compute type, and the mutable collections: all on this process."""
+        return self.variables_here()
 
     @functools.cached_property
     def _predicted(self) -> dict[str, np.ndarray]:
