@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "lab").rglob("*.py"))
 INGREDIENTS = {"data", "models", "tasks", "optim", "schedules", "generate"}
-KITCHEN = {"step", "sharding", "checkpoint", "metrics", "plan", "program", "run_folder", "restore", "pretrained"}
+KITCHEN = {"step", "sharding", "checkpoint", "metrics", "plan", "program", "run_folder", "restore", "pretrained",
+           "topologies", "hlo", "roofline", "compiled_plan"}
 
 
 @functools.cache
