@@ -144,7 +144,7 @@ class Program:
         return max(bounds, default=1)
 
     def collectives(self) -> list[Collective]:
-        """Every collective; a start and its done are one, as are the pieces of one that is fused with its neighbours."""
+        """Every collective; a start and its done are one, as are the pieces of one that is fused with others."""
         found: dict[tuple[str, str], Collective] = {}
         for computation in self.computations.values():
             runs = self.runs.get(computation.name, 0)

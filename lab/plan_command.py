@@ -34,7 +34,7 @@ def show(experiment: Experiment, options: PlanOptions) -> None:
     Raises:
       UserError: an unknown machine, a missing compiler, or a mesh or batch that does not fit the devices.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     topology = topologies.find(options.on)
     if topology.chip.kind != "gpu":
         console.print(f"Compiling the update for {topology.name}; this can take minutes ...")
@@ -79,7 +79,8 @@ def _memory(console: Console, plan: CompiledPlan) -> None:
 
 def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
     table = Table("", "", show_header=False, title="Work of an update", title_justify="left")
-    table.add_row("FLOPs, all devices", f"{human(plan.model_flops)}; {human(plan.flops)} with what is recomputed")
+    table.add_row("FLOPs, all devices",
+                  f"{human(plan.model_flops)}; {human(plan.flops)} with recomputation and the optimizer")
     if plan.traffic:
         table.add_row("memory traffic of a device", human(plan.traffic) + "B")
     for kind, (times, size, sent) in hlo.totals(plan.collectives).items():
@@ -92,16 +93,17 @@ def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
         console.print("No bound on time: this chip's peaks are unknown.")
         return
     unit, units = experiment.data.unit, experiment.batch * experiment.data.units_per_record
-    table = Table("", "", show_header=False, title="Time of an update, at the least (a bound, not a forecast)",
-                  title_justify="left")
-    table.add_row("compute, at the peak", f"{bound.compute * 1e3:,.1f} ms")
-    if plan.memory.temporaries is not None:
-        table.add_row("memory", f"{bound.memory * 1e3:,.1f} ms")
-        table.add_row("network", f"{bound.network * 1e3:,.1f} ms")
-    for name, seconds in {"all at once": bound.seconds, "one after another": bound.one_by_one}.items():
+    table = Table("", "", "MFU", f"{unit} a day", f"{experiment.steps:,} updates", title_justify="left",
+                  title="Time of an update, at the least: a bound, not a forecast")
+    compiled = plan.compile_seconds is not None
+    for name in ("compute", "memory", "network") if compiled else ():
+        table.add_row(name, f"{getattr(bound, name) * 1e3:,.1f} ms")
+    table.add_section()
+    whole = {"all at once": bound.seconds, "one after another": bound.one_by_one}
+    for name, seconds in whole.items() if compiled else [("compute", bound.compute)]:
         share = mfu(plan.topology, experiment.precision, plan.model_flops, seconds)
-        table.add_row(name, f"{seconds * 1e3:,.1f} ms: MFU {share:.0%}, {human(86400 / seconds * units)} {unit} a day, "
-                            f"{human(seconds * experiment.steps / 3600)} h for {experiment.steps:,} updates")
+        table.add_row(name, f"{seconds * 1e3:,.1f} ms", f"{share:.0%}", human(86400 / seconds * units),
+                      f"{human(seconds * experiment.steps / 3600)} h")
     console.print(table)
 
 

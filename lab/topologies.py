@@ -79,7 +79,7 @@ class Topology:
 
     @property
     def links(self) -> int:
-        """Links of a chip in the middle: 2 in each direction, 1 where there are only 2 chips; of a GPU 1, its switch."""
+        """Links of a chip in the middle: 2 in each direction, 1 where there are only 2 chips; a GPU has its switch."""
         if self.chip.kind != "tpu":
             return 1
         return sum(min(n - 1, 2) for n in self.shape)
@@ -118,22 +118,27 @@ def find(name: str) -> Topology:
 def environment(topology: Topology) -> dict[str, str]:
     """Variables to set before JAX starts: it must neither look for an accelerator nor for a Google machine."""
     variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-                 "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
-    if topology.chip.kind == "cpu":
+                 "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+                 # A chip has one user, which libtpu's lock sees to; of a compiler there can be many.
+                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    if topology.chip.kind == "tpu":
+        variables["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # without the chip nothing that was kept can be read again
+    else:
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         variables["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()
     return variables
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Devices to compile for. Those of a TPU exist for the compiler only: nothing can run on them.
+    """Devices to compile for. Those of a TPU exist for the compiler only: nothing can run on them. For GPUs, whose
+    compiler needs one, as many CPU devices stand in.
 
     Raises:
       UserError: a package that it needs is not installed, or JAX has started with fewer CPU devices.
     """
     import jax
 
-    if topology.chip.kind == "cpu":
+    if topology.chip.kind != "tpu":
         found = jax.devices("cpu")
         if len(found) < topology.devices:
             raise UserError(f"--on {topology.name} needs {topology.devices} CPU devices; JAX has started with "
