@@ -95,11 +95,11 @@ def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
     unit, units = experiment.data.unit, experiment.batch * experiment.data.units_per_record
     table = Table("", "", "MFU", f"{unit} a day", f"{experiment.steps:,} updates", title_justify="left",
                   title="Time of an update, at the least: a bound, not a forecast")
-    compiled = plan.compile_seconds is not None
+    compiled = plan.memory.temporaries is not None
     for name in ("compute", "memory", "network") if compiled else ():
         table.add_row(name, f"{getattr(bound, name) * 1e3:,.1f} ms")
     table.add_section()
-    whole = {"all at once": bound.seconds, "one after another": bound.one_by_one}
+    whole = {f"all at once ({bound.limit} decides)": bound.seconds, "one after another": bound.one_by_one}
     for name, seconds in whole.items() if compiled else [("compute", bound.compute)]:
         share = mfu(plan.topology, experiment.precision, plan.model_flops, seconds)
         table.add_row(name, f"{seconds * 1e3:,.1f} ms", f"{share:.0%}", human(86400 / seconds * units),

@@ -167,3 +167,19 @@ def test_what_this_machine_compiles(repeats):
                     "all-to-all": (repeats, repeats * 1024, repeats * 768),
                     "collective-permute": (repeats, repeats * 1024, repeats * 1024)}
     assert 0 < compiled(5).traffic() < compiled(7).traffic() < 2 * compiled(5).traffic()
+
+
+def test_traffic_is_what_xla_counts_where_nothing_repeats():
+    """And what its analysis leaves out where something does."""
+    def layer(x, w):
+        return jnp.sin(x @ w) + x[:1] * 2
+
+    def counted(f):
+        found = jax.jit(f).lower(np.ones((64, 256), np.float32), np.ones((256, 256), np.float32)).compile()
+        costs = found.cost_analysis()
+        return Program(found.as_text()).traffic(), (costs[0] if isinstance(costs, list) else costs)["bytes accessed"]
+
+    ours, xla = counted(lambda x, w: layer(layer(x, w), w))
+    assert ours == pytest.approx(xla, rel=0.1)
+    ours, xla = counted(lambda x, w: jax.lax.scan(lambda x, _: (layer(x, w), None), x, None, length=20)[0])
+    assert ours > 10 * xla

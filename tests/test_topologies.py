@@ -18,7 +18,7 @@ from lab.program import Program
 from lab.roofline import mfu, roofline
 from tests.conftest import ROOT
 from tests.test_experiments import EXPERIMENTS, shrunk
-from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
+from tests.test_step import Perceptron, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                   reason="compiling for a TPU needs libtpu (LAB_EXTRAS=plan)")
@@ -229,12 +229,11 @@ def test_alternatives(tiny):
 
 
 @needs_libtpu
-def test_a_plan_that_does_not_fit_says_what_would(capsys, tiny, compiled_in_haste):  # noqa: F811
-    """Compiled for v5e-4, on each chip 64 x 512 x 65,536 logits: 8 GiB, and as much for their gradient."""
+def test_a_plan_that_does_not_fit_says_what_would(capsys, compiled_in_haste):  # noqa: F811
+    """Compiled for v5e-4: on each chip 65,536 points with 65,536 activations of 4 bytes are 16 GiB."""
     from lab.plan_command import PlanOptions, show
 
-    model = tiny.model.clone(depth=1, heads=1, context=512, vocab=65_536, remat="blocks")
-    experiment = replace(tiny, model=model, data=replace(tiny.data, length=512), batch=256, mesh=Mesh(data=1, fsdp=4))
+    experiment = toy(model=Perceptron(width=65_536), batch=2**18, mesh=Mesh(data=1, fsdp=4))
     os.environ.update(topologies.environment(topologies.find("v5e-4")))
     show(experiment, PlanOptions(on="v5e-4"))
     out = capsys.readouterr().out
