@@ -71,6 +71,9 @@ def _memory(console: Console, plan: CompiledPlan) -> None:
     if plan.fits is not None:
         share = f"{memory.total / chip.memory:.0%} of the memory"
         console.print(f"It fits: {share}." if plan.fits else f"It does NOT fit: {share}.")
+        if memory.parameters + memory.optimizer > chip.memory and plan.mesh.get("fsdp", 1) == 1:
+            console.print("Parameters and optimizer state alone are too large, since every device holds all of them; "
+                          "--mesh.fsdp divides them.")
     elif plan.topology.chip.kind == "gpu":
         state = memory.parameters + memory.optimizer
         console.print(f"Not compiled (XLA's compiler for GPUs needs one): parameters, optimizer state and gradients "
