@@ -68,10 +68,30 @@ class Log:
 
 @dataclass(frozen=True)
 class Mesh:
-    """How devices are laid out. The result does not depend on it (up to the order of sums)."""
+    """How devices are laid out. The result does not depend on it (up to the order of sums). See lab/sharding.py.
+
+    One of the four may be -1: all devices that the others leave.
+    """
 
     data: int = -1
-    """Devices along the batch; -1: all that there are."""
+    """Devices along the batch."""
+    fsdp: int = 1
+    """Devices along the batch that also divide parameters and optimizer state among them."""
+    tensor: int = 1
+    """Devices that divide attention heads, the hidden width of MLPs and the vocabulary."""
+    sequence: int = 1
+    """Devices that divide the length of a Transformer's activations."""
+    rules: tuple[tuple[str, str], ...] = ()
+    """Own rules before the project's: (regular expression for paths, axes of the last dimensions such as "-, fsdp")."""
+
+    def validate(self) -> None:
+        """Raises UserError for sizes that are none."""
+        for axis in ("data", "fsdp", "tensor", "sequence"):
+            if getattr(self, axis) != -1:
+                _at_least(f"--mesh.{axis}", getattr(self, axis), 1)
+        if (self.data, self.fsdp, self.tensor, self.sequence).count(-1) > 1:
+            raise UserError("Only one of --mesh.data, --mesh.fsdp, --mesh.tensor and --mesh.sequence may be -1, all "
+                            "the devices that the others leave.")
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,12 @@ class Experiment:
     checkpoint: Checkpoint = field(default=Checkpoint(), metadata=HOW)
     log: Log = field(default=Log(), metadata=HOW)
     mesh: Mesh = field(default=Mesh(), metadata=HOW)
+    parallel: Literal["jit", "pmap"] = field(default="jit", metadata=HOW)
+    """How an update is spread over devices: by the compiler, or as plain data parallelism by jax.pmap."""
+    exact: bool = False
+    """The same bits on every number of devices that divides virtual_shards, at some cost (lab/parallel.py)."""
+    virtual_shards: int = 8
+    """Parts of a batch that are computed alone when exact."""
     resident: Literal["auto", "always", "never"] = field(default="auto", metadata=HOW)
     """Keep the training records on the devices and gather batches there; auto: on accelerators, where they fit."""
 
@@ -129,8 +155,7 @@ class Experiment:
         _at_least("--checkpoint.keep", self.checkpoint.keep, 1)
         _at_least("--checkpoint.permanent", self.checkpoint.permanent, 1)
         _at_least("--log.every", self.log.every, 1)
-        if self.mesh.data != -1:
-            _at_least("--mesh.data", self.mesh.data, 1)
+        self._validate_parallel()
         for flag, value in (("--steps", self.steps), ("--evaluate.every", self.evaluate.every),
                             ("--checkpoint.every", self.checkpoint.every),
                             ("--checkpoint.permanent", self.checkpoint.permanent)):
@@ -140,6 +165,16 @@ class Experiment:
         for part in (self.data, self.model, self.task, self.init_from):
             part.validate()
         self.model.check(self.data.hints())
+
+    def _validate_parallel(self) -> None:
+        self.mesh.validate()
+        _at_least("--virtual-shards", self.virtual_shards, 1)
+        if self.parallel == "pmap" and (self.dispatch > 1 or self.resident == "always" or self.exact):
+            raise UserError("--parallel pmap is for plain updates: leave out --dispatch, --resident and --exact.")
+        if self.exact and self.microbatches > 1:
+            raise UserError("--exact computes its virtual shards one after another already: leave out --microbatches.")
+        if self.exact and self.batch % self.virtual_shards:
+            raise UserError(f"--batch {self.batch} is not divisible by --virtual-shards {self.virtual_shards}.")
 
     def fingerprint(self) -> str:
         """12 hexadecimal digits of what this run computes: the same in every process and on every Python version."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lab import metrics
 from lab.errors import UserError
 from lab.experiment import Experiment
-from lab.sharding import batch_sharding, make_mesh, process_rows, put, state_shardings
+from lab.parallel import in_fixed_order, pmapped
+from lab.sharding import batch_sharding, constrained, make_mesh, process_rows, put, state_shardings
 from lab.step import State, init_state, make_eval_step, make_predict_step, make_train_step
+
+# The algebraic simplifier works on a divided program once more than on that of one device, and then they differ.
+EXACT = {"xla_disable_hlo_passes": "algsimp"}
 
 
 def batch_spec(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
@@ -51,40 +56,58 @@ def abstract_state(experiment: Experiment) -> State:
 class Program:
     """An experiment on this machine's devices."""
 
-    def __init__(self, experiment: Experiment, train: Any = None):
-        """`train`: the training records, which go to the devices once and for all if they fit (`resident`).
+    def __init__(self, experiment: Experiment, train: Any = None, devices: Sequence[Any] | None = None):
+        """`train`: the training records, which go to the devices once and for all if they fit (`resident`). `devices`:
+        by default all; for `lower` they may be those of a machine that is not there.
 
-        Raises UserError when the batch does not divide among the devices.
+        Raises UserError when the batch or the state does not divide among the devices.
         """
         self.experiment = experiment
         self.spec = self.train_spec = batch_spec(experiment)
-        self.mesh = make_mesh(experiment.mesh.data)
-        self.seed = jax.device_put(np.uint32(experiment.seed), NamedSharding(self.mesh, PartitionSpec()))
+        self.mesh = make_mesh(experiment.mesh, devices)
         self.stacked = experiment.dispatch > 1
-        self.rows = process_rows(experiment.batch)
         self.eval_batch = experiment.batch // experiment.microbatches  # what memory was meant for
-        self.eval_rows = process_rows(self.eval_batch)
         self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches,
                                              stacked=self.stacked)
         self.eval_sharding = batch_sharding(self.mesh, self.eval_batch)
         state = abstract_state(experiment)
-        self.shardings = state_shardings(state, self.mesh)
+        self.shardings = state_shardings(state, self.mesh, experiment.mesh.rules)
         self.abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                                      state, self.shardings)
         self._evaluate = self._seeded(make_eval_step)
         self._predict = self._seeded(make_predict_step)
         self.resident = None
-        if train is not None and fits(experiment.resident, train):
-            self.resident = jax.device_put(train.arrays, NamedSharding(self.mesh, PartitionSpec()))
+        if train is not None and fits(experiment, train):
+            self.resident = jax.device_put(train.arrays, self._everywhere)
             self.train_spec = _numbered(experiment.batch)
         self.train_records = train if self.resident is None else Numbers(len(train))
+
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @functools.cached_property
+    def seed(self) -> jax.Array:
+        """The experiment's seed, on every device."""
+        return jax.device_put(np.uint32(self.experiment.seed), self._everywhere)
+
+    @functools.cached_property
+    def rows(self) -> slice:
+        """The rows of a training batch that this process reads."""
+        return process_rows(self.train_sharding, self.experiment.batch)
+
+    @functools.cached_property
+    def eval_rows(self) -> slice:
+        """The same for evaluation."""
+        return process_rows(self.eval_sharding, self.eval_batch)
 
     def _seeded(self, make: Callable[[Experiment], Callable]) -> Callable:
         """A jitted step whose seed is an argument, so that another seed finds it in the compilation cache."""
         def step(state: State, batch: Any, seed: jax.Array) -> Any:
-            return make(replace(self.experiment, seed=seed))(state, batch)
+            with constrained(self.mesh):
+                return make(replace(self.experiment, seed=seed))(state, batch)
 
-        return jax.jit(step)
+        return jax.jit(step, out_shardings=self._everywhere)
 
     def init(self, given: dict[str, Any] | None = None) -> State:
         """The state before the first update, created where it lives; `given`: see `init_state`."""
@@ -94,6 +117,38 @@ class Program:
         one = jax.tree.map(lambda s: np.zeros((1, *s.shape[1:]), s.dtype), self.spec)
         return jax.jit(init, out_shardings=self.shardings)(one, self.seed, given)
 
+    def lower(self) -> jax.stages.Lowered:
+        """One update (or `dispatch` of them) for these devices, not compiled yet; the state is donated."""
+        experiment, used = self.experiment, set()
+
+        def update(state: State, batch: Any, seed: jax.Array, resident: Any) -> tuple[State, Any]:
+            seeded = replace(experiment, seed=seed)
+            if experiment.parallel == "pmap":
+                return pmapped(seeded, self.mesh)(state, batch)
+            make = make_train_step(seeded, in_fixed_order(seeded, self.mesh) if experiment.exact else None)
+
+            def step(state: State, batch: Any) -> tuple[State, Any]:
+                rows = jax.tree.map(lambda x: x[batch["index"]], resident or {})
+                rows = jax.lax.with_sharding_constraint(rows, rows_sharding)
+                return make(state, {**batch, **rows})
+
+            with constrained(self.mesh) if not experiment.exact else contextlib.nullcontext(set()) as axes:
+                result = jax.lax.scan(step, state, batch) if self.stacked else step(state, batch)
+            used.update(axes)
+            return result
+
+        rows_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches)
+        jitted = jax.jit(update, donate_argnums=0,
+                         in_shardings=(self.shardings, self.train_sharding, self._everywhere, self._everywhere),
+                         out_shardings=(self.shardings, self._everywhere))
+        leading = (experiment.dispatch,) if self.stacked else ()
+        batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.train_spec)
+        lowered = jitted.lower(self.abstract, batch, jax.ShapeDtypeStruct((), np.uint32), self.resident)
+        if self.mesh.shape["sequence"] > 1 and "sequence" not in used:
+            raise UserError(f"--mesh.sequence {self.mesh.shape['sequence']} divides no activation of this model: it is "
+                            f"for Transformers, and for a length that it divides.")
+        return lowered
+
     @functools.cached_property
     def train(self) -> Callable[[State, Any], tuple[State, Any]]:
         """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
@@ -102,23 +157,8 @@ class Program:
         With `dispatch` > 1 the batch and the metrics have a leading axis of updates. The seed is an argument of the
         compiled program, so that another seed finds it in the compilation cache.
         """
-        def update(state: State, batch: Any, seed: jax.Array, resident: Any) -> tuple[State, Any]:
-            make = make_train_step(replace(self.experiment, seed=seed))
-
-            def step(state: State, batch: Any) -> tuple[State, Any]:
-                rows = jax.tree.map(lambda x: x[batch["index"]], resident or {})
-                rows = jax.lax.with_sharding_constraint(rows, rows_sharding)
-                return make(state, {**batch, **rows})
-
-            return jax.lax.scan(step, state, batch) if self.stacked else step(state, batch)
-
-        rows_sharding = batch_sharding(self.mesh, self.experiment.batch, self.experiment.microbatches)
-        jitted = jax.jit(update, donate_argnums=0, in_shardings=(self.shardings, self.train_sharding, None, None),
-                         out_shardings=(self.shardings, None))
-        leading = (self.experiment.dispatch,) if self.stacked else ()
-        batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.train_spec)
         start = time.monotonic()
-        self.compiled = jitted.lower(self.abstract, batch, self.seed, self.resident).compile()
+        self.compiled = self.lower().compile(EXACT if self.experiment.exact else None)
         self.compile_seconds = time.monotonic() - start
         return lambda state, batch: self.compiled(state, batch, self.seed, self.resident)
 
@@ -126,9 +166,13 @@ class Program:
         """The batch of dispatch number `call`, on the devices; ``read(step)``: this process's rows of one update."""
         n = self.experiment.dispatch
         if not self.stacked:
-            return put(read(call), self.train_sharding)
+            return put(read(call), self.train_sharding, self.experiment.batch)
         rows = [read(call * n + i) for i in range(n)]
-        return put({name: np.stack([r[name] for r in rows]) for name in rows[0]}, self.train_sharding)
+        stacks = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
+        return put(stacks, self.train_sharding, self.experiment.batch)
+
+    def _put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return put(rows, self.eval_sharding, self.eval_batch)
 
     def evaluate(self, state: State, batches: Iterator[dict[str, np.ndarray]],
                  stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
@@ -137,25 +181,25 @@ class Program:
         for rows in batches:
             if stop():
                 return None
-            total = metrics.add(total, self._evaluate(state, put(rows, self.eval_sharding), self.seed))
+            total = metrics.add(total, self._evaluate(state, self._put(rows), self.seed))
         means, counts = metrics.means(total), metrics.counts(total)
         return means | self.experiment.task.summary(means, counts), counts
 
     def predict(self, state: State, records: Any, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """`Task.predict` of all `records`, in order: name -> (number of records, ...). `batches`: their batches."""
-        parts = [jax.device_get(self._predict(state, put(rows, self.eval_sharding), self.seed)) for rows in batches]
+        parts = [jax.device_get(self._predict(state, self._put(rows), self.seed)) for rows in batches]
         return {name: np.concatenate([part[name] for part in parts])[: len(records)] for name in parts[0]}
 
 
-def fits(resident: str, train: Any) -> bool:
+def fits(experiment: Experiment, train: Any) -> bool:
     """Whether the training records are to be kept on the devices: what `resident` says, and if "auto" where they take
     less than a quarter of an accelerator's memory. On a CPU there is nothing to gain: its memory is the host's.
 
     Raises:
       UserError: "always", but the records are read piece by piece and not held in memory.
     """
-    arrays = getattr(train, "arrays", None)
-    if arrays is None:
+    arrays, resident = getattr(train, "arrays", None), experiment.resident
+    if arrays is None or experiment.parallel == "pmap":
         if resident == "always":
             raise UserError("--resident always: these records are read piece by piece, not held in memory.")
         return False

@@ -41,9 +41,11 @@ def open_run(run: Path, step: int | None = None, best: bool = False) -> tuple[Ex
             raise UserError(f"{run} has no evaluation after an update yet, so no checkpoint is its best.")
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run} has no checkpoint yet.")
-    # A run may be looked at on another number of devices than it was trained on.
-    devices = math.gcd(experiment.batch // experiment.microbatches, jax.device_count())
-    program = Program(replace(experiment, mesh=Mesh(devices)))
+    try:
+        program = Program(experiment)
+    except UserError:  # a run may be looked at on another number of devices than it was trained on
+        devices = math.gcd(experiment.batch // experiment.microbatches, jax.device_count())
+        program = Program(replace(experiment, mesh=Mesh(devices)))
     checkpoints = Checkpoints(run / "checkpoints")
     state = checkpoints.restore(program.abstract, step)
     checkpoints.close()

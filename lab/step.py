@@ -69,26 +69,17 @@ def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] 
     return state._replace(opt_state=experiment.optimizer.build(experiment.steps).init(state.params))
 
 
-def make_train_step(experiment: Experiment) -> Callable[[State, Batch], tuple[State, Metrics]]:
-    """One update as a pure function. Numbers in the experiment may be traced scalars.
+Gradient = Callable[..., Any]
+"""(params, extra, rows, step, part) -> (grads, (weight, metrics, extra)): the sums of some rows, the part-th ones."""
+Total = Callable[[Gradient, State, Batch], Any]
+"""(gradient, state, batch) -> (grads, (weight, metrics, extra)): the sums of the whole batch."""
 
-    The gradient is that of (sum of losses) / (sum of weights) over the whole batch, whatever the microbatches; every
-    metric is (sum, weight).
-    """
-    model, task, precision = experiment.model, experiment.task, experiment.precision
-    optimizer, rate = experiment.optimizer.build(experiment.steps), experiment.optim.rate(experiment.steps)
 
-    def loss(params: Any, extra: Any, batch: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
-        rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
-        variables = {"params": cast(params, precision), **extra}
-        loss_sum, weight, metrics, extra = task.loss(model, variables, batch, rngs, train=True)
-        return loss_sum, (weight, metrics, extra)
-
-    gradient = jax.grad(loss, has_aux=True)
-
-    def over_microbatches(state: State, batch: Batch) -> tuple[Any, tuple]:
-        """Sums over the parts; part j is rows j::n, which every device has its share of."""
-        n = experiment.microbatches
+def microbatched(n: int) -> Total:
+    """Sums over n parts, one after another; part j is rows j::n, which every device has its share of."""
+    def total(gradient: Gradient, state: State, batch: Batch) -> Any:
+        if n == 1:
+            return gradient(state.params, state.extra, batch, state.step, 0)
         parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
@@ -103,12 +94,29 @@ def make_train_step(experiment: Experiment) -> Callable[[State, Batch], tuple[St
         (extra, (grads, weight, metrics)), _ = jax.lax.scan(body, (state.extra, zeros), (jnp.arange(n), parts))
         return grads, (weight, metrics, extra)
 
+    return total
+
+
+def make_train_step(experiment: Experiment, total: Total | None = None) -> Callable[[State, Batch],
+                                                                                    tuple[State, Metrics]]:
+    """One update as a pure function. Numbers in the experiment may be traced scalars.
+
+    The gradient is that of (sum of losses) / (sum of weights) over the whole batch, whatever the microbatches; every
+    metric is (sum, weight). `total`: how the sums come about, by default over `experiment.microbatches`.
+    """
+    model, task, precision = experiment.model, experiment.task, experiment.precision
+    optimizer, rate = experiment.optimizer.build(experiment.steps), experiment.optim.rate(experiment.steps)
+    total = total or microbatched(experiment.microbatches)
+
+    def loss(params: Any, extra: Any, batch: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
+        rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
+        variables = {"params": cast(params, precision), **extra}
+        loss_sum, weight, metrics, extra = task.loss(model, variables, batch, rngs, train=True)
+        return loss_sum, (weight, metrics, extra)
+
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = prepare(experiment, batch, True, state.step)
-        if experiment.microbatches == 1:
-            grads, (weight, metrics, extra) = gradient(state.params, state.extra, batch, state.step, 0)
-        else:
-            grads, (weight, metrics, extra) = over_microbatches(state, batch)
+        grads, (weight, metrics, extra) = total(jax.grad(loss, has_aux=True), state, batch)
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,136 @@
+"""One experiment, however it is spread: data, fsdp, tensor and sequence axes, pmap, and sums in a fixed order."""
+
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lab.data.pipeline import train_batch
+from lab.errors import UserError
+from lab.experiment import Experiment, Mesh
+from lab.metrics import means
+from lab.models.cnn import ResNet
+from lab.models.gpt import GPT
+from lab.optim import AdamW, Constant
+from lab.program import Program
+from lab.sharding import bytes_per_device
+from tests.test_step import apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
+
+UPDATES = 20
+
+
+@pytest.fixture(scope="module")
+def gpt() -> Experiment:
+    """A GPT that every axis of 8 devices can divide."""
+    from experiments import gpt_char
+    from lab.data.tokenizers import Bytes
+
+    base = gpt_char.local
+    return replace(base, data=replace(base.data, tokenizer=Bytes(), length=32), batch=16, microbatches=1, dispatch=1,
+                   model=GPT(depth=2, width=64, heads=8, context=32, vocab=256), precision="float32",
+                   optim=AdamW(lr=Constant(1e-3), clip=1.0), steps=UPDATES, mesh=Mesh(data=1))
+
+
+@functools.cache
+def _records(data: Any) -> Any:
+    return data.load().train
+
+
+def trained(experiment: Experiment, updates: int = UPDATES) -> tuple[np.ndarray, Any, Program]:
+    """The losses of the first updates, the parameters after them, and the program."""
+    experiment.validate()
+    program, losses = Program(experiment), []
+    state, train = program.init(), _records(experiment.data)
+    for step in range(updates):
+        rows = train_batch(train, step, experiment.batch, experiment.seed, program.rows)
+        state, values = program.train(state, program.batch(lambda _, rows=rows: rows, step))
+        losses.append(means(jax.device_get(values))["loss"])
+    return np.array(losses), jax.device_get(state.params), program
+
+
+@pytest.fixture(scope="module")
+def alone(gpt: Experiment) -> np.ndarray:
+    losses, _, program = trained(gpt)
+    assert losses[-1] < losses[0] - 0.5  # it learns
+    assert bytes_per_device(program.abstract, program.shardings) == sum(x.nbytes for x in jax.tree.leaves(
+        jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.abstract)))
+    return losses
+
+
+@pytest.mark.parametrize(("changes", "part"), [
+    ({"mesh": Mesh(data=8)}, 1), ({"mesh": Mesh(1, fsdp=8)}, 8), ({"mesh": Mesh(1, tensor=8)}, 8),
+    ({"mesh": Mesh(1, sequence=8)}, 1), ({"mesh": Mesh(2, 2, 2)}, 4), ({"mesh": Mesh(1, 2, 2, 2)}, 4),
+    ({"mesh": Mesh(data=8), "parallel": "pmap"}, 1), ({"mesh": Mesh(data=8), "exact": True}, 1),
+], ids=["data", "fsdp", "tensor", "sequence", "data-fsdp-tensor", "fsdp-tensor-sequence", "pmap", "exact"])
+def test_the_curve_is_that_of_one_device(gpt, alone, changes, part):
+    losses, _, program = trained(replace(gpt, **changes))
+    assert np.abs(losses - alone).max() < 1e-5
+    held = bytes_per_device(program.abstract, program.shardings)
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(program.abstract))
+    assert whole / part <= held < 1.25 * whole / part  # norms, biases and counters are on every device
+
+
+def test_another_seed_is_another_curve(gpt, alone):
+    losses, _, _ = trained(replace(gpt, seed=1), updates=3)  # negative control of all of the above
+    assert np.abs(losses - alone[:3]).max() > 1e-3
+
+
+def test_scanned_blocks_and_microbatches_are_divided_too(gpt):
+    scanned = replace(gpt, model=gpt.model.clone(scan=True, remat="blocks"), microbatches=2)
+    one, eight = trained(scanned, 4)[0], trained(replace(scanned, mesh=Mesh(2, 2, 2)), 4)
+    assert np.abs(one - eight[0]).max() < 1e-5
+    specs = {s.spec for s in jax.tree.leaves(eight[2].shardings) if len(s.spec) == 3}
+    assert specs == {jax.sharding.PartitionSpec(None, "fsdp", "tensor"), jax.sharding.PartitionSpec(None, "tensor",
+                                                                                                    "fsdp")}
+
+
+# ------------------------------------------------------------------------------------------------------- exact
+
+
+def bits(tree: Any) -> bytes:
+    return b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(tree))
+
+
+def test_exact_gives_the_same_bits_on_every_number_of_devices(gpt):
+    exact = replace(gpt, exact=True, batch=8, model=gpt.model.clone(depth=1, width=32, heads=2, dropout=0.1))
+    found = {n: bits(trained(replace(exact, mesh=Mesh(data=n)), 3)[1]) for n in (1, 2, 4, 8)}
+    assert len(set(found.values())) == 1
+    plain = {n: bits(trained(replace(exact, exact=False, mesh=Mesh(data=n)), 3)[1]) for n in (1, 8)}
+    assert len(set(plain.values())) == 2  # negative control: without it the bits differ
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"exact": True, "mesh": Mesh(data=3), "batch": 24}, "divides it, not on 3"),
+    ({"exact": True, "mesh": Mesh(1, 2)}, "--exact is for data parallelism"),
+    ({"parallel": "pmap", "mesh": Mesh(1, 2)}, "pmap. is data parallelism"),
+    ({"mesh": Mesh(1, 1, 1, 2)}, "--mesh.sequence 2 divides no activation"),
+    ({"mesh": Mesh(1, 1, 2)}, "--mesh.tensor 2: no array"),
+])
+def test_what_cannot_be_spread_is_said(changes, message):
+    with pytest.raises(UserError, match=message):
+        Program(toy(**changes)).lower()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"exact": True, "microbatches": 2}, "leave out --microbatches"),
+    ({"exact": True, "virtual_shards": 3}, "--batch 8 is not divisible by --virtual-shards 3"),
+    ({"exact": True, "virtual_shards": 0}, "--virtual-shards must be at least 1"),
+    ({"parallel": "pmap", "dispatch": 4}, "leave out --dispatch"),
+    ({"parallel": "shmap"}, "--parallel must be 'jit', 'pmap'"),
+])
+def test_what_does_not_go_together_is_said(changes, message):
+    with pytest.raises(UserError, match=message):
+        toy(**changes).validate()
+
+
+def test_exact_refuses_batch_statistics():
+    from experiments import cifar_resnet
+
+    small = replace(cifar_resnet.local, exact=True, batch=8, mesh=Mesh(data=2), microbatches=1)
+    assert isinstance(small.model, ResNet)
+    with pytest.raises(UserError, match="not for models with batch statistics"):
+        Program(small).lower()
