@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import time
@@ -18,6 +17,7 @@ from lab.experiment import Experiment
 from lab.plan import make_plan, step_flops
 from lab.program import Program
 from lab.roofline import Roofline, roofline
+from lab.sharding import bytes_per_device
 from lab.topologies import GiB, Topology
 
 UNITS = {"K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
@@ -68,11 +68,6 @@ class CompiledPlan:
         return self.memory.total <= self.topology.chip.memory
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of (abstract) arrays with shardings on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
     """Compiles the train step for `topology` (GPUs: only traces it, since their compiler needs one).
 
@@ -84,8 +79,9 @@ def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
     experiment = replace(experiment, dispatch=1)
     devices = topologies.devices(topology)
     program = Program(experiment, devices=devices)
-    state, cost = program.abstract, make_plan(experiment)
-    memory = Memory(bytes_per_device(state.params), bytes_per_device(state.opt_state), *[None] * 5)
+    state, placed, cost = program.abstract, program.shardings, make_plan(experiment)
+    memory = Memory(bytes_per_device(state.params, placed.params),
+                    bytes_per_device(state.opt_state, placed.opt_state), *[None] * 5)
     collectives, traffic, seconds, flops = [], 0, None, step_flops(experiment)
     if topology.chip.kind != "gpu":
         lowered, start = program.lower(), time.monotonic()
@@ -136,8 +132,6 @@ def alternatives(experiment: Experiment, plan: CompiledPlan) -> Iterator[tuple[s
         changes.append((flags, {"mesh": replace(mesh, data=1, fsdp=fsdp)}))
     if getattr(experiment.model, "remat", None) == "none":
         changes.append(("--model.remat blocks", {"model": experiment.model.clone(remat="blocks")}))
-    if "chunk" in {f.name for f in dataclasses.fields(experiment.task)} and not experiment.task.chunk:
-        changes.append(("--task.chunk 128", {"task": replace(experiment.task, chunk=128)}))
     rows = devices // math.prod(sizes.get(axis, 1) for axis in ("tensor", "sequence"))
     more = [n for n in range(experiment.microbatches + 1, experiment.batch // rows + 1)
             if experiment.batch % (n * rows) == 0]

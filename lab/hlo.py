@@ -58,6 +58,12 @@ class Computation:
         """The printed shape of one of its instructions; "" for an unknown one."""
         return self.instructions[name].shape if name in self.instructions else ""
 
+    def constant(self, name: str) -> int | None:
+        """The value of an instruction that is a whole number."""
+        instruction = self.instructions.get(name)
+        value = re.match(r"(\d+)\)", instruction.attributes) if instruction else None
+        return int(value[1]) if value and instruction.opcode == "constant" else None
+
     def operand_bytes(self, instruction: Instruction, *, memory: bool = False) -> int:
         """Bytes of all operands; see `bytes_of`."""
         return sum(bytes_of(self.shape(name), memory=memory) for name in instruction.operands)
@@ -130,18 +136,31 @@ class Program:
             for role, called in instruction.called():
                 if called not in self.computations:
                     continue
-                trips = self.trips(instruction) if role in ("body", "condition") else 1
+                trips = self.trips(self.computations[name], instruction) if role in ("body", "condition") else 1
                 inner = instruction.opcode not in ("while", "conditional", "call", "async-start")
                 self._count(called, times * trips, (inside or name) if inner else inside)
 
-    def trips(self, loop: Instruction) -> int:
-        """How often a while loop runs: what the compiler wrote down, else the bound in its condition; 1 if unknown."""
+    def trips(self, computation: Computation, loop: Instruction) -> int:
+        """How often a while loop of `computation` runs: what the compiler wrote down, else by its counter; 1 if unknown.
+
+        The counter goes from its first value, 0 if that is not plain, in equal steps to the bound in the condition.
+        """
         if known := re.search(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)', loop.attributes):
             return int(known[1])
-        condition = self.computations[dict(loop.called())["condition"]]
-        bounds = [int(m[1]) for i in condition.instructions.values() if i.opcode == "constant"
-                  and (m := re.match(r"\s*(\d+)\s*\)", i.attributes))]
-        return max(bounds, default=1)
+        called = dict(loop.called())
+        condition, body = self.computations[called["condition"]], self.computations[called["body"]]
+        bound = max((condition.constant(name) or 0 for name in condition.instructions), default=0)
+        read = next((i for i in condition.instructions.values() if i.opcode == "get-tuple-element"), None)
+        start, step = 0, 1
+        if read is not None:
+            index = int(re.search(r"index=(\d+)", read.attributes)[1])
+            first = computation.instructions.get(loop.operands[0])
+            if first is not None and first.opcode == "tuple":
+                start = computation.constant(first.operands[index]) or 0
+            counter = body.instructions.get(body.root.operands[index]) if body.root.opcode == "tuple" else None
+            if counter is not None and counter.opcode == "add":
+                step = next((n for n in map(body.constant, counter.operands) if n), 1)
+        return max(-(-(bound - start) // step), 1)
 
     def collectives(self) -> list[Collective]:
         """Every collective; a start and its done are one, as are the pieces of one that is fused with others."""

@@ -110,6 +110,10 @@ def test_a_change_of_the_program_is_seen():
         return {c.kind: c.times for c in Program(text).collectives()}
 
     assert kinds(TPU.replace("constant(12)", "constant(5)"))["all-gather"] == 5
+    assert kinds(TPU.replace("%one.1 = s32[]{:T(128)S(1)} constant(1)", "%one.1 = s32[]{:T(128)S(1)} constant(2)"))[
+        "all-gather"] == 6
+    assert kinds(TPU.replace("%zero.4 = s32[]{:T(128)} constant(0)", "%zero.4 = s32[]{:T(128)} constant(4)"))[
+        "all-gather"] == 8
     trips = 'body=%body.1, backend_config={"known_trip_count":{"n":"3"}}'
     assert kinds(TPU.replace("body=%body.1", trips))["all-gather"] == 3
     apart = TPU.replace("all-gather(%p.2), channel_id=8", "all-gather(%p.2), channel_id=9")

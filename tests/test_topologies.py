@@ -11,11 +11,13 @@ import pytest
 
 from lab import topologies
 from lab.__main__ import main
-from lab.compiled_plan import CompiledPlan, Memory, alternatives, bytes_per_device, compile_plan, needed
+from lab.compiled_plan import CompiledPlan, Memory, alternatives, compile_plan, needed
 from lab.errors import UserError
 from lab.experiment import Mesh, load
+from lab.plan import size_of
 from lab.program import Program
 from lab.roofline import mfu, roofline
+from lab.sharding import bytes_per_device
 from tests.conftest import ROOT
 from tests.test_experiments import EXPERIMENTS, shrunk
 from tests.test_step import Perceptron, compiled_in_haste, toy  # noqa: F401 (a fixture)
@@ -180,15 +182,19 @@ def test_without_the_compiler(capsys, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- FSDP
 
-def test_fsdp_divides_the_state(tiny, tmp_path):
+def per_device(program):
+    return bytes_per_device(program.abstract, program.shardings)
+
+
+def test_fsdp_divides_the_state(tiny):
     """Shardings alone say it: nothing is compiled."""
     experiment = replace(tiny, model=tiny.model.clone(width=512, heads=8, vocab=2048))
-    whole = bytes_per_device(Program(experiment, devices=jax.devices()[:1]).abstract)
+    whole = per_device(Program(experiment, devices=jax.devices()[:1]))
     for n in (2, 4, 8):
         program = Program(replace(experiment, mesh=Mesh(data=1, fsdp=n)), devices=jax.devices()[:n])
-        assert bytes_per_device(program.abstract) == pytest.approx(whole / n, rel=0.15)
+        assert per_device(program) == pytest.approx(whole / n, rel=0.15)
     replicated = Program(replace(experiment, mesh=Mesh(data=8)), devices=jax.devices())
-    assert bytes_per_device(replicated.abstract) == whole  # negative control
+    assert per_device(replicated) == whole  # negative control
 
 
 @needs_libtpu
@@ -198,10 +204,10 @@ def test_fsdp_divides_the_state_of_gpt2_medium(chips):
     os.environ.update(topologies.environment(topology))
     experiment = load(ROOT / "experiments/gpt_medium.py").experiment
     experiment = replace(experiment, mesh=Mesh(data=1, fsdp=chips), microbatches=1)
-    state = Program(experiment, devices=topologies.devices(topology)).abstract
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    program = Program(experiment, devices=topologies.devices(topology))
+    whole = size_of(program.abstract)
     assert whole == pytest.approx(12 * 354_823_168, rel=1e-6)
-    assert bytes_per_device(state) == pytest.approx(whole / chips, rel=0.15)
+    assert per_device(program) == pytest.approx(whole / chips, rel=0.15)
 
 
 # ----------------------------------------------------------------------------------------------------------- too large
