@@ -141,7 +141,7 @@ class Program:
                 self._count(called, times * trips, (inside or name) if inner else inside)
 
     def trips(self, computation: Computation, loop: Instruction) -> int:
-        """How often a while loop of `computation` runs: what the compiler wrote down, else by its counter; 1 if unknown.
+        """How often a while loop of `computation` runs: what the compiler wrote down, else by its counter.
 
         The counter goes from its first value, 0 if that is not plain, in equal steps to the bound in the condition.
         """
