@@ -83,7 +83,7 @@ def test_the_memory_of_a_chip_is_what_its_compiler_allows(chip):
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refused:
         jax.jit(lambda x: x + 1).lower(x).compile()
     allowed = float(re.search(r"available HBM \(([\d.]+)G\)", str(refused.value))[1])
-    assert topology.chip.memory / 2**30 == pytest.approx(allowed)
+    assert topology.chip.memory / 2**30 == pytest.approx(allowed, rel=1e-3)  # versions differ in the last digit
     assert needed(str(refused.value)) == 2 * 2 * 2**37  # the argument and the result
 
 
