@@ -245,6 +245,25 @@ def bench(args: Sequence[str]) -> int:
     return 0
 
 
+def plan(args: Sequence[str]) -> int:
+    """EXPERIMENT.py --on v5e-256"""
+    from lab import topologies
+
+    if not args or args[0].startswith("-"):
+        raise UserError("Say what to plan: ./launch.sh plan experiments/gpt_small.py --on v5e-8")
+    where = next((b for a, b in zip(args, [*args[1:], ""], strict=True) if a == "--on"), "")
+    where = next((a.removeprefix("--on=") for a in args if a.startswith("--on=")), where)
+    if not where and not {"-h", "--help"} & set(args):
+        raise UserError(f"Say where it would run: --on NAME, which is one of {topologies.names()}.")
+    os.environ.update(topologies.environment(topologies.find(where or "cpu:1")))  # before JAX starts
+    from lab.plan_command import PlanOptions, show
+
+    real = args if {"--full", "--local"} & set(args) else [*args, "--full"]
+    experiment, options, _ = parse(find_experiment(args[0]), real[1:], PlanOptions)
+    show(experiment, options)
+    return 0
+
+
 def _function(name: str, function: Callable[..., None], args: Sequence[str]) -> int:
     import tyro
 
@@ -264,6 +283,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "sample": (sample, "RUN --prompt TEXT: continue a text with a trained model"),
     "eval": (evaluate, "RUN: evaluate a checkpoint and write the full report of its task"),
     "predict": (predict, "RUN --input FILE: predictions for new records, as CSV"),
+    "plan": (plan, "EXPERIMENT.py --on v5e-256: compile for a machine that is not here; memory, bound on time"),
     "bench": (bench, "EXPERIMENT.py: measure compilation, update, throughput, data wait"),
 }
 

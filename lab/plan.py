@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from lab.experiment import Experiment
 from lab.program import abstract_state, batch_spec
 from lab.sharding import path_of
-from lab.step import State, cast, key_for, prepare
+from lab.step import State, cast, key_for, make_train_step, prepare
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
@@ -94,3 +94,8 @@ def make_plan(experiment: Experiment) -> Plan:
     # One trace for both: the forward products are in it, and what it returns is what the backward pass needs.
     forward, kept = jax.make_jaxpr(residuals, return_shape=True)(state.params, state.extra, batch)
     return Plan(state, 3 * count_flops(forward) * experiment.microbatches, size_of(kept))
+
+
+def step_flops(experiment: Experiment) -> int:
+    """FLOPs of one whole update as it is traced: with what the backward pass computes again."""
+    return count_flops(jax.make_jaxpr(make_train_step(experiment))(abstract_state(experiment), batch_spec(experiment)))

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 FILES = sorted((ROOT / "lab").rglob("*.py"))
 INGREDIENTS = {"data", "models", "tasks", "optim", "schedules", "generate"}
 KITCHEN = {"step", "sharding", "checkpoint", "metrics", "plan", "program", "run_folder", "restore", "pretrained",
-           "channel", "distributed", "local"}
+           "channel", "distributed", "local", "topologies", "hlo", "roofline", "compiled_plan"}
 
 
 @functools.cache

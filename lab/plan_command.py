@@ -1,0 +1,125 @@
+"""``plan``: will it fit, and how fast can it be, on a machine that is not here?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from lab import hlo, topologies
+from lab.compiled_plan import CompiledPlan, alternatives, compile_plan
+from lab.console import human
+from lab.errors import UserError
+from lab.experiment import Experiment
+from lab.roofline import mfu
+from lab.topologies import GiB
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of this command, beside the experiment's own."""
+
+    on: str = ""
+    """The machine: cpu:8, v5e-256, v4-32, v5p-64, v6e-8, h100:8 and so on."""
+    full: bool = False
+    """Plan the real experiment; this is the default."""
+    local: bool = False
+    """Plan the small local twin."""
+
+
+def show(experiment: Experiment, options: PlanOptions) -> None:
+    """Prints what the compiled train step needs; if that is too much, what other settings would need.
+
+    Raises:
+      UserError: an unknown machine, a missing compiler, or a mesh or batch that does not fit the devices.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    topology = topologies.find(options.on)
+    if topology.chip.kind != "gpu":
+        console.print(f"Compiling the update for {topology.name}; this can take minutes ...")
+    plan = compile_plan(experiment, topology)
+    _memory(console, plan)
+    _work(console, plan, experiment)
+    if plan.fits is False:
+        _changes(console, plan, experiment)
+
+
+def _gib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / GiB:.2f} GiB" if size >= GiB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _memory(console: Console, plan: CompiledPlan) -> None:
+    memory, chip = plan.memory, plan.topology.chip
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items()) or "1 device"
+    table = Table("", "", show_header=False, title=f"Memory of each of {plan.topology.devices} devices ({mesh})",
+                  title_justify="left")
+    table.add_row("parameters", _gib(memory.parameters))
+    table.add_row("optimizer state", _gib(memory.optimizer))
+    table.add_row("gradients (among the temporaries)", _gib(memory.parameters))
+    if memory.temporaries is not None:
+        table.add_row("batch, other state, padding", _gib(memory.other))
+        table.add_row("results", _gib(memory.outputs))
+        table.add_row("temporaries", _gib(memory.temporaries))
+        table.add_row("program", _gib(memory.code))
+    else:
+        table.add_row("activations, at most", _gib(plan.activations))
+    table.add_section()
+    table.add_row("all", _gib(memory.total))
+    table.add_row("available", _gib(chip.memory))
+    console.print(table)
+    if plan.fits is not None:
+        share = f"{memory.total / chip.memory:.0%} of the memory"
+        console.print(f"It fits: {share}." if plan.fits else f"It does NOT fit: {share}.")
+        if memory.parameters + memory.optimizer > chip.memory and plan.mesh.get("fsdp", 1) == 1:
+            console.print("Parameters and optimizer state alone are too large, since every device holds all of them; "
+                          "--mesh.fsdp divides them.")
+    elif plan.topology.chip.kind == "gpu":
+        state = memory.parameters + memory.optimizer
+        console.print(f"Not compiled (XLA's compiler for GPUs needs one): parameters, optimizer state and gradients "
+                      f"take {(state + memory.parameters) / chip.memory:.0%} of the memory.")
+
+
+def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
+    table = Table("", "", show_header=False, title="Work of an update", title_justify="left")
+    table.add_row("FLOPs, all devices",
+                  f"{human(plan.model_flops)}; {human(plan.flops)} with recomputation and the optimizer")
+    if plan.traffic:
+        table.add_row("memory traffic of a device", human(plan.traffic) + "B")
+    for kind, (times, size, sent) in hlo.totals(plan.collectives).items():
+        table.add_row(kind, f"{times:,} x, arrays of {human(size)}B, a device sends {human(sent)}B")
+    if plan.compile_seconds is not None:
+        table.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
+    console.print(table)
+    bound = plan.roofline
+    if bound is None:
+        console.print("No bound on time: this chip's peaks are unknown.")
+        return
+    unit, units = experiment.data.unit, experiment.batch * experiment.data.units_per_record
+    table = Table("", "", "MFU", f"{unit} a day", f"{experiment.steps:,} updates", title_justify="left",
+                  title="Time of an update, at the least: a bound, not a forecast")
+    compiled = plan.memory.temporaries is not None
+    for name in ("compute", "memory", "network") if compiled else ():
+        table.add_row(name, f"{getattr(bound, name) * 1e3:,.1f} ms")
+    table.add_section()
+    whole = {f"all at once ({bound.limit} decides)": bound.seconds, "one after another": bound.one_by_one}
+    for name, seconds in whole.items() if compiled else [("compute", bound.compute)]:
+        share = mfu(plan.topology, experiment.precision, plan.model_flops, seconds)
+        table.add_row(name, f"{seconds * 1e3:,.1f} ms", f"{share:.0%}", human(86400 / seconds * units),
+                      f"{human(seconds * experiment.steps / 3600)} h")
+    console.print(table)
+
+
+def _changes(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
+    """Compiles the alternatives, each announced by its row as it is done."""
+    console.print("Changes that leave the mathematics alone, each compiled:")
+    for flags, changed in alternatives(experiment, plan):
+        try:
+            other = compile_plan(changed, plan.topology)
+        except UserError as e:
+            console.print(f"  {flags}: {e}")
+            continue
+        time = f", at least {other.roofline.seconds:.3g} s an update" if other.fits and other.roofline else ""
+        verdict = "fits" if other.fits else "does not fit"
+        console.print(f"  {flags}: {_gib(other.memory.total)}, {verdict}{time} (compiled in "
+                      f"{other.compile_seconds:.0f} s)")

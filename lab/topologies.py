@@ -1,0 +1,158 @@
+"""Machines that a run can be planned for without having them: what a chip can do, and how chips are connected.
+
+Peaks are makers' figures, which no program reaches: a time computed from them is a bound.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lab.errors import UserError
+
+GB, GiB, TB = 10**9, 2**30, 10**12
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one device has and does; None: unknown."""
+
+    kind: Literal["tpu", "gpu", "cpu"]
+    memory: int | None = None
+    """Bytes that a program can use."""
+    flops: Mapping[str, float] | None = None
+    """Precision -> peak FLOP/s of dense matrix products with JAX's default settings."""
+    bandwidth: float | None = None
+    """Bytes/s of its main memory."""
+    link: float | None = None
+    """Bytes/s of one link to a neighbour, in one direction."""
+    full: tuple[int, ...] = ()
+    """Chips of a whole pod (TPU) in each direction."""
+    cores: int = 1
+    """How many a chip counts for in Google's names: a v4-32 has 16 chips, a v5e-32 has 32."""
+
+
+def _tpu(teraflops: float, memory: float, gigabytes: float, bidirectional: float, full: tuple[int, ...],
+         cores: int) -> Chip:
+    # Float32 products are as fast: by default a TPU computes them in one bfloat16 pass. Of the links' figure, which is
+    # for all links of a chip in both directions, a link has in one direction this part:
+    link = bidirectional * GB / (4 * len(full))
+    return Chip("tpu", round(memory * GiB), dict.fromkeys(("bfloat16", "float32"), teraflops * TB), gigabytes * GB,
+                link, full, cores)
+
+
+# Sources. TPU: peak, HBM bandwidth and inter-chip bandwidth of each chip on cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e},
+# read in November 2026; v4's inter-chip bandwidth (6 links of 50 GB/s) from Jouppi et al. 2023 ("TPU v4: An Optically
+# Reconfigurable Supercomputer"). Memory: what libtpu's compiler allows a program, which is less than the chip has.
+# NVIDIA: data sheets of A100 80 GB SXM, H100 SXM and H200 SXM (dense, TF32 for float32, NVLink per direction).
+CHIPS = {
+    "v4": _tpu(275, 30.75, 1200, 600, (16, 16, 16), 2),
+    "v5e": _tpu(197, 15.75, 819, 400, (16, 16), 1),
+    "v5p": _tpu(459, 95.74, 2765, 1200, (16, 20, 28), 2),
+    "v6e": _tpu(918, 31.25, 1638, 800, (16, 16), 1),
+    "a100": Chip("gpu", 80 * GB, {"bfloat16": 312 * TB, "float32": 156 * TB}, 2039 * GB, 300 * GB),
+    "h100": Chip("gpu", 80 * GB, {"bfloat16": 989 * TB, "float32": 494 * TB}, 3350 * GB, 450 * GB),
+    "h200": Chip("gpu", 141 * GB, {"bfloat16": 989 * TB, "float32": 494 * TB}, 4800 * GB, 450 * GB),
+    "cpu": Chip("cpu"),
+}
+
+# Slices that Google offers, as chips in each direction.
+FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
+         1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices of one kind and their connections."""
+
+    name: str
+    chip: Chip
+    devices: int
+    shape: tuple[int, ...] = ()
+    """TPU: chips in each direction."""
+
+    @property
+    def links(self) -> int:
+        """Links of a chip in the middle: 2 in each direction, 1 where there are only 2 chips; a GPU has its switch."""
+        if self.chip.kind != "tpu":
+            return 1
+        return sum(min(n - 1, 2) for n in self.shape)
+
+    @property
+    def network(self) -> float | None:
+        """Bytes/s that a device can send over all its links together; None: unknown, or nobody to send to."""
+        return self.chip.link * self.links if self.chip.link and self.devices > 1 and self.links else None
+
+
+def names() -> str:
+    """The names that `find` understands, as a person reads them."""
+    flat, cubes = (f"{{{','.join(str(n * cores) for n in sizes)}}}" for sizes, cores in ((FLAT, 1), (CUBES, 2)))
+    gpus = ", ".join(f"{name}:N" for name, chip in CHIPS.items() if chip.kind == "gpu")
+    return f"cpu:N, v5e-{flat}, v6e-{flat}, v4-{cubes}, v5p-{cubes}, {gpus}"
+
+
+def find(name: str) -> Topology:
+    """``cpu:8``, ``h100:8``, ``v5e-256`` (256 chips), ``v4-32`` and ``v5p-32`` (32 cores, so 16 chips).
+
+    Raises:
+      UserError: there is no such machine; the text lists those that there are.
+    """
+    found = re.fullmatch(r"(\w+)([-:])(\d{1,6})", name.lower())
+    chip = CHIPS.get(found[1]) if found else None
+    if chip is not None and (found[2] == "-") == (chip.kind == "tpu") and int(found[3]) > 0:
+        if chip.kind != "tpu":
+            return Topology(name.lower(), chip, int(found[3]))
+        devices, odd = divmod(int(found[3]), chip.cores)
+        shape = (FLAT if len(chip.full) == 2 else CUBES).get(devices)
+        if shape is not None and not odd:
+            return Topology(name.lower(), chip, devices, tuple(map(int, shape.split("x"))))
+    raise UserError(f"--on {name} is not a machine that can be planned for. There are {names()}.")
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """Variables to set before JAX starts: it must neither look for an accelerator nor for a Google machine."""
+    variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                 "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+                 # A chip has one user, which libtpu's lock sees to; of a compiler there can be many.
+                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    if topology.chip.kind == "tpu":
+        variables["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # without the chip nothing that was kept can be read again
+    else:
+        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+        variables["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()
+    return variables
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Devices to compile for. Those of a TPU exist for the compiler only: nothing can run on them. For GPUs, whose
+    compiler needs one, as many CPU devices stand in.
+
+    Raises:
+      UserError: a package that it needs is not installed, or JAX has started with fewer CPU devices.
+    """
+    import jax
+
+    if topology.chip.kind != "tpu":
+        found = jax.devices("cpu")
+        if len(found) < topology.devices:
+            raise UserError(f"--on {topology.name} needs {topology.devices} CPU devices; JAX has started with "
+                            f"{len(found)}.")
+        return found[: topology.devices]
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"Compiling for {topology.name} needs libtpu, the TPU's compiler: "
+                        f"LAB_EXTRAS=plan ./launch.sh plan ...")
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}
+    if topology.name.startswith("v4"):  # its two cores work as one device
+        options["chip_config_name"] = "megacore"
+    shape = "x".join(map(str, topology.shape))
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{topology.name.partition('-')[0]}:{shape}", **options)
+    return list(described.devices)
