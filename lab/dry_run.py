@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +13,8 @@ from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.plan import make_plan, size_of
 from lab.program import batch_spec
+from lab.sharding import AXES, describe_state, mesh_sizes, state_shardings
+from lab.step import State
 
 
 def show(experiment: Experiment) -> None:
@@ -44,6 +48,7 @@ def show(experiment: Experiment) -> None:
     memory.add_row("kept for the backward pass, at most", human(plan.activations) + "B")
     memory.add_row("one batch", human(size_of(batch_spec(experiment))) + "B")
     console.print(memory)
+    _placement(console, experiment, plan.state)
     try:
         described = experiment.data.describe()
     except UserError as e:
@@ -51,3 +56,30 @@ def show(experiment: Experiment) -> None:
     console.print("Data", style="italic")
     for line in facts(described):
         console.print(line, soft_wrap=True)
+
+
+def _placement(console: Console, experiment: Experiment, state: State) -> None:
+    """Where the state lives: on this machine's devices if the mesh fits them, else on as many as it needs."""
+    devices = jax.device_count()
+    needed = math.prod(max(getattr(experiment.mesh, axis), 1) for axis in AXES)
+    if devices < needed:
+        console.print(f"The mesh needs {needed} devices; this machine has {devices}.")
+        devices = needed
+    sizes = mesh_sizes(experiment.mesh, devices)
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), AXES)
+    shardings = state_shardings(state, mesh, experiment.mesh.rules)
+    spread = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+    rows = describe_state(state, shardings)
+    table = Table(title=f"The state on each device ({spread})", title_justify="left")
+    table.add_column("parameter, with moments", no_wrap=True)
+    for column in ("shape", "divided along", "arrays", "bytes"):
+        table.add_column(column, overflow="fold")
+    for path, shape, axes, arrays, size in rows:
+        table.add_row(path, " x ".join(map(str, shape)), axes, str(arrays), human(size) + "B")
+    table.add_section()
+    table.add_row("all", "", "", str(sum(row[3] for row in rows)), human(sum(row[4] for row in rows)) + "B")
+    console.print(table)
+    if experiment.exact:
+        from lab.parallel import exact_cost
+
+        console.print(exact_cost(experiment, sum(x.size for x in jax.tree.leaves(state.params))))

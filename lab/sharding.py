@@ -147,20 +147,27 @@ def _largest(shape: tuple[int, ...], devices: int) -> PartitionSpec:
     return PartitionSpec(*[None] * -max(dividing)[1], "fsdp")
 
 
-def describe_state(state: Any, shardings: Any) -> list[tuple[str, tuple[int, ...], str, int]]:
-    """(path, shape, axes, bytes per device) of every array; numbered blocks that are alike are one row with a `*`."""
-    rows: dict[tuple, int] = {}
-    for (path, leaf), sharding in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(shardings), strict=True):
-        own = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def describe_state(state: Any, shardings: Any) -> list[tuple[str, tuple[int, ...], str, int, int]]:
+    """(path, shape, axes, arrays, bytes per device) of the whole state.
+
+    One row for all arrays that are alike: a parameter with its moments, and numbered blocks, shown as a `*`.
+    """
+    paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(state)]
+    parameters = {path.removeprefix("params/") for path in paths if path.startswith("params/")}
+    rows: dict[tuple, list[int]] = {}
+    for path, leaf, sharding in zip(paths, jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        names = path.split("/")
+        name = next((end for i in range(len(names)) if (end := "/".join(names[i:])) in parameters), path)
         spec = ", ".join("-" if axis is None else str(axis) for axis in sharding.spec) or "on every device"
-        name = re.sub(r"(?<=[a-z]_)\d+(?=/)", "*", path_of(path))
-        rows[name, leaf.shape, spec] = rows.get((name, leaf.shape, spec), 0) + own
-    return [(*row, own) for row, own in rows.items()]
+        row = rows.setdefault((re.sub(r"(?<=[a-z]_)\d+(?=/)", "*", name), leaf.shape, spec), [0, 0])
+        row[0] += 1
+        row[1] += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return [(*row, *sums) for row, sums in rows.items()]
 
 
 def bytes_per_device(state: Any, shardings: Any) -> int:
     """Bytes that every device holds of these (abstract) arrays."""
-    return sum(row[3] for row in describe_state(state, shardings))
+    return sum(row[-1] for row in describe_state(state, shardings))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """One experiment, however it is spread: data, fsdp, tensor and sequence axes, pmap, and sums in a fixed order."""
 
 import functools
+import importlib.util
 import math
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from lab import hlo, topologies
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
 from lab.experiment import Experiment, Mesh
@@ -86,6 +88,39 @@ def test_scanned_blocks_and_microbatches_are_divided_too(gpt):
     specs = {s.spec for s in jax.tree.leaves(eight[2].shardings) if len(s.spec) == 3}
     assert specs == {jax.sharding.PartitionSpec(None, "fsdp", "tensor"), jax.sharding.PartitionSpec(None, "tensor",
                                                                                                     "fsdp")}
+
+
+# ------------------------------------------------------------------------------------------------- communication
+
+
+def moved(experiment: Experiment, devices: Any = None) -> tuple[dict[str, float], int]:
+    """Bytes of each kind of collective in one update, and the bytes of the parameters, as they are computed with."""
+    program = Program(experiment, devices=devices)
+    found = hlo.Program(program.lower().compile().as_text()).collectives()
+    kinds = {kind: sum(c.times * c.bytes for c in found if c.kind == kind) for kind in hlo.KINDS}
+    return kinds, sum(2 * x.size for x in jax.tree.leaves(program.abstract.params))
+
+
+@pytest.fixture(scope="module")
+def larger(gpt: Experiment) -> Experiment:
+    return replace(gpt, model=GPT(depth=2, width=256, heads=2, context=32, vocab=256), precision="bfloat16")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                    reason="compiling for a TPU needs libtpu (LAB_EXTRAS=plan)")
+def test_fsdp_gathers_parameters_and_scatters_gradients(larger):
+    devices = topologies.devices(topologies.find("v5e-8"))
+    kinds, parameters = moved(replace(larger, mesh=Mesh(1, 8)), devices)
+    assert 0.9 * parameters < kinds["all-gather"] < 2.2 * parameters  # forward, and at most again backward
+    assert 0.9 * parameters < kinds["reduce-scatter"] < 2.2 * parameters  # in bfloat16 or float32
+    assert kinds["all-reduce"] < 0.1 * parameters  # norms, biases, positions: no whole gradient
+    kinds, _ = moved(replace(larger, mesh=Mesh(8)), devices)  # negative control
+    assert kinds["all-gather"] == kinds["reduce-scatter"] == 0 and kinds["all-reduce"] > 0.9 * parameters
+
+
+def test_a_cpu_gathers_parameters_too(larger):
+    kinds, parameters = moved(replace(larger, mesh=Mesh(1, 8)))  # its compiler knows no reduce-scatter
+    assert 0.9 * parameters < kinds["all-gather"] < 4.4 * parameters
 
 
 # ------------------------------------------------------------------------------------------------------- exact

@@ -114,10 +114,12 @@ def test_bad_rules_name_the_path():
 
 
 def test_the_table_says_what_a_device_holds():
-    state = {f"block_{i}": arrays(kernel=(64, 128)) for i in range(3)} | {"head": arrays(bias=(4,))}
+    params = {f"block_{i}": arrays(kernel=(64, 128)) for i in range(3)} | {"head": arrays(bias=(4,))}
+    state = {"params": params, "opt_state": ({"mu": params}, arrays(count=()))}
     rows = describe_state(state, state_shardings(state, make_mesh(Mesh(1, 8))))
-    assert rows == [("block_*/kernel", (64, 128), "-, fsdp", 3 * 64 * 128 * 4 // 8),
-                    ("head/bias", (4,), "on every device", 16)]
+    assert sorted(rows) == [("block_*/kernel", (64, 128), "-, fsdp", 6, 6 * 64 * 128 * 4 // 8),
+                            ("head/bias", (4,), "on every device", 2, 32),
+                            ("opt_state/1/count", (), "on every device", 1, 4)]
 
 
 def test_mesh():
