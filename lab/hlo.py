@@ -282,9 +282,10 @@ def group_size(attributes: str, devices: int) -> int:
         return listed[1].count(",") + 1
     if iota := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", attributes):
         return int(iota[1])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", mesh[2]))
+        # An axis may be used in part: 'x':(2)4 is 4 of its devices.
+        return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2]))
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return pairs[1].count("{")
     return devices

@@ -140,6 +140,8 @@ def test_shapes_and_groups():
     assert group_size("replica_groups={{0,1},{2,3}}", 4) == 2
     assert group_size("replica_groups=[2,4]<=[4,2]T(1,0)", 8) == 4
     assert group_size("replica_groups=mesh['a'=2,'b'=4,'c'=3] {'a', 'c'}", 24) == 6
+    assert group_size("replica_groups=mesh['a'=64,'b'=4], device_ids=([4,64]T(1,0)) {'a'}, x={1}", 256) == 64
+    assert group_size("replica_groups=mesh['a'=64,'b'=4] {'a':(2)4, 'b'}", 256) == 16
     assert group_size("channel_id=1", 8) == 8
 
 
