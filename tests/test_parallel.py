@@ -169,3 +169,16 @@ def test_exact_refuses_batch_statistics():
     assert isinstance(small.model, ResNet)
     with pytest.raises(UserError, match="not for models with batch statistics"):
         Program(small).lower()
+
+
+def test_a_dry_run_shows_where_the_state_lives(gpt, capsys, monkeypatch):
+    from lab.dry_run import show
+
+    monkeypatch.setenv("COLUMNS", "120")
+    show(replace(gpt, mesh=Mesh(2, 2, 2)))
+    out = capsys.readouterr().out
+    assert "The state on each device (data 2 x fsdp 2 x tensor 2)" in out
+    assert any("attn/query/kernel" in line and "fsdp, tensor" in line for line in out.splitlines())
+    show(replace(gpt, mesh=Mesh(1, 16), exact=True))
+    out = capsys.readouterr().out
+    assert "The mesh needs 16 devices; this machine has 8." in out and "exact: 8 virtual shards of 2 records" in out
