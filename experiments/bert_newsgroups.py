@@ -1,4 +1,4 @@
-"""A small BERT reads the 11,314 messages of 20 Newsgroups byte by byte, without labels; bert_classify.py begins from it.
+"""A small BERT reads the 11,314 messages of 20 Newsgroups as bytes, without labels; bert_classify.py begins from it.
 
     ./launch.sh experiments/bert_newsgroups.py --full --run-dir runs/bert_newsgroups
 """
