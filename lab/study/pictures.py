@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lab.study.stats import Comparison, interval, spread_out
+from lab.study.stats import ALPHA, Comparison, interval, spread_out
 
 DPI = 120
 BASE = "#222222"
@@ -91,17 +91,19 @@ def learning_curves(arms: Mapping[str, Curve], scales: Mapping[str, Mapping[str,
 # ------------------------------------------------------------------------------------------------------ effects
 
 
-def forest(rows: Mapping[str, tuple[float, tuple[float, float], tuple[float, float]]], label: str, mode: str) -> Any:
-    """Differences with their intervals: name -> (mean, t interval, bootstrap interval); NaN and infinities are allowed.
+def forest(comparisons: Mapping[str, Comparison], label: str, mode: str) -> Any:
+    """Differences with their intervals; coloured where they remain after Holm's correction.
 
     The bootstrap interval is the thin line below the thick one; where it is more than three times as wide, an arrow
-    goes to the edge.
+    stands for the rest. Arms without a pair are left out.
     """
+    rows = {name: c for name, c in comparisons.items() if c.n}
     figure = _figure(7.5, 1.3 + 0.42 * len(rows))
     axes = figure.add_subplot()
-    for y, (mean, t, boot) in enumerate(rows.values()):
-        colour = BASE if not math.isfinite(sum(t)) or t[0] <= 0 <= t[1] else \
-            COLOURS[2] if (mean > 0) == (mode == "max") else COLOURS[1]
+    for y, c in enumerate(rows.values()):
+        mean, t, boot = c.difference, c.t, c.bootstrap
+        good = (mean > 0) == (mode == "max")
+        colour = BASE if not c.holm <= ALPHA else COLOURS[2] if good else COLOURS[1]
         axes.plot(mean, y, "o", color=colour, ms=6, zorder=3)
         axes.plot(t, (y, y), color=colour, lw=2.5, solid_capstyle="butt", zorder=2)
         for end, side, marker in zip(boot, t, "<>", strict=True):
@@ -122,13 +124,8 @@ def forest(rows: Mapping[str, tuple[float, tuple[float, float], tuple[float, flo
     return figure
 
 
-def effects_of(comparisons: Mapping[str, Comparison]) -> dict[str, tuple]:
-    """The rows of `forest`, of the comparisons that have a difference."""
-    return {name: (c.difference, c.t, c.bootstrap) for name, c in comparisons.items() if math.isfinite(c.difference)}
-
-
 def _bars(axes: Any, x: Sequence[float], values: Sequence[np.ndarray], colour: str, label: str, style: str) -> None:
-    """Means with t intervals, and each seed as a dot."""
+    """Means with t intervals, and each seed as a dash."""
     ends = [interval(v) for v in values]
     means = np.array([np.mean(v) for v in values])
     low, high = (np.nan_to_num(np.array([e[i] for e in ends]), nan=0.0) for i in (0, 1))
@@ -136,7 +133,7 @@ def _bars(axes: Any, x: Sequence[float], values: Sequence[np.ndarray], colour: s
     errors = np.where(known, [means - low, high - means], 0)
     axes.errorbar(x, means, yerr=errors, color=colour, ls=style, marker="o", ms=5, lw=1.5, capsize=3, label=label)
     for place, v in zip(x, values, strict=True):
-        axes.plot([place] * len(v), v, ".", color=colour, alpha=0.4, ms=4)
+        axes.plot([place] * len(v), v, "_", color=colour, alpha=0.6, ms=9, zorder=1)
 
 
 def sweep(lines: Mapping[str, tuple[Sequence[float], Sequence[np.ndarray]]], optima: Mapping[str, float],

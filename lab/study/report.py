@@ -198,11 +198,12 @@ def _compared(results: Results, found: Against, show: Callable[[float], str], pr
         ["arm", "pairs", "difference", "sd", "95 % (t)", "95 % (bootstrap)", "p", "p (Holm)", "Welch (95 %)",
          "p (Welch)", "correlation", "g", "P(better)", "better in"], rows, terminal=False)]
     blocks += [Text(line, terminal=False) for line in left_out]
-    if shown := pictures.effects_of(found.comparisons):
-        figure = pictures.forest(shown, f"{results.metric}: difference to {found.reference}", results.mode)
+    if any(c.n for c in found.comparisons.values()):
+        figure = pictures.forest(found.comparisons, f"{results.metric}: difference to {found.reference}", results.mode)
         blocks.append(Picture(f"{prefix}effects-{_file(found.reference)}", pictures.png(figure),
                               f"Differences to {found.reference} with 95 % intervals: thick by Student's t, thin by "
-                              f"the bootstrap (an arrow where it is far wider). Black: the interval contains 0."))
+                              f"the bootstrap (an arrow where it is far wider). Coloured: distinguishable after "
+                              f"Holm's correction."))
     return blocks
 
 
@@ -225,13 +226,14 @@ def _factors(results: Results, section: Section, show: Callable[[float], str], p
     if crossed and crossed.seeds and max(map(len, crossed.levels.values())) <= 6:
         figure = pictures.interactions(crossed.levels, crossed.values, results.metric)
         blocks.append(Picture(f"{prefix}interactions", pictures.png(figure),
-                              "Means with 95 % intervals, and each seed as a dot. Parallel lines: no interaction."))
+                              "Means with 95 % intervals, each seed as a dash. Parallel lines: no interaction. The intervals "
+                              "hold what all arms of a seed share; the table above does not."))
     for axis in axes(results, section):
         blocks += [Text(f"{axis.factor}{f' ({line})' if line else ''}: {words}.") for line, words in axis.words.items()]
         blocks.append(Picture(
             f"{prefix}sweep-{_file(axis.factor)}",
             pictures.png(pictures.sweep(axis.lines, axis.optima, axis.factor, results.metric)),
-            f"{results.metric} over {axis.factor}: means with 95 % intervals, each seed as a dot; dotted: optimum."))
+            f"{results.metric} over {axis.factor}: means with 95 % intervals, each seed as a dash; dotted: optimum."))
     return blocks
 
 
