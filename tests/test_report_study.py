@@ -15,7 +15,7 @@ from PIL import Image
 
 from lab.errors import UserError
 from lab.study import pictures, stats
-from lab.study.analysis import against, block, effects, sections
+from lab.study.analysis import against, block, effects, sections, value_at
 from lab.study.report import report
 from lab.study.results import merge, read_study
 from tests.conftest import ROOT
@@ -168,7 +168,8 @@ def test_tuning_seeds_are_in_no_figure(study):
     assert "| base | (base) | 5 | 21." in made(study)[0]
     rewrite(study / "study.json", tuning_seeds=[4])
     markdown, _, rows = made(study)
-    assert re.search(r"\| base \| \(base\) \| 4 \| 1\.", markdown) and "used for tuning, in no figure below: 4" in markdown
+    assert re.search(r"\| base \| \(base\) \| 4 \| 1\.", markdown)
+    assert "used for tuning, in no figure below: 4" in markdown
     assert [r["seed"] for r in rows if r["tuning"] == "True"] == ["4"] * 3
     rewrite(study / "study.json", tuning_seeds=list(range(5)))
     assert "All finished seeds were used for tuning: nothing can be concluded." in made(study)[0]
@@ -208,11 +209,11 @@ def test_environments_that_differ_are_not_pooled(study, other):
     assert next(iter(other.values())) in markdown
     apart = sections(read_study(study), pool=False)
     assert [len(s.cells["base"]) for s in apart] == [3, 2]
-    assert "seed 3: slow ran in another environment" not in markdown.split("Environment 2")[1].split("rms")[0]
+    assert "Pairs left out of rms against base: seed 3: rms ran in another environment, base ran in" in markdown
     pooled = sections(read_study(study), pool=True)
     assert [len(s.cells["base"]) for s in pooled] == [5]
     found = against(read_study(study), pooled[0], "base")
-    assert found.comparisons["rms"].n == 5 and found.comparisons["slow"].n == 4  # seed 3 of slow ran elsewhere than base
+    assert found.comparisons["rms"].n == 5 and found.comparisons["slow"].n == 4
     assert found.excluded["slow"] == ["seed 3: the two ran in different environments"]
     assert "they are pooled because you asked for it" in made(study, pool=True)[0]
 
@@ -222,6 +223,16 @@ def test_settings_of_the_compiler_are_part_of_the_environment(study):
     assert "XLA_FLAGS=--xla_fast" in made(study)[0]
     rewrite(study / "cells/rms/1/environment.json", settings={"JAX_COMPILATION_CACHE_DIR": "/x", "LAB_X": "1"})
     assert "WARNING" not in made(study)[0]
+
+
+def test_changed_code_is_a_warning(study):
+    """Arms with different models have different files; only a file that both have and that differs is said."""
+    for name, files in {"base": {"lab/step.py": "a"}, "rms": {"lab/step.py": "a", "lab/models/gpt.py": "b"}}.items():
+        for seed in range(5):
+            rewrite(study / f"cells/{name}/{seed}/cell.json", code=files)
+    assert "WARNING" not in made(study)[0]
+    rewrite(study / "cells/rms/3/cell.json", code={"lab/step.py": "c"})
+    assert "WARNING: not all cells ran with the same code; lab/step.py changed in between." in made(study)[0]
 
 
 def test_an_environment_without_base(study):
@@ -249,7 +260,7 @@ def test_linked_and_repeated_cells_count_once(place, study):
     assert [a.name for a in merged.arms] == ["base", "rms", "slow", "wide"]
     assert merged.count() == {"planned": 20, "done": 20, "diverged": 0, "failed": 0, "missing": 0}
     assert sum(c.arm == "base" for c in merged.cells) == 5 and not merged.notes
-    make_cell(study, "rms", 0, 1.0)
+    rewrite(make_cell(study, "rms", 0, 1.0) / "cell.json", fingerprint="other code")
     again = make_study(place / "studies" / "again-3", {"norm": ARMS["rms"]})  # the same arm by another name
     merged = merge([read_study(study), read_study(again)])
     assert merged.count()["done"] == 15
@@ -300,6 +311,10 @@ def test_factorial_of_named_edits_and_a_grid_of_objects(place):
     found = block(results, sections(results, False)[0])
     assert found.levels == {"norm": ["no", "yes"], "position": ["no", "yes"]} and found.values.shape == (2, 2, 5)
     assert found.values[1, 0, 3] == [c.value for c in results.cells if (c.arm, c.seed) == ("rms", 3)][0]
+    edit = {"model.norm": "rmsnorm", "model.width": 64}  # the base has this width: no arm lists it as a change
+    factors["norm"] = edit
+    rewrite(place / "s/study.json", design={"kind": "factorial", "factors": factors})
+    assert (block(results := read_study(place / "s"), sections(results, False)[0]).values == found.values).all()
     values = [{"class": "lab.schedules.Constant", "peak": 0.1}, {"class": "lab.schedules.Linear", "peak": 0.1}]
     arms = {f"{i}{norm}": {"optim.lr": v, "model.norm": norm} for i, v in enumerate(values) for norm in ("a", "b", "c")}
     design = {"kind": "grid", "factors": {"optim.lr": values, "model.norm": ["a", "b", "c"]}}
@@ -307,6 +322,14 @@ def test_factorial_of_named_edits_and_a_grid_of_objects(place):
     results = read_study(folder)
     assert block(results, sections(results, False)[0]).levels["optim.lr"] == ["Constant(peak=0.1)", "Linear(peak=0.1)"]
     assert "Main effects" not in made(folder)[0] and (folder / "pictures/interactions.png").exists()
+
+
+def test_the_value_of_a_field_inside_a_changed_object(place):
+    lion = {"class": "lab.optim.Lion", "lr": {"class": "lab.schedules.Cosine", "peak": 3e-4}}
+    results = read_study(make_study(place / "s", {"lion": {"optim": lion}, "both": {"optim": lion,
+                                                                                 "optim.lr.peak": 1.0}}))
+    found = [[value_at(results, arm, path) for arm in results.arms] for path in ("optim.lr.peak", "model.norm", "no.x")]
+    assert found == [[1e-3, 3e-4, 1.0], ["layernorm"] * 3, [None] * 3]
 
 
 def test_leave_one_out_is_compared_with_all_edits_too(place):
@@ -374,7 +397,7 @@ def test_forest_is_coloured_by_holm_not_by_the_single_interval():
 
 def test_no_folder(mistake, place, study):
     assert "Say which study" in mistake("report")
-    assert mistake("report", "studies/nirms").startswith("error: studies/nirms does not exist. There are studies/norms-1")
+    assert "studies/nirms does not exist. There are studies/norms-1" in mistake("report", "studies/nirms")
     assert "is no study folder: it has no study.json" in mistake("report", "studies/norms-1/cells/rms/0")
 
 

@@ -97,17 +97,25 @@ def whole(results: Results) -> str | None:
 # ------------------------------------------------------------------------------------------------------ factors
 
 
+def value_at(results: Results, arm: Arm, path: str) -> Any:
+    """The arm's value of a dotted field: its own change of it or of what contains it, else the base's."""
+    for start in (p for p in (path.rsplit(".", n)[0] for n in range(path.count(".") + 1)) if p in arm.changes):
+        return _inside(arm.changes[start], path[len(start) + 1:])
+    return _inside(results.base, path)
+
+
+def _inside(value: Any, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
 def level(results: Results, arm: Arm, factor: str) -> Any:
     """Where an arm stands on a factor: a value of the field, or for a named edit whether the arm has it."""
     values = results.factors[factor]
     if isinstance(values, dict):
-        return values.items() <= arm.changes.items()
-    if factor in arm.changes:
-        return arm.changes[factor]
-    value: Any = results.base
-    for name in factor.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+        return all(_key(value_at(results, arm, path)) == _key(value) for path, value in values.items())
+    return value_at(results, arm, factor)
 
 
 def levels_of(results: Results, factor: str) -> list[Any]:

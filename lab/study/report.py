@@ -17,7 +17,7 @@ from lab.metrics import replace_file
 from lab.study import pictures, stats
 from lab.study.analysis import Against, Section, against, axes, block, effects, sections, whole
 from lab.study.render import Block, Heading, Picture, Table, Text, html, markdown, terminal
-from lab.study.results import Arm, Results, merge, read_study
+from lab.study.results import Arm, Results, changed_code, merge, read_study
 
 METHODS = (
     "Runs are paired by seed: the same seed has the same batches and, where layers are shared, the same initial "
@@ -34,7 +34,7 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
 
     Args:
       folders: study folders.
-      pool: compare cells also where device kind, versions, execution mode or code differ.
+      pool: compare cells also where device kind, versions or execution mode differ.
       output: where to write; by default the study's own folder, for several ./report-of-N-studies.
       quiet: print nothing.
 
@@ -100,14 +100,18 @@ def build(results: Results, pool: bool) -> list[Block]:
 
 
 def _environments(results: Results, found: Sequence[Section], pool: bool) -> list[Block]:
-    names = list(dict.fromkeys(c.environment for c in results.cells if c.status == "done"))
+    done = [c for c in results.cells if c.status == "done"]
+    names = list(dict.fromkeys(c.environment for c in done))
+    blocks: list[Block] = []
+    if files := changed_code(done):
+        blocks.append(Text(f"WARNING: not all cells ran with the same code; {', '.join(files[:8])} changed in between. "
+                           f"They are compared nevertheless."))
     if len(names) < 2:
-        return [Text(f"Environment: {names[0]}.", terminal=False)] if names else []
+        return [*blocks, *(Text(f"Environment: {name}.", terminal=False) for name in names)]
     text = ("they are pooled because you asked for it; pairs that mix them are left out, unpaired figures are not"
             if pool else "they are reported apart; --pool puts them together")
-    counts = {n: sum(c.environment == n and c.status == "done" for c in results.cells) for n in names}
-    rows = [[name, str(count)] for name, count in counts.items()]
-    return [Text(f"WARNING: the cells ran in {len(names)} environments that differ; {text}."),
+    rows = [[name, str(sum(c.environment == name for c in done))] for name in names]
+    return [*blocks, Text(f"WARNING: the cells ran in {len(names)} environments that differ; {text}."),
             Table("Environments", ["environment", "cells"], rows, terminal=False)]
 
 
@@ -226,8 +230,8 @@ def _factors(results: Results, section: Section, show: Callable[[float], str], p
     if crossed and crossed.seeds and max(map(len, crossed.levels.values())) <= 6:
         figure = pictures.interactions(crossed.levels, crossed.values, results.metric)
         blocks.append(Picture(f"{prefix}interactions", pictures.png(figure),
-                              "Means with 95 % intervals, each seed as a dash. Parallel lines: no interaction. The intervals "
-                              "hold what all arms of a seed share; the table above does not."))
+                              "Means with 95 % intervals, each seed as a dash. Parallel lines: no interaction. The "
+                              "intervals hold what all arms of a seed share; the table above does not."))
     for axis in axes(results, section):
         blocks += [Text(f"{axis.factor}{f' ({line})' if line else ''}: {words}.") for line, words in axis.words.items()]
         blocks.append(Picture(

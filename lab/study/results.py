@@ -52,6 +52,9 @@ class Cell:
     """All that must agree before runs may be compared, in words."""
     seconds: float | None = None
     error: str | None = None
+    fingerprint: str | None = None
+    code: dict[str, str] = field(default_factory=dict)
+    """File or package -> digest or version, as far as the cell's record says."""
     result: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
@@ -135,7 +138,7 @@ def read_study(folder: Path) -> Results:
         found = Results(study["name"], study["metric"], study["mode"], study["split"], study["design"]["kind"],
                         study["design"].get("factors") or {}, study["base"], arms, sorted(study["seeds"]),
                         sorted(study.get("tuning_seeds") or []), [])
-        code = study.get("code")
+        code = {"the study's code": str(study.get("code"))}
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{folder / 'study.json'} is damaged (it lacks {e}). Run the study again; finished cells are "
                         f"kept.") from None
@@ -150,21 +153,26 @@ def read_study(folder: Path) -> Results:
     return replace(found, cells=cells, notes=notes)
 
 
-def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: str | None) -> Cell:
-    """One cell of a study folder. Raises UserError where a file of a finished cell is damaged."""
+def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dict[str, str]) -> Cell:
+    """One cell of a study folder; `code` is that of a cell whose record has none of its own.
+
+    Raises:
+      UserError: a file of a finished cell is damaged.
+    """
     folder = study_folder / "cells" / arm / str(seed)
     if not (folder / "cell.json").is_file():
         return Cell(arm, seed, folder, running=(study_folder / "leases" / f"{arm}-{seed}.json").exists())
     remedy = f"Delete {folder} and run the study again: it makes this cell anew."
     cell = _json(folder / "cell.json", remedy)
     status = cell.get("status")
-    if status not in STATUSES[:3] or (cell.get("arm"), cell.get("seed")) != (arm, seed):
-        linked = folder.is_symlink() and status in STATUSES[:3]  # of another study, which may call the arm otherwise
-        if not linked:
-            raise UserError(f"{folder / 'cell.json'} is damaged (status {status!r}, arm {cell.get('arm')!r}, seed "
-                            f"{cell.get('seed')!r}). {remedy}")
-    made = Cell(arm, seed, folder, status, environment=_environment(folder, cell.get("mode"), code, remedy),
-                seconds=cell.get("seconds"), error=cell.get("error"))
+    # A cell that is a link to one of another study may have another arm's name there.
+    if status not in STATUSES[:3] or (cell.get("arm"), cell.get("seed")) != (arm, seed) and not folder.is_symlink():
+        raise UserError(f"{folder / 'cell.json'} is damaged (status {status!r}, arm {cell.get('arm')!r}, seed "
+                        f"{cell.get('seed')!r}). {remedy}")
+    own = cell.get("code")
+    made = Cell(arm, seed, folder, status, environment=_environment(folder, cell.get("mode"), remedy),
+                seconds=cell.get("seconds"), error=cell.get("error"), fingerprint=cell.get("fingerprint"),
+                code=own if isinstance(own, dict) else code)
     if status != "done":
         return made
     result = _json(folder / "result.json", remedy)
@@ -183,8 +191,8 @@ def _metric(result: dict[str, Any], study: Results, folder: Path) -> float:
     return float(row[study.metric])
 
 
-def _environment(folder: Path, mode: str | None, code: str | None, remedy: str) -> str:
-    """Device kind, versions, execution mode, compiler settings and code; of a run that moved, of all its machines."""
+def _environment(folder: Path, mode: str | None, remedy: str) -> str:
+    """Device kind, versions, compiler settings and execution mode; of a run that moved, of all its machines."""
     found = []
     for path in sorted(folder.glob("environment*.json")):
         there = _json(path, remedy)
@@ -195,7 +203,7 @@ def _environment(folder: Path, mode: str | None, code: str | None, remedy: str) 
         line = ", ".join([" and ".join(kinds), *versions, *settings])
         if line not in found:
             found.append(line)
-    return ", ".join([" then ".join(found) or "unknown", f"mode {mode}", f"code {code}"])
+    return ", ".join([" then ".join(found) or "unknown", f"mode {mode}"])
 
 
 def merge(studies: Sequence[Results]) -> Results:
@@ -205,7 +213,7 @@ def merge(studies: Sequence[Results]) -> Results:
       UserError: they measure different things, or against different bases.
     """
     first = studies[0]
-    arms, names, cells, seen, notes = list(first.arms), {}, [], set(), []
+    arms, names, cells, notes = list(first.arms), {}, {}, []
     for number, study in enumerate(studies):
         for what in ("metric", "mode", "split"):
             if getattr(study, what) != getattr(first, what):
@@ -224,16 +232,24 @@ def merge(studies: Sequence[Results]) -> Results:
             names[number, arm.name] = same.name
         for cell in study.cells:
             cell = replace(cell, arm=names[number, cell.arm])
-            key = (cell.arm, cell.seed, cell.environment if cell.status != "missing" else cell.status)
-            linked = any(c.folder.resolve() == cell.folder.resolve() for c in cells if c.arm == cell.arm)
-            if key in seen and cell.status != "missing" and not linked:
+            place = (cell.arm, cell.seed, cell.environment if cell.status != "missing" else cell.status)
+            before = cells.setdefault(place, cell)
+            if before is not cell and cell.status != "missing" and before.fingerprint != cell.fingerprint:
                 notes.append(f"{cell.arm}, seed {cell.seed} ran more than once: the run of the first folder is used.")
-            if key not in seen and not linked:
-                seen.add(key)
-                cells.append(cell)
         notes += study.notes
+    there = {(arm, seed) for arm, seed, status in cells if status != "missing"}
+    kept = [c for c in cells.values() if c.status != "missing" or (c.arm, c.seed) not in there]
     same_design = all((s.kind, s.factors) == (first.kind, first.factors) for s in studies)
-    return replace(first, name=" + ".join(dict.fromkeys(s.name for s in studies)), arms=arms, cells=cells, notes=notes,
+    return replace(first, name=" + ".join(dict.fromkeys(s.name for s in studies)), arms=arms, cells=kept, notes=notes,
                    kind=first.kind if same_design else "list", factors=first.factors if same_design else {},
                    seeds=sorted({s for study in studies for s in study.seeds}),
                    tuning_seeds=sorted({s for study in studies for s in study.tuning_seeds}))
+
+
+def changed_code(cells: Sequence[Cell]) -> list[str]:
+    """The files and packages that are not the same in all cells whose records name them."""
+    versions: dict[str, set[str]] = {}
+    for cell in cells:
+        for name, version in cell.code.items():
+            versions.setdefault(name, set()).add(version)
+    return sorted(name for name, found in versions.items() if len(found) > 1)
