@@ -83,7 +83,7 @@ def test_the_figures_follow_from_results_csv(study):
 
 def test_what_is_not_controlled_stands_beside_the_quality(study):
     markdown, _, _ = made(study)
-    assert "| rms | 10.1k (+1.0%) | 2.1G (+5.0%) | 5MB (+0.0%) | 15 s (-6.2%) |" in markdown
+    assert "| rms | 10.1k (+1.0%) | 2.1G (+5.0%) | 250 (+0.0%) | 5MB (+0.0%) | 15 (-6.2%) |" in markdown
 
 
 def test_html_needs_no_other_file_and_pictures_show_something(study, drawn):

@@ -242,7 +242,7 @@ def test_verdicts():
     assert said(+0.1).startswith("worse than base") and said(+0.1, "max").startswith("better")
     unclear = said(-0.005)
     assert unclear.startswith("not distinguishable from base at n = 5") and "you would need about" in unclear
-    assert "better" not in unclear and "worse" not in unclear
+    assert "better" not in unclear and "worse" not in unclear and "-0.006 (95 % interval -0.0" in unclear
     assert said(-0.022).startswith("better")
     assert "once Holm's correction counts all 5 comparisons" in said(-0.022, family=5)
     seeds = int(unclear.split("about ")[1].split()[0])

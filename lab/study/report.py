@@ -26,7 +26,8 @@ METHODS = (
     "adjusted for all comparisons of its table. Welch: the same runs unpaired. Correlation: of the pairs; near 0, "
     "pairing gains nothing. g: Hedges' g, mean over standard deviation of the paired differences. P(better): "
     "predictive probability that the arm is better with one further seed. Seeds needed: for 80 % power at the "
-    "strictest of Holm's levels. The best of many arms looks better than it is: confirm it with fresh seeds.")
+    "strictest of Holm's levels. The best of many arms looks better than it is: confirm it with fresh seeds. "
+    "Seconds of a run hold the compilation, which the first seed of an arm may pay for the others.")
 
 
 def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None = None, quiet: bool = False) -> Path:
@@ -231,7 +232,7 @@ def _factors(results: Results, section: Section, show: Callable[[float], str], p
         figure = pictures.interactions(crossed.levels, crossed.values, results.metric)
         blocks.append(Picture(f"{prefix}interactions", pictures.png(figure),
                               "Means with 95 % intervals, each seed as a dash. Parallel lines: no interaction. The "
-                              "intervals hold what all arms of a seed share; the table above does not."))
+                              "intervals hold what the runs of a seed share; paired ones do not."))
     for axis in axes(results, section):
         blocks += [Text(f"{axis.factor}{f' ({line})' if line else ''}: {words}.") for line, words in axis.words.items()]
         blocks.append(Picture(
@@ -241,25 +242,28 @@ def _factors(results: Results, section: Section, show: Callable[[float], str], p
     return blocks
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _median(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
+    return float(np.median(known)) if known else None
 
 
 def _not_controlled(results: Results, section: Section) -> Table:
-    """What the arms differ in besides quality."""
+    """What the arms differ in besides quality; times are medians, since other work on a machine makes outliers."""
     def cost(arm: Arm) -> list[float | None]:
-        seconds = _mean([c.seconds for c in section.cells[arm.name].values()])
-        return [arm.parameters, arm.flops, arm.memory, seconds]
+        cells = section.cells[arm.name].values()
+        update = _median([c.result.get("seconds_per_update") for c in cells])
+        return [arm.parameters, arm.flops, None if update is None else 1000 * update, arm.memory,
+                _median([c.seconds for c in cells])]
 
     base, rows = cost(results.arms[0]), []
     for arm in (a for a in results.arms if section.cells[a.name]):
         words = []
-        for value, of_base, unit in zip(cost(arm), base, ("", "", "B", " s"), strict=True):
+        for value, of_base, unit in zip(cost(arm), base, ("", "", "", "B", ""), strict=True):
             ratio = f" ({value / of_base - 1:+.1%})" if value is not None and of_base and arm != results.arms[0] else ""
             words.append("" if value is None else f"{human(value, 4)}{unit}{ratio}")
         rows.append([arm.name, *words])
-    return Table("Not controlled", ["arm", "parameters", "FLOPs per update", "memory", "seconds per run"], rows)
+    return Table("Not controlled", ["arm", "parameters", "FLOPs/update", "ms/update", "memory", "seconds/run"], rows,
+                 wide=("memory", "seconds/run"))
 
 
 def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
@@ -271,7 +275,7 @@ def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
             continue
         curves[arm.name] = pictures.together(found)
         scales["update"][arm.name] = 1.0
-        seconds = _mean([c.result.get("seconds_per_update") for c in cells])
+        seconds = _median([c.result.get("seconds_per_update") for c in cells])
         unit = next((k.removesuffix("_per_second") for k in cells[0].result if k.endswith("_per_second")), None)
         if unit and seconds:
             first = cells[0].result

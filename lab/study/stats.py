@@ -258,12 +258,13 @@ def verdict(c: Comparison, mode: str, reference: str = "base") -> str:
     if c.sd == 0:
         return (f"identical to {reference} in all {c.n} pairs" if c.difference == 0 else
                 f"{c.difference:+.4g} in each of {c.n} pairs: without any spread there is no test")
-    size = f"{abs(c.difference):.4g} (95 % interval of the difference {c.t[0]:+.4g} to {c.t[1]:+.4g})"
+    ends = f"{c.t[0]:+.4g} to {c.t[1]:+.4g}"
     if c.holm <= ALPHA:
         word = "better" if (c.difference > 0) == (mode == "max") else "worse"
         doubt = "; the bootstrap interval does not exclude 0" if c.bootstrap[0] <= 0 <= c.bootstrap[1] else ""
-        return f"{word} than {reference} by {size}{doubt if math.isfinite(sum(c.bootstrap)) else ''}"
-    more = _advice(c)
+        return (f"{word} than {reference} by {abs(c.difference):.4g} (95 % interval of the difference {ends})"
+                f"{doubt if math.isfinite(sum(c.bootstrap)) else ''}")
+    size, more = f"{c.difference:+.4g} (95 % interval {ends})", _advice(c)
     if c.p <= ALPHA:
         return (f"not distinguishable from {reference} once Holm's correction counts all {c.family} comparisons: "
                 f"difference {size}; {more}")
