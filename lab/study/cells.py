@@ -10,7 +10,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,13 @@ def finished_elsewhere(studies: Path, but: Path) -> dict[str, Path]:
             if cell["status"] != "failed":
                 found[cell["fingerprint"]] = path.parent
     return found
+
+
+def finished_folders(study: Path, cells: Sequence[Cell]) -> dict[str, Path]:
+    """Name of a cell -> its folder, of those that are finished in this study or in another one beside it."""
+    others = finished_elsewhere(study.parent, study)
+    found = {cell.name: others[cell.fingerprint] for cell in cells if cell.fingerprint in others}
+    return found | {cell.name: folder for cell in cells if read_cell(folder := cell.folder(study))}
 
 
 def link(cell: Cell, source: Path, target: Path) -> None:

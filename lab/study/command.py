@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from lab.errors import UserError
 from lab.experiment import Experiment, digest
 from lab.run_folder import write_json
 from lab.study import leases
-from lab.study.cells import Cell, cells_of, code_of
+from lab.study.cells import Cell, cells_of, code_of, finished_folders
 from lab.study.design import BASE, Design, Study, grid, one_at_a_time
 from lab.study.engine import Bench, Engine, mean_seconds, metric_values
 from lab.study.preflight import Arm, Timing, describe_estimate, estimate, measure, preflight, table
@@ -128,9 +128,11 @@ def run_study(study: Study, options: StudyOptions, file: Path) -> int:
             if taken := engine.adopt():
                 screen.say(f"{taken} cells are finished in other studies, and are not run again.")
             engine.check_code(options.accept, options.rerun)
-        _price(study, arms, cells, folder, bench, screen)
+        folders = finished_folders(folder, cells)
+        _price(study, arms, cells, folders, bench, screen)
         if options.dry_run:
-            _say_power(study, cells, folder, screen)
+            base = [cell for cell in cells if cell.arm == BASE]
+            _say_power(study, metric_values(base, folders, study.metric, study.split), screen)
             return 0
         if status := engine.run():
             return status
@@ -165,12 +167,13 @@ def _describe(folder: Path, study: Study, arms: Sequence[Arm], file: Path, cells
         lease.release()
 
 
-def _price(study: Study, arms: list[Arm], cells: Sequence[Cell], folder: Path, bench: Bench, screen: Screen) -> None:
+def _price(study: Study, arms: list[Arm], cells: Sequence[Cell], folders: Mapping[str, Path], bench: Bench,
+           screen: Screen) -> None:
     """Prints the table of arms, and how long the study will take."""
-    left = {arm.name: sum(c.arm == arm.name and not (c.folder(folder) / "cell.json").exists() for c in cells)
+    left = {arm.name: sum(c.arm == arm.name and c.name not in folders for c in cells)
             for arm in arms}
     screen.console.print(table(study, arms, left))
-    known = mean_seconds(folder, cells)
+    known = mean_seconds(cells, folders)
     timing = None if all(not n or name in known for name, n in left.items()) else _time(arms[0], bench, screen)
     screen.say(describe_estimate(estimate(arms, left, known, timing), sum(left.values())))
 
@@ -181,13 +184,13 @@ def _time(base: Arm, bench: Bench, screen: Screen) -> Timing | None:
     return measure(base, prepared.data, prepared.program)
 
 
-def _say_power(study: Study, cells: Sequence[Cell], folder: Path, screen: Screen) -> None:
-    """Seeds needed to see a given gap, from the spread of the base's finished cells."""
+def _say_power(study: Study, base: Mapping[int, float], screen: Screen) -> None:
+    """Seeds needed to see a given gap, from the spread of the base's finished cells, `base`: seed -> metric."""
     if importlib.util.find_spec("lab.study.stats") is None:
         return
     from lab.study import stats
 
-    values = list(metric_values(folder, [c for c in cells if c.arm == BASE], study.metric, study.split).values())
+    values = list(base.values())
     if len(values) < 2:
         screen.say("Power: unknown until the base has finished with two seeds.")
         return

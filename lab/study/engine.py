@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,23 +204,22 @@ class Engine:
         return {status: found[status] for status in ("done", "diverged", "failed")}
 
 
-def mean_seconds(folder: Path, cells: Sequence[Cell]) -> dict[str, float]:
-    """Arm -> mean seconds of its finished cells, where they are known."""
+def mean_seconds(cells: Sequence[Cell], folders: Mapping[str, Path]) -> dict[str, float]:
+    """Arm -> mean seconds of its cells that are done, where they are known. `folders`: as `finished_folders` says."""
     found: dict[str, list[float]] = {}
     for cell in cells:
-        said = read_cell(cell.folder(folder))
+        said = read_cell(folders[cell.name]) if cell.name in folders else None
         if said and said["status"] == "done" and said["seconds"] is not None:
             found.setdefault(cell.arm, []).append(said["seconds"])
     return {arm: sum(values) / len(values) for arm, values in found.items()}
 
 
-def metric_values(folder: Path, cells: Sequence[Cell], metric: str, split: str) -> dict[int, float]:
-    """Seed -> the metric at the end, of the cells that are done."""
+def metric_values(cells: Sequence[Cell], folders: Mapping[str, Path], metric: str, split: str) -> dict[int, float]:
+    """Seed -> the metric at the end, of the cells that are done. `folders`: as `finished_folders` says."""
     found = {}
     for cell in cells:
-        said = read_cell(cell.folder(folder))
-        if said and said["status"] == "done":
-            result = read_json(cell.folder(folder) / "result.json")
+        if cell.name in folders and read_cell(folders[cell.name])["status"] == "done":
+            result = read_json(folders[cell.name] / "result.json")
             found[cell.seed] = result["final" if split == "validation" else "test"][metric]
     return found
 

@@ -61,7 +61,7 @@ def preflight(study: Study) -> list[Arm]:
             produced = metric_names(experiment, plan.state)
         except UserError as e:
             raise UserError(f"Arm {name}: {e}") from e
-        except (TypeError, ValueError, FlaxError) as e:  # what models, tasks and optimizers raise when they are traced
+        except (TypeError, ValueError, LookupError, AttributeError, FlaxError) as e:  # the model's or the task's own
             reason = str(e).strip().partition("\n")[0]
             raise UserError(f"Arm {name} cannot be built: {type(e).__name__}: {reason}") from e
         for metric in (study.metric, experiment.evaluate.metric):
