@@ -21,13 +21,14 @@ import pytest
 from lab import loop
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
-from lab.experiment import load
+from lab.experiment import Mesh, load
 from lab.optim import SGD, Cosine
 from lab.program import Program
 from lab.sharding import path_of
 from lab.study import leases
 from lab.study.cells import changed, code_of
 from lab.study.design import Study, factorial, grid, leave_one_out, one_at_a_time, override
+from lab.study.engine import CellScreen
 from lab.study.preflight import preflight
 from tests.conftest import ROOT
 from tests.test_cli import EXPERIMENT, WORDS, finish, start, wait_for
@@ -35,21 +36,34 @@ from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 RMS, ROTARY = {"model.norm": "rmsnorm"}, {"model.position": "rotary"}
 STUDIES = [p for p in sorted((ROOT / "experiments").glob("*.py")) if "\nstudy = " in p.read_text()]
-FILE = EXPERIMENT.replace("steps=20", "steps=4").replace("Evaluate(every=10", "Evaluate(every=2")
+FILE = '''"""A linear classifier: nothing compiles faster."""
+
+from lab.data.bundled import Sklearn
+from lab.data.tabular import Table
+from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
+from lab.models.linear import Linear
+from lab.optim import SGD, Cosine
+from lab.tasks.supervised import Classify
+
+experiment = Experiment(
+    data=Table(Sklearn("breast_cancer")), model=Linear(classes=2), task=Classify(), mesh=Mesh(data=1),
+    optim=SGD(lr=Cosine(1e-2, warmup=0)), steps=4, batch=16, evaluate=Evaluate(every=2), checkpoint=Checkpoint(every=2))
+'''
 STUDY = FILE + '''
 from lab.study.design import Study
-study = local = Study(experiment, {{"high": {{"optim.lr.peak": 3e-2}}, "higher": {{"optim.lr.peak": 9e-2}}}}, seeds=3)
+study = local = Study(experiment, {"high": {"optim.lr.peak": 3e-2}, "higher": {"optim.lr.peak": 9e-2}}, seeds=3)
 del experiment
 '''
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with an experiment, a study and their text."""
+    """A folder with two experiments, small.py and text.py, and a study."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "corpus.txt").write_text("".join(WORDS[(i * 7) % 40:] for i in range(600))[:30_000])
-    for name, text in (("small.py", FILE), ("ablate.py", STUDY)):
-        (folder / name).write_text(text.format(corpus=str(folder / "corpus.txt")))
+    for name, text in (("small.py", FILE), ("ablate.py", STUDY),
+                       ("text.py", EXPERIMENT.format(corpus=str(folder / "corpus.txt")))):
+        (folder / name).write_text(text)
     return folder
 
 
@@ -192,7 +206,7 @@ def test_a_reseeded_program_is_that_of_the_other_seed(tiny):
         state, values = program.train(program.init(), program.batch(lambda call: read, 0))
         return float(values["loss"][0]), np.asarray(state.params["wte"]["embedding"])
 
-    dropped = replace(tiny, model=tiny.model.clone(dropout=0.5))
+    dropped = replace(tiny, model=tiny.model.clone(depth=1, dropout=0.5), mesh=Mesh(data=1))
     first = Program(dropped, data.train)
     zero, one = loss(first), loss(first.reseeded(1))
     own = loss(Program(replace(dropped, seed=1), data.train))
@@ -286,6 +300,18 @@ def first(place) -> Path:
     return place / "first"
 
 
+@pytest.fixture
+def copied(first, place, tmp_path) -> list[str]:
+    """The command of `first`, on a copy of its folder."""
+    shutil.copytree(first, tmp_path / "copy")
+    return ["small.py", "--vary", "optim.lr.peak=1e-2,1e30", "--seeds", "2", "--studies", str(tmp_path / "copy")]
+
+
+def cell_of(command: list[str], arm: str, seed: int) -> Path:
+    """The folder of one cell of the copied study."""
+    return next(Path(command[-1]).glob(f"*/cells/{arm}/{seed}"))
+
+
 def test_a_study_and_its_files(first):
     found = cells(first)
     assert {key: cell["status"] for key, cell in found.items()} == {
@@ -303,24 +329,24 @@ def test_a_study_and_its_files(first):
     assert len(cells_now) == 4
 
 
-def test_finished_cells_never_run_again(first, typed):
+def test_finished_cells_never_run_again(copied, typed):
     """The same command runs nothing; a study with a seed and an arm more runs only what is new."""
-    status, out, _ = typed("small.py", "--vary", "optim.lr.peak=1e-2,1e30", "--seeds", "2", "--studies", "first")
+    first = Path(copied[-1])
+    status, out, _ = typed(*copied)
     assert status == 0 and not ran(out) and "Every cell is finished already." in out
     assert "4 cells planned = 2 done + 2 diverged + 0 failed." in out
-    status, out, _ = typed("small.py", "--vary", "optim.lr.peak=1e-2,2e-2,1e30", "--seeds", "3", "--studies", "first",
+    status, out, _ = typed("small.py", "--vary", "optim.lr.peak=1e-2,2e-2,1e30", "--seeds", "3", "--studies", first,
                            "--only", "base")
     assert status == 0 and ran(out) == ["base seed 2"] and "2 cells are finished in other studies" in out
-    linked = [cell for cell in cells(first).values() if "linked" in cell]
-    assert linked and linked[0]["status"] == "done"
-    with_folder = next(p.parent for p in first.glob("*/cells/base/0/cell.json") if "linked" in p.read_text())
-    assert (with_folder / "metrics.jsonl").stat().st_nlink == 2
+    linked = [p.parent for p in first.glob("*/cells/base/*/cell.json") if "linked" in json.loads(p.read_text())]
+    assert sorted(p.name for p in linked) == ["0", "1"]
+    assert (linked[0] / "metrics.jsonl").stat().st_nlink == 2  # the same file, not a copy
 
 
 def test_dry_run_says_what_could_be_seen_and_runs_nothing(first, typed, place):
     status, out, _ = typed("small.py", "--vary", "optim.lr.peak=1e-2,5e-2", "--seeds", "4", "--studies", "first",
                            "--dry-run")
-    assert status == 0 and not ran(out) and re.search(r"[56] cells to run: about 0:\d\d", out)  # base: another study's
+    assert status == 0 and not ran(out) and re.search(r"[56] cells to run: about \d:\d\d", out)  # 2 or 3 are elsewhere
     if importlib.util.find_spec("lab.study.stats"):
         assert re.search(r"Power: the base has loss .* over [23] seeds", out) and "standard deviations) needs" in out
     status, out, _ = typed("ablate.py", "--studies", "never", "--dry-run")
@@ -328,112 +354,129 @@ def test_dry_run_says_what_could_be_seen_and_runs_nothing(first, typed, place):
     assert "Power: unknown until the base has finished with two seeds." in out
 
 
-def test_an_arm_that_fails_is_counted_and_can_run_again(typed, place, monkeypatch):
-    train = loop.train
+def test_an_arm_that_fails_is_counted_and_can_run_again(typed, copied, monkeypatch):
+    folder = cell_of(copied, "base", 1)
+    shutil.rmtree(folder)
 
-    def broken(experiment, *args, **kwargs):
-        if experiment.optim.lr.peak > 1e-2:
-            raise UserError("There is no more memory.")
-        return train(experiment, *args, **kwargs)
+    def broken(*args, **kwargs):
+        raise UserError("There is no more memory.")
 
-    command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "1", "--studies", "failing")
     with monkeypatch.context() as patched:
         patched.setattr(loop, "train", broken)
-        status, out, _ = typed(*command)
-    assert status == 1 and "2 cells planned = 1 done + 0 diverged + 1 failed." in out
-    assert cells(place / "failing")["peak=0.03", 0]["error"] == "There is no more memory."
-    assert ran(typed(*command)[1]) == []
-    status, out, _ = typed(*command, "--rerun")
-    assert status == 0 and ran(out) == ["peak=0.03 seed 0"]
+        status, out, _ = typed(*copied)
+    assert status == 1 and "4 cells planned = 1 done + 2 diverged + 1 failed." in out
+    assert json.loads((folder / "cell.json").read_text())["error"] == "There is no more memory."
+    assert ran(typed(*copied)[1]) == []
+    status, out, _ = typed(*copied, "--rerun")
+    assert status == 0 and ran(out) == ["base seed 1"]
 
 
-def test_changed_code_is_named(typed, mistake, place):
-    command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "1", "--studies", "changed")
-    typed(*command)
-    path = next((place / "changed").glob("*/cells/base/0/cell.json"))
+def test_changed_code_is_named(typed, mistake, copied):
+    path = cell_of(copied, "base", 0) / "cell.json"
     cell = json.loads(path.read_text())
     cell["code"]["lab/optim.py"], cell["fingerprint"] = "other", "of other code"
     path.write_text(json.dumps(cell))
-    assert mistake(*command) == ("error: lab/optim.py changed since 1 finished cell of this study ran. --accept takes "
-                                 "them as they are, --rerun runs them again.\n")
-    assert "exclude each other" in mistake(*command, "--accept", "--rerun")
-    status, out, _ = typed(*command, "--accept")
+    assert mistake(*copied) == ("error: lab/optim.py changed since 1 finished cell of this study ran. --accept takes "
+                                "them as they are, --rerun runs them again.\n")
+    assert "exclude each other" in mistake(*copied, "--accept", "--rerun")
+    status, out, _ = typed(*copied, "--accept")
     assert status == 0 and not ran(out)
-    status, out, _ = typed(*command, "--rerun")
+    status, out, _ = typed(*copied, "--rerun")
     assert status == 0 and ran(out) == ["base seed 0"]
 
 
-def test_a_damaged_cell_is_named_and_runs_alone_again(typed, mistake, place):
-    command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "1", "--studies", "damaged")
-    typed(*command)
-    folder = next((place / "damaged").glob("*/cells/base/0"))
-    for damage in (lambda: (folder / "cell.json").write_text('{"arm": "ba'), lambda: (folder / "result.json").unlink()):
-        whole = (folder / "cell.json").read_text()
-        damage()
-        said = mistake(*command)
-        assert re.search(r"The cell damaged/\S+/cells/base/0 is damaged. Delete that folder", said)
-        (folder / "cell.json").write_text(whole)
+def test_a_damaged_cell_is_named_and_runs_alone_again(typed, mistake, copied):
+    folder = cell_of(copied, "base", 0)
+    for name, content in (("cell.json", '{"arm": "ba'), ("cell.json", "{}"), ("result.json", None)):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(content) if content else (folder / name).unlink()
+        assert f"The cell {folder} is damaged. Delete that folder and type the same command" in mistake(*copied)
+        (folder / name).write_text(whole)
     shutil.rmtree(folder)
-    assert ran(typed(*command)[1]) == ["base seed 0"]
+    assert ran(typed(*copied)[1]) == ["base seed 0"]
+
+
+def test_what_another_code_left_unfinished_begins_again(typed, copied):
+    """A half-done cell goes on with the same code; with other code nothing of it is used."""
+    folder = cell_of(copied, "base", 0)
+    for code, starts in ((None, 2), ("other", 1)):
+        for name in ("cell.json", "result.json"):
+            (folder / name).unlink()
+        begun = json.loads((folder / "begun.json").read_text())
+        (folder / "begun.json").write_text(json.dumps(begun | ({"fingerprint": code} if code else {})))
+        assert ran(typed(*copied)[1]) == ["base seed 0"]
+        assert len(list(folder.glob("environment*.json"))) == starts
+        assert (json.loads((folder / "cell.json").read_text())["seconds"] is None) == (starts == 2)
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (("--vary", "model.nrom=rmsnorm"), "no field model.nrom. Perhaps you meant model.norm"),
-    (("--vary", "model.norm"), "write FIELD=VALUE"),
+    (("--vary", "optim.lr.peek=1"), "no field optim.lr.peek. Perhaps you meant optim.lr.peak"),
+    (("--vary", "optim.lr.peak"), "write FIELD=VALUE"),
     (("--vary", "optim.lr.peak=1e-2"), "no arm besides the base"),
     (("--vary", "optim.lr.peak=3e-2", "--seeds", "0"), "--seeds must be at least 1"),
     (("--vary", "optim.lr.peak=3e-2", "--seed", "3"), "say how many with --seeds"),
     (("--vary", "optim.lr.peak=3e-2", "--only", "peek=0.03"), "no arm peek=0.03. Perhaps you meant peak=0.03"),
-    (("--vary", "optim.lr.peak=3e-2", "--split", "test"), "no test split"),
 ])
 def test_mistakes_on_the_command_line(mistake, args, message):
     assert message in mistake("small.py", *args, "--studies", "none")
 
 
-def test_a_study_file_takes_no_vary(mistake):
+def test_other_mistakes_on_the_command_line(mistake):
+    assert "its data has no test split" in mistake("text.py", "--vary", "optim.lr.peak=3e-2", "--split", "test")
     assert "leave out --vary" in mistake("ablate.py", "--vary", "optim.lr.peak=1")
 
 
 # --------------------------------------------------------------------------------------------------- processes
 
 
-def test_killed_and_stopped_and_shared(place):
-    """Two processes on one folder; one is killed with -9, the other told to stop; two more finish the study."""
-    folder, outputs = place / "shared", []
+def test_told_to_stop_and_going_on(typed, place, monkeypatch):
+    progress, seen = CellScreen.progress, []
+
+    def told(self, line):
+        progress(self, line)
+        if "update      3/4" in line and not seen:
+            seen.append(line)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(CellScreen, "progress", told)
+    command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "1", "--studies", "stopped")
+    status, out, _ = typed(*command)
+    assert status == 75 and "2 cells are left. The same command goes on." in out and not ran(out)
+    assert not list((place / "stopped").glob("*/leases/*"))
+    status, out, _ = typed(*command)
+    assert status == 0 and ran(out) == ["base seed 0", "peak=0.03 seed 0"]
+    rows = next((place / "stopped").glob("*/cells/base/0/metrics.jsonl")).read_text()
+    assert [row["step"] for row in map(json.loads, rows.splitlines()) if row["split"] == "train"] == [1, 2, 3, 4]
+    assert cells(place / "stopped")["base", 0]["seconds"] is None  # of two processes
+
+
+def test_two_processes_share_a_folder_and_one_is_killed(place):
+    """kill -9 in mid-study: the other takes over at once; no cell runs twice, and none is lost."""
+    folder = place / "shared"
 
     def finished():
         return len(list(folder.glob("*/cells/*/*/cell.json")))
 
-    def begin():
-        return start(place, "ablate.py", "--studies", "shared", "--steps", "30")
+    def working():
+        return {json.loads(p.read_text() or "{}").get("pid") for p in folder.glob("*/leases/*-*")}
 
-    one, two = begin(), begin()
-    assert wait_for(one, lambda: finished() >= 1)
+    one, two = (start(place, "ablate.py", "--studies", "shared", "--steps", "100",
+                      "--checkpoint.every", "25") for _ in range(2))
+    assert wait_for(two, lambda: finished() >= 1 and {one.pid, two.pid} <= working())
     one.kill()
-    outputs.append(finish(one)[1])
-    before = finished()
-    if wait_for(two, lambda: finished() > before):
-        two.send_signal(signal.SIGTERM)
+    outputs = [finish(one)[1]]
     status, out, err = finish(two)
-    assert status in (75, -signal.SIGTERM), err  # between two cells there is nothing to save
-    outputs.append(out)
-    assert 2 <= finished() < 9
-    for process in (begin(), begin()):
-        outputs.append(process)
-    for i in (2, 3):
-        status, outputs[i], err = finish(outputs[i])
-        assert status == 0, err
-        assert "9 cells planned = 9 done + 0 diverged + 0 failed." in outputs[i]
-    said = Counter(cell for out in outputs for cell in ran(out))
-    assert max(said.values()) == 1  # no cell twice; a killed process may have lost its last line
-    assert len(said) >= 8
+    assert status == 0 and "9 cells planned = 9 done + 0 diverged + 0 failed." in out, err
+    said = Counter(ran(outputs[0]) + ran(out))
+    assert max(said.values()) == 1 and len(said) >= 8 and ran(out)  # the killed one may have lost its last line
     found = cells(folder)
     assert {key: cell["status"] for key, cell in found.items()} == {
         (arm, seed): "done" for arm in ("base", "high", "higher") for seed in range(3)}
-    begun = {key: len(list(folder.glob(f"*/cells/{key[0]}/{key[1]}/environment*.json"))) for key in found}
-    assert Counter(begun.values())[1] >= 7 and max(begun.values()) <= 3  # the killed and the stopped one went on
-    for key, cell in found.items():
-        assert (cell["seconds"] is None) == (begun[key] > 1) or cell["seconds"] is None
-        rows = [json.loads(line) for line in next(folder.glob(f"*/cells/{key[0]}/{key[1]}/metrics.jsonl")).open()]
-        assert [r["step"] for r in rows if r["split"] == "train"] == list(range(1, 31))
-    assert not list(folder.glob("*/leases/*"))
+    starts = Counter()
+    for arm, seed in found:
+        run = next(folder.glob(f"*/cells/{arm}/{seed}"))
+        starts[len(list(run.glob("environment*.json")))] += 1
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 101))
+    assert starts[1] >= 8 and starts[1] + starts[2] == 9  # at most the killed one's cell was begun by two processes
+    assert not list(folder.glob("*/leases/*"))  # also of the killed one

@@ -186,14 +186,14 @@ def _time(base: Arm, bench: Bench, screen: Screen) -> Timing | None:
 
 def _say_power(study: Study, base: Mapping[int, float], screen: Screen) -> None:
     """Seeds needed to see a given gap, from the spread of the base's finished cells, `base`: seed -> metric."""
-    if importlib.util.find_spec("lab.study.stats") is None:
-        return
-    from lab.study import stats
-
     values = list(base.values())
     if len(values) < 2:
         screen.say("Power: unknown until the base has finished with two seeds.")
         return
+    if importlib.util.find_spec("lab.study.stats") is None:
+        return
+    from lab.study import stats
+
     mean, sd = (float(x) for x in stats.mean_sd(values))
     screen.say(f"Power: the base has {study.metric} {mean:.4g} with a standard deviation of {sd:.2g} over "
                f"{len(values)} seeds. For 80 % power at 5 %, if the runs of one seed did not correlate (where they do, "

@@ -199,6 +199,9 @@ class Engine:
         Raises:
           UserError: a cell is damaged.
         """
+        for cell in self.cells if any(self.leases.iterdir()) else ():  # of processes that died with their last word
+            if lease := leases.claim(self.leases, cell.name):
+                lease.release()
         found = Counter(cell["status"] for c in self.cells if (cell := read_cell(c.folder(self.folder))))
         assert sum(found.values()) == len(self.cells), (found, len(self.cells))
         return {status: found[status] for status in ("done", "diverged", "failed")}
