@@ -140,7 +140,8 @@ def run_study(study: Study, options: StudyOptions, file: Path) -> int:
         screen.say(f"{len(cells)} cells planned = " + " + ".join(f"{n} {said}" for said, n in counts.items()) + ".")
         if counts["failed"]:
             screen.say("Each failed cell says why in its cell.json; --rerun runs them again.")
-        _report(folder, screen)
+        if counts["done"]:
+            _report(folder, screen)
     return 1 if counts["failed"] else 0
 
 
