@@ -1,7 +1,7 @@
 """What does each part of a modern GPT give? All six changes of gpt_char together, then each one left out; 5 seeds.
 
     ./launch.sh experiments/ablate_gpt_components.py --full     # first: ./launch.sh prepare tiny_shakespeare
-    ./launch.sh experiments/ablate_gpt_components.py            # no accelerator: the twin, bytes of the standard library
+    ./launch.sh experiments/ablate_gpt_components.py            # no accelerator: the twin, on source text
 
 Not measured yet. The base is GPT-2's form; compare each arm "all-x" with the arm "all".
 """

@@ -1,7 +1,7 @@
 """Does the best learning rate move with the width of a GPT? A grid of 4 peaks x 3 widths of gpt_char, 3 seeds.
 
     ./launch.sh experiments/sweep_lr_width.py --full     # first: ./launch.sh prepare tiny_shakespeare
-    ./launch.sh experiments/sweep_lr_width.py            # no accelerator: the twin, bytes of the standard library
+    ./launch.sh experiments/sweep_lr_width.py            # no accelerator: the twin, on source text
 
 Not measured yet.
 """

@@ -64,6 +64,13 @@ def find_experiment(name: str) -> Path:
                                                          f" There are {', '.join(experiments())}."))
 
 
+def check_run_dir(run_dir: str | None) -> None:
+    """Raises UserError where the run folder would be a bucket."""
+    if "://" in (run_dir or ""):
+        raise UserError("--run-dir is a folder on the machine of process 0; checkpoints may go to a bucket: "
+                        "--checkpoint-dir gs://...")
+
+
 def check_platform() -> str:
     """The platform that JAX uses, which must be the one the launcher chose.
 
@@ -154,7 +161,7 @@ class _Missing:
 class TrainOptions:
     """Options of this command, beside the experiment's own."""
 
-    run_dir: Path | None = None
+    run_dir: str | None = None
     """Folder of the run; by default runs/<experiment>-<fingerprint>."""
     checkpoint_dir: str | None = None
     """Folder or bucket (gs://BUCKET/RUN, LAB_EXTRAS=bucket) for checkpoints; by default they are in the run folder.
@@ -178,6 +185,7 @@ def train(args: Sequence[str], processes: Processes) -> int:
     if hasattr(module, "study") or any(a.partition("=")[0] == "--vary" for a in args):
         return study(path, module, args[1:], processes)
     experiment, options, path = parse(path, args[1:], TrainOptions, module)
+    check_run_dir(options.run_dir)
     if options.dry_run:
         from lab.dry_run import show
 
@@ -187,7 +195,7 @@ def train(args: Sequence[str], processes: Processes) -> int:
     from lab import loop
     from lab.console import Screen
 
-    folder = options.run_dir or Path("runs") / f"{path.stem}-{experiment.fingerprint()}"
+    folder = Path(options.run_dir or f"runs/{path.stem}-{experiment.fingerprint()}")
     compare(processes, experiment, options, folder, path)
     result = processes.share(loop.finished(folder) if processes.first else None)
     with Screen(quiet=not processes.first) as screen:

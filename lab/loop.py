@@ -153,6 +153,8 @@ class _Run:
         evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
         if not processes.first:
             rows.rows = evaluations
+        if self.step and not rows.rows:  # else there is at least the evaluation before the first update
+            self.screen.say("The run folder is new: metrics, the best state and patience count from here.")
         return rows
 
     def _restore_or_init(self) -> State:

@@ -114,8 +114,15 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
     described = folder / "experiment.json"
     if described.exists():
         check_same(folder, experiment, data_fingerprint)
-    write_json(described, {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
-                           "data": data_fingerprint, "file": str(file) if file else None, "checkpoints": checkpoints})
+    description = {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
+                   "data": data_fingerprint, "file": str(file) if file else None, "checkpoints": checkpoints}
+    if checkpoints is not None:  # what is there may be older than this run folder, and of another run
+        place = checkpoint_folder(folder, checkpoints)
+        if (place / "experiment.json").exists():
+            check_same(place, experiment, data_fingerprint)
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "experiment.json").write_text(json.dumps(description, indent=2) + "\n")
+    write_json(described, description)
     start = 1 + sum(1 for _ in folder.glob("environment*.json"))
     write_json(folder / f"environment{f'-{start}' if start > 1 else ''}.json", environment())
 
@@ -126,7 +133,8 @@ def check_same(folder: Path, experiment: Experiment, data_fingerprint: str) -> N
     if there["fingerprint"] != experiment.fingerprint():
         found = list(differences(there["experiment"], to_json(experiment)))
         shown = ", ".join(f"{path} is {a} there and {b} here" for path, a, b in found[:4])
-        raise UserError(f"{folder} is the run of another experiment: {shown}. Choose another with --run-dir.")
+        raise UserError(f"{folder} is the run of another experiment: {shown}. Choose another with --run-dir or "
+                        f"--checkpoint-dir.")
     if there["data"] != data_fingerprint:
         raise UserError(f"The data changed since the run in {folder} began (fingerprint {there['data']} then, "
                         f"{data_fingerprint} now). Bring it back, or start afresh with --run-dir.")

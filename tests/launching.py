@@ -21,7 +21,8 @@ import os, pathlib, signal, sys, time
 rank = os.environ.get("SLURM_PROCID") or os.environ.get("LAB_PROCESS_ID") or os.uname().nodename[-1]
 words = sys.argv[sys.argv.index("lab") + 1:]
 folder = pathlib.Path(words[words.index("--run-dir") + 1])
-saved = folder / f"saved-{rank}"
+place = pathlib.Path(words[words.index("--checkpoint-dir") + 1]) if "--checkpoint-dir" in words else folder
+saved = place / f"saved-{rank}"
 def save(*_):
     saved.touch()
     time.sleep(2 * float(rank))    # processes never end at the same moment
@@ -32,6 +33,7 @@ signal.signal(signal.SIGUSR1, save)
 print("rank", rank, "of", os.environ.get("SLURM_NTASKS") or os.environ.get("LAB_PROCESSES"), "arguments", words,
       "restored" if saved.exists() else "fresh", os.environ.get("LAB_COORDINATOR", ""), flush=True)
 folder.mkdir(parents=True, exist_ok=True)
+place.mkdir(parents=True, exist_ok=True)
 (folder / f"ran-{rank}").touch()
 if "--fail" in words and rank == "1":
     os._exit(7)

@@ -321,6 +321,8 @@ def test_what_is_no_run(mistake, place):
     assert "is not empty and is no run folder" in mistake("small.py", "--run-dir", "thesis")
     assert "cannot be written" in mistake("small.py", "--run-dir", "corpus.txt")
     assert "cannot be written" in mistake("small.py", "--run-dir", "corpus.txt/run")
+    assert "--run-dir is a folder on the machine of process 0" in mistake("small.py", "--run-dir", "gs://b/x")
+    assert not (place / "gs:").exists()
 
 
 def test_runs_that_are_there_already(typed, mistake, reference):

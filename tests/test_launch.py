@@ -73,6 +73,9 @@ def test_mistakes_on_the_command_line(checkout, environ):
     assert "come after its file" in fails(checkout, environ, "--slurm", "-n2", "--steps", "5", "experiments/tiny.py")
     assert "--zone does not go" in fails(checkout, environ, "--hosts", "a", "--zone", "z", "experiments/tiny.py")
     assert "--spot goes with --create" in fails(checkout, environ, "--tpu", "pod", "--spot", "experiments/tiny.py")
+    for engine in (("--slurm", "-n1"), ("--hosts", "a,b"), ("--tpu", "pod"), ("--sky", "--cpus 4")):
+        said = fails(checkout, environ, *engine, "experiments/tiny.py", "--run-dir=gs://b/x")
+        assert "--run-dir is a folder on the machine of process 0" in said and "--checkpoint-dir gs://" in said
     assert "no value" in fails(checkout, environ, "--slurm", "-n2", "--detach=3", "experiments/tiny.py")
 
 
@@ -81,7 +84,7 @@ def test_a_missing_tool_is_one_sentence_with_how_to_get_it(checkout, environ, tm
     for name in ("bash", "dirname", "readlink", "git"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     bare = environ | {"PATH": str(tmp_path / "bin")}
-    bucket = ("experiments/tiny.py", "--run-dir", "gs://b/x")
+    bucket = ("experiments/tiny.py", "--checkpoint-dir", "gs://b/x")
     assert "sbatch was not found" in fails(checkout, bare, "--slurm", "--nodes=2", "experiments/tiny.py")
     assert "apt install openmpi-bin" in fails(checkout, bare, "--hosts", "a,b", "experiments/tiny.py")
     assert "cloud.google.com/sdk" in fails(checkout, bare, "--tpu", "pod", "experiments/tiny.py")
@@ -189,8 +192,8 @@ SKY = {
 
 
 def sky_task(checkout: Path, environ: dict[str, str], options: str) -> tuple[dict, list[str]]:
-    text = dry(checkout, environ, "--sky", options, "--dry-run", "experiments/tiny.py", "--note", SPECIAL, "--run-dir",
-               "gs://b/x")
+    text = dry(checkout, environ, "--sky", options, "--dry-run", "experiments/tiny.py", "--note", SPECIAL,
+               "--checkpoint-dir", "gs://b/x")
     return json.loads(text[text.index("{"):text.rindex("}") + 1]), printed_commands(text)[-1]
 
 
@@ -227,7 +230,7 @@ def test_sky_tasks_pass_skypilots_own_validator(checkout, environ, tmp_path):
 
 
 def test_sky_mistakes(checkout, environ):
-    assert "--run-dir with a bucket" in fails(checkout, environ, "--sky", "--cpus 4", "experiments/tiny.py")
+    assert "--checkpoint-dir with a bucket" in fails(checkout, environ, "--sky", "--cpus 4", "experiments/tiny.py")
     assert "does not know --gpu" in fails(checkout, environ, "--sky", "--gpu H100", "experiments/tiny.py")
     assert "must be a number" in fails(checkout, environ, "--sky", "--num-nodes two", "experiments/tiny.py")
     assert "needs a value" in fails(checkout, environ, "--sky", "--gpus", "experiments/tiny.py")
@@ -264,8 +267,9 @@ GCLOUD = textwrap.dedent('''\
     elif verb == ["queued-resources", "delete"]:
         request.unlink()
         vm.unlink(missing_ok=True)
-        for folder in cloud.glob("worker-*/.cache/lab/checkouts/*/launch"):    # its disks; the bucket stays
-            shutil.rmtree(folder)
+        for copy in cloud.glob("worker-*/.cache/lab/checkouts/*"):    # its disks; the bucket, which is gs:/, stays
+            for name in ("launch", "runs"):
+                shutil.rmtree(copy / name, ignore_errors=True)
     elif not vm.exists() or vm.read_text() != "READY":
         sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) the VM is not running")
     else:
@@ -309,7 +313,7 @@ def cloud(tmp_path: Path, environ: dict[str, str]) -> Cloud:
 def test_tpu_commands(checkout, environ):
     text = dry(checkout, environ, "--tpu", "pod", "--zone", "us-east5-b", "--create", "v5e-16", "--spot",
                "--gcloud-flags", "--tunnel-through-iap", "--dry-run", "experiments/tiny.py", "--note", SPECIAL,
-               "--run-dir", "gs://b/x")
+               "--checkpoint-dir", "gs://b/x")
     commands = printed_commands(text)
     assert all(c[:4] == ["gcloud", "--quiet", "compute", "tpus"] and "--zone=us-east5-b" in c for c in commands)
     create = next(c for c in commands if "create" in c)
@@ -327,7 +331,7 @@ def test_tpu_commands_are_ones_that_gcloud_knows(checkout, environ):
     if shutil.which("gcloud") is None:
         pytest.skip("the Google Cloud CLI is not installed")
     text = dry(checkout, environ, "--tpu", "pod", "--zone", "us-east5-b", "--create", "v5e-16", "--spot", "--dry-run",
-               "experiments/tiny.py", "--run-dir", "gs://b/x")
+               "experiments/tiny.py", "--checkpoint-dir", "gs://b/x")
     environ = dict(os.environ, CLOUDSDK_CONFIG=str(checkout.parent / "gcloud"), CLOUDSDK_CORE_DISABLE_PROMPTS="1",
                    CLOUDSDK_CORE_PROJECT="none", CLOUDSDK_METRICS_ENVIRONMENT="test")
 
@@ -357,10 +361,11 @@ def test_tpu_existing_vm_runs_and_brings_the_run_folder(checkout, cloud):
 
 def test_tpu_is_created_preempted_created_again(checkout, cloud):
     environ = cloud.environ | {"WORKERS": "2"}
-    words = ("--tpu", "pod", "--create", "v5e-16", "--spot", "experiments/tiny.py", "--hang", "--run-dir", "gs://bucket/x")
+    words = ("--tpu", "pod", "--create", "v5e-16", "--spot", "experiments/tiny.py", "--hang", "--run-dir", "runs/spot",
+             "--checkpoint-dir", "gs://bucket/x")
     process = start(checkout, environ, *words)
     try:
-        wait_for(lambda: len(list(cloud.folder.glob("worker-*/.cache/lab/checkouts/*/gs:/bucket/x/up-*"))) == 2, 60,
+        wait_for(lambda: len(list(cloud.folder.glob("worker-*/.cache/lab/checkouts/*/runs/spot/up-*"))) == 2, 60,
                  "the start of both workers")
         (cloud.folder / "vm").write_text("PREEMPTED")    # and its machines end with all that runs on them
         for pid in cloud.folder.glob("worker-*/.cache/lab/checkouts/*/launch/pid"):
@@ -370,32 +375,35 @@ def test_tpu_is_created_preempted_created_again(checkout, cloud):
         process.kill()
     assert process.returncode == 0, (out, err)
     assert "was taken away" in err and "costs money" in err and "restored" in out
+    assert not list(cloud.folder.glob("worker-*/.cache/lab/checkouts/*/runs/spot/up-*")), "the first disks are lost"
+    assert (checkout / "runs/spot/ran-0").exists() and not (checkout / "runs/spot/ran-1").exists()
+    assert not (checkout / "runs/spot/saved-0").exists(), "it is in the bucket"
     asked = [call for call in cloud.calls() if call.startswith("queued")]
     assert [a.split()[1] for a in asked if "describe" not in a] == ["create", "delete", "create"]
-    assert sum("scp" in call for call in cloud.calls()) == 2, "the new machines have new disks"
+    assert sum("scp" in call for call in cloud.calls()) == 3, "the new machines have new disks; one is the run folder"
 
 
 def test_tpu_starts_again_after_75_without_copying(checkout, cloud):
     (cloud.folder / "vm").write_text("READY")
-    process = start(checkout, cloud.environ, "--tpu", "pod", "experiments/tiny.py", "--hang", "--run-dir", "gs://b/again")
+    process = start(checkout, cloud.environ, "--tpu", "pod", "experiments/tiny.py", "--hang", "--run-dir", "runs/again")
     pattern = "worker-0/.cache/lab/checkouts/*"
     try:
-        wait_for(lambda: list(cloud.folder.glob(f"{pattern}/gs:/b/again/up-0")), 60, "the start")
+        wait_for(lambda: list(cloud.folder.glob(f"{pattern}/runs/again/up-0")), 60, "the start")
         os.killpg(int(next(cloud.folder.glob(f"{pattern}/launch/pid")).read_text()), signal.SIGTERM)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0 and "starting it again" in err, (out, err)
     assert "saved 0" in out and "restored" in out
-    assert sum("scp" in call for call in cloud.calls()) == 1
+    assert sum("scp" in call for call in cloud.calls()) == 2, "the files went there, and the run folder came back"
 
 
 def test_tpu_ctrl_c_leaves_the_run_and_the_same_command_follows_it(checkout, cloud):
     (cloud.folder / "vm").write_text("READY")
-    words = ("--tpu", "pod", "experiments/tiny.py", "--hang", "--run-dir", "gs://b/c")
+    words = ("--tpu", "pod", "experiments/tiny.py", "--hang", "--run-dir", "runs/c")
     process = start(checkout, cloud.environ, *words)
     pattern = "worker-0/.cache/lab/checkouts/*"
-    wait_for(lambda: list(cloud.folder.glob(f"{pattern}/gs:/b/c/up-0")), 60, "the start")
+    wait_for(lambda: list(cloud.folder.glob(f"{pattern}/runs/c/up-0")), 60, "the start")
     wait_for(lambda: "tail" in (cloud.folder / "calls").read_text(), 20, "the following")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
@@ -413,7 +421,7 @@ def test_tpu_mistakes(checkout, cloud):
     def said(*words: str) -> str:
         return fails(checkout, cloud.environ, *words)
 
-    bucket = ("experiments/tiny.py", "--run-dir", "gs://b/x")
+    bucket = ("experiments/tiny.py", "--checkpoint-dir", "gs://b/x")
     assert "does not exist" in said("--tpu", "pod", *bucket)
     assert "no TPU type" in said("--tpu", "pod", "--create", "h100", *bucket)
     assert "gcluster" in said("--tpu", "pod", "--create", "tpu7x-8", *bucket)

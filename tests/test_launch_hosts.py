@@ -155,14 +155,16 @@ def test_hosts_save_when_the_launcher_is_told_to_stop(checkout, environ, hosts, 
 def test_hosts_without_a_shared_disk_get_a_copy(checkout, environ, hosts):
     variables = environ | hosts.serve(private=True)
     done = run(checkout, variables, "--hosts", "lab1,lab2", "experiments/tiny.py")
-    assert done.returncode == 2 and "do not all see" in done.stderr and "--run-dir" in done.stderr
+    assert done.returncode == 2 and "do not all see" in done.stderr and "--checkpoint-dir gs://" in done.stderr
     done = run(checkout, variables, "--hosts", "lab2", "experiments/tiny.py", "--run-dir", "runs/one copy")
     assert done.returncode == 0, done.stderr
     assert "rank 0 of 1" in done.stdout and "run folder: " in done.stderr
     assert (checkout / "runs/one copy/ran-0").exists(), "it ran where this folder cannot be seen, and was fetched"
-    done = run(checkout, variables, "--hosts", "lab1,lab2", "experiments/tiny.py", "--run-dir", "gs://bucket/x")
+    done = run(checkout, variables, "--hosts", "lab1,lab2", "experiments/tiny.py", "--run-dir", "runs/two copies",
+               "--checkpoint-dir", "gs://bucket/x")
     assert done.returncode == 0, done.stderr
-    assert "rank 1 of 2 arguments ['experiments/tiny.py', '--run-dir', 'gs://bucket/x']" in done.stdout
+    assert "rank 1 of 2 arguments ['experiments/tiny.py'," in done.stdout
+    assert [p.name for p in (checkout / "runs/two copies").glob("ran-*")] == ["ran-0"], "that of the first host"
 
 
 def test_hosts_names_the_host_that_refuses(checkout, environ, hosts):
@@ -249,12 +251,13 @@ def test_tpu_with_the_real_gcloud(checkout, environ, hosts, tmp_path):
     try:
         done = run(checkout, variables, "--tpu", "pod", "--zone", "z-a", "--create", "v6e-16", "--gcloud-flags",
                    f"--plain --ssh-key-file={hosts.folder}/id", "experiments/tiny.py", "--note", "two words, $HOME",
-                   "--run-dir", "gs://bucket/tpu")
+                   "--run-dir", "runs/real gcloud", "--checkpoint-dir", "gs://bucket/tpu")
     finally:
         server.shutdown()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rank 1 of None arguments ['experiments/tiny.py', '--note', 'two words, $HOME'," in done.stdout
     assert "rank 2" not in done.stdout, "the output is that of worker 0"
     for i in (1, 2):
-        ran = hosts.folder.glob(f"home-lab{i}/.cache/lab/checkouts/*/gs:/bucket/tpu/ran-{i}")
+        ran = hosts.folder.glob(f"home-lab{i}/.cache/lab/checkouts/*/runs/real gcloud/ran-{i}")
         assert list(ran), f"worker {i - 1} ran, too"
+    assert [p.name for p in (checkout / "runs/real gcloud").glob("ran-*")] == ["ran-1"], "that of worker 0"

@@ -512,3 +512,22 @@ def test_checkpoints_elsewhere(tmp_path):
     status, said = go(toy(), folder)
     assert status == 0 and "Going on after update" in said
     assert (elsewhere / "12").is_dir() and not (folder / "checkpoints").exists()
+
+
+def test_a_lost_run_folder_goes_on_from_checkpoints_elsewhere(tmp_path, reference):
+    """As on a new machine: the updates from there on are the same, and so is the end."""
+    elsewhere = str(tmp_path / "elsewhere")
+    assert go(toy(), tmp_path / "lost", 6, interrupt(), checkpoints=elsewhere)[0] == 75
+    last = max(int(p.name) for p in Path(elsewhere).iterdir() if p.is_dir())
+    shutil.rmtree(tmp_path / "lost")
+    status, said = go(toy(), tmp_path / "new", checkpoints=elsewhere)
+    assert status == 0 and f"Going on after update {last}" in said and "The run folder is new" in said
+    assert 0 < last < 12 and last % 4, "not where it is evaluated anyway"
+    assert read_rows(tmp_path / "new/metrics.jsonl") == [r for r in read_rows(reference / "metrics.jsonl")
+                                                         if r["step"] > last]
+    assert loop.finished(tmp_path / "new")["final"] == loop.finished(reference)["final"]
+    with pytest.raises(UserError, match="elsewhere is the run of another experiment: batch is 8 there and 4 here"):
+        go(toy(batch=4), tmp_path / "other", checkpoints=elsewhere)
+    shutil.rmtree(tmp_path / "new")  # lost after its end, too: only the last evaluation is done again
+    assert go(toy(), tmp_path / "new", checkpoints=elsewhere)[0] == 0
+    assert loop.finished(tmp_path / "new")["final"] == loop.finished(reference)["final"]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from lab import hlo, topologies
+from lab.checkpoint import Checkpoints
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
-from lab.experiment import Experiment, Mesh
+from lab.experiment import Checkpoint, Experiment, Mesh
 from lab.metrics import means
 from lab.models.cnn import ResNet
 from lab.models.gpt import GPT
@@ -88,6 +89,22 @@ def test_scanned_blocks_and_microbatches_are_divided_too(gpt):
     specs = {s.spec for s in jax.tree.leaves(eight[2].shardings) if len(s.spec) == 3}
     assert specs == {jax.sharding.PartitionSpec(None, "fsdp", "tensor"), jax.sharding.PartitionSpec(None, "tensor",
                                                                                                     "fsdp")}
+
+
+def test_a_checkpoint_goes_from_any_mesh_to_any_other(gpt, tmp_path):
+    meshes = [Mesh(1, 8), Mesh(1, 1, 8), Mesh(1), Mesh(2, 2, 2)]
+    saved = Program(replace(gpt, mesh=meshes[0])).init()
+    for i, mesh in enumerate(meshes[1:]):
+        checkpoints = Checkpoints(tmp_path / str(i), Checkpoint())
+        checkpoints.save(1, saved)
+        checkpoints.wait()
+        program = Program(replace(gpt, mesh=mesh))
+        restored = checkpoints.restore(program.abstract)
+        checkpoints.close()
+        assert bits(jax.device_get(restored)) == bits(jax.device_get(saved))
+        assert all(x.sharding == s for x, s in zip(jax.tree.leaves(restored), jax.tree.leaves(program.shardings),
+                                                   strict=True))
+        saved = restored
 
 
 # ------------------------------------------------------------------------------------------------- communication

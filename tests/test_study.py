@@ -167,9 +167,8 @@ def test_preflight_prices_every_arm(tiny):
 def test_shipped_studies_are_sound(path):
     module = load(path)
     assert f"./launch.sh experiments/{path.name}" in module.__doc__ and module.__doc__.partition("\n")[0].endswith(".")
-    for study in (module.study, module.local):
-        assert len(preflight(study)) > 1
-        assert len(study.seeds) >= 3
+    assert len(preflight(module.local)) == len(module.study.experiments()) or module.local.design != module.study.design
+    assert min(len(module.study.seeds), len(module.local.seeds)) >= 3
 
 
 # ---------------------------------------------------------------------------------------------------- pairing
@@ -240,7 +239,7 @@ def compete(folder: Path, barrier, names: list[str], won) -> None:
 
 def test_of_many_who_claim_at_once_one_wins(tmp_path):
     """Both a lease that nobody had, and one whose holder is dead."""
-    names, number = [f"cell-{i}" for i in range(20)], 4
+    names, number = [f"cell-{i}" for i in range(20)], 3
     for name in names[::2]:
         (tmp_path / f"{name}.json").write_text(json.dumps(leases.process_identity() | {"started": "before"}))
     context = multiprocessing.get_context("forkserver")

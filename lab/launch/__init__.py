@@ -40,7 +40,8 @@ usage: ./launch.sh --slurm "SBATCH OPTIONS" [--detach] [--dry-run] experiments/x
 Without --detach the output is followed. Ctrl-C then stops following and not the job (--hosts: it saves and stops).
 The exit status is the run's: 0 finished, 75 saved and to be started again, 2 a mistake to mend.
 What is written is kept in the folder launch/ of the run folder, which is runs/NAME-HASH (of the experiment's file and
-the flags) without --run-dir. Machines that share no disk need --run-dir with a bucket, such as gs://mine/x.
+the flags) without --run-dir. Machines that share no disk, or may be taken away, need a bucket for checkpoints:
+--checkpoint-dir gs://mine/x. The run folder is then process 0's; --hosts and --tpu bring it here at the end.
 Variables that go along: LAB_ACCELERATOR, LAB_EXTRAS, JAX_PLATFORMS, XLA_FLAGS.
 """
 

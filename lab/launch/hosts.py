@@ -1,7 +1,8 @@
 """`--hosts h1,h2`: one process per host, started over ssh by Open MPI's mpirun, with the output and the status here.
 
 Where the hosts see the run folder and this checkout at the same path (a shared disk), they are used in place. Else the
-tracked files are copied to each host; several such hosts need a bucket or a shared disk for --run-dir.
+tracked files are copied to each host; several such hosts need a bucket for checkpoints, or a shared disk. The run
+folder of the first host's copy is brought here at the end.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def launch(options: Options, job: Job) -> int:
     if copied:
         if len(hosts) > 1 and not (job.bucket or Path(job.run_dir).is_absolute()):
             raise UserError(f"The hosts {', '.join(hosts)} do not all see {job.local}, and checkpoints need one folder "
-                            f"for all. Add --run-dir with a bucket (gs://...) or an absolute path on a shared disk.")
+                            f"for all. {job.add_bucket}, or --run-dir with an absolute path on a shared disk.")
         archive = pack(job)
         say(f"copying the tracked files to {', '.join(hosts)}:~/{home}")
         each(hosts, copy, archive)
@@ -86,7 +87,7 @@ def launch(options: Options, job: Job) -> int:
     folder = f'"$HOME"/{home}' if copied else shlex.quote(os.getcwd())
     text = task(job, folder, copied, f"{coordinator(hosts[0])}:{port}")
     status = wait(mpirun(hosts, text))
-    if copied and not job.bucket and not Path(job.run_dir).is_absolute():
+    if copied and not Path(job.run_dir).is_absolute():
         collect(hosts[0], home, job)
     return status
 

@@ -29,11 +29,13 @@ class Job:
     words: tuple[str, ...]
     """The command, such as ("experiments/x.py", "--steps", "5", "--run-dir", "runs/x-0123abcd")."""
     run_dir: str
-    """Its run folder: a local path, or a bucket such as gs://mine/x."""
+    """Its run folder, on the machine of process 0."""
+    checkpoint_dir: str | None
+    """Where its checkpoints go, if not into the run folder: a path, or a bucket such as gs://mine/x."""
     name: str
     """Short name: letters, digits and hyphens."""
     local: Path
-    """A local folder: the run folder, or its stand-in where that is a bucket."""
+    """The run folder here: the same path, to which it is brought if it was another machine's."""
     file: Path | None
     """The experiment's file."""
 
@@ -44,8 +46,13 @@ class Job:
 
     @property
     def bucket(self) -> bool:
-        """Whether the run goes to a bucket."""
-        return "://" in self.run_dir
+        """Whether the checkpoints go to a bucket."""
+        return "://" in (self.checkpoint_dir or "")
+
+    @property
+    def add_bucket(self) -> str:
+        """What to tell a user whose checkpoints need one."""
+        return f"Add --checkpoint-dir with a bucket, such as --checkpoint-dir gs://mine/{self.name}"
 
     def elsewhere(self) -> tuple[str, ...]:
         """The command for another machine, in a copy of the checkout.
@@ -68,11 +75,11 @@ def make_job(words: Sequence[str], engine: str) -> Job:
     needs JAX. So the same command goes on with the same run, and an edited experiment begins another.
 
     Raises:
-      UserError: there is no command or no such experiment.
+      UserError: there is no command or no such experiment, or the run folder is a bucket.
     """
     if not words:
         raise UserError(f"Say what to start, such as ./launch.sh {engine} ... experiments/gpt_small.py")
-    from lab.__main__ import find_experiment
+    from lab.__main__ import check_run_dir, find_experiment
 
     scripts = [w for w in words[:2] if w.endswith(".py")]
     file = find_experiment(scripts[0]) if scripts else None
@@ -80,12 +87,12 @@ def make_job(words: Sequence[str], engine: str) -> Job:
     content = file.read_bytes() if file else b""
     digest = hashlib.sha256(b"\0".join([content, *(w.encode() for w in words)])).hexdigest()[:8]
     name, run_dir = f"{stem}-{digest}", _value(words, "--run-dir")
+    check_run_dir(run_dir)
     trains = words[0].endswith(".py")
     if run_dir is None:
         run_dir = f"runs/{name}"
         words = [*words, "--run-dir", run_dir] if trains else words
-    local = Path(f"runs/{name}" if "://" in run_dir else run_dir)
-    return Job(tuple(words), run_dir, name, local.absolute(), file)
+    return Job(tuple(words), run_dir, _value(words, "--checkpoint-dir"), name, Path(run_dir).absolute(), file)
 
 
 def _value(words: Sequence[str], flag: str) -> str | None:

@@ -1,7 +1,8 @@
 """`--sky OPTIONS`: writes a SkyPilot task into the run folder and launches it: cloud GPUs, TPUs, Kubernetes, SLURM.
 
 SkyPilot finds the machines, copies the checkout, starts one process per node (lab/distributed.py knows its variables).
-Spot machines become a managed job, which SkyPilot recovers after preemption and after exit status 75.
+Spot machines become a managed job, which SkyPilot recovers after preemption and after exit status 75. A run folder on
+a machine's own disk goes with the machine; the checkpoints in a bucket stay.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def launch(options: Options, job: Job) -> int:
     """Writes the task and hands it to SkyPilot, which follows its output; returns its status."""
     found = task(job, options.sky)
     if job.words[0].endswith(".py") and not (job.bucket or Path(job.run_dir).is_absolute()):
-        raise UserError(f"Machines made by SkyPilot are gone after the run. Add --run-dir with a bucket, such as "
-                        f"--run-dir gs://mine/{job.name}, or an absolute path on a disk that outlives them.")
+        raise UserError(f"Machines made by SkyPilot are gone after the run. {job.add_bucket}, or --run-dir with an "
+                        f"absolute path on a disk that outlives them.")
     path = job.folder / "sky.yaml"
     # JSON is YAML, and any string in it is quoted rightly.
     text = json.dumps(found, indent=2) + "\n"

@@ -1,7 +1,8 @@
 """`--tpu NAME`: runs on all workers of a Cloud TPU VM (v2 to v6e) through gcloud; requests the VM first if asked to.
 
 The processes are detached from the connection that starts them: a lost one ends only the following, and the same
-command follows again. With --create a VM that is taken away is requested again, and the run goes on from its bucket.
+command follows again. With --create a VM that is taken away is requested again, and the run goes on from the
+checkpoints in its bucket; the run folder, on worker 0, is a new one then. It is brought here at the end.
 """
 
 from __future__ import annotations
@@ -165,10 +166,9 @@ def launch(options: Options, job: Job) -> int:
         if status not in (75, None):
             break
         say("the run saved and stopped; starting it again." if status else f"{pod.name} was taken away.")
-    if not job.bucket:
-        job.local.parent.mkdir(parents=True, exist_ok=True)
-        must(collect(pod, job), "fetching the run folder")
-        say(f"run folder: {job.local}")
+    job.local.parent.mkdir(parents=True, exist_ok=True)
+    code, _, reason = capture(collect(pod, job))
+    say(f"the run folder could not be fetched from worker 0: {reason}" if code else f"run folder: {job.local}")
     if options.create:
         say(f"{pod.name} is still there and costs money. Delete it: {shlex.join(pod.delete())}")
     return status
@@ -181,7 +181,7 @@ def collect(pod: Pod, job: Job) -> list[str]:
 
 
 def check_bucket(options: Options, job: Job, workers: int = 1) -> None:
-    """Raises UserError where a run folder on a worker's own disk would not do."""
+    """Raises UserError where checkpoints on a worker's own disk would not do."""
     chips = options.create.rpartition("-")[2]
     if options.create:
         accelerator_type(options.create)
@@ -190,10 +190,9 @@ def check_bucket(options: Options, job: Job, workers: int = 1) -> None:
         return
     if workers > 1:
         raise UserError(f"{options.tpu} has several workers, which share no disk, and checkpoints need one folder for "
-                        f"all. Add --run-dir with a bucket, such as --run-dir gs://mine/{job.name}.")
+                        f"all. {job.add_bucket}.")
     if options.spot:
-        raise UserError(f"A spot VM loses its disk when it is taken away. Add --run-dir with a bucket, such as "
-                        f"--run-dir gs://mine/{job.name}.")
+        raise UserError(f"A spot VM loses its disk when it is taken away. {job.add_bucket}.")
 
 
 def dry_run(options: Options, pod: Pod, job: Job) -> None:
@@ -211,9 +210,8 @@ def dry_run(options: Options, pod: Pod, job: Job) -> None:
     if options.create:
         print("# where the VM was taken away, before it is requested again:")
         show(pod.delete())
-    if not job.bucket:
-        print("# at the end:")
-        show(collect(pod, job))
+    print("# at the end:")
+    show(collect(pod, job))
 
 
 def capture(command: list[str]) -> tuple[int, str, str]:
