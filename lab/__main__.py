@@ -20,6 +20,7 @@ from lab.errors import UserError
 if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
     from lab.distributed import Processes
     from lab.experiment import Experiment
+    from lab.study.design import Study
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,6 +40,7 @@ def experiments() -> dict[str, str]:
 def overview() -> str:
     """What can be typed."""
     rows = [("EXPERIMENT.py [--flags]", "train it, or go on; --help lists every knob, --dry-run only plans"),
+            ("EXPERIMENT.py --vary FIELD=a,b", "a study: arms x seeds, then a report; files ablate_* and sweep_*, too"),
             *[(f"{name} ...", summary) for name, (_, summary) in COMMANDS.items()],
             ("--processes N EXPERIMENT.py ...", "train with N processes on this machine (2x4: with 4 devices each)"),
             ("tests [pytest arguments]", "run the tests"),
@@ -88,29 +90,34 @@ def check_platform() -> str:
     return found
 
 
-def choose_twin(module: Any, args: Sequence[str]) -> tuple[Experiment, str]:
-    """The experiment, or its `local` twin; and one line that says which and why."""
+def choose_twin(module: Any, args: Sequence[str]) -> tuple[Experiment | Study, str]:
+    """The experiment or study of a file, or its `local` twin; and one line that says which and why."""
     local = getattr(module, "local", None)
+    real = module.study if hasattr(module, "study") else module.experiment
     if "--full" in args and "--local" in args:
         raise UserError("--full and --local exclude each other.")
     if "--full" in args or local is None:
-        return module.experiment, ""
+        return real, ""
     if "--local" in args:
         return local, "Running the local twin (--local)."
     platform = os.environ.get("LAB_PLATFORM") or check_platform()
     if platform == "cpu":
         return local, "No accelerator found: running the local twin (--full forces the real experiment)."
-    return module.experiment, ""
+    return real, ""
 
 
-def parse(path: Path, args: Sequence[str], options: type) -> tuple[Experiment, Any, Path]:
-    """The experiment with its overrides, and the other options of the command."""
+def parse(path: Path, args: Sequence[str], options: type, module: Any = None) -> tuple[Experiment, Any, Path]:
+    """The experiment with its overrides, or the base of a study; and the other options of the command.
+
+    `module`: the file, if it is loaded already.
+    """
     import tyro
 
     from lab.experiment import load
 
-    module = load(path)
+    module = module or load(path)
     default, line = choose_twin(module, args)
+    default = getattr(default, "base", default)
     if line:
         print(line, flush=True)
     flat = tyro.conf.arg(name="")
@@ -171,7 +178,13 @@ class TrainOptions:
 
 def train(args: Sequence[str], processes: Processes) -> int:
     """EXPERIMENT.py [--flags]"""
-    experiment, options, path = parse(find_experiment(args[0]), args[1:], TrainOptions)
+    from lab.experiment import load
+
+    path = find_experiment(args[0])
+    module = load(path)
+    if hasattr(module, "study") or any(a.partition("=")[0] == "--vary" for a in args):
+        return study(path, module, args[1:], processes)
+    experiment, options, path = parse(path, args[1:], TrainOptions, module)
     check_run_dir(options.run_dir)
     if options.dry_run:
         from lab.dry_run import show
@@ -197,6 +210,20 @@ def train(args: Sequence[str], processes: Processes) -> int:
             return 0
         return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes,
                           checkpoints=options.checkpoint_dir)
+
+
+def study(path: Path, module: Any, args: Sequence[str], processes: Processes) -> int:
+    """STUDY.py, or EXPERIMENT.py --vary FIELD=a,b"""
+    from lab.study.command import StudyOptions, make_study, run_study
+
+    base, options, _ = parse(path, args, StudyOptions, module)
+    written = choose_twin(module, args)[0] if hasattr(module, "study") else None
+    checked = make_study(written, base, options)
+    if processes.count > 1:
+        raise UserError("A study runs in one process at a time. Start the same command several times instead: they "
+                        "share the cells among themselves, also on several machines with one disk.")
+    check_platform()
+    return run_study(checked, options, path)
 
 
 def compare(processes: Processes, experiment: Experiment, options: TrainOptions, folder: Path, file: Path) -> None:

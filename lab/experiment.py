@@ -295,6 +295,7 @@ def load(path: Path) -> ModuleType:
     except Exception as e:  # whatever the file does wrong; its line is what its author needs
         line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}.") from e
-    if not isinstance(getattr(module, "experiment", None), Experiment):
-        raise UserError(f"{path} defines no `experiment = Experiment(...)`.")
+    base = getattr(getattr(module, "study", None), "base", None)
+    if not isinstance(getattr(module, "experiment", base), Experiment):
+        raise UserError(f"{path} defines no `experiment = Experiment(...)`, and no `study = Study(...)`.")
     return module

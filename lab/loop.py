@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,19 @@ class _Stop:
                 signal.signal(number, handler)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What the cells of a study share, so that not every one of them pays for it. They draw no pictures either."""
+
+    data: Any
+    """As `experiment.data.load()` returns it."""
+    program: Program
+    """Of the same experiment, seed included."""
+
+
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
-          tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None) -> int:
+          tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None,
+          prepared: Prepared | None = None) -> int:
     """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status, in each process.
 
     `checkpoints`: another place for them than the run folder, see `checkpoint_folder`.
@@ -78,7 +90,7 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT[signal.SIGTERM]))  # nothing to save yet
     try:
-        data = experiment.data.load()
+        data = prepared.data if prepared else experiment.data.load()
         experiment.model.check(data.facts)
         processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
         with alone(folder) if processes.first else contextlib.nullcontext():
@@ -92,20 +104,21 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
             if checkpoints is None:
                 shared(folder)
             screen.record(processes.log(folder))
-            return _train(experiment, folder, place, screen, data, tensorboard, processes)
+            return _train(experiment, folder, place, screen, data, tensorboard, processes,
+                          prepared and prepared.program)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,
-           processes: Processes) -> int:
+           processes: Processes, program: Program | None) -> int:
     for line in facts(data.summary):
         screen.say(line)
     among = f" in {processes.count} processes" if processes.count > 1 else ""
     screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
                f"compute in {experiment.precision}")
     with _Stop(processes).listening() as stop:
-        run = _Run(experiment, folder, checkpoints, screen, data, stop, tensorboard)
+        run = _Run(experiment, folder, checkpoints, screen, data, stop, tensorboard, program)
         try:
             return run.go()
         except Diverged as e:
@@ -119,10 +132,10 @@ class _Run:
     """One run: the pure program, and around it the rows, checkpoints and clock."""
 
     def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: _Stop,
-                 tensorboard: bool):
+                 tensorboard: bool, program: Program | None):
         self.experiment, self.screen, self.data, self.stop = experiment, screen, data, stop
         self.folder = stop.processes.own_folder(folder)
-        self.program = Program(experiment, data.train)
+        self.program, self.pictures = program or Program(experiment, data.train), program is None
         self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes)
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
@@ -238,7 +251,8 @@ class _Run:
         self.screen.say(f"update {self.step:>6}  validation  {shown}{best}")
         with self.clock.paused("evaluation"):
             self.evaluated = make_outcome(self.program, self.state, self.data, "validation", means, counts, self.folder)
-            self.experiment.task.snapshot(self.evaluated)
+            if self.pictures:
+                self.experiment.task.snapshot(self.evaluated)
 
     @property
     def best_step(self) -> int | None:
@@ -309,9 +323,10 @@ class _Run:
             result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
             if self.rows.rows[-1]["split"] != "test":
                 self._write(result["test"])
-        for line in self.experiment.task.artifacts(outcome):
-            self.screen.say(line)
-        plots.curves(self.rows.rows, self.folder / "plots", self.experiment.task.curves)
+        if self.pictures:
+            for line in self.experiment.task.artifacts(outcome):
+                self.screen.say(line)
+            plots.curves(self.rows.rows, self.folder / "plots", self.experiment.task.curves)
         write_json(self.folder / "result.json", result)
         self.screen.say(describe_result(result))
         pictures = sorted((self.folder / "plots").glob("*.png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -106,13 +107,17 @@ class Program:
 
         return jax.jit(step, out_shardings=self.everywhere)
 
-    def init(self, given: dict[str, Any] | None = None) -> State:
-        """The state before the first update, created where it lives; `given`: see `init_state`."""
+    @functools.cached_property
+    def _init(self) -> Callable[..., State]:
         def init(batch: Any, seed: jax.Array, given: Any) -> State:
             return init_state(replace(self.experiment, seed=seed), batch, given)
 
+        return jax.jit(init, out_shardings=self.shardings)
+
+    def init(self, given: dict[str, Any] | None = None) -> State:
+        """The state before the first update, created where it lives; `given`: see `init_state`."""
         one = jax.tree.map(lambda s: np.zeros((1, *s.shape[1:]), s.dtype), self.spec)
-        return jax.jit(init, out_shardings=self.shardings)(one, self.seed, given)
+        return self._init(one, self.seed, given)
 
     def lower(self) -> jax.stages.Lowered:
         """One update (or `dispatch` of them) for these devices, not compiled yet; the state is donated."""
@@ -149,17 +154,32 @@ class Program:
         return lowered
 
     @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        """`lower`, compiled. A compiled program, not a jitted function: another shape is an error instead of a silent
+        second compilation. The seed is an argument of it, so that another seed finds it in the compilation cache.
+        """
+        start = time.monotonic()
+        found = self.lower().compile(EXACT if self.experiment.exact else None)
+        self.compile_seconds = time.monotonic() - start
+        return found
+
+    @functools.cached_property
     def train(self) -> Callable[[State, Any], tuple[State, Any]]:
         """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
 
-        A compiled program, not a jitted function: another shape is an error instead of a silent second compilation.
-        With `dispatch` > 1 the batch and the metrics have a leading axis of updates. The seed is an argument of the
-        compiled program, so that another seed finds it in the compilation cache.
+        With `dispatch` > 1 the batch and the metrics have a leading axis of updates.
         """
-        start = time.monotonic()
-        self.compiled = self.lower().compile(EXACT if self.experiment.exact else None)
-        self.compile_seconds = time.monotonic() - start
-        return lambda state, batch: self.compiled(state, batch, self.seed, self.resident)
+        compiled = self.compiled
+        return lambda state, batch: compiled(state, batch, self.seed, self.resident)
+
+    def reseeded(self, seed: int) -> Program:
+        """The same experiment with another seed: what is compiled, and the data on the devices, serve both."""
+        _ = self.compiled, self._init  # now, so that the copy shares them
+        other = copy.copy(self)
+        other.experiment, other.compile_seconds = replace(self.experiment, seed=seed), 0.0
+        for cached in ("seed", "train"):  # these belong to one seed
+            vars(other).pop(cached, None)
+        return other
 
     def batch(self, read: Callable[[int], dict[str, np.ndarray]], call: int) -> dict[str, jax.Array]:
         """The batch of dispatch number `call`, on the devices; ``read(step)``: this process's rows of one update."""

@@ -42,7 +42,8 @@ def alone(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strange = [p.name for p in folder.iterdir() if p.name not in ("lock", "launch", "logs") and p.suffix != ".tmp"]
+        ours = ("lock", "launch", "logs", "begun.json")
+        strange = [p.name for p in folder.iterdir() if p.name not in ours and p.suffix != ".tmp"]
         if strange and "experiment.json" not in strange:
             raise UserError(f"{folder} is not empty and is no run folder. Choose another with --run-dir.")
         lock = (folder / "lock").open("w")

@@ -1,0 +1,18 @@
+"""Does the best learning rate move with the width of a GPT? A grid of 4 peaks x 3 widths of gpt_char, 3 seeds.
+
+    ./launch.sh experiments/sweep_lr_width.py --full     # first: ./launch.sh prepare tiny_shakespeare
+    ./launch.sh experiments/sweep_lr_width.py            # no accelerator: the twin, on source text
+
+Not measured yet.
+"""
+
+from dataclasses import replace
+
+from experiments import ablate_gpt_norm
+from lab.study.design import Study, grid
+
+study = Study(base=ablate_gpt_norm.study.base, seeds=3, arms=grid({
+    "optim.lr.peak": (3e-4, 1e-3, 3e-3, 1e-2), "model.width": (64, 128, 256)}))
+
+local = Study(base=replace(ablate_gpt_norm.local.base, steps=200), seeds=3, arms=grid({
+    "optim.lr.peak": (1e-3, 3e-3, 1e-2), "model.width": (32, 64)}))

@@ -1,0 +1,214 @@
+"""``./launch.sh experiments/ablate_x.py`` and ``EXPERIMENT.py --vary FIELD=a,b``: a study from the command line."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from lab.console import Screen
+from lab.errors import UserError
+from lab.experiment import Experiment, digest
+from lab.run_folder import write_json
+from lab.study import leases
+from lab.study.cells import Cell, cells_of, code_of, finished_folders
+from lab.study.design import BASE, Design, Study, grid, one_at_a_time
+from lab.study.engine import Bench, Engine, mean_seconds, metric_values
+from lab.study.preflight import Arm, Timing, describe_estimate, estimate, measure, preflight, table
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Options of a study, beside the flags of its base experiment."""
+
+    vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """FIELD=VALUE,VALUE,... makes a study of an experiment; several make a grid."""
+    seeds: int | None = None
+    """How many seeds, from 0; by default what the study says, or 3."""
+    design: Literal["grid", "one_at_a_time"] = "grid"
+    """How several --vary combine."""
+    metric: str | None = None
+    """Compare by this metric; by default what the study says, or that of --evaluate.metric."""
+    mode: Literal["min", "max"] | None = None
+    """Whether a small or a large value of --metric is good."""
+    split: Literal["validation", "test"] | None = None
+    """Where the metric is measured."""
+    only: str | None = None
+    """Run the cells of this arm only."""
+    accept: bool = False
+    """Take finished cells as they are, though code or data changed since."""
+    rerun: bool = False
+    """Run finished cells again whose code or data changed since, and those that failed."""
+    studies: Path = Path("studies")
+    """The folder of all studies; cells that finished in one of them are not run again in another."""
+    dry_run: bool = False
+    """Check every arm, say what the study would cost and what it could see, and stop."""
+    full: bool = False
+    """Run the real experiments, also without an accelerator."""
+    local: bool = False
+    """Run the small local twin, also with an accelerator."""
+
+
+def make_study(written: Study | None, base: Experiment, options: StudyOptions) -> Study:
+    """The study of a file, or of --vary, with the options of the command line. Raises UserError."""
+    if written is not None and options.vary:
+        raise UserError("This file is a study already: leave out --vary, or add arms in the file.")
+    if base.seed != (written.base.seed if written else 0):
+        raise UserError("--seed: every arm of a study runs with several seeds; say how many with --seeds.")
+    if options.seeds is not None and options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {options.seeds}.")
+    if options.accept and options.rerun:
+        raise UserError("--accept and --rerun exclude each other.")
+    if written is None:
+        written = Study(base, vary(options.vary, options.design))
+    said = {name: value for name in ("seeds", "metric", "mode", "split")
+            if (value := getattr(options, name)) is not None}
+    if "metric" in said and options.metric != written.metric:
+        said.setdefault("mode", None)
+    return replace(written, base=base, **said)
+
+
+def vary(words: Sequence[str], design: str) -> Design:
+    """The design of ``FIELD=VALUE,VALUE,...``; the words are as after --vary. Raises UserError."""
+    values = {}
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals or not text:
+            raise UserError(f"--vary {word}: write FIELD=VALUE,VALUE,..., for example optim.lr.peak=1e-3,3e-3.")
+        values[path.replace("-", "_")] = _values(text)
+    return grid(values) if design == "grid" else one_at_a_time(values)
+
+
+def _values(text: str) -> list[Any]:
+    """Python values where all of the text is; else its parts at commas, each a value or a word."""
+    try:
+        return list(ast.literal_eval(f"({text},)"))
+    except (ValueError, SyntaxError):
+        return [_value(part.strip()) for part in text.split(",")]
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def run_study(study: Study, options: StudyOptions, file: Path) -> int:
+    """Checks, prices and runs a study; returns the exit status. The same command goes on, or reports.
+
+    0: every cell is finished, diverged ones too. 1: some failed. 75 / 130: told to stop.
+
+    Raises:
+      UserError: see `preflight`, `Engine.check_code` and `read_cell`.
+    """
+    arms = preflight(study)
+    folder = options.studies / f"{file.stem}-{study.fingerprint()}"
+    wanted = [arm for arm in arms if options.only in (None, arm.name)]
+    if not wanted:
+        near = difflib.get_close_matches(options.only, [arm.name for arm in arms], n=1)
+        raise UserError(f"There is no arm {options.only}." + (f" Perhaps you meant {near[0]}." if near else
+                        f" There are {', '.join(arm.name for arm in arms)}."))
+    with Screen() as screen:
+        screen.say(f"Study folder: {folder}")
+        bench = Bench()
+        cells = [cell for arm in wanted for cell in _cells(arm, study, bench)]
+        if not options.dry_run:
+            _describe(folder, study, arms, file, cells)
+            engine = Engine(folder, cells, screen, bench, file)
+            if taken := engine.adopt():
+                screen.say(f"{taken} cells are finished in other studies, and are not run again.")
+            engine.check_code(options.accept, options.rerun)
+        folders = finished_folders(folder, cells)
+        _price(study, arms, cells, folders, bench, screen)
+        if options.dry_run:
+            base = [cell for cell in cells if cell.arm == BASE]
+            _say_power(study, metric_values(base, folders, study.metric, study.split), screen)
+            return 0
+        if status := engine.run():
+            return status
+        counts = engine.summary()
+        screen.say(f"{len(cells)} cells planned = " + " + ".join(f"{n} {said}" for said, n in counts.items()) + ".")
+        if counts["failed"]:
+            screen.say("Each failed cell says why in its cell.json; --rerun runs them again.")
+        if counts["done"]:
+            _report(folder, screen)
+    return 1 if counts["failed"] else 0
+
+
+def _cells(arm: Arm, study: Study, bench: Bench) -> list[Cell]:
+    data = bench.data(arm.experiment)
+    arm.experiment.model.check(data.facts)
+    if study.split == "test" and data.test is None:
+        raise UserError(f"Arm {arm.name}: its data has no test split; compare by --split validation.")
+    return cells_of(arm, study.seeds, data.fingerprint, code_of(arm.experiment))
+
+
+def _describe(folder: Path, study: Study, arms: Sequence[Arm], file: Path, cells: Sequence[Cell]) -> None:
+    """Writes study.json, once: it is the same for all processes."""
+    (folder / "leases").mkdir(parents=True, exist_ok=True)
+    lease = leases.claim(folder / "leases", "study")
+    if lease is None:
+        return  # another process is about to write the same
+    try:
+        if not (folder / "study.json").exists():
+            write_json(folder / "study.json", {
+                "name": file.stem, **study.describe(), "arms": [arm.to_json() for arm in arms], "file": str(file),
+                "code": digest(sorted({digest(dict(cell.code)) for cell in cells}))})
+    finally:
+        lease.release()
+
+
+def _price(study: Study, arms: list[Arm], cells: Sequence[Cell], folders: Mapping[str, Path], bench: Bench,
+           screen: Screen) -> None:
+    """Prints the table of arms, and how long the study will take."""
+    left = {arm.name: sum(c.arm == arm.name and c.name not in folders for c in cells)
+            for arm in arms}
+    screen.console.print(table(study, arms, left))
+    known = mean_seconds(cells, folders)
+    timing = None if all(not n or name in known for name, n in left.items()) else _time(arms[0], bench, screen)
+    screen.say(describe_estimate(estimate(arms, left, known, timing), sum(left.values())))
+
+
+def _time(base: Arm, bench: Bench, screen: Screen) -> Timing | None:
+    screen.progress("Timing the base ...")
+    prepared = bench.prepared(base.experiment)
+    return measure(base, prepared.data, prepared.program)
+
+
+def _say_power(study: Study, base: Mapping[int, float], screen: Screen) -> None:
+    """Seeds needed to see a given gap, from the spread of the base's finished cells, `base`: seed -> metric."""
+    values = list(base.values())
+    if len(values) < 2:
+        screen.say("Power: unknown until the base has finished with two seeds.")
+        return
+    if importlib.util.find_spec("lab.study.stats") is None:
+        return
+    from lab.study import stats
+
+    mean, sd = (float(x) for x in stats.mean_sd(values))
+    screen.say(f"Power: the base has {study.metric} {mean:.4g} with a standard deviation of {sd:.2g} over "
+               f"{len(values)} seeds. For 80 % power at 5 %, if the runs of one seed did not correlate (where they do, "
+               f"fewer are enough):")
+    for share in (0.5, 1.0, 2.0, 3.0):
+        needed = stats.seeds_needed(share * sd, stats.difference_sd(sd))
+        screen.say(f"  a gap of {share * sd:.2g} ({share:g} standard deviations) needs "
+                   f"{needed if needed is not None else 'too many'} seeds")
+
+
+def _report(folder: Path, screen: Screen) -> None:
+    if importlib.util.find_spec("lab.study.report") is None:
+        screen.say(f"Everything is in {folder}")
+        return
+    from lab.study.report import report
+
+    report([folder])

@@ -1,0 +1,245 @@
+"""A study as a value: a base experiment, arms that are differences from it, seeds, and the metric that decides.
+
+    Study(base, {"rms": {"model.norm": "rmsnorm"}, "muon": {"optim": Muon(lr=Cosine(4e-3))}}, seeds=5)
+
+`grid`, `one_at_a_time`, `leave_one_out` and `factorial` write the arms of the usual designs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from lab.errors import UserError
+from lab.experiment import Experiment, digest, fields, to_json
+
+BASE = "base"
+Changes = Mapping[str, Any]
+"""Dotted field of the experiment -> its other value: {"optim.lr.peak": 3e-4, "data": Text(...)}; applied in order."""
+Kind = Literal["list", "grid", "one_at_a_time", "leave_one_out", "factorial"]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Arms, and the rule that made them."""
+
+    arms: Mapping[str, Changes]
+    kind: Kind = "list"
+    factors: Mapping[str, Any] = field(default_factory=dict)
+    """What was varied: field -> values (grid, one_at_a_time), edit -> changes (leave_one_out, factorial)."""
+
+
+def grid(values: Mapping[str, Sequence[Any]]) -> Design:
+    """Every combination of the fields' values. The combination that is the base itself is the arm "base"."""
+    _check_values(values)
+    names = {path: _short(path, values) for path in values}
+    arms: dict[str, Changes] = {}
+    for combination in itertools.product(*values.values()):
+        changes = dict(zip(values, combination, strict=True))
+        _add(arms, ",".join(f"{names[path]}={_label(value)}" for path, value in changes.items()), changes)
+    return Design(arms, "grid", {path: list(options) for path, options in values.items()})
+
+
+def one_at_a_time(values: Mapping[str, Sequence[Any]]) -> Design:
+    """Each value of each field alone, everything else as in the base. The base's own values are the arm "base"."""
+    _check_values(values)
+    arms: dict[str, Changes] = {}
+    for path, options in values.items():
+        for value in options:
+            _add(arms, f"{_short(path, values)}={_label(value)}", {path: value})
+    return Design(arms, "one_at_a_time", {path: list(options) for path, options in values.items()})
+
+
+def leave_one_out(edits: Mapping[str, Changes]) -> Design:
+    """All edits together (the arm "all"), and all but each one of them ("all-rotary")."""
+    _check_edits("leave_one_out", edits)
+    arms = {"all": _union(edits.values())}
+    for left in edits:
+        arms[f"all-{left}"] = _union(changes for name, changes in edits.items() if name != left)
+    return Design(arms, "leave_one_out", dict(edits))
+
+
+def factorial(edits: Mapping[str, Changes]) -> Design:
+    """2^k: every subset of the k edits ("rms+rotary"); the empty one is the base (Box, Hunter & Hunter 2005, ch. 5)."""
+    _check_edits("factorial", edits)
+    arms = {"+".join(chosen): _union(edits[name] for name in chosen)
+            for size in range(1, len(edits) + 1) for chosen in itertools.combinations(edits, size)}
+    return Design(arms, "factorial", dict(edits))
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms x seeds. The arm "base" is the base itself, and always there."""
+
+    base: Experiment
+    arms: Mapping[str, Changes] | Design
+    """Name -> changes of the base, or what `grid` and its like return."""
+    seeds: int | tuple[int, ...] = 3
+    """The seeds of every arm; a number n stands for 0 ... n-1."""
+    metric: str | None = None
+    """The metric that arms are compared by; None: that of `base.evaluate`."""
+    mode: Literal["min", "max"] | None = None
+    """Whether a small or a large value of the metric is good; None: as in `base.evaluate`."""
+    split: Literal["validation", "test"] = "validation"
+    """Where the metric is measured, at the end of a run."""
+    tuning_seeds: tuple[int, ...] = ()
+    """Those of the seeds by which the arms were tuned: they run, and are left out of the tests."""
+
+    def __post_init__(self) -> None:
+        seeds = tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
+        object.__setattr__(self, "seeds", seeds)
+        metric, evaluate = self.metric or self.base.evaluate.metric, self.base.evaluate
+        object.__setattr__(self, "metric", metric)
+        if self.mode is None and metric == evaluate.metric:
+            object.__setattr__(self, "mode", evaluate.mode)
+
+    @property
+    def design(self) -> Design:
+        """The arms, with the rule that made them."""
+        return self.arms if isinstance(self.arms, Design) else Design(self.arms)
+
+    def validate(self) -> None:
+        """Raises UserError for what is no study, whatever its arms compute."""
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"A study needs seeds, each of them once; there are {list(self.seeds)}.")
+        if self.mode not in ("min", "max"):
+            raise UserError(f"Say whether a small or a large {self.metric} is good: mode='min' or 'max' (--mode).")
+        if strange := set(self.tuning_seeds) - set(self.seeds):
+            raise UserError(f"The tuning seeds {sorted(strange)} are not among the seeds of the study.")
+        for name in self.design.arms:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]*", name) or len(name) > 120:
+                raise UserError(f"The arm's name {name!r} becomes a folder: use at most 120 letters, digits and _.,=+- "
+                                f"and begin with a letter, digit or _.")
+        if BASE in self.design.arms:
+            raise UserError(f"No arm may be called {BASE!r}: that is the base itself, which is always there.")
+
+    def experiments(self) -> dict[str, tuple[Changes, Experiment]]:
+        """Arm -> (changes, experiment with seed 0), the base first. Changes to what the base has already are left out.
+
+        Of a grid and of `one_at_a_time` the combination that changes nothing is the base, and no arm of its own.
+
+        Raises:
+          UserError: a field or value is wrong, an arm equals the base, or two arms are the same; names the arm.
+        """
+        self.validate()
+        base = replace(self.base, seed=0)
+        found = {BASE: ({}, base)}
+        names = {base.fingerprint(): BASE}
+        for name, changes in self.design.arms.items():
+            try:
+                real, experiment = {}, base
+                for path, value in changes.items():
+                    before, experiment = experiment, override(experiment, {path: value})
+                    real |= {path: value} if experiment != before else {}
+                experiment.validate()
+            except UserError as e:
+                raise UserError(f"Arm {name}: {e}") from e
+            same = names.setdefault(experiment.fingerprint(), name)
+            if same == BASE and self.design.kind in ("grid", "one_at_a_time"):
+                continue
+            if same == BASE:
+                raise UserError(f"Arm {name} is equal to the base: its changes ({_listed(changes)}) change nothing.")
+            if same != name:
+                raise UserError(f"The arms {same} and {name} are the same experiment: leave one of them out.")
+            found[name] = (real, experiment)
+        if len(found) == 1:
+            raise UserError("The study has no arm besides the base: give it one, for example --vary optim.lr.peak="
+                            "1e-3,3e-3.")
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides which cells there are and what they are compared by, as JSON; without the arms' costs."""
+        factors = {name: {path: to_json(v) for path, v in value.items()} if isinstance(value, Mapping)
+                   else to_json(value) for name, value in self.design.factors.items()}
+        arms = [{"name": name, "changes": {path: to_json(v) for path, v in changes.items()},
+                 "fingerprint": experiment.fingerprint()} for name, (changes, experiment) in self.experiments().items()]
+        return {"metric": self.metric, "mode": self.mode, "split": self.split,
+                "design": {"kind": self.design.kind, "factors": factors}, "base": to_json(replace(self.base, seed=0)),
+                "seeds": list(self.seeds), "tuning_seeds": list(self.tuning_seeds), "arms": arms}
+
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits of what this study compares."""
+        said = self.describe()
+        return digest({**said, "base": said["arms"][0]["fingerprint"]})  # without how a run is carried out
+
+
+def override(experiment: Experiment, changes: Changes) -> Experiment:
+    """The experiment with other values in some (dotted) fields of its dataclasses and Linen modules.
+
+    Raises:
+      UserError: there is no such field (with the nearest name), or it is the seed.
+    """
+    for path, value in changes.items():
+        if path == "seed":
+            raise UserError("the seed is an axis of every study: give the study seeds instead.")
+        experiment = _set(experiment, path, path.split("."), value, experiment)
+    return experiment
+
+
+def _set(part: Any, path: str, names: list[str], value: Any, whole: Experiment) -> Any:
+    head, *rest = names
+    if not dataclasses.is_dataclass(part) or head not in {f.name for f in fields(part)}:
+        near = difflib.get_close_matches(path, _paths(whole), n=1, cutoff=0.5)
+        raise UserError(f"the experiment has no field {path}." + (f" Perhaps you meant {near[0]}." if near else ""))
+    before = getattr(part, head)
+    if rest:
+        value = _set(before, path, rest, value, whole)
+    elif isinstance(before, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)  # 1 and 1.0 are the same learning rate, and must have the same fingerprint
+    return part.clone(**{head: value}) if hasattr(part, "clone") else replace(part, **{head: value})
+
+
+def _paths(value: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted fields of an experiment."""
+    for f in fields(value):
+        yield prefix + f.name
+        if dataclasses.is_dataclass(inner := getattr(value, f.name)):
+            yield from _paths(inner, f"{prefix}{f.name}.")
+
+
+def _check_values(values: Mapping[str, Sequence[Any]]) -> None:
+    for path, options in values.items():
+        if isinstance(options, str) or not options:
+            raise UserError(f"{path} needs a list of values, not {options!r}.")
+
+
+def _check_edits(what: str, edits: Mapping[str, Changes]) -> None:
+    if len(edits) < 2:
+        raise UserError(f"{what} needs at least two edits: name -> changes.")
+    paths = [path for changes in edits.values() for path in changes]
+    if twice := {a for a in paths for b in paths if b.startswith(f"{a}.") or paths.count(a) > 1}:
+        raise UserError(f"{what}: several edits change {', '.join(sorted(twice))}, so they cannot be combined.")
+
+
+def _union(several: Any) -> dict[str, Any]:
+    return {path: value for changes in several for path, value in changes.items()}
+
+
+def _short(path: str, among: Mapping[str, Any]) -> str:
+    """The fewest last names of a dotted path that no other path ends with: optim.lr.peak -> peak."""
+    names = path.split(".")
+    ends = (".".join(names[-n:]) for n in range(1, len(names) + 1))
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in among) == 1), path)
+
+
+def _label(value: Any) -> str:
+    """A value as a part of an arm's name, and so of a folder's."""
+    shown = type(value).__name__ if dataclasses.is_dataclass(value) else f"{value:g}" if isinstance(value, float) \
+        and math.isclose(float(f"{value:g}"), value, rel_tol=1e-12) else str(value)
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", shown).strip("_") or "empty"
+
+
+def _add(arms: dict[str, Changes], name: str, changes: Changes) -> None:
+    """Two values may have the same label, two optimizers of one class say; then the second gets a number."""
+    number = next(n for n in itertools.count(1) if (name if n == 1 else f"{name}.{n}") not in arms)
+    arms[name if number == 1 else f"{name}.{number}"] = changes
+
+
+def _listed(changes: Changes) -> str:
+    return ", ".join(f"{path}={value}" for path, value in changes.items())
