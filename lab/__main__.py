@@ -272,6 +272,17 @@ def plan(args: Sequence[str]) -> int:
     return 0
 
 
+def report(args: Sequence[str]) -> int:
+    """FOLDER... [--pool]"""
+    import tyro
+
+    from lab.study.report import report
+
+    tyro.cli(report, args=list(args), prog="./launch.sh report",
+             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs))
+    return 0
+
+
 def _function(name: str, function: Callable[..., None], args: Sequence[str]) -> int:
     import tyro
 
@@ -291,6 +302,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "sample": (sample, "RUN --prompt TEXT: continue a text with a trained model"),
     "eval": (evaluate, "RUN: evaluate a checkpoint and write the full report of its task"),
     "predict": (predict, "RUN --input FILE: predictions for new records, as CSV"),
+    "report": (report, "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
     "plan": (plan, "EXPERIMENT.py --on v5e-256: compile for a machine that is not here; memory, bound on time"),
     "bench": (bench, "EXPERIMENT.py: measure compilation, update, throughput, data wait"),
 }

@@ -1,0 +1,1 @@
+"""Ablation studies: arms x seeds, their statistics and the report."""

@@ -1,0 +1,128 @@
+"""A report as blocks (headings, texts, tables, pictures), and those as Markdown, HTML and terminal output."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape as escape_markup
+from rich.table import Table as RichTable
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-weight: 600; padding: .6em 0 .3em; }
+th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child, td.words { text-align: left; }
+td.words { white-space: normal; min-width: 11em; }
+.wide { overflow-x: auto; margin: 1em 0; }
+figure { margin: 1.5em 0; } img { max-width: 100%; } figcaption { font-size: 13px; color: #555; }
+p.warning { background: #fff3e6; border-left: 4px solid #c8501e; padding: .5em 1em; }
+"""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading of depth 1, 2 or 3."""
+
+    text: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; one that begins with WARNING stands out."""
+
+    text: str
+    terminal: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are to be shown. The first column holds names; a terminal has no room for the `wide` ones."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    terminal: bool = True
+    wide: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file. Markdown refers to pictures/<name>.png."""
+
+    name: str
+    png: bytes
+    caption: str
+
+
+Block = Heading | Text | Table | Picture
+
+
+def markdown(blocks: Sequence[Block]) -> str:
+    """The report as a Markdown file."""
+    parts = []
+    for b in blocks:
+        if isinstance(b, Heading):
+            parts.append(f"{'#' * b.depth} {b.text}")
+        elif isinstance(b, Text):
+            parts.append(f"**{b.text}**" if b.text.startswith("WARNING") else b.text)
+        elif isinstance(b, Picture):
+            parts.append(f"![{b.caption}](pictures/{b.name}.png)\n\n*{b.caption}*")
+        else:
+            rows = [b.headers, ["---"] * len(b.headers), *b.rows]
+            lines = [f"| {' | '.join(str(c).replace('|', '&#124;') for c in row)} |" for row in rows]
+            parts.append("\n".join([f"{b.title}:", "", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def html(blocks: Sequence[Block]) -> str:
+    """The report as one HTML file that needs no other."""
+    title = next((b.text for b in blocks if isinstance(b, Heading)), "Report")
+    parts = [f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+             f"<style>{STYLE}</style></head><body>"]
+    for b in blocks:
+        if isinstance(b, Heading):
+            parts.append(f"<h{b.depth}>{escape(b.text)}</h{b.depth}>")
+        elif isinstance(b, Text):
+            kind = ' class="warning"' if b.text.startswith("WARNING") else ""
+            parts.append(f"<p{kind}>{escape(b.text)}</p>")
+        elif isinstance(b, Picture):
+            data = base64.b64encode(b.png).decode()
+            parts.append(f'<figure><img alt="{escape(b.caption)}" src="data:image/png;base64,{data}">'
+                         f"<figcaption>{escape(b.caption)}</figcaption></figure>")
+        else:
+            parts.append(_html_table(b))
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def _html_table(table: Table) -> str:
+    wordy = {i for i, name in enumerate(table.headers) if name in ("change", "is", "environment")}
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.headers)
+    rows = ["".join(f'<td{" class=words" if i in wordy else ""}>{escape(str(c))}</td>' for i, c in enumerate(row))
+            for row in table.rows]
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table><caption>{escape(table.title)}</caption><tr>{head}</tr>\n{body}</table></div>'
+
+
+def terminal(blocks: Sequence[Block], console: Console | None = None) -> None:
+    """Prints what is meant for the terminal."""
+    console = console or Console(highlight=False)
+    for b in blocks:
+        if isinstance(b, Heading) and b.text != "How to read this":
+            console.print(f"\n{b.text}", style="bold", markup=False)
+        elif isinstance(b, Text) and b.terminal:
+            console.print(b.text, markup=False, style="yellow" if b.text.startswith("WARNING") else None)
+        elif isinstance(b, Table) and b.terminal:
+            shown = RichTable(title=b.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+            kept = [i for i, name in enumerate(b.headers) if name not in b.wide]
+            for i in kept:
+                shown.add_column(b.headers[i], justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
+            for row in b.rows:
+                shown.add_row(*(escape_markup(str(row[i])) for i in kept))
+            console.print(shown)
