@@ -29,7 +29,7 @@ from lab.metrics import read_rows
 from lab.run_folder import checkpoint_folder
 from lab.tasks.language import LanguageModel
 from tests.conftest import ROOT
-from tests.test_cli import EXPERIMENT, WORDS
+from tests.test_cli import furnished
 from tests.test_loop import Quiet
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -39,10 +39,7 @@ LIMIT = 120  # seconds after which a process that should have ended is a failure
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with small.py and its text."""
-    folder = tmp_path_factory.mktemp("processes")
-    (folder / "corpus.txt").write_text("".join(WORDS[(i * 7) % 40:] for i in range(600))[:30_000])
-    (folder / "small.py").write_text(EXPERIMENT.format(corpus=str(folder / "corpus.txt")))
-    return folder
+    return furnished(tmp_path_factory.mktemp("processes"))
 
 
 def free_port() -> int:
