@@ -142,6 +142,20 @@ def test_eight_devices_then_one_then_two_processes(place, monkeypatch):
     assert (folder / "plots" / "loss.png").exists()
 
 
+def test_exact_updates_do_not_depend_on_the_processes(place):
+    """All but the evaluations, whose sums are not exact; without --exact already an early row differs."""
+    words = ("small.py", "--steps", "6", "--evaluate.every", "0")
+    found = {}
+    for exact in ((), ("--exact",)):
+        for many in ((), ("--processes", "2x2")):
+            folder = place / f"exact-{len(exact)}-{len(many)}"
+            status, _, err = finish(start(place, *many, *words, *exact, "--run-dir", str(folder), devices=1))
+            assert status == 0, err
+            found[exact, many] = [row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
+    assert len(found[("--exact",), ()]) == 6 and found[("--exact",), ()] == found[("--exact",), ("--processes", "2x2")]
+    assert found[(), ()] != found[(), ("--processes", "2x2")]  # negative control
+
+
 def test_killed(place):
     """kill -9 of one of two: the other ends at once, says which it was, and so does the parent."""
     folder = place / "killed"
