@@ -5,6 +5,10 @@
     ./launch.sh experiments/bert_classify.py --full --init-from.run None     # the same from scratch
 
 The twin begins at random unless told `--init-from.run RUN`, RUN being a run of bert_base.py's twin.
+
+Measured (2-core CPU, 2026-11-22, seeds 0 and 1): 21.7 and 19.3 % of the 7,532 test messages (loss 2.58 and 2.66) after
+400 updates from the first run, 18.0 and 19.0 % (2.72 and 2.72) from scratch. Both are far from converged: bytes are a
+hard beginning. On whole words random embeddings are a strong bag of words, which minutes of pretraining do not beat.
 """
 
 from dataclasses import replace

@@ -86,10 +86,11 @@ class Mesh:
 
     def validate(self) -> None:
         """Raises UserError for sizes that are none."""
-        for axis in ("data", "fsdp", "tensor", "sequence"):
-            if getattr(self, axis) != -1:
-                _at_least(f"--mesh.{axis}", getattr(self, axis), 1)
-        if (self.data, self.fsdp, self.tensor, self.sequence).count(-1) > 1:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "sequence": self.sequence}
+        for axis, size in sizes.items():
+            if size != -1:
+                _at_least(f"--mesh.{axis}", size, 1)
+        if list(sizes.values()).count(-1) > 1:
             raise UserError("Only one of --mesh.data, --mesh.fsdp, --mesh.tensor and --mesh.sequence may be -1, all "
                             "the devices that the others leave.")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from lab.errors import UserError
@@ -123,4 +122,4 @@ def exact_cost(experiment: Experiment, parameters: int) -> str:
     """What --exact costs, for people. `parameters`: their number."""
     gathered = 4 * parameters * experiment.virtual_shards
     return (f"exact: {experiment.virtual_shards} virtual shards of {experiment.batch // experiment.virtual_shards} "
-            f"records; {gathered / np.float64(1e9):.2f} GB of gradients on every device, gathered at every update")
+            f"records; {gathered / 1e9:.2f} GB of gradients on every device, gathered at every update")

@@ -57,13 +57,17 @@ WORDS = "the pure function of a seed and a step decides everything that the run 
 # -------------------------------------------------------------------------------------------------- processes
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with small.py and its text."""
-    folder = tmp_path_factory.mktemp("cli")
+def furnished(folder: Path) -> Path:
+    """The folder, with small.py and its text in it."""
     (folder / "corpus.txt").write_text("".join(WORDS[(i * 7) % 40:] for i in range(600))[:30_000])
     (folder / "small.py").write_text(EXPERIMENT.format(corpus=str(folder / "corpus.txt")))
     return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with small.py and its text."""
+    return furnished(tmp_path_factory.mktemp("cli"))
 
 
 def start(place: Path, *args: str, devices: int = 1) -> subprocess.Popen:

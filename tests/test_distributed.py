@@ -29,7 +29,7 @@ from lab.metrics import read_rows
 from lab.run_folder import checkpoint_folder
 from lab.tasks.language import LanguageModel
 from tests.conftest import ROOT
-from tests.test_cli import EXPERIMENT, WORDS
+from tests.test_cli import furnished
 from tests.test_loop import Quiet
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -39,10 +39,7 @@ LIMIT = 120  # seconds after which a process that should have ended is a failure
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with small.py and its text."""
-    folder = tmp_path_factory.mktemp("processes")
-    (folder / "corpus.txt").write_text("".join(WORDS[(i * 7) % 40:] for i in range(600))[:30_000])
-    (folder / "small.py").write_text(EXPERIMENT.format(corpus=str(folder / "corpus.txt")))
-    return folder
+    return furnished(tmp_path_factory.mktemp("processes"))
 
 
 def free_port() -> int:
@@ -143,6 +140,20 @@ def test_eight_devices_then_one_then_two_processes(place, monkeypatch):
     result = json.loads((folder / "result.json").read_text())
     assert result["final"]["loss"] == pytest.approx(wanted[-1]["loss"], abs=1e-5)
     assert (folder / "plots" / "loss.png").exists()
+
+
+def test_exact_updates_do_not_depend_on_the_processes(place):
+    """All but the evaluations, whose sums are not exact; without --exact already an early row differs."""
+    words = ("small.py", "--steps", "6", "--evaluate.every", "0")
+    found = {}
+    for exact in ((), ("--exact",)):
+        for many in ((), ("--processes", "2x2")):
+            folder = place / f"exact-{len(exact)}-{len(many)}"
+            status, _, err = finish(start(place, *many, *words, *exact, "--run-dir", str(folder), devices=1))
+            assert status == 0, err
+            found[exact, many] = [row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "train"]
+    assert len(found[("--exact",), ()]) == 6 and found[("--exact",), ()] == found[("--exact",), ("--processes", "2x2")]
+    assert found[(), ()] != found[(), ("--processes", "2x2")]  # negative control
 
 
 def test_killed(place):
