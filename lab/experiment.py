@@ -7,6 +7,8 @@ Here are that value, what it must satisfy before any device is touched, its fing
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -15,7 +17,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -268,6 +270,45 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
         return {path: value}
     return {name: item for key, inner in value.items()
             for name, item in flat(inner, f"{path}.{key}" if path else key).items()}
+
+
+def override(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
+    """The experiment with other values in some (dotted) fields of its dataclasses and Linen modules.
+
+    The values may be traced.
+
+    Raises:
+      UserError: there is no such field; with the nearest name.
+    """
+    for path, value in changes.items():
+        experiment = _set(experiment, path, path.split("."), value, experiment)
+    return experiment
+
+
+def _set(part: Any, path: str, names: list[str], value: Any, whole: Experiment) -> Any:
+    head, *rest = names
+    if not dataclasses.is_dataclass(part) or head not in {f.name for f in fields(part)}:
+        near = difflib.get_close_matches(path, _paths(whole), n=1, cutoff=0.5)
+        raise UserError(f"the experiment has no field {path}." + (f" Perhaps you meant {near[0]}." if near else ""))
+    before = getattr(part, head)
+    if rest:
+        value = _set(before, path, rest, value, whole)
+    elif isinstance(before, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)  # 1 and 1.0 are the same learning rate, and must have the same fingerprint
+    return part.clone(**{head: value}) if hasattr(part, "clone") else dataclasses.replace(part, **{head: value})
+
+
+def _paths(value: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted fields of an experiment."""
+    for f in fields(value):
+        yield prefix + f.name
+        if dataclasses.is_dataclass(inner := getattr(value, f.name)):
+            yield from _paths(inner, f"{prefix}{f.name}.")
+
+
+def value_at(experiment: Experiment, path: str) -> Any:
+    """The value of a (dotted) field."""
+    return functools.reduce(getattr, path.split("."), experiment)
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

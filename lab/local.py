@@ -103,20 +103,19 @@ class _Family:
 
     def wait(self) -> int:
         """The exit status of the first that ended otherwise than with 0; the others follow it or are ended."""
-        status, limit, told = 0, None, set()
+        limit, told = None, {}
         while running := [child for child in self.children if child.poll() is None]:
             ended = [k for k, child in enumerate(self.children) if child.returncode is not None and k not in told]
             for k in ended:
-                told.add(k)
-                status = status or self._status(k)
+                told[k] = self._status(k)
                 limit = limit or time.monotonic() + ENDING_SECONDS
             if limit and time.monotonic() > limit:
+                self.signal = self.signal or signal.SIGKILL
                 for child in running:
                     child.kill()
             time.sleep(0.05)
-        for k in range(len(self.children)):
-            status = status or (self._status(k) if k not in told else 0)
-        return status
+        told |= {k: self._status(k) for k in range(len(self.children)) if k not in told}
+        return next((status for status in told.values() if status), 0)
 
     def _status(self, k: int) -> int:
         """The exit status of a child that has ended; says when a signal ended it."""
@@ -124,7 +123,7 @@ class _Family:
         if code >= 0:
             return code
         if self.signal is not None:
-            return 130 if self.signal == signal.SIGINT else 75
+            return {signal.SIGINT: 130, signal.SIGKILL: 1}.get(self.signal, 75)
         print(f"error: Process {k} was ended by {signal.Signals(-code).name}.", file=sys.stderr, flush=True)
         return 1
 

@@ -18,14 +18,14 @@ import jax
 from lab import metrics, plots
 from lab.checkpoint import Checkpoints
 from lab.console import Screen, clock, facts, human
-from lab.data.pipeline import Prefetch, eval_batches, train_batch, train_indices
+from lab.data.pipeline import Prefetch, eval_batches, train_batch
 from lab.distributed import ALONE, Processes
 from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.plan import make_plan
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
-from lab.run_folder import alone, checkpoint_folder, open_folder, read_json, shared, write_json
+from lab.run_folder import alone, checkpoint_folder, open_folder, read_json, shared, write_diverged, write_json
 from lab.step import State
 from lab.tasks.base import Outcome
 
@@ -37,7 +37,7 @@ class Diverged(Exception):
     """The loss or the gradient is no longer a number."""
 
 
-class _Stop:
+class Stop:
     """Remembers the first signal; a second one ends the process as if nothing listened.
 
     Of several processes all stop at the same call, whichever got the signal: all must ask at the same places.
@@ -57,7 +57,7 @@ class _Stop:
         signal.signal(number, signal.SIG_DFL)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[_Stop]:
+    def listening(self) -> Iterator[Stop]:
         before = {number: signal.signal(number, self._handle) for number in EXIT}
         try:
             yield self
@@ -73,7 +73,7 @@ class Prepared:
     data: Any
     """As `experiment.data.load()` returns it."""
     program: Program
-    """Of the same experiment, seed included."""
+    """Of the same experiment, seed included; it may make more updates in a call."""
 
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
@@ -117,7 +117,7 @@ def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Scree
     among = f" in {processes.count} processes" if processes.count > 1 else ""
     screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
                f"compute in {experiment.precision}")
-    with _Stop(processes).listening() as stop:
+    with Stop(processes).listening() as stop:
         run = _Run(experiment, folder, checkpoints, screen, data, stop, tensorboard, program)
         try:
             return run.go()
@@ -131,7 +131,7 @@ def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Scree
 class _Run:
     """One run: the pure program, and around it the rows, checkpoints and clock."""
 
-    def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: _Stop,
+    def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: Stop,
                  tensorboard: bool, program: Program | None):
         self.experiment, self.screen, self.data, self.stop = experiment, screen, data, stop
         self.folder = stop.processes.own_folder(folder)
@@ -182,7 +182,7 @@ class _Run:
 
     def go(self) -> int:
         """Evaluate and save whatever is due at this step, then update; until the last step or a reason to stop."""
-        experiment, n = self.experiment, self.experiment.dispatch
+        experiment, n = self.experiment, self.program.experiment.dispatch
         read = functools.partial(train_batch, self.program.train_records, batch=experiment.batch, seed=experiment.seed,
                                  rows=self.program.rows)
         first, last = self.step // n, experiment.steps // n
@@ -213,7 +213,7 @@ class _Run:
         if self.pending is None:
             return
         (last, values), self.pending = self.pending, None
-        values, n = jax.device_get(values), self.experiment.dispatch
+        values, n = jax.device_get(values), self.program.experiment.dispatch
         for i in range(n):
             step = last - n + 1 + i
             means = metrics.means({k: (s[i], w[i]) for k, (s, w) in values.items()} if n > 1 else values)
@@ -293,10 +293,7 @@ class _Run:
 
     def _diverged(self, step: int, means: dict[str, float]) -> None:
         """Writes what is needed to look into it, and stops the run."""
-        indices = train_indices(step - 1, self.experiment.batch, len(self.data.train), self.experiment.seed)
-        report = self.folder / "diverged.json"
-        write_json(report, {"update": step, "metrics": {k: repr(v) for k, v in means.items()},
-                            "batch_indices": indices.tolist(), "last_rows": self.rows.rows[-20:]})
+        report = write_diverged(self.folder, self.experiment, len(self.data.train), step, means, self.rows.rows)
         self.checkpoints.wait()
         kept = self.checkpoints.steps()
         last_good = f"the checkpoint after update {kept[-1]} is kept" if kept else "nothing was saved"

@@ -6,8 +6,7 @@ import contextlib
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lab import metrics
 from lab.errors import UserError
-from lab.experiment import Experiment
+from lab.experiment import Experiment, override, value_at
 from lab.parallel import compiled, in_fixed_order, pmapped
 from lab.sharding import batch_sharding, constrained, make_mesh, process_rows, put, state_shardings
 from lab.step import State, init_state, make_eval_step, make_predict_step, make_train_step
@@ -36,7 +35,12 @@ def _numbered(batch: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {"weight": jax.ShapeDtypeStruct((batch,), np.float32), "index": jax.ShapeDtypeStruct((batch,), np.int32)}
 
 
-class Numbers:
+def one_record(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """A batch of one record, all zeros, from which a model learns its shapes. `spec`: see `batch_spec`."""
+    return {name: np.zeros((1, *s.shape[1:]), s.dtype) for name, s in spec.items()}
+
+
+class OnlyNumbered:
     """Records of which only the number is read: what they hold is on the devices already."""
 
     def __init__(self, size: int):
@@ -49,6 +53,11 @@ class Numbers:
         return {}
 
 
+def numbers_of(experiment: Experiment, paths: Sequence[str] = ()) -> dict[str, np.generic]:
+    """The seed and the numbers in some (dotted) fields, as a compiled program takes them."""
+    return {"seed": np.uint32(experiment.seed)} | {path: np.float32(value_at(experiment, path)) for path in paths}
+
+
 def abstract_state(experiment: Experiment) -> State:
     """The shapes of the state, without computing it."""
     return jax.eval_shape(functools.partial(init_state, experiment), batch_spec(experiment))
@@ -57,13 +66,15 @@ def abstract_state(experiment: Experiment) -> State:
 class Program:
     """An experiment on this machine's devices."""
 
-    def __init__(self, experiment: Experiment, train: Any = None, devices: Sequence[Any] | None = None):
+    def __init__(self, experiment: Experiment, train: Any = None, devices: Sequence[Any] | None = None,
+                 numbers: Sequence[str] = ()):
         """`train`: the training records, which go to the devices once and for all if they fit (`resident`). `devices`:
-        by default all; for `lower` they may be those of a machine that is not there.
+        by default all; for `lower` they may be those of a machine that is not there. `numbers`: (dotted) fields that
+        are arguments of what is compiled, as the seed is: see `like`.
 
         Raises UserError when the batch or the state does not divide among the devices.
         """
-        self.experiment = experiment
+        self.experiment, self.numbers = experiment, tuple(numbers)
         self.spec = self.train_spec = batch_spec(experiment)
         self.mesh = make_mesh(experiment.mesh, devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())  # what every process can read
@@ -76,18 +87,18 @@ class Program:
         self.shardings = state_shardings(state, self.mesh, experiment.mesh.rules)
         self.abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                                      state, self.shardings)
-        self._evaluate = self._seeded(make_eval_step)
-        self._predict = self._seeded(make_predict_step)
+        self._evaluate = self._with_numbers(make_eval_step)
+        self._predict = self._with_numbers(make_predict_step)
         self.resident = None
         if train is not None and fits(experiment, train):
             self.resident = jax.device_put(train.arrays, self.everywhere)
             self.train_spec = _numbered(experiment.batch)
-        self.train_records = train if self.resident is None else Numbers(len(train))
+        self.train_records = train if self.resident is None else OnlyNumbered(len(train))
 
     @functools.cached_property
-    def seed(self) -> jax.Array:
-        """The experiment's seed, on every device."""
-        return jax.device_put(np.uint32(self.experiment.seed), self.everywhere)
+    def given(self) -> dict[str, jax.Array]:
+        """The experiment's seed and `numbers`, on every device."""
+        return jax.device_put(numbers_of(self.experiment, self.numbers), self.everywhere)
 
     @functools.cached_property
     def rows(self) -> slice:
@@ -99,32 +110,31 @@ class Program:
         """The same for evaluation."""
         return process_rows(self.eval_sharding, self.eval_batch)
 
-    def _seeded(self, make: Callable[[Experiment], Callable]) -> Callable:
+    def _with_numbers(self, make: Callable[[Experiment], Callable]) -> Callable:
         """A jitted step whose seed is an argument, so that another seed finds it in the compilation cache."""
-        def step(state: State, batch: Any, seed: jax.Array) -> Any:
+        def step(state: State, batch: Any, given: Mapping[str, jax.Array]) -> Any:
             with constrained(self.mesh):
-                return make(replace(self.experiment, seed=seed))(state, batch)
+                return make(override(self.experiment, given))(state, batch)
 
         return jax.jit(step, out_shardings=self.everywhere)
 
     @functools.cached_property
     def _init(self) -> Callable[..., State]:
-        def init(batch: Any, seed: jax.Array, given: Any) -> State:
-            return init_state(replace(self.experiment, seed=seed), batch, given)
+        def init(batch: Any, given: Mapping[str, jax.Array], arrays: Any) -> State:
+            return init_state(override(self.experiment, given), batch, arrays)
 
         return jax.jit(init, out_shardings=self.shardings)
 
-    def init(self, given: dict[str, Any] | None = None) -> State:
-        """The state before the first update, created where it lives; `given`: see `init_state`."""
-        one = jax.tree.map(lambda s: np.zeros((1, *s.shape[1:]), s.dtype), self.spec)
-        return self._init(one, self.seed, given)
+    def init(self, arrays: dict[str, Any] | None = None) -> State:
+        """The state before the first update, created where it lives; `arrays`: see `init_state`."""
+        return self._init(one_record(self.spec), self.given, arrays)
 
     def lower(self) -> jax.stages.Lowered:
         """One update (or `dispatch` of them) for these devices, not compiled yet; the state is donated."""
         experiment, used = self.experiment, set()
 
-        def update(state: State, batch: Any, seed: jax.Array, resident: Any) -> tuple[State, Any]:
-            seeded = replace(experiment, seed=seed)
+        def update(state: State, batch: Any, given: Mapping[str, jax.Array], resident: Any) -> tuple[State, Any]:
+            seeded = override(experiment, given)
             if experiment.parallel == "pmap":
                 return pmapped(seeded, self.mesh)(state, batch)
             total = (in_fixed_order(seeded, self.mesh) if experiment.exact else
@@ -147,7 +157,8 @@ class Program:
                          out_shardings=(self.shardings, self.everywhere))
         leading = (experiment.dispatch,) if self.stacked else ()
         batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.train_spec)
-        lowered = jitted.lower(self.abstract, batch, jax.ShapeDtypeStruct((), np.uint32), self.resident)
+        given = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in numbers_of(experiment, self.numbers).items()}
+        lowered = jitted.lower(self.abstract, batch, given, self.resident)
         if self.mesh.shape["sequence"] > 1 and "sequence" not in used:
             raise UserError(f"--mesh.sequence {self.mesh.shape['sequence']} divides no activation of this model: it is "
                             f"for Transformers, and for a length that it divides.")
@@ -170,14 +181,17 @@ class Program:
         With `dispatch` > 1 the batch and the metrics have a leading axis of updates.
         """
         compiled = self.compiled
-        return lambda state, batch: compiled(state, batch, self.seed, self.resident)
+        return lambda state, batch: compiled(state, batch, self.given, self.resident)
 
-    def reseeded(self, seed: int) -> Program:
-        """The same experiment with another seed: what is compiled, and the data on the devices, serve both."""
+    def like(self, experiment: Experiment) -> Program:
+        """That of an experiment with another seed and other `numbers`: what is compiled, and the data on the devices,
+        serve both.
+        """
         _ = self.compiled, self._init  # now, so that the copy shares them
         other = copy.copy(self)
-        other.experiment, other.compile_seconds = replace(self.experiment, seed=seed), 0.0
-        for cached in ("seed", "train"):  # these belong to one seed
+        other.experiment = override(self.experiment, {n: value_at(experiment, n) for n in ("seed", *self.numbers)})
+        other.compile_seconds = 0.0
+        for cached in ("given", "train"):  # these belong to one experiment
             vars(other).pop(cached, None)
         return other
 
@@ -200,13 +214,13 @@ class Program:
         for rows in batches:
             if stop():
                 return None
-            total = metrics.add(total, self._evaluate(state, self._put(rows), self.seed))
+            total = metrics.add(total, self._evaluate(state, self._put(rows), self.given))
         means, counts = metrics.means(total), metrics.counts(total)
         return means | self.experiment.task.summary(means, counts), counts
 
     def predict(self, state: State, records: Any, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """`Task.predict` of all `records`, in order: name -> (number of records, ...). `batches`: their batches."""
-        parts = [jax.device_get(self._predict(state, self._put(rows), self.seed)) for rows in batches]
+        parts = [jax.device_get(self._predict(state, self._put(rows), self.given)) for rows in batches]
         return {name: np.concatenate([part[name] for part in parts])[: len(records)] for name in parts[0]}
 
 

@@ -11,10 +11,11 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.data.pipeline import train_indices
 from lab.errors import UserError
 from lab.experiment import ROOT, Experiment, differences, from_json, load, to_json
 from lab.metrics import replace_file
@@ -154,6 +155,18 @@ def read_folder(folder: Path) -> Experiment:
     if value["file"] and Path(value["file"]).exists():
         load(Path(value["file"]))  # its classes may be part of the experiment
     return from_json(value["experiment"])
+
+
+def write_diverged(folder: Path, experiment: Experiment, records: int, step: int, means: Mapping[str, float],
+                   rows: Sequence[Any]) -> Path:
+    """Writes what is needed to look into an update that gave no number, and returns the file.
+
+    `records`: the number of training records; `means`: the update's metrics; `rows`: those of metrics.jsonl before it.
+    """
+    indices = train_indices(step - 1, experiment.batch, records, experiment.seed)
+    write_json(folder / "diverged.json", {"update": step, "metrics": {k: repr(v) for k, v in means.items()},
+                                          "batch_indices": indices.tolist(), "last_rows": list(rows[-20:])})
+    return folder / "diverged.json"
 
 
 def environment() -> dict[str, Any]:

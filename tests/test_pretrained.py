@@ -24,7 +24,7 @@ from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
 from lab.metrics import means, read_rows
 from lab.optim import SGD, AdamW, Constant, ScheduleFreeAdamW
 from lab.pretrained import Pretrained, WordVectors
-from lab.program import Numbers, Program, fits
+from lab.program import OnlyNumbered, Program, fits
 from lab.restore import leaves, open_run
 from lab.step import State, key_for, make_train_step, prepare
 from lab.tasks.supervised import Classify
@@ -495,7 +495,7 @@ def test_resident_records_change_nothing(changes):
     program = program_of(always)
     batch = program.batch(functools.partial(train_batch, program.train_records, batch=16, seed=0), 0)
     assert set(batch) == {"weight", "index"}  # only numbers travel
-    assert isinstance(program.train_records, Numbers) and program_of(never).resident is None
+    assert isinstance(program.train_records, OnlyNumbered) and program_of(never).resident is None
 
 
 def test_resident_records_are_what_is_trained_on(monkeypatch):
@@ -592,11 +592,11 @@ def test_evaluation_does_not_depend_on_the_step():
     validation, evaluate = program.experiment.data.load().validation, program._evaluate
     start = program.init()
     whole, = eval_batches(validation, 13)
-    first, later = (evaluate(start._replace(step=jnp.int32(step)), whole, program.seed) for step in (0, 7))
+    first, later = (evaluate(start._replace(step=jnp.int32(step)), whole, program.given) for step in (0, 7))
     assert bits(first) == bits(later)
     other = evaluate(start, whole, np.uint32(1))
     assert abs(other["loss"][0] - first["loss"][0]) > 1e-3  # there is noise, and the seed decides it
-    parts = [float(evaluate(start, batch, program.seed)["loss"][0]) for batch in eval_batches(validation, 4)]
+    parts = [float(evaluate(start, batch, program.given)["loss"][0]) for batch in eval_batches(validation, 4)]
     assert len(parts) == 4 and sum(parts) == pytest.approx(float(first["loss"][0]), rel=1e-6)  # also in other batches
 
 

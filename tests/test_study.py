@@ -207,11 +207,11 @@ def test_a_reseeded_program_is_that_of_the_other_seed(tiny):
 
     dropped = replace(tiny, model=tiny.model.clone(depth=1, dropout=0.5), mesh=Mesh(data=1))
     first = Program(dropped, data.train)
-    zero, one = loss(first), loss(first.reseeded(1))
+    zero, one = loss(first), loss(first.like(replace(dropped, seed=1)))
     own = loss(Program(replace(dropped, seed=1), data.train))
     assert one[0] == own[0] and np.array_equal(one[1], own[1])
     assert zero[0] != one[0] and loss(first)[0] == zero[0]
-    assert first.reseeded(1).compiled is first.compiled
+    assert first.like(replace(dropped, seed=1)).compiled is first.compiled
 
 
 # ------------------------------------------------------------------------------------------------------- code

@@ -17,9 +17,11 @@ from lab.errors import UserError
 from lab.experiment import Experiment, digest
 from lab.run_folder import write_json
 from lab.study import leases
+from lab.study.bench import Bench
 from lab.study.cells import Cell, cells_of, code_of, finished_folders
 from lab.study.design import BASE, Design, Study, grid, one_at_a_time
-from lab.study.engine import Bench, Engine, mean_seconds, metric_values
+from lab.study.engine import Engine, mean_seconds, metric_values
+from lab.study.grouping import groups
 from lab.study.preflight import Arm, Timing, describe_estimate, estimate, measure, preflight, table
 
 
@@ -41,6 +43,8 @@ class StudyOptions:
     """Where the metric is measured."""
     only: str | None = None
     """Run the cells of this arm only."""
+    execution: Literal["loop", "vmap"] | None = None
+    """Run cells one after another, or those that differ in numbers only as one program; by default the faster way."""
     accept: bool = False
     """Take finished cells as they are, though code or data changed since."""
     rerun: bool = False
@@ -124,10 +128,12 @@ def run_study(study: Study, options: StudyOptions, file: Path) -> int:
         cells = [cell for arm in wanted for cell in _cells(arm, study, bench)]
         if not options.dry_run:
             _describe(folder, study, arms, file, cells)
-            engine = Engine(folder, cells, screen, bench, file)
-            if taken := engine.adopt():
+            found = groups({arm.name: arm.experiment for arm in arms})
+            engine = Engine(folder, cells, found, screen, bench, file)
+            taken = engine.settle({arm.name: arm for arm in arms}, options.execution, options.accept, options.rerun)
+            if taken:
                 screen.say(f"{taken} cells are finished in other studies, and are not run again.")
-            engine.check_code(options.accept, options.rerun)
+            cells = engine.cells
         folders = finished_folders(folder, cells)
         _price(study, arms, cells, folders, bench, screen)
         if options.dry_run:

@@ -8,16 +8,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lab.errors import UserError
-from lab.experiment import Experiment, digest, fields, to_json
+from lab.experiment import Experiment, digest, override, to_json
 
 BASE = "base"
 Changes = Mapping[str, Any]
@@ -135,6 +134,8 @@ class Study:
             try:
                 real, experiment = {}, base
                 for path, value in changes.items():
+                    if path == "seed":
+                        raise UserError("the seed is an axis of every study: give the study seeds instead.")
                     before, experiment = experiment, override(experiment, {path: value})
                     real |= {path: value} if experiment != before else {}
                 experiment.validate()
@@ -167,40 +168,6 @@ class Study:
         """12 hexadecimal digits of what this study compares."""
         said = self.describe()
         return digest({**said, "base": said["arms"][0]["fingerprint"]})  # without how a run is carried out
-
-
-def override(experiment: Experiment, changes: Changes) -> Experiment:
-    """The experiment with other values in some (dotted) fields of its dataclasses and Linen modules.
-
-    Raises:
-      UserError: there is no such field (with the nearest name), or it is the seed.
-    """
-    for path, value in changes.items():
-        if path == "seed":
-            raise UserError("the seed is an axis of every study: give the study seeds instead.")
-        experiment = _set(experiment, path, path.split("."), value, experiment)
-    return experiment
-
-
-def _set(part: Any, path: str, names: list[str], value: Any, whole: Experiment) -> Any:
-    head, *rest = names
-    if not dataclasses.is_dataclass(part) or head not in {f.name for f in fields(part)}:
-        near = difflib.get_close_matches(path, _paths(whole), n=1, cutoff=0.5)
-        raise UserError(f"the experiment has no field {path}." + (f" Perhaps you meant {near[0]}." if near else ""))
-    before = getattr(part, head)
-    if rest:
-        value = _set(before, path, rest, value, whole)
-    elif isinstance(before, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)  # 1 and 1.0 are the same learning rate, and must have the same fingerprint
-    return part.clone(**{head: value}) if hasattr(part, "clone") else replace(part, **{head: value})
-
-
-def _paths(value: Any, prefix: str = "") -> Iterator[str]:
-    """All dotted fields of an experiment."""
-    for f in fields(value):
-        yield prefix + f.name
-        if dataclasses.is_dataclass(inner := getattr(value, f.name)):
-            yield from _paths(inner, f"{prefix}{f.name}.")
 
 
 def _check_values(values: Mapping[str, Sequence[Any]]) -> None:

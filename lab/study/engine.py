@@ -8,47 +8,36 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import jax
 
 from lab import loop
 from lab.console import Screen, clock
+from lab.distributed import ALONE
 from lab.errors import UserError
-from lab.experiment import Experiment, digest, to_json
-from lab.program import Program
 from lab.run_folder import read_json, write_json
 from lab.study import leases
+from lab.study.bench import Bench
 from lab.study.cells import Cell, changed, finished_elsewhere, link, read_cell
+from lab.study.design import BASE
+from lab.study.grouping import Group
+from lab.study.preflight import Arm
+from lab.study.together import run_together
+from lab.study.units import (
+    MOST_UPDATES,
+    How,
+    Plan,
+    Unit,
+    can_be_stacked,
+    choose,
+    chunk_size,
+    make_units,
+    read_plan,
+)
 
 STOPPED = set(loop.EXIT.values())
 WAIT_SECONDS = 0.5
-
-
-class Bench:
-    """What the cells of one arm share: data, and the compiled program. It holds one of each, the last ones used."""
-
-    def __init__(self) -> None:
-        self._data: tuple[str, Any] = ("", None)
-        self._program: tuple[str, Program | None] = ("", None)
-
-    def data(self, experiment: Experiment) -> Any:
-        """The experiment's data, loaded. Raises UserError."""
-        key = digest(to_json(experiment.data))
-        if self._data[0] != key:
-            self._data, self._program = ("", None), ("", None)  # the old must go before the new comes
-            self._data = (key, experiment.data.load())
-        return self._data[1]
-
-    def prepared(self, experiment: Experiment) -> loop.Prepared:
-        """Data and program; compiled by the first cell of an arm. Raises UserError."""
-        data, key = self.data(experiment), digest(to_json(replace(experiment, seed=0)))
-        if self._program[0] != key:
-            self._program = ("", None)
-            self._program = (key, Program(experiment, data.train))
-        program = self._program[1]
-        same = program.experiment.seed == experiment.seed
-        return loop.Prepared(data, program if same else program.reseeded(experiment.seed))
 
 
 class CellScreen(Screen):
@@ -72,29 +61,89 @@ class CellScreen(Screen):
 class Engine:
     """The cells of one study folder, as this process sees and works on them."""
 
-    def __init__(self, folder: Path, cells: Sequence[Cell], screen: Screen, bench: Bench, file: Path | None):
-        self.folder, self.cells, self.screen, self.bench, self.file = folder, list(cells), screen, bench, file
+    def __init__(self, folder: Path, cells: Sequence[Cell], groups: Sequence[Group], screen: Screen, bench: Bench,
+                 file: Path | None):
+        self.folder, self.cells, self.groups = folder, list(cells), groups
+        self.screen, self.bench, self.file = screen, bench, file
         self.leases = folder / "leases"
         self.leases.mkdir(parents=True, exist_ok=True)
-        self.ran = 0
+        self.plan: Plan
 
-    def adopt(self) -> int:
+    def settle(self, arms: Mapping[str, Arm], how: How | None, accept: bool, rerun: bool) -> int:
+        """Decides how the study is carried out, unless that was done; returns how many finished cells of the other
+        studies beside this one are taken over. `how`: what the user wants. `accept`, `rerun`: see `_check_code`.
+
+        Raises:
+          UserError: cells of this folder ran otherwise than the user wants; or see `_check_code`.
+        """
+        while not (lease := leases.claim(self.leases, "plan")):
+            self.screen.progress("Waiting for another process, which decides how to run the cells.")
+            time.sleep(WAIT_SECONDS)
+        try:
+            plan = read_plan(self.folder)
+            if plan and how not in (None, plan.how):
+                raise UserError(f"The cells of {self.folder} run as {plan.how!r}, and two ways cannot be compared. "
+                                f"Leave out --execution, or choose another folder with --studies.")
+            self.plan = plan or self._new_plan(arms, how)
+            self.cells = [replace(cell, mode=self.plan.mode) for cell in self.cells]
+            self._check_code(accept, rerun)
+            taken = self._adopt()
+            self._add_units()
+            self.plan.write(self.folder)
+            return taken
+        finally:
+            lease.release()
+
+    def _new_plan(self, arms: Mapping[str, Arm], how: How | None) -> Plan:
+        elsewhere, own = finished_elsewhere(self.folder.parent, self.folder), arms[BASE].experiment.dispatch
+        known = [Plan(each, updates) for each in get_args(How) for updates in dict.fromkeys((own, MOST_UPDATES))]
+        known = [plan for plan in known if how in (None, plan.how)]
+        found = [sum(replace(cell, mode=plan.mode).fingerprint in elsewhere for cell in self.cells) for plan in known]
+        if any(found):  # as most of the cells that need not run again
+            return known[found.index(max(found))]
+        if how == "vmap" and not all(can_be_stacked(arm.experiment) for arm in arms.values()):
+            raise UserError("--execution vmap: cells with patience, exact sums, pmap or a mesh of their own cannot be "
+                            "one program. Use --execution loop.")
+        if how is not None:
+            return Plan(how, own)
+        return choose(self.groups, arms, sorted({cell.seed for cell in self.cells}), self.bench, self.screen.say)
+
+    def _add_units(self) -> None:
+        """Gives every cell that has none, and is not finished, a unit."""
+        known = {name for unit in self.plan.units for name in unit.cells}
+        new = [c for c in self.cells if c.name not in known and not self._finished(c)]
+
+        def size(group: Group) -> int:
+            first = next(c for c in new if c.arm in group.arms)
+            program = self.bench.prepared(first.experiment, group.numbers, self.plan.updates).program
+            return chunk_size(len(new), program.compiled.memory_analysis())
+
+        units = make_units(self.groups, new, self.plan.how, size, len(self.plan.units))
+        self.plan = replace(self.plan, units=(*self.plan.units, *units))
+
+    def _finished(self, cell: Cell) -> bool:
+        return (cell.folder(self.folder) / "cell.json").exists()
+
+    def _lease(self, cell: Cell) -> leases.Lease | None:
+        """Whoever has it may touch the cell."""
+        unit = next((unit.name for unit in self.plan.units if cell.name in unit.cells), cell.name)
+        return leases.claim(self.leases, unit)
+
+    def _adopt(self) -> int:
         """Takes over finished cells of the other studies beside this one; returns how many."""
         others, taken = finished_elsewhere(self.folder.parent, self.folder), 0
         for cell in self.cells:
             source = others.get(cell.fingerprint)
-            if source is None or read_cell(cell.folder(self.folder)) or not (
-                    lease := leases.claim(self.leases, cell.name)):
+            if source is None or self._finished(cell) or not (lease := self._lease(cell)):
                 continue
             try:
-                if read_cell(cell.folder(self.folder)) is None:
-                    link(cell, source, cell.folder(self.folder))
-                    taken += 1
+                link(cell, source, cell.folder(self.folder))
+                taken += 1
             finally:
                 lease.release()
         return taken
 
-    def check_code(self, accept: bool, rerun: bool) -> None:
+    def _check_code(self, accept: bool, rerun: bool) -> None:
         """Finished cells must come from this code and data.
 
         `accept`: they count as they are. `rerun`: those that do not, and those that failed, are deleted.
@@ -118,7 +167,7 @@ class Engine:
                             f"are, --rerun runs them again.")
 
     def _delete(self, cell: Cell) -> None:
-        if lease := leases.claim(self.leases, cell.name):
+        if lease := self._lease(cell):
             try:
                 shutil.rmtree(cell.folder(self.folder))
             finally:
@@ -129,69 +178,117 @@ class Engine:
 
         0: finished. 75 / 130: told to stop, the running cell is saved. Raises OSError when the disk is full.
         """
-        arm = None
-        while pending := [c for c in self.cells if not (c.folder(self.folder) / "cell.json").exists()]:
-            claimed = self._claim(pending, arm)
+        cells, group = {cell.name: cell for cell in self.cells}, None
+        while pending := [unit for unit in self.plan.units if any(
+                name in cells and not self._finished(cells[name]) for name in unit.cells)]:
+            claimed = self._claim(pending, cells, group)
             if claimed is None:
                 self.screen.progress(f"Waiting for {len(pending)} cells that other processes work on.")
                 time.sleep(WAIT_SECONDS)
                 continue
-            cell, lease = claimed
+            unit, lease = claimed
+            own = [cells[name] for name in unit.cells if name in cells and not self._finished(cells[name])]
+            self._compile_next([u for u in pending if u.group != unit.group], cells)
             try:
-                status = self._run(cell)
+                status = self._run(unit, own) if self.plan.how == "loop" else self._run_together(unit, own)
             finally:
                 lease.release()
             if status in STOPPED:
-                self.screen.say(f"Stopped and saved: {len(pending)} cells are left. The same command goes on.")
+                left = sum(not self._finished(cell) for cell in self.cells)
+                self.screen.say(f"Stopped and saved: {left} cells are left. The same command goes on.")
                 return status
-            arm = cell.arm
+            group = unit.group
         return 0
 
-    def _claim(self, pending: Sequence[Cell], arm: str | None) -> tuple[Cell, leases.Lease] | None:
-        """The next cell that nobody works on: of the arm that is compiled already, else of one that nobody has."""
-        taken = {c.arm for c in pending if leases.busy(self.leases, c.name)}
-        for cell in sorted(pending, key=lambda c: (c.arm != arm, c.arm in taken)):
-            if lease := leases.claim(self.leases, cell.name):
-                if not (cell.folder(self.folder) / "cell.json").exists():  # finished while we looked
-                    return cell, lease
+    def _claim(self, pending: Sequence[Unit], cells: Mapping[str, Cell], group: int | None) -> (
+            tuple[Unit, leases.Lease] | None):
+        """The next unit that nobody works on: of the group that is compiled already, else of one that nobody has."""
+        taken = {unit.group for unit in pending if leases.busy(self.leases, unit.name)}
+        for unit in sorted(pending, key=lambda u: (u.group != group, u.group in taken)):
+            if lease := leases.claim(self.leases, unit.name):
+                if not all(self._finished(cells[name]) for name in unit.cells if name in cells):  # while we looked
+                    return unit, lease
                 lease.release()
         return None
 
-    def _run(self, cell: Cell) -> int:
-        """Runs one cell that is ours, from wherever it was, and writes its cell.json; returns the loop's status."""
+    def _compile_next(self, later: Sequence[Unit], cells: Mapping[str, Cell]) -> None:
+        """In the background, while this unit runs. Only where all its cells are ours: others are another program."""
+        unit = next((u for u in later if all(n in cells and not self._finished(cells[n]) for n in u.cells)), None)
+        if unit:
+            self.bench.ahead([cells[name].experiment for name in unit.cells], unit.numbers, self.plan.updates,
+                             together=self.plan.how == "vmap")
+
+    def _run(self, unit: Unit, cells: Sequence[Cell]) -> int:
+        """Runs the one cell of a unit, from wherever it was, and writes its cell.json; returns the loop's status."""
+        (cell,) = cells
         folder, start = cell.folder(self.folder), time.monotonic()
         again = self._begin(cell, folder)
         error, status = None, 0
         if not (folder / "result.json").exists():  # else only its cell.json was missing
-            done = len(self.cells) - sum(not (c.folder(self.folder) / "cell.json").exists() for c in self.cells)
-            screen = CellScreen(self.screen, f"cell {done + 1}/{len(self.cells)}  {cell.arm} {cell.seed}", folder)
+            screen = CellScreen(self.screen, f"cell {self._number()}/{len(self.cells)}  {cell.arm} {cell.seed}", folder)
             try:
                 status = loop.train(cell.experiment, folder, screen, self.file,
-                                    prepared=self.bench.prepared(cell.experiment))
-            except UserError as e:
-                error = str(e)
-            except jax.errors.JaxRuntimeError as e:  # out of memory, above all: the other arms may be smaller
-                error = str(e).partition("\n")[0]
-        if status in STOPPED:
-            return status
-        self.ran += 1
-        seconds = time.monotonic() - start
-        said = "failed" if error else "diverged" if status == 1 else "done"
-        write_json(folder / "cell.json", cell.identity | {
-            "status": said, "seconds": None if again else round(seconds, 3), "error": error})
-        result = error or ("" if said == "diverged" else _final(folder, cell.experiment.evaluate.metric))
-        self.screen.say(f"{cell.arm} seed {cell.seed}: {said} {result} ({clock(seconds)})")
+                                    prepared=self.bench.prepared(cell.experiment, unit.numbers, self.plan.updates))
+            except (UserError, jax.errors.JaxRuntimeError) as e:  # out of memory, above all: others may be smaller
+                error = str(e) if isinstance(e, UserError) else str(e).partition("\n")[0]
+        if status not in STOPPED:
+            seconds = time.monotonic() - start
+            self._end(cell, "failed" if error else "diverged" if status == 1 else "done", error,
+                      None if again else seconds, clock(seconds))
         return status
 
-    def _begin(self, cell: Cell, folder: Path) -> bool:
+    def _run_together(self, unit: Unit, cells: Sequence[Cell]) -> int:
+        """Runs the cells of a unit at once, from wherever they were, and writes their cell.json; returns the status."""
+        home, start = self.folder / "together" / unit.name, time.monotonic()
+        begun = read_json(home / "begun.json") if (home / "begun.json").exists() else {}
+        members = {c.name: c for c in self.cells}
+        if begun and all(n in members and members[n].fingerprint == f for n, f in begun.items()):
+            cells = [members[name] for name in begun]  # also those that finished while others were still written
+        else:
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir(parents=True)
+            write_json(home / "begun.json", {c.name: c.fingerprint for c in cells})
+            for cell in cells:
+                self._begin(cell, cell.folder(self.folder), anew=True)
+        again, error, lives, status = bool(begun), None, [False] * len(cells), 0
+        label = f"cells {self._number()} to {self._number() + len(cells) - 1} of {len(self.cells)}"
+        screen = CellScreen(self.screen, label, home)
+        try:
+            stacked = self.bench.stacked([c.experiment for c in cells], unit.numbers, self.plan.updates)
+            with loop.Stop(ALONE).listening() as stop:
+                status, lives = run_together(stacked, cells, [c.folder(self.folder) for c in cells], home,
+                                             self.bench.data(cells[0].experiment), screen, self.file, stop)
+        except (UserError, jax.errors.JaxRuntimeError) as e:
+            error = str(e) if isinstance(e, UserError) else str(e).partition("\n")[0]
+        if status not in STOPPED:
+            seconds = (time.monotonic() - start) / len(cells)
+            for cell, alive in zip(cells, lives, strict=True):
+                if not self._finished(cell):
+                    self._end(cell, "failed" if error else "done" if alive else "diverged", error,
+                              None if again else seconds, f"{clock(seconds * len(cells))} for {len(cells)} together")
+            shutil.rmtree(home, ignore_errors=True)
+        return status
+
+    def _number(self) -> int:
+        return 1 + sum(self._finished(cell) for cell in self.cells)
+
+    def _begin(self, cell: Cell, folder: Path, anew: bool = False) -> bool:
         """Whether an earlier process began this very cell. What other code or data left there is deleted."""
         begun = folder / "begun.json"
-        if begun.exists() and read_json(begun)["fingerprint"] == cell.fingerprint:
+        if not anew and begun.exists() and read_json(begun)["fingerprint"] == cell.fingerprint:
             return True
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(begun, cell.identity)
         return False
+
+    def _end(self, cell: Cell, said: str, error: str | None, seconds: float | None, shown: str) -> None:
+        """Writes cell.json, which makes the cell a finished one."""
+        folder = cell.folder(self.folder)
+        write_json(folder / "cell.json", cell.identity | {
+            "status": said, "seconds": seconds and round(seconds, 3), "error": error})
+        result = error or ("" if said == "diverged" else _final(folder, cell.experiment.evaluate.metric))
+        self.screen.say(f"{cell.arm} seed {cell.seed}: {said} {result} ({shown})")
 
     def summary(self) -> dict[str, int]:
         """How many cells are done, diverged and failed; together they are all that were planned.
@@ -199,8 +296,8 @@ class Engine:
         Raises:
           UserError: a cell is damaged.
         """
-        for cell in self.cells if any(self.leases.iterdir()) else ():  # of processes that died with their last word
-            if lease := leases.claim(self.leases, cell.name):
+        for unit in self.plan.units if any(self.leases.iterdir()) else ():  # of processes that died at the very end
+            if lease := leases.claim(self.leases, unit.name):
                 lease.release()
         found = Counter(cell["status"] for c in self.cells if (cell := read_cell(c.folder(self.folder))))
         assert sum(found.values()) == len(self.cells), (found, len(self.cells))

@@ -106,8 +106,8 @@ class Timing:
 
 def measure(base: Arm, data: Any, program: Program) -> Timing | None:
     """Three updates and one evaluation of the base; None where even that would take minutes."""
-    experiment = base.experiment
-    if jax.default_backend() == "cpu" and base.flops * experiment.dispatch > TIMED_FLOPS:
+    experiment, calls = base.experiment, program.experiment.dispatch
+    if jax.default_backend() == "cpu" and base.flops * calls > TIMED_FLOPS:
         return None
     read = functools.partial(train_batch, program.train_records, batch=experiment.batch, seed=experiment.seed,
                              rows=program.rows)
@@ -116,7 +116,7 @@ def measure(base: Arm, data: Any, program: Program) -> Timing | None:
         batch, start = program.batch(read, call), time.perf_counter()
         state, values = update(state, batch)
         jax.block_until_ready(values)
-        seconds.append((time.perf_counter() - start) / experiment.dispatch)
+        seconds.append((time.perf_counter() - start) / calls)
 
     def batches() -> Any:
         return eval_batches(data.validation, program.eval_batch, experiment.evaluate.records, program.eval_rows)

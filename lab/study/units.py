@@ -1,0 +1,167 @@
+"""The units of a study: which cells are run by one program at a time, decided once and written to plan.json."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from lab.experiment import Experiment
+from lab.run_folder import read_json, write_json
+from lab.study.bench import Bench
+from lab.study.cells import Cell
+from lab.study.grouping import Group
+from lab.study.preflight import TIMED_FLOPS, Arm
+from lab.study.stacked import common_dispatch
+
+How = Literal["loop", "vmap"]
+MOST_UPDATES = 10  # in one call
+WORTH_SECONDS = 60.0
+CALLS = 4  # timed; the first one is not counted
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Cells that one process runs at a time, as one program."""
+
+    name: str
+    """Of its lease."""
+    cells: tuple[str, ...]
+    numbers: tuple[str, ...]
+    """See `Group`."""
+    group: int
+    """Units of one group are served by one program."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a study is carried out: all its cells in the same way."""
+
+    how: How
+    """One cell after another, those of a group with one compiled program; or a group's cells at once."""
+    updates: int
+    """The most updates in one call."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What was measured: mode -> seconds per update of one cell."""
+    units: tuple[Unit, ...] = ()
+
+    @property
+    def mode(self) -> str:
+        """As cells and reports name it."""
+        return mode_of(self.how, self.updates)
+
+    def write(self, folder: Path) -> None:
+        """Replaces plan.json."""
+        write_json(folder / "plan.json", asdict(self))
+
+
+def mode_of(how: How, updates: int) -> str:
+    """A way to carry out a study, in words."""
+    return f"{how}, up to {updates} updates a call" if updates > 1 else how
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan of a study folder that has one. Raises UserError where it is damaged."""
+    if not (folder / "plan.json").exists():
+        return None
+    found = read_json(folder / "plan.json")
+    units = tuple(Unit(u["name"], tuple(u["cells"]), tuple(u["numbers"]), u["group"]) for u in found["units"])
+    return Plan(found["how"], found["updates"], found["seconds"], units)
+
+
+def can_be_stacked(experiment: Experiment) -> bool:
+    """Whether cells of this experiment can be one program: it needs neither several devices for one cell nor to stop
+    one cell before the others."""
+    mesh = experiment.mesh
+    return ((mesh.fsdp, mesh.tensor, mesh.sequence) == (1, 1, 1) and not mesh.rules and not experiment.exact
+            and experiment.parallel == "jit" and experiment.evaluate.patience is None)
+
+
+def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int], bench: Bench,
+           say: Callable[[str], None]) -> Plan:
+    """The fastest way to run the cells: three calls are timed of the largest group, one cell after another (an update
+    or several in a call) and at once. What takes less than WORTH_SECONDS is not worth the compilations.
+    """
+    largest = max(groups, key=lambda group: len(group.arms))
+    cells = [replace(arms[name].experiment, seed=seed) for seed in seeds for name in largest.arms]
+    first, total = arms[largest.arms[0]], len(arms) * len(seeds) * cells[0].steps
+    own = max(first.experiment.dispatch, 1)
+    if len(cells) == 1 or (jax.default_backend() == "cpu" and first.flops * own > TIMED_FLOPS):
+        return Plan("loop", own)
+    say("Timing the ways to run the cells ...")
+    seconds = {mode_of("loop", own): _time_alone(cells[0], largest, own, bench)}
+    if total * min(seconds.values()) < WORTH_SECONDS:
+        return Plan("loop", own, seconds)
+    updates = {mode_of("loop", own): own}
+    if common_dispatch(cells[0], MOST_UPDATES) > own and first.experiment.parallel == "jit":
+        several = mode_of("loop", MOST_UPDATES)
+        seconds[several], updates[several] = _time_alone(cells[0], largest, MOST_UPDATES, bench), MOST_UPDATES
+    n = updates[min(seconds, key=seconds.__getitem__)]
+    if all(can_be_stacked(arm.experiment) for arm in arms.values()):
+        memory = bench.prepared(cells[0], largest.numbers, n).program.compiled.memory_analysis()
+        together = cells[:chunk_size(len(cells), memory)]
+        seconds[mode_of("vmap", n)] = _time_together(together, largest, n, bench)
+    found = min(seconds, key=seconds.__getitem__)
+    for mode, each in seconds.items():
+        say(f"  {1000 * each:.2f} ms an update of one cell: {mode}{' (chosen)' if mode == found else ''}")
+    return Plan("vmap" if found.startswith("vmap") else "loop", n, seconds)
+
+
+def _time_alone(experiment: Experiment, group: Group, updates: int, bench: Bench) -> float:
+    """Seconds per update."""
+    program = bench.prepared(experiment, group.numbers, updates).program
+    batches = [program.batch(bench.reader(program), i) for i in range(CALLS)]
+    return _median(program.init(), lambda state, i: program.train(state, batches[i])[0]) / program.experiment.dispatch
+
+
+def _time_together(experiments: Sequence[Experiment], group: Group, updates: int, bench: Bench) -> float:
+    """Seconds per update and cell."""
+    stacked = bench.stacked(experiments, group.numbers, updates)
+    batches = [stacked.batch(i) for i in range(CALLS)]
+    each = _median((stacked.init(), stacked.everyone()), lambda both, i: stacked.train(*both, batches[i])[:2])
+    return each / stacked.experiment.dispatch / len(experiments)
+
+
+def _median(state: Any, call: Callable[[Any, int], Any]) -> float:
+    """Seconds of a call; the first is not counted."""
+    seconds = []
+    for i in range(CALLS):
+        start = time.perf_counter()
+        state = jax.block_until_ready(call(state, i))
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))
+
+
+def chunk_size(cells: int, memory: Any) -> int:
+    """How many cells fit at once. `memory`: what the compiler says of the program of one (`memory_analysis`)."""
+    each = memory.temp_size_in_bytes + 2 * memory.argument_size_in_bytes  # the best states, too
+    devices = jax.local_devices()
+    stats = (devices[0].memory_stats() or {}) if jax.default_backend() != "cpu" else {}
+    if "bytes_limit" in stats:
+        room = 0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * len(devices)
+    else:
+        room = 0.5 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(cells, max(1, int(room / max(each, 1))))
+
+
+def make_units(groups: Sequence[Group], cells: Sequence[Cell], how: How, size: Callable[[Group], int],
+               first: int) -> list[Unit]:
+    """Units of these cells. `size`: how many cells of a group fit at once; `first`: the number of the first unit."""
+    found: list[Unit] = []
+    for number, group in enumerate(groups):
+        own = sorted((c for c in cells if c.arm in group.arms), key=lambda c: c.seed)  # those of a seed share batches
+        if how == "loop":
+            found += [Unit(c.name, (c.name,), group.numbers, number) for c in own]
+            continue
+        most = size(group) if own else 1
+        even = -(-len(own) // -(-len(own) // most)) if own else 1  # chunks of about one size
+        for start in range(0, len(own), even):
+            names = tuple(c.name for c in own[start: start + even])
+            found.append(Unit(f"together-{first + len(found)}", names, group.numbers, number))
+    return found
