@@ -90,7 +90,7 @@ def _floats(experiment: Experiment) -> list[str]:
 def _without(experiment: Experiment, numbers: Sequence[str]) -> dict[str, Any]:
     """All that identifies an experiment but the seed and these numbers."""
     whole = flat(to_json(replace(experiment, seed=0), identity=True))
-    return whole | dict.fromkeys(numbers)
+    return whole | dict.fromkeys(numbers, "a number")
 
 
 def program_key(experiment: Experiment, numbers: Sequence[str]) -> str:

@@ -1,0 +1,255 @@
+"""Many cells in one program: each is what it would have been alone, and a dead one disturbs nobody."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lab import loop
+from lab.checkpoint import Checkpoints
+from lab.console import Screen
+from lab.data.sources import TextFiles
+from lab.data.text import Text
+from lab.data.tokenizers import Bytes
+from lab.distributed import ALONE
+from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh, override
+from lab.metrics import read_rows
+from lab.models.gpt import GPT
+from lab.optim import SGD, AdamW, Cosine
+from lab.program import Program
+from lab.study import units
+from lab.study.bench import Bench
+from lab.study.cells import Cell
+from lab.study.design import Study
+from lab.study.grouping import Group, groups
+from lab.study.preflight import preflight
+from lab.study.stacked import Stacked, common_dispatch
+from lab.study.together import run_together
+from lab.study.units import make_units
+from lab.tasks.language import LanguageModel
+from tests.test_cli import finish, start, wait_for
+from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
+from tests.test_study import FILE
+from tests.test_study import cells as cells_in
+
+RATES = {"optim.lr.peak": 1e-3}, {"optim.lr.peak": 1e-2}, {"optim.lr.peak": 1e-2, "optim.b2": 0.9}
+NUMBERS = ("optim.lr.peak", "optim.b2")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a linear classifier, which compiles fast."""
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "small.py").write_text(FILE)
+    return folder
+
+
+def train(experiment: Experiment, folder: Path, checkpoints: Path | None = None) -> list[dict]:
+    """The rows of a run on one device."""
+    experiment = replace(experiment, mesh=Mesh(data=1))
+    assert loop.train(experiment, folder, Screen(quiet=True), checkpoints=checkpoints and str(checkpoints)) == 0
+    return read_rows(folder / "metrics.jsonl")
+
+
+def together(experiments: list[Experiment], root: Path, dispatch: int) -> tuple[list[Path], list[bool]]:
+    """Runs them as one program, and returns their folders and which lived."""
+    data = experiments[0].data.load()
+    cells = [Cell(f"arm{i}", e.seed, e, data.fingerprint, {}) for i, e in enumerate(experiments)]
+    folders = [root / "cells" / c.name for c in cells]
+    stacked = Stacked([replace(e, dispatch=dispatch) for e in experiments], NUMBERS, data.train)
+    with loop.Stop(ALONE).listening() as stop:
+        status, lives = run_together(stacked, cells, folders, root / "home", data, Screen(quiet=True), None, stop)
+    assert status == 0
+    return folders, lives
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Experiment:
+    """A language model with dropout: what is drawn at random is drawn per cell."""
+    text = tmp_path_factory.mktemp("text") / "corpus.txt"
+    text.write_text("the pure function of a seed and a step decides everything that it computes " * 300)
+    return Experiment(
+        data=Text(TextFiles(str(text)), Bytes(), length=16), task=LanguageModel(samples=0),
+        model=GPT(depth=1, width=16, heads=2, vocab=256, context=16, dropout=0.1, bias=False),
+        optim=AdamW(lr=Cosine(1e-2, warmup=2), b2=0.95), steps=50, batch=8, evaluate=Evaluate(every=20, records=16),
+        checkpoint=Checkpoint(every=0))
+
+
+@pytest.fixture(scope="module")
+def grown(base, tmp_path_factory):
+    """Eight of nine cells (three arms, three seeds) after 50 updates, on eight devices; and two of them alone."""
+    root = tmp_path_factory.mktemp("grown")
+    experiments = [replace(override(base, arm), seed=seed) for seed in range(3) for arm in RATES][:8]
+    folders, lives = together(experiments, root, dispatch=10)
+    assert all(lives)
+    alone = {i: root / "alone" / str(i) for i in (2, 4)}
+    for i, folder in alone.items():
+        train(experiments[i], folder)
+    return experiments, folders, alone
+
+
+def test_a_cell_together_is_the_cell_alone(grown):
+    """To 1e-5 over 50 updates, metrics and parameters, best state included; and no cell is like another."""
+    experiments, folders, alone = grown
+    for i, folder in alone.items():
+        ours, theirs = read_rows(folders[i] / "metrics.jsonl"), read_rows(folder / "metrics.jsonl")
+        assert len(ours) == 50 + 4
+        for a, b in zip(ours, theirs, strict=True):
+            assert list(a) == list(b) and a["split"] == b["split"]
+            np.testing.assert_allclose([a[k] for k in a if k != "split"], [b[k] for k in a if k != "split"], rtol=1e-5,
+                                       atol=1e-5, err_msg=str(a))
+        target = Program(replace(experiments[i], mesh=Mesh(data=1))).abstract
+        kept = [Checkpoints(f / "checkpoints") for f in (folders[i], folder)]
+        assert kept[0].steps()[-1] == kept[1].steps()[-1] == 50
+        for a, b in zip(*(jax.tree.leaves(c.restore(target)) for c in kept), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        result, expected = (json.loads((f / "result.json").read_text()) for f in (folders[i], folder))
+        assert result["best"]["step"] == expected["best"]["step"] and result["best"]["step"] in kept[0].steps()
+    last = [read_rows(folder / "metrics.jsonl")[-1]["loss"] for folder in folders]
+    assert len({round(loss, 4) for loss in last}) == 8  # 1e-5 could tell the cells apart
+
+
+def test_a_cell_goes_on_alone(grown, tmp_path):
+    """From its checkpoint, as if it had never been with others."""
+    experiments, folders, alone = grown
+    longer = replace(experiments[4], steps=60)
+    rows = []
+    for name, source in (("together", folders[4]), ("alone", alone[4])):
+        shutil.copytree(source / "checkpoints", tmp_path / name / "kept")
+        rows.append([row["loss"] for row in train(longer, tmp_path / name / "run", tmp_path / name / "kept")])
+    assert len(rows[0]) == 10 + 1  # the updates from 51 on, and the evaluation at the end
+    np.testing.assert_allclose(*rows, rtol=1e-5)
+
+
+def test_a_dead_cell_stops_changing(base, tmp_path):
+    """At the update and with the report that it would have alone; its neighbours are what they are without it."""
+    base = replace(base, steps=12, model=base.model.clone(dropout=0.0), evaluate=Evaluate(every=4, records=8))
+    dead, good = override(base, {"optim.lr.peak": 1e17}), override(base, {"optim.lr.peak": 3e-3})
+    folders, lives = together([good, dead], tmp_path / "both", dispatch=4)
+    assert lives == [True, False]
+    assert loop.train(replace(dead, mesh=Mesh(data=1)), tmp_path / "dead", Screen(quiet=True)) == 1
+    ours, theirs = (json.loads((f / "diverged.json").read_text()) for f in (folders[1], tmp_path / "dead"))
+    assert ours["update"] == theirs["update"] and ours["batch_indices"] == theirs["batch_indices"]
+    assert not (folders[1] / "result.json").exists()
+    kept = Checkpoints(folders[1] / "checkpoints")
+    state = kept.restore(Program(replace(dead, mesh=Mesh(data=1))).abstract)
+    assert int(state.step) == ours["update"] - 1 and all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    rows = [r["step"] for r in read_rows(folders[1] / "metrics.jsonl") if r["split"] == "train"]
+    assert rows == list(range(1, ours["update"]))
+    alone, _ = together([good], tmp_path / "one", dispatch=4)
+    a, b = (read_rows(f / "metrics.jsonl") for f in (folders[0], alone[0]))
+    np.testing.assert_allclose([r["loss"] for r in a], [r["loss"] for r in b], rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- who together
+
+
+def test_groups(base):
+    """What the step computes with may differ in a group; not what Python looks at, nor what changes the state."""
+    arms = {"base": base}
+    for name, changes in {
+            "rate": {"optim.lr.peak": 3e-3}, "clip": {"optim.clip": 0.5}, "clip2": {"optim.clip": 0.7},
+            "decay": {"optim.decay": 0.2}, "decay0": {"optim.decay": 0.0}, "deep": {"model.depth": 2},
+            "deep_rate": {"model.depth": 2, "optim.lr.peak": 3e-3},
+            "plain": {"optim": SGD(lr=Cosine(1e-2, warmup=2))},
+            "heavy": {"optim": SGD(lr=Cosine(1e-2, warmup=2), momentum=0.9)},
+            "heavier": {"optim": SGD(lr=Cosine(1e-2, warmup=2), momentum=0.99)}}.items():
+        arms[name] = override(base, changes)
+    assert groups(arms) == [
+        Group(("optim.lr.peak", "optim.decay"), ("base", "rate", "decay")),
+        Group(("optim.clip",), ("clip", "clip2")), Group((), ("decay0",)),
+        Group(("optim.lr.peak",), ("deep", "deep_rate")), Group((), ("plain",)),
+        Group(("optim.momentum",), ("heavy", "heavier"))]
+
+
+def test_units_of_a_group_have_about_one_size():
+    cells = [Cell(arm, seed, None, "", {}) for arm in "abc" for seed in range(4)]
+    found = make_units([Group(("x",), ("a", "b")), Group((), ("c",))], cells, "vmap", lambda group: 5, first=3)
+    assert [unit.name for unit in found] == ["together-3", "together-4", "together-5"]
+    assert [unit.cells for unit in found] == [("a-0", "b-0", "a-1", "b-1"), ("a-2", "b-2", "a-3", "b-3"),
+                                              ("c-0", "c-1", "c-2", "c-3")]
+    alone = make_units([Group(("x",), ("a", "b"))], cells, "loop", lambda group: 5, first=0)
+    assert len(alone) == 8 and all(unit.cells == (unit.name,) and unit.numbers == ("x",) for unit in alone)
+
+
+def test_updates_in_a_call_divide_what_is_due(base):
+    assert common_dispatch(base, 10) == 10 and common_dispatch(replace(base, evaluate=Evaluate(every=8)), 10) == 2
+    assert common_dispatch(replace(base, steps=49), 10) == 1
+
+
+def test_the_faster_way_is_chosen(base, monkeypatch):
+    """By what is measured, and only where it is worth the time; never for what cannot be stacked."""
+    study = Study(base, {"rate": RATES[0]}, seeds=2)
+    arms = {arm.name: arm for arm in preflight(study)}
+    found = groups({name: arm.experiment for name, arm in arms.items()})
+
+    def chosen(arms, alone, both):
+        monkeypatch.setattr(units, "_time_alone", lambda e, g, n, bench: alone)
+        monkeypatch.setattr(units, "_time_together", lambda e, g, n, bench: both)
+        return units.choose(found, arms, (0, 1), Bench(), lambda line: None)
+
+    assert chosen(arms, 1e-3, 1e-6).how == "loop"  # 0.2 s in all
+    plan = chosen(arms, 1.0, 0.5)
+    assert plan.how == "vmap" and plan.seconds[plan.mode] == 0.5 and len(plan.seconds) == 3
+    assert chosen(arms, 1.0, 1.5).how == "loop"
+    waiting = {n: replace(a, experiment=replace(a.experiment, evaluate=Evaluate(patience=2))) for n, a in arms.items()}
+    assert chosen(waiting, 1.0, 0.5).how == "loop"
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def test_killed_and_going_on_together(place):
+    """kill -9 in mid-study: the same command goes on, and everything is as if nothing had happened."""
+    command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2,1e30", "--seeds", "2", "--steps", "40",
+               "--evaluate.every", "20", "--checkpoint.every", "4", "--execution", "vmap", "--studies")
+    whole = start(place, *command, "whole")
+    killed = start(place, *command, "killed")
+    assert wait_for(killed, lambda: list((place / "killed").glob("*/together/*/checkpoints/[0-9]*")))
+    killed.send_signal(signal.SIGKILL)
+    finish(killed)
+    assert not list((place / "killed").glob("*/cells/*/*/cell.json"))
+    assert finish(whole)[0] == 0
+    status, out, err = finish(start(place, *command, "killed"))
+    assert status == 0 and "6 cells planned = 4 done + 2 diverged + 0 failed." in out, err
+    for path in (place / "whole").glob("*/cells/*/*/metrics.jsonl"):
+        assert path.read_text() == (place / "killed" / path.relative_to(place / "whole")).read_text()
+    a, b = (next((place / name).glob("*/report.md")).read_text() for name in ("whole", "killed"))
+    assert _without_times(a) == _without_times(b)
+    assert {c["status"] for c in cells_in(place / "killed").values()} == {"done", "diverged"}
+    plan = json.loads(next((place / "killed").glob("*/plan.json")).read_text())
+    assert plan["how"] == "vmap" and len(plan["units"]) == 1
+
+
+def _without_times(report: str) -> list[str]:
+    """Without the table of costs."""
+    return report.partition("Not controlled")[0].splitlines()
+
+
+def test_told_to_stop_together(typed, place, monkeypatch):
+    from lab.study.engine import CellScreen
+
+    progress, seen = CellScreen.progress, []
+
+    def told(self, line):
+        progress(self, line)
+        if "update      2/4" in line and not seen:
+            seen.append(line)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(CellScreen, "progress", told)
+    command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "2", "--execution", "vmap", "--studies",
+               "told")
+    status, out, _ = typed(*command)
+    assert status == 75 and "4 cells are left. The same command goes on." in out
+    status, out, _ = typed(*command)
+    assert status == 0 and "4 cells planned = 4 done" in out
+    assert "ran as" not in out and typed(*command)[1].count("done loss") == 0
+    status, _, err = typed(*command[:-4], "--execution", "loop", "--studies", "told")
+    assert status == 2 and "two ways cannot be compared" in err
