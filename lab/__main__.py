@@ -194,10 +194,11 @@ def train(args: Sequence[str], processes: Processes) -> int:
     check_platform()
     from lab import loop
     from lab.console import Screen
+    from lab.run_folder import finished
 
     folder = Path(options.run_dir or f"runs/{path.stem}-{experiment.fingerprint()}")
     compare(processes, experiment, options, folder, path)
-    result = processes.share(loop.finished(folder) if processes.first else None)
+    result = processes.share(finished(folder) if processes.first else None)
     with Screen(quiet=not processes.first) as screen:
         screen.say(f"Run folder: {folder}")
         if result is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,29 +56,30 @@ def manifest(state: Any) -> dict[str, dict[str, Any]]:
 
 
 class _Keep:
-    """Orbax's preservation policy: the latest few, multiples of `permanent`, and the best."""
+    """Orbax's preservation policy: the latest few, multiples of `permanent`, the best, and steps that are named."""
 
-    def __init__(self, options: Checkpoint, best: Callable[[], int | None]):
-        self.options, self.best = options, best
+    def __init__(self, options: Checkpoint, best: Callable[[], int | None], named: Sequence[int]):
+        self.options, self.best, self.named = options, best, set(named)
 
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         latest = {c.step for c in checkpoints[-self.options.keep:]}
         permanent = self.options.permanent
         best = self.best() if self.options.best else None
-        return [c.step in latest or c.step == best or bool(permanent and c.step % permanent == 0)
+        return [c.step in latest | self.named or c.step == best or bool(permanent and c.step % permanent == 0)
                 for c in checkpoints]
 
 
 class Checkpoints:
-    """The checkpoints of a run folder, only to read where no options are given. `best()`: the step of the best one."""
+    """The checkpoints of a run folder, only to read where no options are given. `best()`: the step of the best one;
+    `named`: steps that are kept, too."""
 
     def __init__(self, folder: Path, options: Checkpoint | None = None, best: Callable[[], int | None] = lambda: None,
-                 processes: Processes = ALONE):
+                 processes: Processes = ALONE, named: Sequence[int] = ()):
         import orbax.checkpoint as ocp  # 0.7 s: not for --help and --dry-run
 
         self.folder, self.processes, self._ocp = folder, processes, ocp
         settings = ({"read_only": True, "create": False} if options is None else
-                    {"preservation_policy": _Keep(options, best), "cleanup_tmp_directories": True})
+                    {"preservation_policy": _Keep(options, best, named), "cleanup_tmp_directories": True})
         self.remote = "://" in str(folder)
         place = folder if self.remote else folder.absolute()
         self._manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(

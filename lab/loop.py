@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from lab.experiment import Experiment
 from lab.plan import make_plan
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
-from lab.run_folder import alone, checkpoint_folder, open_folder, read_json, shared, write_diverged, write_json
+from lab.run_folder import alone, checkpoint_folder, open_folder, shared, write_diverged, write_json
 from lab.step import State
 from lab.tasks.base import Outcome
 
@@ -74,6 +74,10 @@ class Prepared:
     """As `experiment.data.load()` returns it."""
     program: Program
     """Of the same experiment, seed included; it may make more updates in a call."""
+    keep: tuple[int, ...] = ()
+    """Updates after which the state is saved and kept."""
+    begin: Callable[[Program, Path], State | None] = lambda program, folder: None
+    """The state to begin with, instead of a fresh one, from which arms of a study go on; its rows are in `folder`."""
 
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
@@ -105,20 +109,20 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
                 shared(folder)
             screen.record(processes.log(folder))
             return _train(experiment, folder, place, screen, data, tensorboard, processes,
-                          prepared and prepared.program)
+                          prepared)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,
-           processes: Processes, program: Program | None) -> int:
+           processes: Processes, prepared: Prepared | None) -> int:
     for line in facts(data.summary):
         screen.say(line)
     among = f" in {processes.count} processes" if processes.count > 1 else ""
     screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
                f"compute in {experiment.precision}")
     with Stop(processes).listening() as stop:
-        run = _Run(experiment, folder, checkpoints, screen, data, stop, tensorboard, program)
+        run = _Run(experiment, folder, checkpoints, screen, data, stop, tensorboard, prepared)
         try:
             return run.go()
         except Diverged as e:
@@ -132,11 +136,12 @@ class _Run:
     """One run: the pure program, and around it the rows, checkpoints and clock."""
 
     def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: Stop,
-                 tensorboard: bool, program: Program | None):
+                 tensorboard: bool, prepared: Prepared | None):
         self.experiment, self.screen, self.data, self.stop = experiment, screen, data, stop
         self.folder = stop.processes.own_folder(folder)
-        self.program, self.pictures = program or Program(experiment, data.train), program is None
-        self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes)
+        self.prepared, self.pictures = prepared or Prepared(data, Program(experiment, data.train)), prepared is None
+        self.program, keep = self.prepared.program, self.prepared.keep
+        self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes, keep)
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
         self.rows = self._open_rows()
@@ -160,6 +165,8 @@ class _Run:
     def _restore_or_init(self) -> State:
         state = self.checkpoints.restore(self.program.abstract)
         if state is None:
+            if state := self.prepared.begin(self.program, self.folder):
+                return state
             if metrics.read_rows(self.folder / "metrics.jsonl"):
                 self.screen.say(f"There is no checkpoint in {self.folder} yet: starting again from update 0.")
             given, report = self.experiment.init_from.load(self.program.abstract, self.data)
@@ -272,7 +279,7 @@ class _Run:
         settings = self.experiment.checkpoint
         periods = [p for p in (settings.every, settings.permanent) if p]
         best = settings.best and self.best_step == self.step and self.experiment.evaluate.every
-        if self.step and (done or best or any(self.step % p == 0 for p in periods)):
+        if self.step and (done or best or self.step in self.prepared.keep or any(self.step % p == 0 for p in periods)):
             self._save()
 
     def _save(self) -> None:
@@ -430,12 +437,6 @@ def describe_result(result: dict[str, Any]) -> str:
                      f"of it waiting for data; "
                      f"evaluation {result['evaluation_seconds']:.0f} s")
     return "\n".join(lines)
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, or None."""
-    path = folder / "result.json"
-    return read_json(path) if path.exists() else None
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -53,9 +53,10 @@ class EmaState(NamedTuple):
     inner: Any
 
 
-def _with_ema(inner: optax.GradientTransformation, decay: Any) -> optax.GradientTransformation:
-    """Average the parameters after each update, starting at the initial ones (so there is nothing to debias). The decay
-    of update t = 0, 1, ... is min(decay, (1 + t) / (10 + t)), which soon forgets the start (TensorFlow's rule).
+def _with_ema(inner: optax.GradientTransformation, decay: Any, start: int) -> optax.GradientTransformation:
+    """Average the parameters after each update, beginning with those after `start` updates (so there is nothing to
+    debias). The decay of update start + t, t = 0, 1, ..., is min(decay, (1 + t) / (10 + t)), which soon forgets the
+    start (TensorFlow's rule).
     """
 
     def init(params: Params) -> EmaState:
@@ -64,8 +65,10 @@ def _with_ema(inner: optax.GradientTransformation, decay: Any) -> optax.Gradient
 
     def update(grads: Params, state: EmaState, params: Params) -> tuple[Params, EmaState]:
         updates, inner_state = inner.update(grads, state.inner, params)
-        d = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
-        ema = jax.tree.map(lambda e, p: e + (1 - d) * (p - e), state.ema, optax.apply_updates(params, updates))
+        t = state.count - start
+        d = jnp.minimum(decay, (1 + t) / (10 + t))
+        ema = jax.tree.map(lambda e, p: jnp.where(t < 0, p.astype(e.dtype), e + (1 - d) * (p - e)), state.ema,
+                           optax.apply_updates(params, updates))
         return updates, EmaState(state.count + 1, ema, inner_state)
 
     return optax.GradientTransformation(init, update)
@@ -88,6 +91,8 @@ class Optimizer:
     """Penalty l2 / 2 * sum w^2, added to the gradient (as l2 * w) before clipping. Masked as weight decay is."""
     ema: float | None = None
     """Decay of an exponential moving average of the parameters, used to evaluate and sample; None for none."""
+    ema_from: int = 0
+    """Completed updates before the average begins; until then it is the parameters themselves."""
     groups: tuple[tuple[str, float], ...] = ()
     """Learning-rate multipliers: (regex searched in the path, multiplier). First match wins; 0 freezes exactly."""
     no_decay: str = rf"(^|/)({_NO_MATRIX})(/|$)"
@@ -153,7 +158,7 @@ class Optimizer:
         if any(_off(multiplier) for _, multiplier in self.groups):  # frozen parameters get no state at all
             tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, self._labels)
         if self.ema is not None:
-            tx = _with_ema(tx, self.ema)
+            tx = _with_ema(tx, self.ema, self.ema_from)
 
         def init(params: Params) -> Any:
             self.check(params)
@@ -191,6 +196,7 @@ class Optimizer:
         for name in ("decay", "l1", "l2"):
             require(name, getattr(self, name), "0 or more", lambda v: v >= 0)
         require("ema", self.ema, "in (0, 1), or None for no average", lambda v: 0 < v < 1)
+        require("ema_from", self.ema_from, "0 or more updates", lambda v: v >= 0)
         for pattern, multiplier in self.groups:
             require_regex("groups", pattern)
             require(f"groups ({pattern!r})", multiplier, "0 (frozen) or more", lambda v: v >= 0)

@@ -83,10 +83,8 @@ class Program:
         self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches,
                                              stacked=self.stacked)
         self.eval_sharding = batch_sharding(self.mesh, self.eval_batch)
-        state = abstract_state(experiment)
-        self.shardings = state_shardings(state, self.mesh, experiment.mesh.rules)
-        self.abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                                     state, self.shardings)
+        self.abstract = self.placed(experiment)
+        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
         self._evaluate = self._with_numbers(make_eval_step)
         self._predict = self._with_numbers(make_predict_step)
         self.resident = None
@@ -94,6 +92,12 @@ class Program:
             self.resident = jax.device_put(train.arrays, self.everywhere)
             self.train_spec = _numbered(experiment.batch)
         self.train_records = train if self.resident is None else OnlyNumbered(len(train))
+
+    def placed(self, experiment: Experiment) -> State:
+        """The shapes of an experiment's state and where its arrays live on this mesh."""
+        state = abstract_state(experiment)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
+                            state_shardings(state, self.mesh, experiment.mesh.rules))
 
     @functools.cached_property
     def given(self) -> dict[str, jax.Array]:

@@ -34,6 +34,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({e}). Restore it, or start afresh with --run-dir.") from e
 
 
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run, or None. Raises UserError where it is damaged."""
+    path = folder / "result.json"
+    return read_json(path) if path.exists() else None
+
+
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Creates the run folder and holds it; the operating system lets go of it when the process dies.

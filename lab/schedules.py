@@ -63,6 +63,10 @@ class Schedule:
         start = max(self.warmup - 1, 0)
         return jnp.clip((count - start) / max(steps - 1 - start, 1), 0.0, 1.0)
 
+    def tail(self, steps: int) -> int:
+        """Completed updates up to which the rate is decided by `peak` and `warmup` alone."""
+        return min(max(self.warmup, 1), steps)
+
     def validate(self, steps: int) -> None:
         """UserError for a rate or a number of updates that makes no sense in a run of `steps` updates."""
         require("lr.peak", self.peak, "0 or more", lambda v: v >= 0)
@@ -75,6 +79,9 @@ class Schedule:
 
 class Constant(Schedule):
     """Warm-up, then `peak` until the end."""
+
+    def tail(self, steps: int) -> int:
+        return steps
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,9 @@ class WarmupStableDecay(Schedule):
 
     def shape(self, count: jax.Array, steps: int) -> jax.Array:
         return 1 - (1 - self.end) * jnp.clip((count - (steps - 1 - self.decay)) / max(self.decay, 1), 0.0, 1.0)
+
+    def tail(self, steps: int) -> int:
+        return steps - self.decay
 
     def validate(self, steps: int) -> None:
         super().validate(steps)

@@ -26,7 +26,7 @@ from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
 from lab.metrics import read_rows
 from lab.optim import SGD, Constant
 from lab.program import Program
-from lab.run_folder import checkpoint_folder
+from lab.run_folder import checkpoint_folder, finished
 from lab.step import State, init_state
 from tests.test_step import Points, apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
@@ -366,7 +366,7 @@ def test_killed_before_the_result_was_written(tmp_path, reference):
     status, said = go(toy(), tmp_path / "run")
     assert status == 0 and "Finished after 12 updates" in said
     assert same(tmp_path / "run", reference)
-    assert loop.finished(tmp_path / "run")["final"] == loop.finished(reference)["final"]
+    assert finished(tmp_path / "run")["final"] == finished(reference)["final"]
 
 
 def test_result_is_written_last(tmp_path, monkeypatch):
@@ -387,8 +387,8 @@ def test_result_is_written_last(tmp_path, monkeypatch):
                         lambda rows, folder, metric: pictures.append(folder) or [_draw(Figure, folder)])
     go(toy(), tmp_path / "run")
     assert at_result == [([4, 8, 12], 12 + 4, ["loss.png"])]
-    assert loop.finished(tmp_path / "run")["steps"] == 12
-    described = loop.describe_result(loop.finished(tmp_path / "run"))
+    assert finished(tmp_path / "run")["steps"] == 12
+    described = loop.describe_result(finished(tmp_path / "run"))
     assert "Finished after 12 updates" in described and "waiting for data" in described
 
 
@@ -403,11 +403,11 @@ def test_waiting_for_data_is_measured(tmp_path, monkeypatch, reference):
         time.sleep(0.15)
         return train_batch(*args, **kwargs)
 
-    usual = loop.finished(reference)
+    usual = finished(reference)
     assert 0 <= usual["data_wait_seconds"] < usual["training_seconds"]
     monkeypatch.setattr(loop, "train_batch", slow)
     go(toy(evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0)), tmp_path / "run")
-    slowed = loop.finished(tmp_path / "run")
+    slowed = finished(tmp_path / "run")
     assert slowed["data_wait_seconds"] > 0.3 and slowed["data_wait_seconds"] > 3 * usual["data_wait_seconds"]
 
 
@@ -525,9 +525,9 @@ def test_a_lost_run_folder_goes_on_from_checkpoints_elsewhere(tmp_path, referenc
     assert 0 < last < 12 and last % 4, "not where it is evaluated anyway"
     assert read_rows(tmp_path / "new/metrics.jsonl") == [r for r in read_rows(reference / "metrics.jsonl")
                                                          if r["step"] > last]
-    assert loop.finished(tmp_path / "new")["final"] == loop.finished(reference)["final"]
+    assert finished(tmp_path / "new")["final"] == finished(reference)["final"]
     with pytest.raises(UserError, match="elsewhere is the run of another experiment: batch is 8 there and 4 here"):
         go(toy(batch=4), tmp_path / "other", checkpoints=elsewhere)
     shutil.rmtree(tmp_path / "new")  # lost after its end, too: only the last evaluation is done again
     assert go(toy(), tmp_path / "new", checkpoints=elsewhere)[0] == 0
-    assert loop.finished(tmp_path / "new")["final"] == loop.finished(reference)["final"]
+    assert finished(tmp_path / "new")["final"] == finished(reference)["final"]

@@ -24,7 +24,9 @@ KEPT = 2  # programs: the one that runs, and the next one
 class Bench:
     """Data and programs for one cell or unit after another. It holds one data set, and the last programs used."""
 
-    def __init__(self) -> None:
+    def __init__(self, stops: Sequence[int] = ()) -> None:
+        """`stops`: steps after which a call must end, because states are taken over there."""
+        self.stops = tuple(stops)
         self._data: tuple[str, Any] = ("", None)
         self._programs: dict[str, Future] = {}
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
@@ -51,7 +53,7 @@ class Bench:
         """The experiment as it is carried out: several updates in a call, small records on the device."""
         arrays = getattr(self.data(experiment).train, "arrays", {})
         small = experiment.resident == "auto" and 0 < sum(x.nbytes for x in arrays.values()) < SMALL_BYTES
-        return replace(experiment, dispatch=common_dispatch(experiment, updates),
+        return replace(experiment, dispatch=common_dispatch(experiment, updates, self.stops),
                        resident="always" if small and experiment.parallel == "jit" else experiment.resident)
 
     def _alone(self, experiment: Experiment, numbers: Sequence[str], updates: int) -> Future:

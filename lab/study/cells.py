@@ -40,13 +40,16 @@ class Cell:
     """The data's fingerprint."""
     code: Mapping[str, str]
     """See `code_of`."""
+    fork: tuple[int, str] | None = None
+    """Where the arm says so: after how many updates it goes on from the base, and the base's fingerprint."""
     mode: str = "loop"
     """How it is carried out: cells of one arm one after another, sharing a program."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """12 hexadecimal digits: two cells that have the same compute the same."""
-        return digest([self.experiment.fingerprint(), self.data, dict(self.code), self.mode])
+        fork = [self.fork] if self.fork else []
+        return digest([self.experiment.fingerprint(), self.data, dict(self.code), self.mode, *fork])
 
     @property
     def name(self) -> str:
@@ -64,9 +67,10 @@ class Cell:
         return study / "cells" / self.arm / str(self.seed)
 
 
-def cells_of(arm: Arm, seeds: tuple[int, ...], data: str, code: Mapping[str, str]) -> list[Cell]:
+def cells_of(arm: Arm, base: Arm, seeds: tuple[int, ...], data: str, code: Mapping[str, str]) -> list[Cell]:
     """The cells of one arm."""
-    return [Cell(arm.name, seed, replace(arm.experiment, seed=seed), data, code) for seed in seeds]
+    fork = (arm.after, base.experiment.fingerprint()) if arm.stated else None
+    return [Cell(arm.name, seed, replace(arm.experiment, seed=seed), data, code, fork) for seed in seeds]
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:

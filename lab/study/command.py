@@ -118,19 +118,21 @@ def run_study(study: Study, options: StudyOptions, file: Path) -> int:
     arms = preflight(study)
     folder = options.studies / f"{file.stem}-{study.fingerprint()}"
     wanted = [arm for arm in arms if options.only in (None, arm.name)]
+    if any(arm.stated for arm in wanted) and arms[0] not in wanted:
+        wanted = [arms[0], *wanted]  # from whose states it goes on
     if not wanted:
         near = difflib.get_close_matches(options.only, [arm.name for arm in arms], n=1)
         raise UserError(f"There is no arm {options.only}." + (f" Perhaps you meant {near[0]}." if near else
                         f" There are {', '.join(arm.name for arm in arms)}."))
     with Screen() as screen:
         screen.say(f"Study folder: {folder}")
-        bench = Bench()
-        cells = [cell for arm in wanted for cell in _cells(arm, study, bench)]
+        bench = Bench(sorted({arm.after for arm in arms if arm.after}))
+        cells = [cell for arm in wanted for cell in _cells(arm, arms[0], study, bench)]
         if not options.dry_run:
             _describe(folder, study, arms, file, cells)
             found = groups({arm.name: arm.experiment for arm in arms})
-            engine = Engine(folder, cells, found, screen, bench, file)
-            taken = engine.settle({arm.name: arm for arm in arms}, options.execution, options.accept, options.rerun)
+            engine = Engine(folder, cells, {arm.name: arm for arm in arms}, found, screen, bench, file)
+            taken = engine.settle(options.execution, options.accept, options.rerun)
             if taken:
                 screen.say(f"{taken} cells are finished in other studies, and are not run again.")
             cells = engine.cells
@@ -151,12 +153,12 @@ def run_study(study: Study, options: StudyOptions, file: Path) -> int:
     return 1 if counts["failed"] else 0
 
 
-def _cells(arm: Arm, study: Study, bench: Bench) -> list[Cell]:
+def _cells(arm: Arm, base: Arm, study: Study, bench: Bench) -> list[Cell]:
     data = bench.data(arm.experiment)
     arm.experiment.model.check(data.facts)
     if study.split == "test" and data.test is None:
         raise UserError(f"Arm {arm.name}: its data has no test split; compare by --split validation.")
-    return cells_of(arm, study.seeds, data.fingerprint, code_of(arm.experiment))
+    return cells_of(arm, base, study.seeds, data.fingerprint, code_of(arm.experiment))
 
 
 def _describe(folder: Path, study: Study, arms: Sequence[Arm], file: Path, cells: Sequence[Cell]) -> None:

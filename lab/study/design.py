@@ -25,10 +25,19 @@ Kind = Literal["list", "grid", "one_at_a_time", "leave_one_out", "factorial"]
 
 
 @dataclass(frozen=True)
+class Fork:
+    """An arm that is the base for some updates, and another experiment from there on."""
+
+    after: int
+    """Completed updates of the base, from whose state (of the same seed) it goes on."""
+    changes: Changes
+
+
+@dataclass(frozen=True)
 class Design:
     """Arms, and the rule that made them."""
 
-    arms: Mapping[str, Changes]
+    arms: Mapping[str, Changes | Fork]
     kind: Kind = "list"
     factors: Mapping[str, Any] = field(default_factory=dict)
     """What was varied: field -> values (grid, one_at_a_time), edit -> changes (leave_one_out, factorial)."""
@@ -77,8 +86,8 @@ class Study:
     """Arms x seeds. The arm "base" is the base itself, and always there."""
 
     base: Experiment
-    arms: Mapping[str, Changes] | Design
-    """Name -> changes of the base, or what `grid` and its like return."""
+    arms: Mapping[str, Changes | Fork] | Design
+    """Name -> changes of the base (a `Fork`: from some update on), or what `grid` and its like return."""
     seeds: int | tuple[int, ...] = 3
     """The seeds of every arm; a number n stands for 0 ... n-1."""
     metric: str | None = None
@@ -129,8 +138,9 @@ class Study:
         self.validate()
         base = replace(self.base, seed=0)
         found = {BASE: ({}, base)}
-        names = {base.fingerprint(): BASE}
-        for name, changes in self.design.arms.items():
+        names = {(base.fingerprint(), 0): BASE}
+        for name, arm in self.design.arms.items():
+            changes, after = (arm.changes, arm.after) if isinstance(arm, Fork) else (arm, 0)
             try:
                 real, experiment = {}, base
                 for path, value in changes.items():
@@ -141,7 +151,8 @@ class Study:
                 experiment.validate()
             except UserError as e:
                 raise UserError(f"Arm {name}: {e}") from e
-            same = names.setdefault(experiment.fingerprint(), name)
+            after = after if experiment.fingerprint() != base.fingerprint() else 0
+            same = names.setdefault((experiment.fingerprint(), after), name)
             if same == BASE and self.design.kind in ("grid", "one_at_a_time"):
                 continue
             if same == BASE:
@@ -154,12 +165,18 @@ class Study:
                             "1e-3,3e-3.")
         return found
 
+    def forked(self, arm: str) -> int | None:
+        """Completed updates of the base after which an arm begins that says so."""
+        found = self.design.arms.get(arm)
+        return found.after if isinstance(found, Fork) else None
+
     def describe(self) -> dict[str, Any]:
         """All that decides which cells there are and what they are compared by, as JSON; without the arms' costs."""
         factors = {name: {path: to_json(v) for path, v in value.items()} if isinstance(value, Mapping)
                    else to_json(value) for name, value in self.design.factors.items()}
         arms = [{"name": name, "changes": {path: to_json(v) for path, v in changes.items()},
-                 "fingerprint": experiment.fingerprint()} for name, (changes, experiment) in self.experiments().items()]
+                 "fingerprint": experiment.fingerprint()} | ({"fork": fork} if (fork := self.forked(name)) else {})
+                for name, (changes, experiment) in self.experiments().items()]
         return {"metric": self.metric, "mode": self.mode, "split": self.split,
                 "design": {"kind": self.design.kind, "factors": factors}, "base": to_json(replace(self.base, seed=0)),
                 "seeds": list(self.seeds), "tuning_seeds": list(self.tuning_seeds), "arms": arms}

@@ -16,11 +16,14 @@ from lab import loop
 from lab.console import Screen, clock
 from lab.distributed import ALONE
 from lab.errors import UserError
+from lab.program import Program
 from lab.run_folder import read_json, write_json
+from lab.step import State
 from lab.study import leases
 from lab.study.bench import Bench
 from lab.study.cells import Cell, changed, finished_elsewhere, link, read_cell
 from lab.study.design import BASE
+from lab.study.forks import take_over
 from lab.study.grouping import Group
 from lab.study.preflight import Arm
 from lab.study.together import run_together
@@ -61,15 +64,16 @@ class CellScreen(Screen):
 class Engine:
     """The cells of one study folder, as this process sees and works on them."""
 
-    def __init__(self, folder: Path, cells: Sequence[Cell], groups: Sequence[Group], screen: Screen, bench: Bench,
-                 file: Path | None):
-        self.folder, self.cells, self.groups = folder, list(cells), groups
+    def __init__(self, folder: Path, cells: Sequence[Cell], arms: Mapping[str, Arm], groups: Sequence[Group],
+                 screen: Screen, bench: Bench, file: Path | None):
+        """`arms`: all of the study, the base first."""
+        self.folder, self.cells, self.arms, self.groups = folder, list(cells), arms, groups
         self.screen, self.bench, self.file = screen, bench, file
         self.leases = folder / "leases"
         self.leases.mkdir(parents=True, exist_ok=True)
         self.plan: Plan
 
-    def settle(self, arms: Mapping[str, Arm], how: How | None, accept: bool, rerun: bool) -> int:
+    def settle(self, how: How | None, accept: bool, rerun: bool) -> int:
         """Decides how the study is carried out, unless that was done; returns how many finished cells of the other
         studies beside this one are taken over. `how`: what the user wants. `accept`, `rerun`: see `_check_code`.
 
@@ -84,7 +88,7 @@ class Engine:
             if plan and how not in (None, plan.how):
                 raise UserError(f"The cells of {self.folder} run as {plan.how!r}, and two ways cannot be compared. "
                                 f"Leave out --execution, or choose another folder with --studies.")
-            self.plan = plan or self._new_plan(arms, how)
+            self.plan = plan or self._new_plan(how)
             self.cells = [replace(cell, mode=self.plan.mode) for cell in self.cells]
             self._check_code(accept, rerun)
             taken = self._adopt()
@@ -94,19 +98,23 @@ class Engine:
         finally:
             lease.release()
 
-    def _new_plan(self, arms: Mapping[str, Arm], how: How | None) -> Plan:
-        elsewhere, own = finished_elsewhere(self.folder.parent, self.folder), arms[BASE].experiment.dispatch
+    def _new_plan(self, how: How | None) -> Plan:
+        elsewhere, own = finished_elsewhere(self.folder.parent, self.folder), self.arms[BASE].experiment.dispatch
+        if any(arm.stated for arm in self.arms.values()) and how == "vmap":
+            raise UserError("--execution vmap: arms that fork from the base run after it. Use --execution loop.")
+        if any(arm.after for arm in self.arms.values()):
+            how = how or "loop"
         known = [Plan(each, updates) for each in get_args(How) for updates in dict.fromkeys((own, MOST_UPDATES))]
         known = [plan for plan in known if how in (None, plan.how)]
         found = [sum(replace(cell, mode=plan.mode).fingerprint in elsewhere for cell in self.cells) for plan in known]
         if any(found):  # as most of the cells that need not run again
             return known[found.index(max(found))]
-        if how == "vmap" and not all(can_be_stacked(arm.experiment) for arm in arms.values()):
+        if how == "vmap" and not all(can_be_stacked(arm.experiment) for arm in self.arms.values()):
             raise UserError("--execution vmap: cells with patience, exact sums, pmap or a mesh of their own cannot be "
                             "one program. Use --execution loop.")
         if how is not None:
             return Plan(how, own)
-        return choose(self.groups, arms, sorted({cell.seed for cell in self.cells}), self.bench, self.screen.say)
+        return choose(self.groups, self.arms, sorted({cell.seed for cell in self.cells}), self.bench, self.screen.say)
 
     def _add_units(self) -> None:
         """Gives every cell that has none, and is not finished, a unit."""
@@ -134,7 +142,8 @@ class Engine:
         others, taken = finished_elsewhere(self.folder.parent, self.folder), 0
         for cell in self.cells:
             source = others.get(cell.fingerprint)
-            if source is None or self._finished(cell) or not (lease := self._lease(cell)):
+            if source is None or self._finished(cell) or not self._keeps(source, cell) or not (
+                    lease := self._lease(cell)):
                 continue
             try:
                 link(cell, source, cell.folder(self.folder))
@@ -142,6 +151,11 @@ class Engine:
             finally:
                 lease.release()
         return taken
+
+    def _keeps(self, source: Path, cell: Cell) -> bool:
+        """Whether the states are there that arms of this study must go on from."""
+        needed = {arm.after for arm in self.arms.values() if arm.stated and cell.arm == BASE}
+        return all((source / "checkpoints" / str(step)).exists() for step in needed)
 
     def _check_code(self, accept: bool, rerun: bool) -> None:
         """Finished cells must come from this code and data.
@@ -204,12 +218,39 @@ class Engine:
             tuple[Unit, leases.Lease] | None):
         """The next unit that nobody works on: of the group that is compiled already, else of one that nobody has."""
         taken = {unit.group for unit in pending if leases.busy(self.leases, unit.name)}
-        for unit in sorted(pending, key=lambda u: (u.group != group, u.group in taken)):
+        ready = [unit for unit in pending if all(self._ready(cells[name]) for name in unit.cells if name in cells)]
+        for unit in sorted(ready, key=lambda u: (u.group != group, u.group in taken)):
             if lease := leases.claim(self.leases, unit.name):
                 if not all(self._finished(cells[name]) for name in unit.cells if name in cells):  # while we looked
                     return unit, lease
                 lease.release()
         return None
+
+    def _base_of(self, cell: Cell) -> Cell | None:
+        """The cell from which this one goes on, if it is one of ours."""
+        forks = self.plan.how == "loop" and self.arms[cell.arm].after
+        return next((c for c in self.cells if forks and (c.arm, c.seed) == (BASE, cell.seed)), None)
+
+    def _ready(self, cell: Cell) -> bool:
+        base = self._base_of(cell)
+        return base is None or self._finished(base)
+
+    def _prepared(self, unit: Unit, cell: Cell) -> loop.Prepared:
+        found = self.bench.prepared(cell.experiment, unit.numbers, self.plan.updates)
+        if cell.arm == BASE:
+            return replace(found, keep=tuple(sorted({arm.after for arm in self.arms.values() if arm.after})))
+        if base := self._base_of(cell):
+            arm = self.arms[cell.arm]
+
+            def begin(program: Program, own: Path) -> State | None:
+                state = take_over(base.folder(self.folder), arm.after, cell.experiment, base.experiment, program, own)
+                if state is None and arm.stated:
+                    raise UserError(f"The base has no state after update {arm.after} with seed {cell.seed}: it "
+                                    f"diverged or failed before.")
+                return state
+
+            return replace(found, begin=begin)
+        return found
 
     def _compile_next(self, later: Sequence[Unit], cells: Mapping[str, Cell]) -> None:
         """In the background, while this unit runs. Only where all its cells are ours: others are another program."""
@@ -227,8 +268,7 @@ class Engine:
         if not (folder / "result.json").exists():  # else only its cell.json was missing
             screen = CellScreen(self.screen, f"cell {self._number()}/{len(self.cells)}  {cell.arm} {cell.seed}", folder)
             try:
-                status = loop.train(cell.experiment, folder, screen, self.file,
-                                    prepared=self.bench.prepared(cell.experiment, unit.numbers, self.plan.updates))
+                status = loop.train(cell.experiment, folder, screen, self.file, prepared=self._prepared(unit, cell))
             except (UserError, jax.errors.JaxRuntimeError) as e:  # out of memory, above all: others may be smaller
                 error = str(e) if isinstance(e, UserError) else str(e).partition("\n")[0]
         if status not in STOPPED:

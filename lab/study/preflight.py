@@ -22,7 +22,8 @@ from lab.experiment import Experiment, flat, to_json
 from lab.plan import Plan, make_plan, size_of
 from lab.program import Program, batch_spec
 from lab.step import State, make_eval_step
-from lab.study.design import Changes, Study
+from lab.study.design import BASE, Changes, Study
+from lab.study.forks import WORTH, acts_from, check_fork
 
 TIMED_FLOPS = 2e12  # on a CPU a base whose update costs more is not timed: that alone would take minutes
 
@@ -40,12 +41,17 @@ class Arm:
     """Of one update."""
     memory: int
     """Bytes of state and gradients, and at most those kept for the backward pass; of all devices together."""
+    after: int = 0
+    """Completed updates of the base from whose state it goes on, instead of repeating them."""
+    stated: bool = False
+    """Whether that is what the arm is, and not only a way to save time."""
 
     def to_json(self) -> dict[str, Any]:
         """The arm as study.json has it."""
         return {"name": self.name, "changes": {path: to_json(value) for path, value in self.changes.items()},
                 "fingerprint": self.experiment.fingerprint(), "parameters": self.parameters,
-                "flops_per_update": self.flops, "memory_bytes": self.memory}
+                "flops_per_update": self.flops, "memory_bytes": self.memory, "forked_after": self.after,
+                "fork": self.after if self.stated else 0}
 
 
 def preflight(study: Study) -> list[Arm]:
@@ -54,11 +60,14 @@ def preflight(study: Study) -> list[Arm]:
     Raises:
       UserError: what `Study.experiments` raises; an arm cannot be built, or does not produce the study's metric.
     """
-    arms = []
-    for name, (changes, experiment) in study.experiments().items():
+    arms, found = [], study.experiments()
+    base = found[BASE][1]
+    for name, (changes, experiment) in found.items():
         try:
             plan = make_plan(experiment)
             produced = metric_names(experiment, plan.state)
+            if (stated := study.forked(name)) is not None:
+                check_fork(base, experiment, stated)
         except UserError as e:
             raise UserError(f"Arm {name}: {e}") from e
         except (TypeError, ValueError, LookupError, AttributeError, FlaxError) as e:  # the model's or the task's own
@@ -69,7 +78,9 @@ def preflight(study: Study) -> list[Arm]:
                 near = difflib.get_close_matches(metric, produced, n=1)
                 raise UserError(f"Arm {name} does not produce the metric {metric!r}; there are {', '.join(produced)}."
                                 + (f" Perhaps you meant {near[0]}." if near else ""))
-        arms.append(Arm(name, changes, experiment, plan.parameters, plan.flops, _memory(plan)))
+        after = stated or (acts_from(base, experiment) if name != BASE else 0)
+        after = after if stated or after >= WORTH * experiment.steps else 0
+        arms.append(Arm(name, changes, experiment, plan.parameters, plan.flops, _memory(plan), after, bool(stated)))
     return arms
 
 
@@ -101,7 +112,8 @@ class Timing:
         """What one cell of an arm will take, without compiling."""
         experiment = arm.experiment
         evaluations = 2 + (experiment.steps - 1) // experiment.evaluate.every if experiment.evaluate.every else 2
-        return (experiment.steps * self.update + evaluations * self.evaluation) * arm.flops / max(base.flops, 1)
+        seconds = (experiment.steps - arm.after) * self.update + evaluations * self.evaluation
+        return seconds * arm.flops / max(base.flops, 1)
 
 
 def measure(base: Arm, data: Any, program: Program) -> Timing | None:
@@ -159,6 +171,7 @@ def table(study: Study, arms: list[Arm], left: Mapping[str, int]) -> Table:
     for arm in arms:
         changes = [f"{path.rpartition('.')[2]}: " + (f"{_shown(base[path])} -> " if path in base else "")
                    + _shown(to_json(value)) for path, value in arm.changes.items()]
+        changes += [f"(goes on from the base after update {arm.after})"] if arm.after else []
         found.add_row(arm.name, "\n".join(changes), human(arm.parameters), human(arm.flops), human(arm.memory) + "B",
                       human(arm.experiment.steps), str(left[arm.name]))
     found.caption = "FLOPs: of an update; memory: at most; to run: cells"

@@ -29,11 +29,14 @@ class Arm:
     """FLOPs of an update."""
     memory: float | None
     """Bytes."""
+    fork: int = 0
+    """Updates of the base that it goes on from; 0: it is another run from its beginning."""
 
     @property
     def difference(self) -> str:
         """The changes as flags would have them."""
-        return ", ".join(f"{path}={short(value)}" for path, value in self.changes.items()) or "(base)"
+        said = ", ".join(f"{path}={short(value)}" for path, value in self.changes.items()) or "(base)"
+        return f"after update {self.fork}: {said}" if self.fork else said
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def read_study(folder: Path) -> Results:
     study = _json(folder / "study.json", "Run the study again; finished cells are kept.")
     try:
         arms = [Arm(a["name"], a["changes"], a["fingerprint"], a.get("parameters"), a.get("flops_per_update"),
-                    a.get("memory_bytes")) for a in study["arms"]]
+                    a.get("memory_bytes"), a.get("fork") or 0) for a in study["arms"]]
         found = Results(study["name"], study["metric"], study["mode"], study["split"], study["design"]["kind"],
                         study["design"].get("factors") or {}, study["base"], arms, sorted(study["seeds"]),
                         sorted(study.get("tuning_seeds") or []), [])

@@ -144,7 +144,8 @@ def apart(stacked: Any, number: int) -> list[Any]:
     return [jax.tree.map(lambda x: x[i], stacked) for i in range(number)]  # noqa: B023 (called at once)
 
 
-def common_dispatch(experiment: Experiment, most: int) -> int:
-    """The greatest number of updates in one call, up to `most`, at whose multiples everything is due."""
+def common_dispatch(experiment: Experiment, most: int, also: Sequence[int] = ()) -> int:
+    """The greatest number of updates in one call, up to `most`, at whose multiples everything is due; `also`: at these
+    steps something else is."""
     settings = experiment.evaluate.every, experiment.checkpoint.every, experiment.checkpoint.permanent or 0
-    return max(n for n in range(1, most + 1) if not any(x % n for x in (experiment.steps, *settings)))
+    return max(n for n in range(1, most + 1) if not any(x % n for x in (experiment.steps, *settings, *also)))
