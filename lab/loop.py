@@ -18,7 +18,7 @@ import jax
 from lab import metrics, plots
 from lab.checkpoint import Checkpoints
 from lab.console import Screen, clock, facts, human
-from lab.data.pipeline import Prefetch, eval_batches, train_batch
+from lab.data.pipeline import Prefetch, eval_batches, train_batch, train_indices
 from lab.distributed import ALONE, Processes
 from lab.errors import UserError
 from lab.experiment import Experiment
@@ -300,7 +300,8 @@ class _Run:
 
     def _diverged(self, step: int, means: dict[str, float]) -> None:
         """Writes what is needed to look into it, and stops the run."""
-        report = write_diverged(self.folder, self.experiment, len(self.data.train), step, means, self.rows.rows)
+        indices = train_indices(step - 1, self.experiment.batch, len(self.data.train), self.experiment.seed)
+        report = write_diverged(self.folder, step, indices, means, self.rows.rows)
         self.checkpoints.wait()
         kept = self.checkpoints.steps()
         last_good = f"the checkpoint after update {kept[-1]} is kept" if kept else "nothing was saved"

@@ -175,6 +175,13 @@ class Optimizer:
             return params
         return jax.tree.map(lambda e, p: e.astype(p.dtype), _find(opt_state, EmaState).ema, params)
 
+    def take_over(self, opt_state: Any, params: Params, count: jax.Array) -> Any:
+        """The state, after `count` updates, of an optimizer that differs from this one in its average only, as ours."""
+        averages = isinstance(opt_state, EmaState)
+        if self.ema is not None and not averages:
+            return EmaState(count, jax.tree.map(lambda p: jnp.array(p, jnp.float32), params), opt_state)
+        return opt_state.inner if averages and self.ema is None else opt_state
+
     def check(self, params: Params) -> None:
         """UserError when a group's regex fits no parameter (or only those of earlier groups) or nothing is trained."""
         paths = jax.tree.leaves(_map_paths(lambda path, _: path, params))

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.data.pipeline import train_indices
+import numpy as np
+
 from lab.errors import UserError
 from lab.experiment import ROOT, Experiment, differences, from_json, load, to_json
 from lab.metrics import replace_file
@@ -163,13 +164,12 @@ def read_folder(folder: Path) -> Experiment:
     return from_json(value["experiment"])
 
 
-def write_diverged(folder: Path, experiment: Experiment, records: int, step: int, means: Mapping[str, float],
+def write_diverged(folder: Path, step: int, indices: np.ndarray, means: Mapping[str, float],
                    rows: Sequence[Any]) -> Path:
     """Writes what is needed to look into an update that gave no number, and returns the file.
 
-    `records`: the number of training records; `means`: the update's metrics; `rows`: those of metrics.jsonl before it.
+    `indices`: its training records; `means`: its metrics; `rows`: those of metrics.jsonl before it.
     """
-    indices = train_indices(step - 1, experiment.batch, records, experiment.seed)
     write_json(folder / "diverged.json", {"update": step, "metrics": {k: repr(v) for k, v in means.items()},
                                           "batch_indices": indices.tolist(), "last_rows": list(rows[-20:])})
     return folder / "diverged.json"

@@ -594,7 +594,7 @@ def test_evaluation_does_not_depend_on_the_step():
     whole, = eval_batches(validation, 13)
     first, later = (evaluate(start._replace(step=jnp.int32(step)), whole, program.given) for step in (0, 7))
     assert bits(first) == bits(later)
-    other = evaluate(start, whole, np.uint32(1))
+    other = evaluate(start, whole, {"seed": np.uint32(1)})
     assert abs(other["loss"][0] - first["loss"][0]) > 1e-3  # there is noise, and the seed decides it
     parts = [float(evaluate(start, batch, program.given)["loss"][0]) for batch in eval_batches(validation, 4)]
     assert len(parts) == 4 and sum(parts) == pytest.approx(float(first["loss"][0]), rel=1e-6)  # also in other batches

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from lab.checkpoint import Checkpoints
 from lab.errors import UserError
 from lab.experiment import Experiment, to_json
 from lab.metrics import read_rows, replace_file
-from lab.optim import EmaState
 from lab.program import Program, abstract_state
 from lab.step import State
 
@@ -52,17 +50,10 @@ def check_fork(base: Experiment, arm: Experiment, after: int) -> None:
         raise UserError("it forks from a run that may stop early: leave out evaluate.patience.")
     if to_json(base.data) != to_json(arm.data) or base.batch != arm.batch:
         raise UserError("it forks, and so must have the base's data and batch.")
-    there, here = (_shapes(abstract_state(experiment)) for experiment in (base, arm))
-    if there != here:
+    there, here = abstract_state(base), abstract_state(arm)
+    taken = there._replace(opt_state=jax.eval_shape(arm.optim.take_over, there.opt_state, there.params, there.step))
+    if str(taken) != str(here):
         raise UserError("it cannot go on from the base's state: its model or its optimizer has another one.")
-
-
-def _shapes(state: State) -> str:
-    return str(state._replace(opt_state=_inner(state.opt_state)))
-
-
-def _inner(opt_state: Any) -> Any:
-    return opt_state.inner if isinstance(opt_state, EmaState) else opt_state
 
 
 def take_over(folder: Path, after: int, experiment: Experiment, base: Experiment, program: Program, own: Path) -> (
@@ -75,11 +66,7 @@ def take_over(folder: Path, after: int, experiment: Experiment, base: Experiment
     if kept is None or after not in kept.steps():
         return None
     state = kept.restore(program.placed(base), after)
-    opt_state = _inner(state.opt_state)
-    if experiment.optim.ema is not None:
-        before = state.opt_state.ema if isinstance(state.opt_state, EmaState) else jax.tree.map(
-            lambda p: jnp.array(p, jnp.float32), state.params)
-        opt_state = EmaState(jnp.array(state.step), before, opt_state)
+    opt_state = experiment.optim.take_over(state.opt_state, state.params, jnp.array(state.step))
     state = jax.tree.map(lambda x, target: jax.device_put(x, target.sharding), state._replace(opt_state=opt_state),
                          program.abstract)
     same = base.evaluate == experiment.evaluate and base.optim.ema == experiment.optim.ema

@@ -16,7 +16,7 @@ import numpy as np
 from lab import metrics
 from lab.checkpoint import Checkpoints
 from lab.console import Screen, clock
-from lab.data.pipeline import Prefetch, eval_batches
+from lab.data.pipeline import Prefetch, eval_batches, train_indices
 from lab.errors import UserError
 from lab.experiment import Checkpoint
 from lab.loop import EXIT, Stop
@@ -116,8 +116,8 @@ class _Together:
                 shown.append(means["loss"])
                 if not all(math.isfinite(means[name]) for name in FINITE):
                     self.lives[c] = False
-                    write_diverged(self.folders[c], self.cells[c].experiment, len(self.data.train), step, means,
-                                   self.rows[c].rows)
+                    indices = train_indices(step - 1, self.experiment.batch, len(self.data.train), self.cells[c].seed)
+                    write_diverged(self.folders[c], step, indices, means, self.rows[c].rows)
                 elif step % self.experiment.log.every == 0:
                     self.rows[c].append({"step": step, "split": "train", **means})
         left = (time.monotonic() - self.begun) / (last - self.first) * (self.experiment.steps - last)
