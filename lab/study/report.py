@@ -151,12 +151,20 @@ def _section(results: Results, section: Section, prefix: str) -> list[Block]:
 
 
 def _number(results: Results, section: Section) -> Callable[[float], str]:
-    """Writes numbers of the metric with digits to a hundredth of the spread between all runs."""
-    values = [v for arm in results.arms for v in section.values(arm.name).values()]
-    spread = float(np.std(values)) if len(values) > 1 else abs(values[0]) / 10
+    """Writes numbers of the metric with digits to a hundredth of the spread between all runs: of the smallest half of
+    them, lest one that nearly diverged takes all digits from the others.
+    """
+    values = sorted((v for arm in results.arms for v in section.values(arm.name).values()), key=abs)
+    half = values if len(values) < 4 else values[: -(-len(values) // 2)]
+    spread = (float(np.std(half)) or float(np.std(values))) if len(values) > 1 else abs(values[0]) / 10
     digits = 4 if not spread > 0 else min(max(2 - math.floor(math.log10(spread)), 0), 10)
-    return lambda value: "" if math.isnan(value) else f"{value:.{digits}f}" if math.isfinite(value) else \
-        "∞" if value > 0 else "-∞"
+
+    def show(value: float) -> str:
+        if not math.isfinite(value):
+            return "" if math.isnan(value) else "∞" if value > 0 else "-∞"
+        return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+    return show
 
 
 def _ends(ends: Sequence[float], show: Callable[[float], str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,11 @@ def read_study(folder: Path) -> Results:
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{folder / 'study.json'} is damaged (it lacks {e}). Run the study again; finished cells are "
                         f"kept.") from None
-    cells = [read_cell(folder, found, arm.name, seed, code) for arm in arms for seed in found.seeds]
+    units = {}
+    if (folder / "plan.json").exists():
+        plan = _json(folder / "plan.json", "Run the study again; finished cells are kept.")
+        units = {name: unit["name"] for unit in plan["units"] for name in unit["cells"]}
+    cells = [read_cell(folder, found, arm.name, seed, code, units) for arm in arms for seed in found.seeds]
     notes = [f"Not finite although finished, counted as diverged: {c.arm}, seed {c.seed}." for c in cells
              if c.status == "diverged" and c.result]
     planned = {c.folder for c in cells}
@@ -156,15 +160,18 @@ def read_study(folder: Path) -> Results:
     return replace(found, cells=cells, notes=notes)
 
 
-def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dict[str, str]) -> Cell:
-    """One cell of a study folder; `code` is that of a cell whose record has none of its own.
+def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dict[str, str],
+              units: Mapping[str, str]) -> Cell:
+    """One cell of a study folder; `code` is that of a cell whose record has none of its own; `units`: name of a cell ->
+    name of the lease of those that run together.
 
     Raises:
       UserError: a file of a finished cell is damaged.
     """
     folder = study_folder / "cells" / arm / str(seed)
     if not (folder / "cell.json").is_file():
-        return Cell(arm, seed, folder, running=(study_folder / "leases" / f"{arm}-{seed}.json").exists())
+        lease = units.get(f"{arm}-{seed}", f"{arm}-{seed}")
+        return Cell(arm, seed, folder, running=(study_folder / "leases" / f"{lease}.json").exists())
     remedy = f"Delete {folder} and run the study again: it makes this cell anew."
     cell = _json(folder / "cell.json", remedy)
     status = cell.get("status")

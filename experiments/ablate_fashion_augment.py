@@ -1,0 +1,34 @@
+"""What does each augmentation give a small network? None, each kind alone, and the geometric ones together; 5 seeds.
+
+    ./launch.sh experiments/ablate_fashion_augment.py --full     # first: ./launch.sh prepare fashion_mnist
+    ./launch.sh experiments/ablate_fashion_augment.py            # no accelerator: the twin, on 438 digits
+
+Not measured yet.
+"""
+
+from dataclasses import replace
+
+from experiments import fashion_cnn
+from lab.data.augment import Augment
+from lab.experiment import Checkpoint, Evaluate
+from lab.study.design import Study
+
+GEOMETRY = {"shift": Augment(shift=0.1), "rotate": Augment(rotate=10), "zoom": Augment(zoom=0.1),
+            "geometry": Augment(shift=0.1, rotate=10, zoom=0.1)}
+ERASING = {"cutout": Augment(cutout=8), "mixup": Augment(mixup=0.2), "cutmix": Augment(cutmix=1.0)}
+
+study = Study(
+    base=replace(fashion_cnn.experiment, data=replace(fashion_cnn.experiment.data, augment=Augment()),
+                 evaluate=Evaluate(every=922, metric="accuracy", mode="max"), checkpoint=Checkpoint(every=922, keep=1)),
+    arms={name: {"data.augment": value} for name, value in ({"flip": Augment(flip=True)} | GEOMETRY | ERASING).items()},
+    seeds=5,
+)
+
+# A mirrored digit is none, and an 8 x 8 image has room for a small hole.
+local = replace(
+    study,
+    base=replace(fashion_cnn.local, data=replace(fashion_cnn.local.data, augment=Augment(), validation=1000), steps=400,
+                 evaluate=Evaluate(every=100, metric="accuracy", mode="max"),
+                 checkpoint=Checkpoint(every=0, keep=1, best=False)),
+    arms={name: {"data.augment": value} for name, value in (GEOMETRY | ERASING | {"cutout": Augment(cutout=3)}).items()},
+)
