@@ -13,6 +13,12 @@ from lab.data.augment import Augment
 from lab.experiment import Checkpoint, Evaluate
 from lab.study.design import Study
 
+
+def arms(values: dict[str, Augment]) -> dict[str, dict[str, Augment]]:
+    """Each of them as the only change."""
+    return {name: {"data.augment": value} for name, value in values.items()}
+
+
 GEOMETRY = {"shift": Augment(shift=0.1), "rotate": Augment(rotate=10), "zoom": Augment(zoom=0.1),
             "geometry": Augment(shift=0.1, rotate=10, zoom=0.1)}
 ERASING = {"cutout": Augment(cutout=8), "mixup": Augment(mixup=0.2), "cutmix": Augment(cutmix=1.0)}
@@ -20,7 +26,7 @@ ERASING = {"cutout": Augment(cutout=8), "mixup": Augment(mixup=0.2), "cutmix": A
 study = Study(
     base=replace(fashion_cnn.experiment, data=replace(fashion_cnn.experiment.data, augment=Augment()),
                  evaluate=Evaluate(every=922, metric="accuracy", mode="max"), checkpoint=Checkpoint(every=922, keep=1)),
-    arms={name: {"data.augment": value} for name, value in ({"flip": Augment(flip=True)} | GEOMETRY | ERASING).items()},
+    arms=arms({"flip": Augment(flip=True)} | GEOMETRY | ERASING),
     seeds=5,
 )
 
@@ -30,5 +36,5 @@ local = replace(
     base=replace(fashion_cnn.local, data=replace(fashion_cnn.local.data, augment=Augment(), validation=1000), steps=400,
                  evaluate=Evaluate(every=100, metric="accuracy", mode="max"),
                  checkpoint=Checkpoint(every=0, keep=1, best=False)),
-    arms={name: {"data.augment": value} for name, value in (GEOMETRY | ERASING | {"cutout": Augment(cutout=3)}).items()},
+    arms=arms(GEOMETRY | ERASING | {"cutout": Augment(cutout=3)}),
 )

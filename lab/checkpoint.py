@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from lab.distributed import ALONE, Processes
-from lab.errors import UserError
+from lab.errors import CannotWrite, UserError
 from lab.experiment import Checkpoint, digest
 from lab.sharding import path_of
 
@@ -98,9 +98,9 @@ class Checkpoints:
         need = sum(x.nbytes for x in jax.tree.leaves(state))
         free = None if self.remote else shutil.disk_usage(self.folder).free
         if free is not None and free < need:
-            raise UserError(f"The disk of {self.folder} is full: a checkpoint needs {need / 1e6:.0f} MB and "
-                            f"{free / 1e6:.0f} MB are free. Free some and run the same command: it goes on from the "
-                            f"last checkpoint.")
+            raise CannotWrite(f"The disk of {self.folder} is full: a checkpoint needs {need / 1e6:.0f} MB and "
+                              f"{free / 1e6:.0f} MB are free. Free some and run the same command: it goes on from the "
+                              f"last checkpoint.")
         args = self._ocp.args
         arrays = manifest(state)
         described = args.JsonSave({"step": step, "digest": digest(arrays), "arrays": arrays})
@@ -121,8 +121,9 @@ class Checkpoints:
         except (OSError, ValueError) as e:  # tensorstore reports a full disk as ValueError
             signs = ("No space left", "RESOURCE_EXHAUSTED", "Permission denied", "Read-only")
             if any(sign in str(e) for sign in signs):
-                raise UserError(f"A checkpoint could not be written to {self.folder}: {str(e).splitlines()[0][:200]}. "
-                                f"Earlier checkpoints are intact; run the same command to go on.") from e
+                reason = str(e).splitlines()[0][:200]
+                raise CannotWrite(f"A checkpoint could not be written to {self.folder}: {reason}. Earlier checkpoints "
+                                  f"are intact; run the same command to go on.") from e
             raise
 
     def restore(self, target: Any, step: int | None = None) -> Any | None:

@@ -370,6 +370,17 @@ def test_an_arm_that_fails_is_counted_and_can_run_again(typed, copied, monkeypat
     assert status == 0 and ran(out) == ["base seed 1"]
 
 
+def test_a_full_disk_ends_the_study_and_nothing_is_lost(mistake, typed, copied, monkeypatch):
+    """Other cells would fail, too: none is written down as failed, and the same command goes on."""
+    for seed in (0, 1):
+        shutil.rmtree(cell_of(copied, "base", seed))
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        assert "is full: a checkpoint needs" in mistake(*copied)
+    assert not list(Path(copied[-1]).glob("*/cells/base/*/cell.json"))
+    assert ran(typed(*copied)[1]) == ["base seed 0", "base seed 1"]
+
+
 def test_changed_code_is_named(typed, mistake, copied):
     path = cell_of(copied, "base", 0) / "cell.json"
     cell = json.loads(path.read_text())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -15,7 +16,7 @@ import jax
 from lab import loop
 from lab.console import Screen, clock
 from lab.distributed import ALONE
-from lab.errors import UserError
+from lab.errors import CannotWrite, UserError
 from lab.program import Program
 from lab.run_folder import read_json, write_json
 from lab.step import State
@@ -264,17 +265,14 @@ class Engine:
         (cell,) = cells
         folder, start = cell.folder(self.folder), time.monotonic()
         again = self._begin(cell, folder)
-        error, status = None, 0
+        errors, status = [], 0
         if not (folder / "result.json").exists():  # else only its cell.json was missing
             screen = CellScreen(self.screen, f"cell {self._number()}/{len(self.cells)}  {cell.arm} {cell.seed}", folder)
-            try:
+            with _failing(errors):
                 status = loop.train(cell.experiment, folder, screen, self.file, prepared=self._prepared(unit, cell))
-            except (UserError, jax.errors.JaxRuntimeError) as e:  # out of memory, above all: others may be smaller
-                error = str(e) if isinstance(e, UserError) else str(e).partition("\n")[0]
         if status not in STOPPED:
             seconds = time.monotonic() - start
-            self._end(cell, "failed" if error else "diverged" if status == 1 else "done", error,
-                      None if again else seconds, clock(seconds))
+            self._end(cell, "diverged" if status == 1 else "done", errors, None if again else seconds, clock(seconds))
         return status
 
     def _run_together(self, unit: Unit, cells: Sequence[Cell]) -> int:
@@ -290,21 +288,19 @@ class Engine:
             write_json(home / "begun.json", {c.name: c.fingerprint for c in cells})
             for cell in cells:
                 self._begin(cell, cell.folder(self.folder), anew=True)
-        again, error, lives, status = bool(begun), None, [False] * len(cells), 0
+        again, errors, lives, status = bool(begun), [], [False] * len(cells), 0
         label = f"cells {self._number()} to {self._number() + len(cells) - 1} of {len(self.cells)}"
         screen = CellScreen(self.screen, label, home)
-        try:
+        with _failing(errors):
             stacked = self.bench.stacked([c.experiment for c in cells], unit.numbers, self.plan.updates)
             with loop.Stop(ALONE).listening() as stop:
                 status, lives = run_together(stacked, cells, [c.folder(self.folder) for c in cells], home,
                                              self.bench.data(cells[0].experiment), screen, self.file, stop)
-        except (UserError, jax.errors.JaxRuntimeError) as e:
-            error = str(e) if isinstance(e, UserError) else str(e).partition("\n")[0]
         if status not in STOPPED:
             seconds = (time.monotonic() - start) / len(cells)
             for cell, alive in zip(cells, lives, strict=True):
                 if not self._finished(cell):
-                    self._end(cell, "failed" if error else "done" if alive else "diverged", error,
+                    self._end(cell, "done" if alive else "diverged", errors,
                               None if again else seconds, f"{clock(seconds * len(cells))} for {len(cells)} together")
             shutil.rmtree(home, ignore_errors=True)
         return status
@@ -322,9 +318,10 @@ class Engine:
         write_json(begun, cell.identity)
         return False
 
-    def _end(self, cell: Cell, said: str, error: str | None, seconds: float | None, shown: str) -> None:
-        """Writes cell.json, which makes the cell a finished one."""
-        folder = cell.folder(self.folder)
+    def _end(self, cell: Cell, said: str, errors: Sequence[str], seconds: float | None, shown: str) -> None:
+        """Writes cell.json, which makes the cell a finished one; a failed one where there are errors."""
+        folder, error = cell.folder(self.folder), next(iter(errors), None)
+        said = "failed" if error else said
         write_json(folder / "cell.json", cell.identity | {
             "status": said, "seconds": seconds and round(seconds, 3), "error": error})
         result = error or ("" if said == "diverged" else _final(folder, cell.experiment.evaluate.metric))
@@ -342,6 +339,17 @@ class Engine:
         found = Counter(cell["status"] for c in self.cells if (cell := read_cell(c.folder(self.folder))))
         assert sum(found.values()) == len(self.cells), (found, len(self.cells))
         return {status: found[status] for status in ("done", "diverged", "failed")}
+
+
+@contextlib.contextmanager
+def _failing(errors: list[str]) -> Iterator[None]:
+    """Collects what fails a cell while others may be well: out of memory, above all. A full disk fails them all."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except (UserError, jax.errors.JaxRuntimeError) as e:
+        errors.append(str(e) if isinstance(e, UserError) else str(e).partition("\n")[0])
 
 
 def mean_seconds(cells: Sequence[Cell], folders: Mapping[str, Path]) -> dict[str, float]:
