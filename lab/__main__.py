@@ -224,7 +224,7 @@ def study(path: Path, module: Any, args: Sequence[str], processes: Processes) ->
         raise UserError("A study runs in one process at a time. Start the same command several times instead: they "
                         "share the cells among themselves, also on several machines with one disk.")
     check_platform()
-    return run_study(checked, options, path)
+    return run_study(checked, options, path, [str(path), *args])
 
 
 def compare(processes: Processes, experiment: Experiment, options: TrainOptions, folder: Path, file: Path) -> None:
@@ -393,4 +393,7 @@ def main(args: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    from lab.study.workers import pin
+
+    pin()
     sys.exit(main(sys.argv[1:]))

@@ -190,9 +190,9 @@ def test_the_faster_way_is_chosen(base, monkeypatch):
     found = groups({name: arm.experiment for name, arm in arms.items()})
 
     def chosen(arms, alone, both):
-        monkeypatch.setattr(units, "_time_alone", lambda e, g, n, bench: alone)
+        monkeypatch.setattr(units, "time_alone", lambda e, g, n, bench: alone)
         monkeypatch.setattr(units, "_time_together", lambda e, g, n, bench: both)
-        return units.choose(found, arms, (0, 1), Bench(), lambda line: None)
+        return units.choose(found, arms, (0, 1), Bench(), None, lambda line: None)
 
     assert chosen(arms, 1e-3, 1e-6).how == "loop"  # 0.2 s in all
     plan = chosen(arms, 1.0, 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import tyro
 from lab.console import Screen
 from lab.errors import UserError
 from lab.experiment import Experiment, digest
-from lab.run_folder import write_json
+from lab.run_folder import read_json, write_json
 from lab.study import leases
 from lab.study.bench import Bench
 from lab.study.cells import Cell, cells_of, code_of, finished_folders
@@ -23,6 +24,7 @@ from lab.study.design import BASE, Design, Study, grid, one_at_a_time
 from lab.study.engine import Engine, mean_seconds, metric_values
 from lab.study.grouping import groups
 from lab.study.preflight import Arm, Timing, describe_estimate, estimate, measure, preflight, table
+from lab.study.workers import CORE
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class StudyOptions:
     """Where the metric is measured."""
     only: str | None = None
     """Run the cells of this arm only."""
-    execution: Literal["loop", "vmap"] | None = None
-    """Run cells one after another, or those that differ in numbers only as one program; by default the faster way."""
+    execution: Literal["loop", "vmap", "cores"] | None = None
+    """Run cells one after another, those that differ in numbers only as one program, or one on each core of a CPU; by
+    default the fastest way."""
     accept: bool = False
     """Take finished cells as they are, though code or data changed since."""
     rerun: bool = False
@@ -107,27 +110,23 @@ def _value(text: str) -> Any:
         return text
 
 
-def run_study(study: Study, options: StudyOptions, file: Path) -> int:
-    """Checks, prices and runs a study; returns the exit status. The same command goes on, or reports.
+def run_study(study: Study, options: StudyOptions, file: Path, args: Sequence[str]) -> int:
+    """Checks, prices and runs a study; returns the exit status. The same command goes on, or reports. `args`: the
+    command's, for further processes.
 
     0: every cell is finished, diverged ones too. 1: some failed. 75 / 130: told to stop.
 
     Raises:
       UserError: see `preflight`, `Engine.check_code` and `read_cell`.
     """
-    arms = preflight(study)
     folder = options.studies / f"{file.stem}-{study.fingerprint()}"
-    wanted = [arm for arm in arms if options.only in (None, arm.name)]
-    if any(arm.stated for arm in wanted) and arms[0] not in wanted:
-        wanted = [arms[0], *wanted]  # from whose states it goes on
-    if not wanted:
-        near = difflib.get_close_matches(options.only, [arm.name for arm in arms], n=1)
-        raise UserError(f"There is no arm {options.only}." + (f" Perhaps you meant {near[0]}." if near else
-                        f" There are {', '.join(arm.name for arm in arms)}."))
+    if CORE in os.environ:
+        return _work(study, options, folder, file)
+    arms = preflight(study)
+    bench = Bench(sorted({arm.after for arm in arms if arm.after}))
+    cells = _cells(arms, study, options.only, bench)
     with Screen() as screen:
         screen.say(f"Study folder: {folder}")
-        bench = Bench(sorted({arm.after for arm in arms if arm.after}))
-        cells = [cell for arm in wanted for cell in _cells(arm, arms[0], study, bench)]
         if not options.dry_run:
             _describe(folder, study, arms, file, cells)
             found = groups({arm.name: arm.experiment for arm in arms})
@@ -142,7 +141,7 @@ def run_study(study: Study, options: StudyOptions, file: Path) -> int:
             base = [cell for cell in cells if cell.arm == BASE]
             _say_power(study, metric_values(base, folders, study.metric, study.split), screen)
             return 0
-        if status := engine.run():
+        if status := engine.run_on_cores(args) if engine.plan.how == "cores" else engine.run():
             return status
         counts = engine.summary()
         screen.say(f"{len(cells)} cells planned = " + " + ".join(f"{n} {said}" for said, n in counts.items()) + ".")
@@ -153,12 +152,37 @@ def run_study(study: Study, options: StudyOptions, file: Path) -> int:
     return 1 if counts["failed"] else 0
 
 
-def _cells(arm: Arm, base: Arm, study: Study, bench: Bench) -> list[Cell]:
-    data = bench.data(arm.experiment)
-    arm.experiment.model.check(data.facts)
-    if study.split == "test" and data.test is None:
-        raise UserError(f"Arm {arm.name}: its data has no test split; compare by --split validation.")
-    return cells_of(arm, base, study.seeds, data.fingerprint, code_of(arm.experiment))
+def _work(study: Study, options: StudyOptions, folder: Path, file: Path) -> int:
+    """Works on the cells of a study that another process has prepared; returns the exit status."""
+    said = {arm["name"]: arm for arm in read_json(folder / "study.json")["arms"]}
+    arms = [Arm(name, changes, experiment, said[name]["parameters"], said[name]["flops_per_update"],
+                said[name]["memory_bytes"], said[name]["forked_after"], bool(said[name]["fork"]))
+            for name, (changes, experiment) in study.experiments().items()]
+    bench = Bench(sorted({arm.after for arm in arms if arm.after}))
+    cells = _cells(arms, study, options.only, bench)
+    with Screen() as screen:
+        engine = Engine(folder, cells, {arm.name: arm for arm in arms}, (), screen, bench, file)
+        engine.follow()
+        return engine.run()
+
+
+def _cells(arms: Sequence[Arm], study: Study, only: str | None, bench: Bench) -> list[Cell]:
+    """Those of all arms, or of the one that the user wants and the base's if it goes on from there."""
+    wanted = [arm for arm in arms if only in (None, arm.name)]
+    if not wanted:
+        near = difflib.get_close_matches(only, [arm.name for arm in arms], n=1)
+        raise UserError(f"There is no arm {only}." + (f" Perhaps you meant {near[0]}." if near else
+                        f" There are {', '.join(arm.name for arm in arms)}."))
+    if any(arm.stated for arm in wanted) and arms[0] not in wanted:
+        wanted = [arms[0], *wanted]
+    found = []
+    for arm in wanted:
+        data = bench.data(arm.experiment)
+        arm.experiment.model.check(data.facts)
+        if study.split == "test" and data.test is None:
+            raise UserError(f"Arm {arm.name}: its data has no test split; compare by --split validation.")
+        found += cells_of(arm, arms[0], study.seeds, data.fingerprint, code_of(arm.experiment))
+    return found
 
 
 def _describe(folder: Path, study: Study, arms: Sequence[Arm], file: Path, cells: Sequence[Cell]) -> None:

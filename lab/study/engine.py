@@ -20,7 +20,7 @@ from lab.errors import CannotWrite, UserError
 from lab.program import Program
 from lab.run_folder import read_json, write_json
 from lab.step import State
-from lab.study import leases
+from lab.study import leases, workers
 from lab.study.bench import Bench
 from lab.study.cells import Cell, changed, finished_elsewhere, link, read_cell
 from lab.study.design import BASE
@@ -103,8 +103,6 @@ class Engine:
         elsewhere, own = finished_elsewhere(self.folder.parent, self.folder), self.arms[BASE].experiment.dispatch
         if any(arm.stated for arm in self.arms.values()) and how == "vmap":
             raise UserError("--execution vmap: arms that fork from the base run after it. Use --execution loop.")
-        if any(arm.after for arm in self.arms.values()):
-            how = how or "loop"
         known = [Plan(each, updates) for each in get_args(How) for updates in dict.fromkeys((own, MOST_UPDATES))]
         known = [plan for plan in known if how in (None, plan.how)]
         found = [sum(replace(cell, mode=plan.mode).fingerprint in elsewhere for cell in self.cells) for plan in known]
@@ -115,7 +113,8 @@ class Engine:
                             "one program. Use --execution loop.")
         if how is not None:
             return Plan(how, own)
-        return choose(self.groups, self.arms, sorted({cell.seed for cell in self.cells}), self.bench, self.screen.say)
+        seeds = sorted({cell.seed for cell in self.cells})
+        return choose(self.groups, self.arms, seeds, self.bench, self.file, self.screen.say)
 
     def _add_units(self) -> None:
         """Gives every cell that has none, and is not finished, a unit."""
@@ -188,6 +187,30 @@ class Engine:
             finally:
                 lease.release()
 
+    def follow(self) -> None:
+        """Takes the plan of this folder, which another process has made."""
+        self.plan = read_plan(self.folder)
+        self.cells = [replace(cell, mode=self.plan.mode) for cell in self.cells]
+
+    def run_on_cores(self, args: Sequence[str]) -> int:
+        """`run`, by a process on each core; `args`: of the command that they are started with.
+
+        Raises:
+          UserError: processes died.
+        """
+        left = sum(not self._finished(cell) for cell in self.cells)
+        number = min(len(workers.cores()) or 1, left)
+        with loop.Stop(ALONE).listening() as stop:
+            statuses = workers.run_workers(args, number, self.folder / "logs", self.screen, stop)
+            left = sum(not self._finished(cell) for cell in self.cells)
+            if left and stop():
+                self.screen.say(f"Stopped and saved: {left} cells are left. The same command goes on.")
+                return loop.EXIT[stop.signal]
+        if left:
+            raise UserError(f"{left} cells are left, but the processes for them have ended (exit statuses {statuses}); "
+                            f"{self.folder / 'logs'} has what they said. The same command goes on.")
+        return 0
+
     def run(self) -> int:
         """Works until every cell is finished, by this process or another; returns the exit status.
 
@@ -205,7 +228,7 @@ class Engine:
             own = [cells[name] for name in unit.cells if name in cells and not self._finished(cells[name])]
             self._compile_next([u for u in pending if u.group != unit.group], cells)
             try:
-                status = self._run(unit, own) if self.plan.how == "loop" else self._run_together(unit, own)
+                status = self._run_together(unit, own) if self.plan.how == "vmap" else self._run(unit, own)
             finally:
                 lease.release()
             if status in STOPPED:
@@ -229,7 +252,7 @@ class Engine:
 
     def _base_of(self, cell: Cell) -> Cell | None:
         """The cell from which this one goes on, if it is one of ours."""
-        forks = self.plan.how == "loop" and self.arms[cell.arm].after
+        forks = self.plan.how != "vmap" and self.arms[cell.arm].after
         return next((c for c in self.cells if forks and (c.arm, c.seed) == (BASE, cell.seed)), None)
 
     def _ready(self, cell: Cell) -> bool:

@@ -7,20 +7,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
-from lab.experiment import Experiment
+from lab.experiment import Experiment, to_json
 from lab.run_folder import read_json, write_json
+from lab.study import workers
 from lab.study.bench import Bench
 from lab.study.cells import Cell
 from lab.study.grouping import Group
 from lab.study.preflight import TIMED_FLOPS, Arm
 from lab.study.stacked import common_dispatch
 
-How = Literal["loop", "vmap"]
+How = Literal["loop", "vmap", "cores"]
 MOST_UPDATES = 10  # in one call
 WORTH_SECONDS = 60.0
 CALLS = 4  # timed; the first one is not counted
@@ -44,7 +45,8 @@ class Plan:
     """How a study is carried out: all its cells in the same way."""
 
     how: How
-    """One cell after another, those of a group with one compiled program; or a group's cells at once."""
+    """"loop": one cell after another, those of a group with one compiled program. "vmap": a group's cells at once.
+    "cores": a cell on each core of a CPU."""
     updates: int
     """The most updates in one call."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -83,10 +85,11 @@ def can_be_stacked(experiment: Experiment) -> bool:
             and experiment.parallel == "jit" and experiment.evaluate.patience is None)
 
 
-def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int], bench: Bench,
+def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int], bench: Bench, file: Path | None,
            say: Callable[[str], None]) -> Plan:
     """The fastest way to run the cells: three calls are timed of the largest group, one cell after another (an update
-    or several in a call) and at once. What takes less than WORTH_SECONDS is not worth the compilations.
+    or several in a call), at once, and on a core each. What takes less than WORTH_SECONDS is not worth the
+    compilations. `file`: where the experiments are from.
     """
     largest = max(groups, key=lambda group: len(group.arms))
     cells = [replace(arms[name].experiment, seed=seed) for seed in seeds for name in largest.arms]
@@ -95,27 +98,32 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
     if len(cells) == 1 or (jax.default_backend() == "cpu" and first.flops * own > TIMED_FLOPS):
         return Plan("loop", own)
     say("Timing the ways to run the cells ...")
-    seconds = {mode_of("loop", own): _time_alone(cells[0], largest, own, bench)}
+    seconds = {mode_of("loop", own): time_alone(cells[0], largest.numbers, own, bench)}
     if total * min(seconds.values()) < WORTH_SECONDS:
         return Plan("loop", own, seconds)
     updates = {mode_of("loop", own): own}
     if common_dispatch(cells[0], MOST_UPDATES) > own and first.experiment.parallel == "jit":
         several = mode_of("loop", MOST_UPDATES)
-        seconds[several], updates[several] = _time_alone(cells[0], largest, MOST_UPDATES, bench), MOST_UPDATES
+        seconds[several], updates[several] = time_alone(cells[0], largest.numbers, MOST_UPDATES, bench), MOST_UPDATES
     n = updates[min(seconds, key=seconds.__getitem__)]
-    if all(can_be_stacked(arm.experiment) for arm in arms.values()):
-        memory = bench.prepared(cells[0], largest.numbers, n).program.compiled.memory_analysis()
+    memory = bench.prepared(cells[0], largest.numbers, n).program.compiled.memory_analysis()
+    if all(can_be_stacked(arm.experiment) for arm in arms.values()) and not any(arm.after for arm in arms.values()):
         together = cells[:chunk_size(len(cells), memory)]
         seconds[mode_of("vmap", n)] = _time_together(together, largest, n, bench)
+    number = min(len(workers.cores()), chunk_size(len(cells), memory))
+    if jax.default_backend() == "cpu" and jax.device_count() == 1 and number > 1:
+        each = workers.seconds_per_update(file, to_json(cells[0]), largest.numbers, n, bench.stops, number)
+        seconds |= {mode_of("cores", n): each} if each else {}
     found = min(seconds, key=seconds.__getitem__)
     for mode, each in seconds.items():
         say(f"  {1000 * each:.2f} ms an update of one cell: {mode}{' (chosen)' if mode == found else ''}")
-    return Plan("vmap" if found.startswith("vmap") else "loop", n, seconds)
+    how: How = next(how for how in get_args(How) if found.startswith(how))
+    return Plan(how, updates.get(found, n), seconds)
 
 
-def _time_alone(experiment: Experiment, group: Group, updates: int, bench: Bench) -> float:
+def time_alone(experiment: Experiment, numbers: Sequence[str], updates: int, bench: Bench) -> float:
     """Seconds per update."""
-    program = bench.prepared(experiment, group.numbers, updates).program
+    program = bench.prepared(experiment, numbers, updates).program
     batches = [program.batch(bench.reader(program), i) for i in range(CALLS)]
     return _median(program.init(), lambda state, i: program.train(state, batches[i])[0]) / program.experiment.dispatch
 
@@ -156,7 +164,7 @@ def make_units(groups: Sequence[Group], cells: Sequence[Cell], how: How, size: C
     found: list[Unit] = []
     for number, group in enumerate(groups):
         own = sorted((c for c in cells if c.arm in group.arms), key=lambda c: c.seed)  # those of a seed share batches
-        if how == "loop":
+        if how != "vmap":
             found += [Unit(c.name, (c.name,), group.numbers, number) for c in own]
             continue
         most = size(group) if own else 1
