@@ -24,7 +24,7 @@ GEOMETRY = {"shift": Augment(shift=0.1), "rotate": Augment(rotate=10), "zoom": A
 ERASING = {"cutout": Augment(cutout=8), "mixup": Augment(mixup=0.2), "cutmix": Augment(cutmix=1.0)}
 
 study = Study(
-    base=replace(fashion_cnn.experiment, data=replace(fashion_cnn.experiment.data, augment=Augment()),
+    base=replace(fashion_cnn.experiment, data=replace(fashion_cnn.experiment.data, augment=Augment(), classes=10),
                  evaluate=Evaluate(every=922, metric="accuracy", mode="max"), checkpoint=Checkpoint(every=922, keep=1)),
     arms=arms({"flip": Augment(flip=True)} | GEOMETRY | ERASING),
     seeds=5,
@@ -33,7 +33,7 @@ study = Study(
 # A mirrored digit is none, and an 8 x 8 image has room for a small hole.
 local = replace(
     study,
-    base=replace(fashion_cnn.local, data=replace(fashion_cnn.local.data, augment=Augment(), validation=1000), steps=400,
+    base=replace(fashion_cnn.local, data=replace(fashion_cnn.local.data, augment=Augment(), classes=10, validation=1000), steps=400,
                  evaluate=Evaluate(every=100, metric="accuracy", mode="max"),
                  checkpoint=Checkpoint(every=0, keep=1, best=False)),
     arms=arms(GEOMETRY | ERASING | {"cutout": Augment(cutout=3)}),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,10 +33,11 @@ from lab.study.preflight import preflight
 from lab.study.stacked import Stacked, common_dispatch
 from lab.study.together import run_together
 from lab.study.units import make_units
+from lab.study.workers import cores
 from lab.tasks.language import LanguageModel
 from tests.test_cli import finish, start, wait_for
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
-from tests.test_study import FILE
+from tests.test_study import FILE, ran
 from tests.test_study import cells as cells_in
 
 RATES = {"optim.lr.peak": 1e-3}, {"optim.lr.peak": 1e-2}, {"optim.lr.peak": 1e-2, "optim.b2": 0.9}
@@ -253,3 +255,46 @@ def test_told_to_stop_together(typed, place, monkeypatch):
     assert "ran as" not in out and typed(*command)[1].count("done loss") == 0
     status, _, err = typed(*command[:-4], "--execution", "loop", "--studies", "told")
     assert status == 2 and "two ways cannot be compared" in err
+
+
+@pytest.mark.skipif(len(cores()) < 2, reason="processes cannot be bound to two cores here")
+def test_a_cell_on_each_core(place):
+    """What it says and writes is what the cells say and write one after another."""
+    command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "2", "--studies")
+    both = [start(place, *command, f"on-{how}", "--execution", how) for how in ("cores", "loop")]
+    for process in both:
+        status, out, err = finish(process)
+        assert status == 0 and "4 cells planned = 4 done + 0 diverged + 0 failed." in out, err
+        assert len(ran(out)) == 4
+    spread, alone = (next((place / f"on-{how}").glob("small-*")) for how in ("cores", "loop"))
+    assert json.loads((spread / "plan.json").read_text())["how"] == "cores"
+    assert len(list((spread / "logs").iterdir())) == 2
+    for path in alone.glob("cells/*/*/metrics.jsonl"):
+        a, b = read_rows(path), read_rows(spread / path.relative_to(alone))
+        np.testing.assert_allclose([r["loss"] for r in a], [r["loss"] for r in b], rtol=1e-5)
+    modes = {json.loads(p.read_text())["mode"] for s in (spread, alone) for p in s.glob("cells/*/*/cell.json")}
+    assert modes == {"cores", "loop"}
+
+
+@pytest.mark.skipif(len(cores()) < 2, reason="processes cannot be bound to two cores here")
+def test_workers_end_with_the_study(place):
+    """Told to stop they save; when the process that started them is killed they do not live on."""
+    command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "2", "--steps", "20000", "--evaluate.every",
+               "0", "--execution", "cores", "--studies", "ending")
+
+    def working() -> set[int]:
+        found = (path.read_text() for path in (place / "ending").glob("*/leases/*-*"))
+        return {json.loads(text)["pid"] for text in found if text} - {os.getpid()}
+
+    for number, expected in ((signal.SIGTERM, 75), (signal.SIGKILL, -9)):
+        study = start(place, *command)
+        assert wait_for(study, lambda: len(working()) == 2)
+        pids = working()
+        study.send_signal(number)
+        status, out, err = finish(study)
+        assert status == expected, err
+        assert ("4 cells are left. The same command goes on." in out) == (expected == 75)
+        end = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

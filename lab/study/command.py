@@ -23,8 +23,9 @@ from lab.study.cells import Cell, cells_of, code_of, finished_folders
 from lab.study.design import BASE, Design, Study, grid, one_at_a_time
 from lab.study.engine import Engine, mean_seconds, metric_values
 from lab.study.grouping import groups
-from lab.study.preflight import Arm, Timing, describe_estimate, estimate, measure, preflight, table
-from lab.study.workers import CORE
+from lab.study.preflight import Arm, describe_estimate, estimate, guess, measure, preflight, table
+from lab.study.units import Plan
+from lab.study.workers import CORE, cores
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def run_study(study: Study, options: StudyOptions, file: Path, args: Sequence[st
                 screen.say(f"{taken} cells are finished in other studies, and are not run again.")
             cells = engine.cells
         folders = finished_folders(folder, cells)
-        _price(study, arms, cells, folders, bench, screen)
+        _price(study, arms, cells, folders, None if options.dry_run else engine.plan, bench, screen)
         if options.dry_run:
             base = [cell for cell in cells if cell.arm == BASE]
             _say_power(study, metric_values(base, folders, study.metric, study.split), screen)
@@ -200,21 +201,22 @@ def _describe(folder: Path, study: Study, arms: Sequence[Arm], file: Path, cells
         lease.release()
 
 
-def _price(study: Study, arms: list[Arm], cells: Sequence[Cell], folders: Mapping[str, Path], bench: Bench,
-           screen: Screen) -> None:
+def _price(study: Study, arms: list[Arm], cells: Sequence[Cell], folders: Mapping[str, Path], plan: Plan | None,
+           bench: Bench, screen: Screen) -> None:
     """Prints the table of arms, and how long the study will take."""
     left = {arm.name: sum(c.arm == arm.name and c.name not in folders for c in cells)
             for arm in arms}
     screen.console.print(table(study, arms, left))
-    known = mean_seconds(cells, folders)
-    timing = None if all(not n or name in known for name, n in left.items()) else _time(arms[0], bench, screen)
+    at_once = max(len(cores()), 1) if plan and plan.how == "cores" else 1
+    known = {arm: seconds / at_once for arm, seconds in mean_seconds(cells, folders).items()}
+    timing = None
+    if plan and plan.seconds:
+        timing = guess(arms[0], bench.data(arms[0].experiment), plan.seconds[plan.mode])
+    elif any(n and name not in known for name, n in left.items()):
+        screen.progress("Timing the base ...")
+        prepared = bench.prepared(arms[0].experiment)
+        timing = measure(arms[0], prepared.data, prepared.program)
     screen.say(describe_estimate(estimate(arms, left, known, timing), sum(left.values())))
-
-
-def _time(base: Arm, bench: Bench, screen: Screen) -> Timing | None:
-    screen.progress("Timing the base ...")
-    prepared = bench.prepared(base.experiment)
-    return measure(base, prepared.data, prepared.program)
 
 
 def _say_power(study: Study, base: Mapping[int, float], screen: Screen) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,6 +142,13 @@ def measure(base: Arm, data: Any, program: Program) -> Timing | None:
     return Timing(compiled, float(np.median(seconds[1:])), time.perf_counter() - start)
 
 
+def guess(base: Arm, data: Any, update: float) -> Timing:
+    """From the seconds of an update alone: an evaluation is a forward pass, about a third of an update, per batch."""
+    experiment = base.experiment
+    records = min(len(data.validation), experiment.evaluate.records or len(data.validation))
+    return Timing(0.0, update, update / 3 * math.ceil(records / experiment.batch))
+
+
 def estimate(arms: list[Arm], left: Mapping[str, int], seconds: Mapping[str, float], timing: Timing | None) -> (
         float | None):
     """Seconds for the cells that are `left` of each arm, one after another: from finished cells of the same arm
@@ -193,4 +201,4 @@ def describe_estimate(seconds: float | None, cells: int) -> str:
         return "Every cell is finished already."
     if seconds is None:
         return f"{cells} cells to run; how long they will take is unknown until one has finished."
-    return f"{cells} cells to run: about {clock(seconds)} one after another."
+    return f"{cells} cells to run: about {clock(seconds)}, and the compilations."

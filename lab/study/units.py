@@ -24,6 +24,7 @@ from lab.study.stacked import common_dispatch
 How = Literal["loop", "vmap", "cores"]
 MOST_UPDATES = 10  # in one call
 WORTH_SECONDS = 60.0
+SECONDS_PER_CALL = 2.0  # when timed
 CALLS = 4  # timed; the first one is not counted
 
 
@@ -108,7 +109,8 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
     n = updates[min(seconds, key=seconds.__getitem__)]
     memory = bench.prepared(cells[0], largest.numbers, n).program.compiled.memory_analysis()
     if all(can_be_stacked(arm.experiment) for arm in arms.values()) and not any(arm.after for arm in arms.values()):
-        together = cells[:chunk_size(len(cells), memory)]
+        most = max(2, round(SECONDS_PER_CALL / (min(seconds.values()) * n)))  # if it gained nothing
+        together = cells[:min(most, chunk_size(len(cells), memory))]
         seconds[mode_of("vmap", n)] = _time_together(together, largest, n, bench)
     number = min(len(workers.cores()), chunk_size(len(cells), memory))
     if jax.default_backend() == "cpu" and jax.device_count() == 1 and number > 1:
