@@ -33,7 +33,8 @@ study = Study(
 # A mirrored digit is none, and an 8 x 8 image has room for a small hole.
 local = replace(
     study,
-    base=replace(fashion_cnn.local, data=replace(fashion_cnn.local.data, augment=Augment(), classes=10, validation=1000), steps=400,
+    base=replace(fashion_cnn.local, steps=400,
+                 data=replace(fashion_cnn.local.data, augment=Augment(), classes=10, validation=1000),
                  evaluate=Evaluate(every=100, metric="accuracy", mode="max"),
                  checkpoint=Checkpoint(every=0, keep=1, best=False)),
     arms=arms(GEOMETRY | ERASING | {"cutout": Augment(cutout=3)}),

@@ -32,5 +32,5 @@ def study_of(base: Study, adamw: float, found: dict[str, Optimizer]) -> Study:
 
 
 # Rates for the real one are guesses from the twin's: tune them first (see README, "Ablation studies").
-study = study_of(ablate_gpt_norm.study, 1e-3, optimizers(100, 0.3, 1e-3, 3e-4, 3e-3, 3e-3))
-local = study_of(ablate_gpt_norm.local, 3e-3, optimizers(30, 0.3, 3e-3, 1e-3, 1e-2, 1e-2))
+study = study_of(ablate_gpt_norm.study, 1e-3, optimizers(100, 0.1, 1e-3, 3e-4, 1e-2, 3e-3))
+local = study_of(ablate_gpt_norm.local, 3e-3, optimizers(30, 0.1, 3e-3, 1e-3, 3e-2, 1e-2))
