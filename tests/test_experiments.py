@@ -19,6 +19,7 @@ from tests.conftest import ROOT
 from tests.test_step import compiled_in_haste  # noqa: F401
 
 EXPERIMENTS = [p for p in sorted((ROOT / "experiments").glob("*.py")) if "\nstudy = " not in p.read_text()]
+STUDIES = [p for p in sorted((ROOT / "experiments").glob("*.py")) if p not in EXPERIMENTS]
 # Published: GPT-2's own, torchvision's resnet50, and timm's ViT-S/16 less its class token and learned positions.
 PARAMETERS = {"gpt_small": 124_439_808, "gpt_medium": 354_823_168, "gpt_xl": 1_557_611_200,
               "imagenet_resnet50": 25_557_032, "imagenet_vit_s16": 22_050_664 - 384 * (1 + 197)}
@@ -36,6 +37,15 @@ def shrunk(experiment):
     evaluate = replace(experiment.evaluate, every=0, records=8, patience=None)
     return replace(experiment, model=model, optim=optim, steps=3, batch=8, dispatch=1, evaluate=evaluate,
                    checkpoint=Checkpoint(every=0))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_the_last_arm_of_a_study_trains(path, tmp_path):
+    *_, (_, experiment) = load(path).local.experiments().values()
+    with Screen(quiet=True) as screen:
+        assert train(shrunk(experiment), tmp_path / "run", screen, path) == 0
+    final = json.loads((tmp_path / "run/result.json").read_text())["final"]
+    assert final["step"] == 3 and math.isfinite(final["loss"])
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
