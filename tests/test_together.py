@@ -1,12 +1,15 @@
 """Many cells in one program: each is what it would have been alone, and a dead one disturbs nobody."""
 
+import functools
 import json
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -32,7 +35,7 @@ from lab.study.grouping import Group, groups
 from lab.study.preflight import preflight
 from lab.study.stacked import Stacked, common_dispatch
 from lab.study.together import run_together
-from lab.study.units import make_units
+from lab.study.units import chunk_size, make_units
 from lab.study.workers import cores
 from lab.tasks.language import LanguageModel
 from tests.test_cli import finish, start, wait_for
@@ -178,6 +181,37 @@ def test_units_of_a_group_have_about_one_size():
                                               ("c-0", "c-1", "c-2", "c-3")]
     alone = make_units([Group(("x",), ("a", "b"))], cells, "loop", lambda group: 5, first=0)
     assert len(alone) == 8 and all(unit.cells == (unit.name,) and unit.numbers == ("x",) for unit in alone)
+
+
+def test_cells_at_once_fit_the_memory(monkeypatch):
+    """By what the compiler says that one cell needs, against half of what is free; at least one."""
+    need = SimpleNamespace(temp_size_in_bytes=3 << 20, argument_size_in_bytes=1 << 19)
+    for free, expected in ((64 << 20, 8), (1 << 40, 32), (1 << 20, 1)):
+        monkeypatch.setattr(os, "sysconf", lambda name, free=free: 1 if name == "SC_PAGE_SIZE" else free)
+        assert chunk_size(32, need) == expected
+
+
+def test_the_next_program_compiles_meanwhile(base, monkeypatch):
+    """In another thread; asked for, it is not compiled again, and other seeds and numbers are served by it."""
+    compiled, property_ = [], Program.compiled
+
+    def compile_(program):
+        compiled.append(threading.current_thread().name)
+        return property_.func(program)
+
+    recorded = functools.cached_property(compile_)
+    recorded.__set_name__(Program, "compiled")
+    monkeypatch.setattr(Program, "compiled", recorded)
+    bench, base = Bench(), replace(base, mesh=Mesh(data=1))
+    bench.ahead([base], NUMBERS, 1, together=False)
+    assert not compiled  # its data is another's: that comes when it is needed
+    bench.data(base)
+    bench.ahead([base], NUMBERS, 1, together=False)
+    other = replace(override(base, RATES[2]), seed=3)
+    first, second = (bench.prepared(e, NUMBERS, 1).program for e in (base, other))
+    assert compiled == ["compile_0"] and first.compiled is second.compiled
+    assert second.experiment.seed == 3 and float(second.given["optim.b2"]) == pytest.approx(0.9)
+    bench.close()
 
 
 def test_updates_in_a_call_divide_what_is_due(base):
