@@ -94,6 +94,8 @@ def choose_twin(module: Any, args: Sequence[str]) -> tuple[Experiment | Study, s
     """The experiment or study of a file, or its `local` twin; and one line that says which and why."""
     local = getattr(module, "local", None)
     real = module.study if hasattr(module, "study") else module.experiment
+    if hasattr(module, "study") and local is not None and not hasattr(local, "arms"):
+        raise UserError("Where a file has a `study`, its `local` must be a Study, too: its twin.")
     if "--full" in args and "--local" in args:
         raise UserError("--full and --local exclude each other.")
     if "--full" in args or local is None:

@@ -17,6 +17,7 @@ from lab.program import Program
 from lab.study import preflight
 from lab.study.design import Fork, Study
 from lab.study.forks import acts_from, check_fork
+from lab.study.results import merge, read_study
 from tests.test_study import FILE, ran
 
 FILE = FILE.replace("SGD(lr=Cosine(1e-2, warmup=0)), steps=4", "AdamW(lr=WarmupStableDecay(1e-2, decay=4)), steps=16")
@@ -46,6 +47,7 @@ def test_when_an_arm_begins_to_differ(place):
     other = {"peak": {"optim.lr.peak": 1.0}, "warm": {"optim.lr.warmup": 2}, "width": {"batch": 8},
              "both": {"optim.lr.end": 0.5, "optim.b1": 0.8}, "patience": {"evaluate.patience": 3},
              "sgd": {"optim": SGD(WarmupStableDecay(1e-2, decay=4))}, "ema": {"optim.ema": 0.9}}
+    assert acts_from(base, override(base, {"optim.ema_from": 4})) == 16  # of no average
     found = {name: acts_from(base, override(base, changes)) for name, changes in other.items()}
     assert found == dict.fromkeys(other, 0)
     constant, cosine = (override(base, {"optim.lr": lr}) for lr in (Constant(1e-2), Cosine(1e-2, warmup=0)))
@@ -101,6 +103,8 @@ def test_an_arm_that_says_where_it_forks(typed, place):
     rates = {arm: [r["learning_rate"] for r in own if r["split"] == "train"] for arm, own in rows.items()}
     assert rates["late"] == rates["base"][:8] + rates["early"][8:] and rates["base"][0] != rates["early"][0]
     assert "after update 8: optim.lr.peak=0.001" in (study / "report.md").read_text()
+    merged = merge([read_study(study), read_study(study)])
+    assert [arm.name for arm in merged.arms] == ["base", "late", "early"] and merged.count()["done"] == 3
     prints = {json.loads(p.read_text())["fingerprint"] for p in study.glob("cells/*/0/cell.json")}
     assert len(prints) == 3
     assert ran(typed("late.py", "--studies", "late2", "--only", "late")[1]) == ["base seed 0", "late seed 0"]

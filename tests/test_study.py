@@ -424,6 +424,7 @@ def test_what_another_code_left_unfinished_begins_again(typed, copied):
     (("--vary", "optim.lr.peak"), "write FIELD=VALUE"),
     (("--vary", "optim.lr.peak=1e-2"), "no arm besides the base"),
     (("--vary", "optim.lr.peak=3e-2", "--seeds", "0"), "--seeds must be at least 1"),
+    (("--vary", "optim.lr.peak=3e-2", "--vary", "optim.lr.peak=1"), "is there twice"),
     (("--vary", "optim.lr.peak=3e-2", "--seed", "3"), "say how many with --seeds"),
     (("--vary", "optim.lr.peak=3e-2", "--only", "peek=0.03"), "no arm peek=0.03. Perhaps you meant peak=0.03"),
 ])

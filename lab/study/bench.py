@@ -98,6 +98,10 @@ class Bench:
         return functools.partial(train_batch, program.train_records, batch=experiment.batch, seed=experiment.seed,
                                  rows=program.rows)
 
+    def compiling(self) -> bool:
+        """Whether a program is being compiled that nobody waits for: a process that ends would wait for it."""
+        return any(not found.done() for found in self._programs.values())
+
     def close(self) -> None:
-        """Ends the thread; what is being compiled is not waited for."""
+        """Begins no further compilation."""
         self._compiler.shutdown(wait=False, cancel_futures=True)

@@ -22,10 +22,10 @@ from lab.study.preflight import Arm
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Every run goes through these, besides the classes that its experiment names.
-KITCHEN = ("lab.loop", "lab.program", "lab.report")
+KITCHEN = ("lab.loop", "lab.program", "lab.report", "lab.study.stacked", "lab.study.together", "lab.study.forks")
 # Imported along the way, and without influence on any number: a change of theirs makes no cell another one.
 WITHOUT_NUMBERS = {"lab.console", "lab.plots", "lab.errors", "lab.run_folder", "lab.checkpoint", "lab.distributed",
-                   "lab.channel", "lab.plan"}
+                   "lab.channel", "lab.plan", "lab.study.cells", "lab.study.preflight", "lab.study.design"}
 FINISHED = ("done", "diverged", "failed")
 
 

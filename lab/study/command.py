@@ -6,6 +6,9 @@ import ast
 import difflib
 import importlib.util
 import os
+import signal
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +19,13 @@ import tyro
 from lab.console import Screen
 from lab.errors import UserError
 from lab.experiment import Experiment, digest
+from lab.loop import EXIT
 from lab.run_folder import read_json, write_json
 from lab.study import leases
 from lab.study.bench import Bench
 from lab.study.cells import Cell, cells_of, code_of, finished_folders
 from lab.study.design import BASE, Design, Study, grid, one_at_a_time
-from lab.study.engine import Engine, mean_seconds, metric_values
+from lab.study.engine import Engine, likeliest, mean_seconds, metric_values
 from lab.study.grouping import groups
 from lab.study.preflight import Arm, describe_estimate, estimate, guess, measure, preflight, table
 from lab.study.units import Plan
@@ -89,6 +93,8 @@ def vary(words: Sequence[str], design: str) -> Design:
         path, equals, text = word.partition("=")
         if not equals or not text:
             raise UserError(f"--vary {word}: write FIELD=VALUE,VALUE,..., for example optim.lr.peak=1e-3,3e-3.")
+        if path.replace("-", "_") in values:
+            raise UserError(f"--vary {path} is there twice: give all its values at once.")
         values[path.replace("-", "_")] = _values(text)
     return grid(values) if design == "grid" else one_at_a_time(values)
 
@@ -120,9 +126,17 @@ def run_study(study: Study, options: StudyOptions, file: Path, args: Sequence[st
     Raises:
       UserError: see `preflight`, `Engine.check_code` and `read_cell`.
     """
-    folder = options.studies / f"{file.stem}-{study.fingerprint()}"
-    if CORE in os.environ:
-        return _work(study, options, folder, file)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT[signal.SIGTERM]))  # nothing to save yet
+    try:
+        folder = options.studies / f"{file.stem}-{study.fingerprint()}"
+        if CORE in os.environ:
+            return _work(study, options, folder, file)
+        return _run(study, options, folder, file, args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Sequence[str]) -> int:
     arms = preflight(study)
     bench = Bench(sorted({arm.after for arm in arms if arm.after}))
     cells = _cells(arms, study, options.only, bench)
@@ -136,6 +150,8 @@ def run_study(study: Study, options: StudyOptions, file: Path, args: Sequence[st
             if taken:
                 screen.say(f"{taken} cells are finished in other studies, and are not run again.")
             cells = engine.cells
+        else:
+            cells = likeliest(folder, cells, arms[0].experiment.dispatch)
         folders = finished_folders(folder, cells)
         _price(study, arms, cells, folders, None if options.dry_run else engine.plan, bench, screen)
         if options.dry_run:
@@ -143,6 +159,10 @@ def run_study(study: Study, options: StudyOptions, file: Path, args: Sequence[st
             _say_power(study, metric_values(base, folders, study.metric, study.split), screen)
             return 0
         if status := engine.run_on_cores(args) if engine.plan.how == "cores" else engine.run():
+            bench.close()
+            if bench.compiling():  # for minutes perhaps, and whoever told us to stop is about to kill us
+                sys.stdout.flush()
+                os._exit(status)
             return status
         counts = engine.summary()
         screen.say(f"{len(cells)} cells planned = " + " + ".join(f"{n} {said}" for said, n in counts.items()) + ".")
@@ -245,4 +265,9 @@ def _report(folder: Path, screen: Screen) -> None:
         return
     from lab.study.report import report
 
-    report([folder])
+    while not (lease := leases.claim(folder / "leases", "report")):
+        time.sleep(0.5)  # another process that worked here writes the same
+    try:
+        report([folder])
+    finally:
+        lease.release()

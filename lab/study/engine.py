@@ -22,18 +22,19 @@ from lab.run_folder import read_json, write_json
 from lab.step import State
 from lab.study import leases, workers
 from lab.study.bench import Bench
-from lab.study.cells import Cell, changed, finished_elsewhere, link, read_cell
+from lab.study.cells import Cell, changed, finished_elsewhere, finished_folders, link, read_cell
 from lab.study.design import BASE
 from lab.study.forks import take_over
 from lab.study.grouping import Group
 from lab.study.preflight import Arm
 from lab.study.together import run_together
 from lab.study.units import (
+    FEW_FLOPS,
     MOST_UPDATES,
     How,
     Plan,
     Unit,
-    can_be_stacked,
+    cannot,
     choose,
     chunk_size,
     make_units,
@@ -72,6 +73,7 @@ class Engine:
         self.screen, self.bench, self.file = screen, bench, file
         self.leases = folder / "leases"
         self.leases.mkdir(parents=True, exist_ok=True)
+        (folder / "cells").mkdir(exist_ok=True)
         self.plan: Plan
 
     def settle(self, how: How | None, accept: bool, rerun: bool) -> int:
@@ -86,6 +88,8 @@ class Engine:
             time.sleep(WAIT_SECONDS)
         try:
             plan = read_plan(self.folder)
+            if plan and how and not any((self.folder / "cells").iterdir()):
+                plan = None  # nothing has begun as it says
             if plan and how not in (None, plan.how):
                 raise UserError(f"The cells of {self.folder} run as {plan.how!r}, and two ways cannot be compared. "
                                 f"Leave out --execution, or choose another folder with --studies.")
@@ -101,18 +105,15 @@ class Engine:
 
     def _new_plan(self, how: How | None) -> Plan:
         elsewhere, own = finished_elsewhere(self.folder.parent, self.folder), self.arms[BASE].experiment.dispatch
-        if any(arm.stated for arm in self.arms.values()) and how == "vmap":
-            raise UserError("--execution vmap: arms that fork from the base run after it. Use --execution loop.")
-        known = [Plan(each, updates) for each in get_args(How) for updates in dict.fromkeys((own, MOST_UPDATES))]
-        known = [plan for plan in known if how in (None, plan.how)]
+        impossible = {each: why for each in get_args(How) if (why := cannot(each, list(self.arms.values())))}
+        if how in impossible:
+            raise UserError(f"--execution {how}: {impossible[how]} Leave it out, or use --execution loop.")
+        known = [plan for plan in _ways(own) if how in (None, plan.how) and plan.how not in impossible]
         found = [sum(replace(cell, mode=plan.mode).fingerprint in elsewhere for cell in self.cells) for plan in known]
         if any(found):  # as most of the cells that need not run again
             return known[found.index(max(found))]
-        if how == "vmap" and not all(can_be_stacked(arm.experiment) for arm in self.arms.values()):
-            raise UserError("--execution vmap: cells with patience, exact sums, pmap or a mesh of their own cannot be "
-                            "one program. Use --execution loop.")
         if how is not None:
-            return Plan(how, own)
+            return Plan(how, MOST_UPDATES if self.arms[BASE].flops < FEW_FLOPS else own)
         seeds = sorted({cell.seed for cell in self.cells})
         return choose(self.groups, self.arms, seeds, self.bench, self.file, self.screen.say)
 
@@ -183,6 +184,7 @@ class Engine:
     def _delete(self, cell: Cell) -> None:
         if lease := self._lease(cell):
             try:
+                (cell.folder(self.folder) / "cell.json").unlink()  # first: from here on it is an unfinished one
                 shutil.rmtree(cell.folder(self.folder))
             finally:
                 lease.release()
@@ -199,7 +201,7 @@ class Engine:
           UserError: processes died.
         """
         left = sum(not self._finished(cell) for cell in self.cells)
-        number = min(len(workers.cores()) or 1, left)
+        number = min(self.plan.workers, left)
         with loop.Stop(ALONE).listening() as stop:
             statuses = workers.run_workers(args, number, self.folder / "logs", self.screen, stop)
             left = sum(not self._finished(cell) for cell in self.cells)
@@ -207,8 +209,8 @@ class Engine:
                 self.screen.say(f"Stopped and saved: {left} cells are left. The same command goes on.")
                 return loop.EXIT[stop.signal]
         if left:
-            raise UserError(f"{left} cells are left, but the processes for them have ended (exit statuses {statuses}); "
-                            f"{self.folder / 'logs'} has what they said. The same command goes on.")
+            raise UserError(f"{left} cells are left, but the processes for them have ended (exit statuses {statuses}, "
+                            f"see above and {self.folder / 'logs'}). The same command goes on.")
         return 0
 
     def run(self) -> int:
@@ -308,9 +310,9 @@ class Engine:
         else:
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir(parents=True)
-            write_json(home / "begun.json", {c.name: c.fingerprint for c in cells})
             for cell in cells:
                 self._begin(cell, cell.folder(self.folder), anew=True)
+            write_json(home / "begun.json", {c.name: c.fingerprint for c in cells})
         again, errors, lives, status = bool(begun), [], [False] * len(cells), 0
         label = f"cells {self._number()} to {self._number() + len(cells) - 1} of {len(self.cells)}"
         screen = CellScreen(self.screen, label, home)
@@ -373,6 +375,20 @@ def _failing(errors: list[str]) -> Iterator[None]:
         raise
     except (UserError, jax.errors.JaxRuntimeError) as e:
         errors.append(str(e) if isinstance(e, UserError) else str(e).partition("\n")[0])
+
+
+def _ways(updates: int) -> list[Plan]:
+    """All ways to carry out a study whose base makes so many updates in a call."""
+    return [Plan(how, n) for how in get_args(How) for n in dict.fromkeys((updates, MOST_UPDATES))]
+
+
+def likeliest(folder: Path, cells: Sequence[Cell], updates: int) -> list[Cell]:
+    """The cells as they would be carried out, for a study that is not: as the plan of its folder says, or as most of
+    those that are finished were."""
+    plan = read_plan(folder)
+    modes = [plan.mode] if plan else list(dict.fromkeys(way.mode for way in _ways(updates)))
+    ways = [[replace(cell, mode=mode) for cell in cells] for mode in modes]
+    return max(ways, key=lambda way: len(finished_folders(folder, way)))
 
 
 def mean_seconds(cells: Sequence[Cell], folders: Mapping[str, Path]) -> dict[str, float]:

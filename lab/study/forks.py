@@ -33,7 +33,7 @@ def acts_from(base: Experiment, arm: Experiment) -> int:
             return 0
         first = min(first, ours.lr.tail(arm.steps), theirs.lr.tail(base.steps))
     if (ours.ema, ours.ema_from) != (theirs.ema, theirs.ema_from):
-        first = min(first, *(o.ema_from for o in (ours, theirs) if o.ema is not None))
+        first = min([first, *(o.ema_from for o in (ours, theirs) if o.ema is not None)])
     try:
         optim = replace(ours, lr=theirs.lr, ema=theirs.ema, ema_from=theirs.ema_from)
     except TypeError:  # another optimizer without these fields

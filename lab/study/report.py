@@ -27,7 +27,8 @@ METHODS = (
     "pairing gains nothing. g: Hedges' g, mean over standard deviation of the paired differences. P(better): "
     "predictive probability that the arm is better with one further seed. Seeds needed: for 80 % power at the "
     "strictest of Holm's levels. The best of many arms looks better than it is: confirm it with fresh seeds. "
-    "Seconds of a run hold the compilation, which the first seed of an arm may pay for the others.")
+    "Seconds of a run hold the compilation, which the first seed of an arm may pay for the others; an arm that went on "
+    "from the base's state has none.")
 
 
 def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None = None, quiet: bool = False) -> Path:
@@ -56,7 +57,7 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
     blocks = build(results, pool)
     (output / "pictures").mkdir(parents=True, exist_ok=True)
     for old in (output / "pictures").glob("*.png"):
-        old.unlink()
+        old.unlink(missing_ok=True)
     for item in blocks:
         if isinstance(item, Picture):
             (output / "pictures" / f"{item.name}.png").write_bytes(item.png)
@@ -261,7 +262,7 @@ def _not_controlled(results: Results, section: Section) -> Table:
         cells = section.cells[arm.name].values()
         update = _median([c.result.get("seconds_per_update") for c in cells])
         return [arm.parameters, arm.flops, None if update is None else 1000 * update, arm.memory,
-                _median([c.seconds for c in cells])]
+                None if arm.shared else _median([c.seconds for c in cells])]
 
     base, rows = cost(results.arms[0]), []
     for arm in (a for a in results.arms if section.cells[a.name]):

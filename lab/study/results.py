@@ -31,6 +31,8 @@ class Arm:
     """Bytes."""
     fork: int = 0
     """Updates of the base that it goes on from; 0: it is another run from its beginning."""
+    shared: int = 0
+    """Updates that it took over from the base's run, which it would have made itself otherwise."""
 
     @property
     def difference(self) -> str:
@@ -137,7 +139,8 @@ def read_study(folder: Path) -> Results:
     study = _json(folder / "study.json", "Run the study again; finished cells are kept.")
     try:
         arms = [Arm(a["name"], a["changes"], a["fingerprint"], a.get("parameters"), a.get("flops_per_update"),
-                    a.get("memory_bytes"), a.get("fork") or 0) for a in study["arms"]]
+                    a.get("memory_bytes"), a.get("fork") or 0, a.get("forked_after") or 0)
+                for a in study["arms"]]
         found = Results(study["name"], study["metric"], study["mode"], study["split"], study["design"]["kind"],
                         study["design"].get("factors") or {}, study["base"], arms, sorted(study["seeds"]),
                         sorted(study.get("tuning_seeds") or []), [])
@@ -234,7 +237,7 @@ def merge(studies: Sequence[Results]) -> Results:
                             f"{first.arms[0].fingerprint}): differences to them cannot be compared. Report them one "
                             f"by one.")
         for arm in study.arms:
-            same = next((a for a in arms if a.fingerprint == arm.fingerprint), None)
+            same = next((a for a in arms if (a.fingerprint, a.fork) == (arm.fingerprint, arm.fork)), None)
             if same is None:
                 taken = any(a.name == arm.name for a in arms)
                 same = replace(arm, name=f"{arm.name} ({arm.fingerprint[:6]})" if taken else arm.name)

@@ -70,7 +70,7 @@ class _Together:
             self.step, self.states, self.alive = 0, stacked.init(arrays), stacked.everyone()
             self.best = jax.tree.map(jnp.copy, self.states) if self.keeps_best else None
         else:
-            self.step = self.checkpoints.steps()[-1]
+            self.step = int(jax.device_get(saved["states"].step).max())
             self.states, self.alive, self.best = saved["states"], saved["alive"], saved.get("best")
             self.screen.say(f"Going on after update {self.step} of {self.experiment.steps}.")
         self.lives = [bool(x) for x in jax.device_get(self.alive)]
@@ -136,8 +136,9 @@ class _Together:
     def _evaluate_if_due(self) -> None:
         settings = self.experiment.evaluate
         due = self.step in (0, self.experiment.steps) or (settings.every and self.step % settings.every == 0)
-        if not due or any(self.rows[c].rows[-1]["step"] == self.step and self._evaluations(c)[-1]["step"] == self.step
-                          for c, lives in enumerate(self.lives) if lives and self._evaluations(c)):
+        missing = [lives and all(row["step"] != self.step for row in self._evaluations(c))
+                   for c, lives in enumerate(self.lives)]  # whoever was killed here wrote some of them
+        if not due or not any(missing):
             return
         self._flush()
         found = self._evaluate(self.states, "validation", settings.records)
@@ -147,7 +148,7 @@ class _Together:
         for c, means in enumerate(found):
             if settings.metric not in means:
                 raise UserError(f"--evaluate.metric {settings.metric} is not computed; there are {', '.join(means)}.")
-            if self.lives[c]:
+            if self.lives[c] and missing[c]:
                 self.rows[c].append({"step": self.step, "split": "validation",
                                      settings.metric: means[settings.metric], **means})
             best = metrics.best_row(self._evaluations(c), settings.metric, settings.mode)
@@ -170,7 +171,12 @@ class _Together:
         tested = None
         if self.data.test is not None and (tested := self._evaluate(self.states, "test", None)) is None:
             return EXIT[self.stop.signal], self.lives
-        seconds, updates = time.monotonic() - self.begun - self.evaluating, max(self.step - self.first, 1)
+        seconds, updates = time.monotonic() - self.begun - self.evaluating, self.step - self.first
+        share = seconds / max(updates, 1) / len(self.cells)
+        times = {"timed_updates": updates, "seconds_per_update": share,
+                 f"{self.data.unit}_per_second": self.experiment.batch * self.data.units_per_record / share,
+                 "cells_together": len(self.cells), "evaluation_seconds": self.evaluating / len(self.cells),
+                 "compile_seconds": self.stacked.compile_seconds} if updates else {}
         states = apart(jax.device_get(self.states), len(self.cells))
         bests = apart(jax.device_get(self.best), len(self.cells)) if self.best is not None else states
         for c, folder in enumerate(self.folders):
@@ -180,9 +186,7 @@ class _Together:
             if not self.lives[c]:
                 continue
             result = {"steps": self.step, "stopped_early": False, "final": rows[-1], "best": best,
-                      "timed_updates": updates, "seconds_per_update": seconds / updates / len(self.cells),
-                      "cells_together": len(self.cells), "evaluation_seconds": self.evaluating / len(self.cells),
-                      "compile_seconds": self.stacked.compile_seconds}
+                      **times}
             if tested:
                 result["test"] = {"step": self.step, "split": "test", **tested[c]}
                 if self.rows[c].rows[-1]["split"] != "test":

@@ -23,6 +23,7 @@ from lab.study.stacked import common_dispatch
 
 How = Literal["loop", "vmap", "cores"]
 MOST_UPDATES = 10  # in one call
+FEW_FLOPS = 1e9  # an update below takes milliseconds, of which starting it is a part
 WORTH_SECONDS = 60.0
 SECONDS_PER_CALL = 2.0  # when timed
 CALLS = 4  # timed; the first one is not counted
@@ -53,6 +54,8 @@ class Plan:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """What was measured: mode -> seconds per update of one cell."""
     units: tuple[Unit, ...] = ()
+    workers: int = field(default_factory=lambda: max(len(workers.cores()), 1))
+    """Processes, if "cores": as many as fit the memory."""
 
     @property
     def mode(self) -> str:
@@ -75,7 +78,18 @@ def read_plan(folder: Path) -> Plan | None:
         return None
     found = read_json(folder / "plan.json")
     units = tuple(Unit(u["name"], tuple(u["cells"]), tuple(u["numbers"]), u["group"]) for u in found["units"])
-    return Plan(found["how"], found["updates"], found["seconds"], units)
+    return Plan(found["how"], found["updates"], found["seconds"], units, found["workers"])
+
+
+def cannot(how: How, arms: Sequence[Arm]) -> str:
+    """Why a study with these arms cannot be carried out like this; empty where it can."""
+    if how == "vmap" and not all(can_be_stacked(arm.experiment) for arm in arms):
+        return "cells with patience, exact sums, pmap or a mesh of their own cannot be one program."
+    if how == "vmap" and any(arm.stated for arm in arms):
+        return "arms that fork from the base run after it."
+    if how == "cores" and (jax.default_backend() != "cpu" or len(workers.cores()) < 2):
+        return "it takes a CPU with several cores, to which this system can bind a process."
+    return ""
 
 
 def can_be_stacked(experiment: Experiment) -> bool:
@@ -113,14 +127,14 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
         together = cells[:min(most, chunk_size(len(cells), memory))]
         seconds[mode_of("vmap", n)] = _time_together(together, largest, n, bench)
     number = min(len(workers.cores()), chunk_size(len(cells), memory))
-    if jax.default_backend() == "cpu" and jax.device_count() == 1 and number > 1:
+    if not cannot("cores", list(arms.values())) and jax.device_count() == 1 and number > 1:
         each = workers.seconds_per_update(file, to_json(cells[0]), largest.numbers, n, bench.stops, number)
         seconds |= {mode_of("cores", n): each} if each else {}
     found = min(seconds, key=seconds.__getitem__)
     for mode, each in seconds.items():
         say(f"  {1000 * each:.2f} ms an update of one cell: {mode}{' (chosen)' if mode == found else ''}")
     how: How = next(how for how in get_args(How) if found.startswith(how))
-    return Plan(how, updates.get(found, n), seconds)
+    return Plan(how, updates.get(found, n), seconds, workers=number)
 
 
 def time_alone(experiment: Experiment, numbers: Sequence[str], updates: int, bench: Bench) -> float:
@@ -150,8 +164,9 @@ def _median(state: Any, call: Callable[[Any, int], Any]) -> float:
 
 def chunk_size(cells: int, memory: Any) -> int:
     """How many cells fit at once. `memory`: what the compiler says of the program of one (`memory_analysis`)."""
-    each = memory.temp_size_in_bytes + 2 * memory.argument_size_in_bytes  # the best states, too
     devices = jax.local_devices()
+    # Of one cell alone; its rows may have been divided among all devices. Twice the state: the best one, too.
+    each = memory.temp_size_in_bytes * len(devices) + 2 * memory.argument_size_in_bytes
     stats = (devices[0].memory_stats() or {}) if jax.default_backend() != "cpu" else {}
     if "bytes_limit" in stats:
         room = 0.8 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) * len(devices)
@@ -171,6 +186,8 @@ def make_units(groups: Sequence[Group], cells: Sequence[Cell], how: How, size: C
             continue
         most = size(group) if own else 1
         even = -(-len(own) // -(-len(own) // most)) if own else 1  # chunks of about one size
+        devices = jax.local_device_count()
+        even = max(even - even % devices, 1) if even > devices else even  # which the devices divide evenly
         for start in range(0, len(own), even):
             names = tuple(c.name for c in own[start: start + even])
             found.append(Unit(f"together-{first + len(found)}", names, group.numbers, number))

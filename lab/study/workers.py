@@ -5,6 +5,7 @@ A small model leaves most of a second core unused; two models on a core each do 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -80,7 +81,7 @@ def _probe() -> None:
 def run_workers(args: Sequence[str], number: int, folder: Path, screen: Any, stop: Any) -> list[int]:
     """Runs the command `args` on so many cores until all have ended; returns their exit statuses.
 
-    When `stop` says so, they save and end. What they say is in `folder`.
+    When `stop` says so, they save and end. What they say is in `folder`; errors they say here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     workers = [_start(core, "lab", args) for core in cores()[:number]]
@@ -104,8 +105,9 @@ def run_workers(args: Sequence[str], number: int, folder: Path, screen: Any, sto
 def _relay(worker: subprocess.Popen, log: Path, screen: Any) -> None:
     with log.open("a") as file:
         for line in worker.stdout:
-            file.write(line)
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk, of which the worker itself has more to say
+                file.write(line)
+                file.flush()
             if found := SHOWN.fullmatch(line.rstrip("\n")):
                 screen.progress(line.rstrip("\n")) if found[1] else screen.say(line.rstrip("\n"))
 
