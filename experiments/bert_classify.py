@@ -5,6 +5,11 @@
     ... --vary init_from.run=None --seeds 3 --split test      # a study: against the same from scratch
 
 The twin begins at random unless told `--init-from.run RUN`, RUN being a run of bert_base.py's twin.
+
+Measured by that study (2-core CPU busy with other work, 2026-11-22; BANKING77, 77 intents, 3,080 test messages, 600
+updates, 3 seeds): 64.6 % (sd 0.6) from the first run, 39.4 % (sd 1.8) from scratch; 25.1 points apart, 95 % interval
+21.0 to 29.3. On words (intents_finetune.py) random embeddings are a strong bag of words, which this pretraining does
+not beat.
 """
 
 from dataclasses import replace
