@@ -185,7 +185,7 @@ def test_units_of_a_group_have_about_one_size():
 
 def test_cells_at_once_fit_the_memory(monkeypatch):
     """By what the compiler says that one cell needs, against half of what is free; at least one."""
-    need = SimpleNamespace(temp_size_in_bytes=3 << 20, argument_size_in_bytes=1 << 19)
+    need = SimpleNamespace(temp_size_in_bytes=(3 << 20) // jax.local_device_count(), argument_size_in_bytes=1 << 19)
     for free, expected in ((64 << 20, 8), (1 << 40, 32), (1 << 20, 1)):
         monkeypatch.setattr(os, "sysconf", lambda name, free=free: 1 if name == "SC_PAGE_SIZE" else free)
         assert chunk_size(32, need) == expected
@@ -307,7 +307,7 @@ def test_a_cell_on_each_core(place):
         a, b = read_rows(path), read_rows(spread / path.relative_to(alone))
         np.testing.assert_allclose([r["loss"] for r in a], [r["loss"] for r in b], rtol=1e-5)
     modes = {json.loads(p.read_text())["mode"] for s in (spread, alone) for p in s.glob("cells/*/*/cell.json")}
-    assert modes == {"cores", "loop"}
+    assert {mode.partition(",")[0] for mode in modes} == {"cores", "loop"}
 
 
 @pytest.mark.skipif(len(cores()) < 2, reason="processes cannot be bound to two cores here")
