@@ -14,7 +14,7 @@ from lab.optim import AdamW, Cosine
 
 experiment = replace(
     gpt_small.experiment,
-    model=GPT(depth=24, width=1024, heads=16, scan=True, remat="blocks"),
+    model=GPT(depth=24, width=1024, heads=16, vocab=50304, scan=True, remat="dots"),
     optim=AdamW(lr=Cosine(3e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
 )
 

@@ -15,10 +15,12 @@ from experiments import gpt_small
 from lab.experiment import Mesh
 from lab.models.gpt import GPT
 from lab.optim import AdamW, Cosine
+from lab.tasks.language import LanguageModel
 
 experiment = replace(
     gpt_small.experiment,
-    model=GPT(depth=48, width=1600, heads=25, scan=True, remat="blocks"),
+    model=GPT(depth=48, width=1600, heads=25, vocab=50304, scan=True, remat="blocks"),
+    task=LanguageModel(),  # a device has few rows, and along "fsdp" every chunk would send the embedding's gradient
     optim=AdamW(lr=Cosine(2e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
     mesh=Mesh(data=1, fsdp=-1),
 )

@@ -274,7 +274,8 @@ def bench(args: Sequence[str]) -> int:
     from lab.bench import BenchOptions, measure
     from lab.console import Screen
 
-    experiment, options, _ = parse(find_experiment(args[0]), args[1:], BenchOptions)
+    flags = ["--updates" + a.removeprefix("--steps") if a.partition("=")[0] == "--steps" else a for a in args[1:]]
+    experiment, options, _ = parse(find_experiment(args[0]), flags, BenchOptions)
     check_platform()
     if options.updates < 1:
         raise UserError(f"--updates must be at least 1, not {options.updates}.")
@@ -334,7 +335,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "predict": (predict, "RUN --input FILE: predictions for new records, as CSV"),
     "report": (report, "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
     "plan": (plan, "EXPERIMENT.py --on v5e-256: compile for a machine that is not here; memory, bound on time"),
-    "bench": (bench, "EXPERIMENT.py: measure compilation, update, throughput, data wait"),
+    "bench": (bench, "EXPERIMENT.py: measure compilation, update, its parts, throughput, memory"),
 }
 
 

@@ -198,13 +198,17 @@ class Program:
 
     def _moved(self, computation: Computation, instruction: Instruction) -> int:
         opcode, result = instruction.opcode, bytes_of(instruction.shape, memory=True)
-        if opcode in FREE or opcode.endswith("-done"):
+        if opcode in FREE or opcode.endswith("-done") or 'target="AllocateBuffer"' in instruction.attributes:
             return 0
         if opcode == "fusion":
             inner = self.computations[dict(instruction.called())["calls"]]
             read = sum(self._read(inner, i, bytes_of(computation.shape(name), memory=True))
                        for i, name in enumerate(instruction.operands))
-            return read + self._written(inner, result)
+            return read + sum(self._written(inner, inner.root.name, part, i)
+                              for i, part in enumerate(tuple_parts(instruction.shape)))
+        if opcode in SLICES and opcode.endswith("-start"):  # its result is a tuple with its operands in it
+            part = tuple_parts(instruction.shape)[len(instruction.operands)]
+            return bytes_of(part) + bytes_of(part, memory=True)
         if opcode in SLICES:
             return 2 * result
         if opcode in ("dynamic-update-slice", "scatter"):
@@ -238,11 +242,15 @@ class Program:
                 return size
         return total
 
-    def _written(self, fused: Computation, size: int) -> int:
-        """Bytes of its result, of `size` bytes, that a fusion writes."""
-        root = fused.root
-        while root.opcode == "bitcast" and root.operands[0] in fused.instructions:
-            root = fused.instructions[root.operands[0]]
+    def _written(self, fused: Computation, name: str, shape: str, number: int = 0) -> int:
+        """Bytes of its result `number`, of that printed shape, that a fusion writes; `name`: where in it that is."""
+        root, size = fused.instructions[name], bytes_of(shape, memory=True)
+        inside = root.operands[number if root.opcode == "tuple" else 0] if root.operands else ""
+        if root.opcode in ("tuple", "bitcast") and inside in fused.instructions:
+            return self._written(fused, inside, shape)
+        if root.opcode == "fusion":
+            inner = self.computations[dict(root.called())["calls"]]
+            return self._written(inner, inner.root.name, shape, number)
         if root.opcode == "dynamic-update-slice" and size:
             return min(size, bytes_of(fused.shape(root.operands[1])))
         return size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import signal
 import sys
@@ -18,7 +17,7 @@ import jax
 from lab import metrics, plots
 from lab.checkpoint import Checkpoints
 from lab.console import Screen, clock, facts, human
-from lab.data.pipeline import Prefetch, eval_batches, train_batch, train_indices
+from lab.data.pipeline import Prefetch, eval_batches, reader, train_indices
 from lab.distributed import ALONE, Processes
 from lab.errors import UserError
 from lab.experiment import Experiment
@@ -190,9 +189,7 @@ class _Run:
     def go(self) -> int:
         """Evaluate and save whatever is due at this step, then update; until the last step or a reason to stop."""
         experiment, n = self.experiment, self.program.experiment.dispatch
-        read = functools.partial(train_batch, self.program.train_records, batch=experiment.batch, seed=experiment.seed,
-                                 rows=self.program.rows)
-        first, last = self.step // n, experiment.steps // n
+        read, first, last = reader(self.program), self.step // n, experiment.steps // n
         with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
             if first < last:
                 self.screen.progress("Compiling ...")

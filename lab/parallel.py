@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import PartitionSpec
 
 from lab.errors import UserError
@@ -18,18 +19,48 @@ from lab.sharding import ROWS
 from lab.step import Gradient, State, Total, make_train_step, microbatched
 
 
-def compiled(experiment: Experiment, shardings: Any) -> Total:
+def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) -> Total:
     """The compiler divides the work. Gradients are born where their parameters live (`shardings`, theirs): without
     being told, it sums whole gradients on every device of "fsdp" (an all-reduce) and throws most of them away.
+
+    With "data" alone each device adds up its own rows, and all devices' sums are added once: left to itself the
+    compiler adds them in every microbatch, in every scanned block and in every chunk of a loss. (Along "fsdp" no device
+    has room for whole gradients.) Random numbers and batch statistics belong to whole microbatches, so a model with
+    either stays with the compiler.
     """
-    def total(gradient: Gradient, state: State, batch: Any) -> Any:
-        def placed(*args: Any) -> Any:
+    def placed(gradient: Gradient) -> Gradient:
+        def gradient_placed(*args: Any) -> Any:
             grads, rest = gradient(*args)
             return jax.lax.with_sharding_constraint(grads, shardings), rest
 
-        return microbatched(experiment.microbatches)(placed, state, batch)
+        return gradient_placed
+
+    def total(gradient: Gradient, state: State, batch: Any) -> Any:
+        sums = microbatched(experiment.microbatches)
+        if mesh.size != mesh.shape["data"] or mesh.size == 1 or jax.tree.leaves(state.extra) or draws(
+                gradient, state, batch):
+            return sums(placed(gradient), state, batch)
+
+        def own(state: State, rows: Any) -> Any:
+            grads, (weight, metrics, _) = sums(gradient, state, rows)
+            return jax.lax.psum((grads, weight, metrics), "data")
+
+        everywhere, divided = PartitionSpec(), PartitionSpec("data")
+        spread = jax.shard_map(own, mesh=mesh, in_specs=(everywhere, divided), out_specs=everywhere, check_vma=False)
+        grads, weight, metrics = spread(state._replace(opt_state=()), batch)
+        return grads, (weight, metrics, state.extra)
 
     return total
+
+
+def draws(gradient: Gradient, state: State, batch: Any) -> bool:
+    """Whether a gradient draws random numbers (dropout): whether its trace has them."""
+    def drawn(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
+        eqns = (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns
+        inner = (p for eqn in eqns for p in jax.tree.leaves(eqn.params) if isinstance(p, Jaxpr | ClosedJaxpr))
+        return any(eqn.primitive.name == "random_bits" for eqn in eqns) or any(map(drawn, inner))
+
+    return drawn(jax.make_jaxpr(gradient)(state.params, state.extra, batch, state.step, 0))
 
 
 def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., Any]:

@@ -18,8 +18,9 @@ from lab.step import State, cast, key_for, make_train_step, prepare
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
     """Floating-point operations of the matrix products and convolutions in a jaxpr, 2 for a multiply-add.
 
-    A scan's body counts as often as it runs (XLA's own cost analysis counts it once); of the branches of a `cond` the
-    largest counts; the body of a `while`, whose trips are unknown, counts once.
+    A scan's body and a Pallas kernel count as often as they run (XLA's own cost analysis counts them once), what a mask
+    leaves out, too; of the branches of a `cond` the largest counts; the body of a `while`, whose trips are unknown,
+    counts once.
     """
     total = 0
     for eqn in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:
@@ -36,8 +37,14 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
             total += max(count_flops(branch) for branch in eqn.params["branches"])
         else:
             inner = sum(count_flops(p) for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr))
-            total += inner * (eqn.params["length"] if name == "scan" else 1)
+            total += inner * _runs(name, eqn.params)
     return total
+
+
+def _runs(name: str, params: dict[str, Any]) -> int:
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return params["length"] if name == "scan" else 1
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,9 @@ def make_plan(experiment: Experiment) -> Plan:
     def residuals(params: Any, extra: Any, batch: Any) -> Any:
         return jax.vjp(lambda p: loss(p, extra, batch), params, has_aux=True)[1]
 
-    # One trace for both: the forward products are in it, and what it returns is what the backward pass needs.
-    forward, kept = jax.make_jaxpr(residuals, return_shape=True)(state.params, state.extra, batch)
+    # Two traces: what prepares the backward pass may take gradients already (a loss in chunks).
+    forward = jax.make_jaxpr(loss)(state.params, state.extra, batch)
+    kept = jax.eval_shape(residuals, state.params, state.extra, batch)
     return Plan(state, 3 * count_flops(forward) * experiment.microbatches, size_of(kept))
 
 

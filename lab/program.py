@@ -142,7 +142,7 @@ class Program:
             if experiment.parallel == "pmap":
                 return pmapped(seeded, self.mesh)(state, batch)
             total = (in_fixed_order(seeded, self.mesh) if experiment.exact else
-                     compiled(seeded, self.shardings.params))
+                     compiled(seeded, self.mesh, self.shardings.params))
             make = make_train_step(seeded, total)
 
             def step(state: State, batch: Any) -> tuple[State, Any]:
@@ -200,13 +200,10 @@ class Program:
         return other
 
     def batch(self, read: Callable[[int], dict[str, np.ndarray]], call: int) -> dict[str, jax.Array]:
-        """The batch of dispatch number `call`, on the devices; ``read(step)``: this process's rows of one update."""
-        n = self.experiment.dispatch
-        if not self.stacked:
-            return put(read(call), self.train_sharding, self.experiment.batch)
-        rows = [read(call * n + i) for i in range(n)]
-        stacks = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
-        return put(stacks, self.train_sharding, self.experiment.batch)
+        """The batch of call number `call`, on the devices. ``read(call)``: this process's rows of it (see `reader` in
+        lab/data/pipeline.py), with a leading axis of updates where there are several in a call.
+        """
+        return put(read(call), self.train_sharding, self.experiment.batch)
 
     def _put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         return put(rows, self.eval_sharding, self.eval_batch)

@@ -48,6 +48,8 @@ ACTIVATIONS: Rules = (
     (r"^$", "rows, sequence, tensor"),
     (r"", "rows"),
 )
+# Modules that every device runs on its own part of arguments and results, because the compiler cannot divide them.
+OWN: Rules = ((r"attn/own$", "rows, -, tensor, -"),)
 
 
 def mesh_sizes(mesh: Any, devices: int) -> dict[str, int]:
@@ -179,15 +181,21 @@ def constrained(mesh: jax.sharding.Mesh, rules: Rules = ACTIVATIONS) -> Iterator
     used: set[str] = set()
 
     def place(next_function: Any, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, nn.Embed) and context.method_name == "__call__":
+        alone = jax.sharding.get_abstract_mesh().manual_axes  # in a shard_map: these are one device's rows
+        if alone or context.method_name != "__call__":
+            return next_function(*args, **kwargs)
+        path = "/".join(context.module.path)
+        if own := next((_axes(rule) for rule in OWN if re.search(rule[0], path)), None):
+            spec = _together([x.shape for x in args], own, mesh)
+            return jax.shard_map(next_function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*args)
+        if isinstance(context.module, nn.Embed):
             # Gathered first: left to itself the compiler divides the lookup, and then every device computes all of it.
             table = jax.lax.with_sharding_constraint(context.module.embedding, NamedSharding(mesh, PartitionSpec()))
             out = jnp.take(table, *args, axis=0)
         else:
             out = next_function(*args, **kwargs)
-        if context.method_name != "__call__" or not isinstance(out, jax.Array) or not out.ndim:
+        if not isinstance(out, jax.Array) or not out.ndim:
             return out
-        path = "/".join(context.module.path)
         axes = next((_axes(rule) for rule in rules if re.search(rule[0], path) and len(_axes(rule)) <= out.ndim), [])
         spec = [_dividing(size, axis, mesh) for size, axis in zip(out.shape, axes, strict=False)]
         spec += [PartitionSpec.UNCONSTRAINED] * (out.ndim - len(spec))
@@ -196,7 +204,8 @@ def constrained(mesh: jax.sharding.Mesh, rules: Rules = ACTIVATIONS) -> Iterator
         used.update(axis for axis in spec if isinstance(axis, str))
         return jax.lax.with_sharding_constraint(out, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    with nn.intercept_methods(place) if mesh.size > 1 else contextlib.nullcontext():
+    with (jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+          nn.intercept_methods(place) if mesh.size > 1 else contextlib.nullcontext()):
         yield used
 
 
@@ -209,6 +218,13 @@ def _dividing(size: int, axis: str | None, mesh: jax.sharding.Mesh) -> Any:
     if size % devices:
         return PartitionSpec.UNCONSTRAINED
     return None if devices == 1 else ROWS if axis == "rows" else axis
+
+
+def _together(shapes: Sequence[tuple[int, ...]], axes: Sequence[str | None], mesh: jax.sharding.Mesh) -> PartitionSpec:
+    """One spec for all shapes: an axis that does not divide all of them divides none (query and key heads)."""
+    found = [{_dividing(size, axis, mesh) for size in sizes}
+             for axis, sizes in zip(axes, zip(*shapes, strict=True), strict=True)]
+    return PartitionSpec(*(None if PartitionSpec.UNCONSTRAINED in names else names.pop() for names in found))
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, batch: int, microbatches: int = 1, *,

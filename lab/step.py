@@ -97,6 +97,17 @@ def microbatched(n: int) -> Total:
     return total
 
 
+def make_loss(experiment: Experiment) -> Callable[..., tuple[Array, tuple]]:
+    """``(params, extra, rows, step, part) -> (loss sum, (weight, metrics, extra))`` of some rows, in training."""
+    def loss(params: Any, extra: Any, rows: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
+        rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
+        variables = {"params": cast(params, experiment.precision), **extra}
+        loss_sum, weight, metrics, extra = experiment.task.loss(experiment.model, variables, rows, rngs, train=True)
+        return loss_sum, (weight, metrics, extra)
+
+    return loss
+
+
 def make_train_step(experiment: Experiment, total: Total | None = None) -> Callable[[State, Batch],
                                                                                     tuple[State, Metrics]]:
     """One update as a pure function. Numbers in the experiment may be traced scalars.
@@ -104,19 +115,13 @@ def make_train_step(experiment: Experiment, total: Total | None = None) -> Calla
     The gradient is that of (sum of losses) / (sum of weights) over the whole batch, whatever the microbatches; every
     metric is (sum, weight). `total`: how the sums come about, by default over `experiment.microbatches`.
     """
-    model, task, precision = experiment.model, experiment.task, experiment.precision
     optimizer, rate = experiment.optimizer.build(experiment.steps), experiment.optim.rate(experiment.steps)
+    gradient = jax.grad(make_loss(experiment), has_aux=True)
     total = total or microbatched(experiment.microbatches)
-
-    def loss(params: Any, extra: Any, batch: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
-        rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
-        variables = {"params": cast(params, precision), **extra}
-        loss_sum, weight, metrics, extra = task.loss(model, variables, batch, rngs, train=True)
-        return loss_sum, (weight, metrics, extra)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         batch = prepare(experiment, batch, True, state.step)
-        grads, (weight, metrics, extra) = total(jax.grad(loss, has_aux=True), state, batch)
+        grads, (weight, metrics, extra) = total(gradient, state, batch)
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -20,8 +20,10 @@ from tests.test_step import compiled_in_haste  # noqa: F401
 
 EXPERIMENTS = [p for p in sorted((ROOT / "experiments").glob("*.py")) if "\nstudy = " not in p.read_text()]
 STUDIES = [p for p in sorted((ROOT / "experiments").glob("*.py")) if p not in EXPERIMENTS]
-# Published: GPT-2's own, torchvision's resnet50, and timm's ViT-S/16 less its class token and learned positions.
-PARAMETERS = {"gpt_small": 124_439_808, "gpt_medium": 354_823_168, "gpt_xl": 1_557_611_200,
+# Published: GPT-2's own (and 47 rows that fill its embedding up to 50,304), torchvision's resnet50, and timm's ViT-S/16
+# less its class token and learned positions.
+PARAMETERS = {"gpt_small": 124_439_808 + 47 * 768, "gpt_medium": 354_823_168 + 47 * 1024,
+              "gpt_xl": 1_557_611_200 + 47 * 1600,
               "imagenet_resnet50": 25_557_032, "imagenet_vit_s16": 22_050_664 - 384 * (1 + 197)}
 SMALL = {Transformer: {"depth": 2, "width": 32, "heads": 2}, ResNet: {"width": 4}, ConvNet: {"channels": (4, 8)},
          LSTM: {"width": 8, "hidden": 8}, GAN: {"width": 4}}

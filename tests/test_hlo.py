@@ -133,6 +133,49 @@ def test_traffic_of_a_recorded_program():
     assert Program(off_chip).traffic() - Program(TPU).traffic() == 12 * 2 * gathered  # negative control
 
 
+def test_of_several_updates_in_place_the_rows_count():
+    """As a scan keeps what its backward pass needs: one operation that writes a row of each of two stacks."""
+    two = """HloModule jit_step
+
+%write.1 (a.1: f32[12,64,768], b.1: f32[12,64,768], new.1: f32[1,64,768], i.1: s32[]) -> (f32[12,64,768], f32[64,768]) {
+  %a.1 = f32[12,64,768]{2,1,0} parameter(0)
+  %new.1 = f32[1,64,768]{2,1,0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  %one.1 = f32[12,64,768]{2,1,0} dynamic-update-slice(%a.1, %new.1, %i.1, %zero.1, %zero.1)
+  %flat.1 = f32[64,768]{1,0} bitcast(%new.1)
+  ROOT %both.1 = (f32[12,64,768]{2,1,0}, f32[64,768]{1,0}) tuple(%one.1, %flat.1)
+}
+
+ENTRY %main.1 (a.2: f32[12,64,768], new.2: f32[1,64,768], i.2: s32[]) -> (f32[12,64,768], f32[64,768]) {
+  %fresh.1 = f32[12,64,768]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %new.2 = f32[1,64,768]{2,1,0} parameter(0)
+  %i.2 = s32[] parameter(1)
+  ROOT %fusion.1 = (f32[12,64,768]{2,1,0}, f32[64,768]{1,0}) fusion(%fresh.1, %new.2, %i.2), kind=kLoop, calls=%write.1
+}
+"""
+    row = 64 * 768 * 4
+    assert Program(two).traffic() == 3 * row + 4  # the new row is read once and written twice
+    whole = two.replace("dynamic-update-slice(%a.1, %new.1, %i.1, %zero.1, %zero.1)", "add(%a.1, %a.1)")
+    assert Program(whole).traffic() == (12 + 12 + 1 + 1) * row  # negative control
+    made = two.replace('"AllocateBuffer"', '"Make"')
+    assert Program(made).traffic() == Program(two).traffic() + 12 * row  # another one writes what it returns
+
+
+def test_a_slice_that_is_started_moves_the_slice():
+    """A quarter of an array, fetched to the chip (S(1)): its result is printed with the whole operand in it."""
+    text = """HloModule jit_step
+
+ENTRY %main.1 (a.1: f32[16,768]) -> f32[4,768] {
+  %a.1 = f32[16,768]{1,0} parameter(0)
+  %slice-start.1 = ((f32[16,768]{1,0}), f32[4,768]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a.1), slice={[0:4], [0:768]}
+  ROOT %slice-done.1 = f32[4,768]{1,0:S(1)} slice-done(%slice-start.1)
+}
+"""
+    assert Program(text).traffic() == 4 * 768 * 4
+    assert Program(text.replace(":S(1)", "")).traffic() == 2 * 4 * 768 * 4  # negative control: into memory
+
+
 def test_shapes_and_groups():
     assert bytes_of("(f32[2,3]{1,0}, bf16[4]{0:T(8,128)(2,1)S(1)}, pred[5], token[], u8[])") == 24 + 8 + 5 + 1
     assert bytes_of("(f32[2,3]{1,0}, bf16[4]{0:T(8,128)(2,1)S(1)})", memory=True) == 24

@@ -20,6 +20,7 @@ import pytest
 from lab import loop
 from lab.checkpoint import Checkpoints
 from lab.console import Screen
+from lab.data import pipeline
 from lab.data.pipeline import train_batch, train_indices
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
@@ -160,7 +161,7 @@ def test_batches_come_in_the_order_of_the_pipeline(tmp_path, monkeypatch):
         seen.append([int(np.flatnonzero((table == x).all(1))[0]) for x in batch["x"]])
         return batch
 
-    monkeypatch.setattr(loop, "train_batch", watched)
+    monkeypatch.setattr(pipeline, "train_batch", watched)
     go(toy(), tmp_path / "run")
     assert seen == [train_indices(step, 8, 44, seed=0).tolist() for step in range(12)]
     stream = sum(seen, [])
@@ -231,7 +232,7 @@ class Fake:
     def __call__(self, experiment: Experiment, train: Any) -> Any:
         program = program_of(experiment)
         names = ("abstract", "batch", "eval_batch", "eval_rows", "experiment", "init", "mesh", "rows", "train",
-                 "train_records")
+                 "stacked", "train_records")
         own = {name: getattr(program, name) for name in names}
         own["compile_seconds"] = program.compile_seconds
 
@@ -288,7 +289,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, reference
         batch = train_batch(records, step, **kwargs)
         return batch | {"x": batch["x"] * np.float32(np.nan if step == 4 else 1)}
 
-    monkeypatch.setattr(loop, "train_batch", poisoned)
+    monkeypatch.setattr(pipeline, "train_batch", poisoned)
     experiment, folder = toy(checkpoint=Checkpoint(every=1, keep=20)), tmp_path / "run"
     status, said = go(experiment, folder)
     assert status == 1
@@ -405,7 +406,7 @@ def test_waiting_for_data_is_measured(tmp_path, monkeypatch, reference):
 
     usual = finished(reference)
     assert 0 <= usual["data_wait_seconds"] < usual["training_seconds"]
-    monkeypatch.setattr(loop, "train_batch", slow)
+    monkeypatch.setattr(pipeline, "train_batch", slow)
     go(toy(evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0)), tmp_path / "run")
     slowed = finished(tmp_path / "run")
     assert slowed["data_wait_seconds"] > 0.3 and slowed["data_wait_seconds"] > 3 * usual["data_wait_seconds"]

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from lab.errors import UserError
+from lab.experiment import to_json
 from lab.models.bert import BERT
 from lab.models.rnn import LSTM
+from lab.restore import leaves
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 B, L = 3, 6
@@ -201,36 +203,21 @@ def test_without_a_mask_all_tokens_are_real():
 
 def test_lstm_and_its_gradients_equal_torch_with_packed_sequences():
     torch = pytest.importorskip("torch", reason="torch is the independent reference here, and is not installed")
+    from tests.benchmarks.torch_models import as_torch, build
+
     model = recurrent(2, True, "last")
     params = random_params(model, 0.8)
-    reference = torch.nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True)
-    parts = {"weight_ih": "input", "weight_hh": "recurrent", "bias_ih": "bias"}  # torch has a second bias
-    places = {f"{theirs}_l{i}{end}": (f"layer_{i}", f"{direction}_{ours}") for theirs, ours in parts.items()
-              for i in (0, 1) for direction, end in (("forward", ""), ("backward", "_reverse"))}
-    with torch.no_grad():
-        for name, weight in reference.named_parameters():
-            layer, part = places.get(name, (None, None))
-            weight.copy_(torch.from_numpy(params[layer][part].T.copy()) if layer else torch.zeros_like(weight))
-    x = torch.tensor(params["embedding"]["embedding"][TOKENS], requires_grad=True)
-
-    def of_torch(lengths):
-        packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.from_numpy(lengths), batch_first=True,
-                                                         enforce_sorted=False)
-        h = reference(packed)[1][0]  # (layers * directions, B, H)
-        return torch.cat([h[2], h[3]], 1) @ torch.from_numpy(params["classify"]["kernel"]) + torch.from_numpy(
-            params["classify"]["bias"])
-
-    want = of_torch(LENGTHS)
+    reference = build(to_json(model), leaves(params), {"texts": "packed"})
+    tokens, mask = torch.from_numpy(TOKENS), torch.from_numpy(MASK)
+    want = reference(tokens, mask)
     want[:, 0].sum().backward()
     logits, got = supported(model)(params)
     np.testing.assert_allclose(logits, want.detach().numpy(), atol=CLOSE)
-    full = of_torch(np.full(B, L)).detach().numpy()
+    full = reference(tokens, torch.ones_like(mask)).detach().numpy()
     assert np.abs(logits - full)[[0, 2]].max() > 0.01  # negative control: not packed
     np.testing.assert_allclose(supported(model)(params, mask=np.ones_like(MASK))[0], full, atol=CLOSE)
-    for name, (layer, part) in places.items():
-        np.testing.assert_allclose(got[layer][part].T, dict(reference.named_parameters())[name].grad.numpy(), atol=5e-5,
-                                   err_msg=name)
-    np.testing.assert_allclose(got["embedding"]["embedding"][TOKENS], x.grad.numpy(), atol=5e-5)
+    for parameter, paths in reference.places():
+        np.testing.assert_allclose(as_torch(paths, leaves(got)), parameter.grad, atol=5e-5, err_msg=str(paths))
     assert np.abs(got["layer_0"]["backward_recurrent"]).max() > 1e-3
 
 

@@ -67,8 +67,10 @@ def alone(gpt: Experiment) -> np.ndarray:
 @pytest.mark.parametrize(("changes", "part"), [
     ({"mesh": Mesh(data=8)}, 1), ({"mesh": Mesh(1, fsdp=8)}, 8), ({"mesh": Mesh(1, tensor=8)}, 8),
     ({"mesh": Mesh(1, sequence=8)}, 1), ({"mesh": Mesh(2, 2, 2)}, 4), ({"mesh": Mesh(1, 2, 2, 2)}, 4),
-    ({"mesh": Mesh(data=8), "parallel": "pmap"}, 1), ({"mesh": Mesh(data=8), "exact": True}, 1),
-], ids=["data", "fsdp", "tensor", "sequence", "data-fsdp-tensor", "fsdp-tensor-sequence", "pmap", "exact"])
+    ({"mesh": Mesh(data=8), "microbatches": 2}, 1), ({"mesh": Mesh(data=8), "parallel": "pmap"}, 1),
+    ({"mesh": Mesh(data=8), "exact": True}, 1),
+], ids=["data", "fsdp", "tensor", "sequence", "data-fsdp-tensor", "fsdp-tensor-sequence", "microbatches", "pmap",
+        "exact"])
 def test_the_curve_is_that_of_one_device(gpt, alone, changes, part):
     losses, _, program = trained(replace(gpt, **changes))
     assert np.abs(losses - alone).max() < 1e-5
@@ -138,6 +140,22 @@ def test_fsdp_gathers_parameters_and_scatters_gradients(larger):
 def test_a_cpu_gathers_parameters_too(larger):
     kinds, parameters = moved(replace(larger, mesh=Mesh(1, 8)))  # its compiler knows no reduce-scatter
     assert 0.9 * parameters < kinds["all-gather"] < 4.4 * parameters
+
+
+def test_gradients_are_sent_once_however_many_microbatches(larger):
+    once, parameters = moved(replace(larger, mesh=Mesh(8), microbatches=2))
+    assert 2 * parameters <= once["all-reduce"] < 2.1 * parameters  # in float32
+    dropping = larger.model.clone(dropout=0.1)  # negative control: masks are drawn for all rows, so it is as it was
+    each, _ = moved(replace(larger, mesh=Mesh(8), microbatches=2, model=dropping))
+    assert each["all-reduce"] > 3.9 * parameters
+
+
+def test_dropout_is_that_of_one_device(gpt):
+    small = replace(gpt, microbatches=2, model=gpt.model.clone(depth=1, width=32, dropout=0.1))
+    one, eight = (trained(replace(small, mesh=mesh), 2)[0] for mesh in (Mesh(1), Mesh(8)))
+    assert np.abs(one - eight).max() < 1e-5
+    plain = trained(replace(small, model=small.model.clone(dropout=0.0)), 2)[0]
+    assert np.abs(one - plain).max() > 1e-3  # negative control: other masks would be seen
 
 
 # ------------------------------------------------------------------------------------------------------- exact

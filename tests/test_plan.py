@@ -1,6 +1,7 @@
 """The FLOP counter in closed form, against the 6ND rule, and against XLA's own; what a plan says of an experiment."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import pytest
 from lab.experiment import Experiment
 from lab.models.gpt import GPT
 from lab.models.layers import project
+from lab.models.splash import splash_attention
 from lab.optim import AdamW, Constant
 from lab.plan import count_flops, make_plan, size_of
 from lab.tasks.language import LanguageModel
@@ -149,6 +151,12 @@ def test_gpt2_is_within_1_percent_of_the_rule(model, batch):
     assert plan.flops == 6 * exact * tokens + attention
 
 
+def test_the_kernel_of_splash_attention():
+    """The two products of attention, for every block; heads, rows and blocks are its grid."""
+    shape = (2, 256, 4, 64)
+    assert flops(functools.partial(splash_attention, causal=True), shape, shape, shape) == 4 * 2 * 4 * 256 * 256 * 64
+
+
 TINY = GPT(depth=2, width=16, heads=2, vocab=11, context=8)
 
 
@@ -158,6 +166,7 @@ def test_scan_remat_and_microbatches_do_not_change_the_flops():
         assert make_plan(experiment(model)).flops == plan.flops
     assert make_plan(experiment(TINY, microbatches=4)).flops == plan.flops
     assert make_plan(experiment(TINY, precision="bfloat16")).flops == plan.flops
+    assert make_plan(replace(experiment(TINY), task=LanguageModel(chunk=4))).flops == plan.flops
     assert make_plan(experiment(TINY, batch=8)).flops == 2 * plan.flops  # negative controls
     assert make_plan(experiment(replace_model(depth=1))).flops < plan.flops
 

@@ -17,7 +17,7 @@ import pytest
 from lab import loop, restore
 from lab.data.columns import Csv
 from lab.data.messages import Messages
-from lab.data.pipeline import Arrays, eval_batches, train_batch
+from lab.data.pipeline import Arrays, eval_batches, reader, train_batch
 from lab.data.tokenizers import Words
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
@@ -471,9 +471,8 @@ def test_a_run_on_texts_keeps_its_tokenizer(colours, tmp_path, vectors):
 def updated(program: Program, updates: int = 4) -> tuple[State, list]:
     """(state, metrics of every call) after some updates with the records of the program's data."""
     experiment, state, history = program.experiment, program.init(), []
-    read = functools.partial(train_batch, program.train_records, batch=experiment.batch, seed=experiment.seed)
     for call in range(updates // experiment.dispatch):
-        state, values = program.train(state, program.batch(read, call))
+        state, values = program.train(state, program.batch(reader(program), call))
         history.append(jax.device_get(values))
     return jax.device_get(state), history
 
@@ -493,7 +492,7 @@ def test_resident_records_change_nothing(changes):
     never, always = (held(resident=r, **changes) for r in ("never", "always"))
     assert bits(trained(always)) == bits(trained(never))
     program = program_of(always)
-    batch = program.batch(functools.partial(train_batch, program.train_records, batch=16, seed=0), 0)
+    batch = program.batch(reader(program), 0)
     assert set(batch) == {"weight", "index"}  # only numbers travel
     assert isinstance(program.train_records, OnlyNumbered) and program_of(never).resident is None
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lab import sharding
+from lab.data import pipeline
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
 from lab.experiment import Mesh
@@ -207,8 +208,8 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(monkeypatch):
 
 
 def test_batches_land_on_the_devices():
-    program = Program(toy(mesh=Mesh(data=8), dispatch=4))
-    batch, read = program.batch(reader(toy()), 1), reader(toy())
+    program = Program(toy(mesh=Mesh(data=8), dispatch=4), toy().data.load().train)
+    batch, read = program.batch(pipeline.reader(program), 1), reader(toy())
     assert batch["x"].shape == (4, 8, 6)
     assert {s.data.shape for s in batch["x"].addressable_shards} == {(4, 1, 6)}
     for i in range(4):

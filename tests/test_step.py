@@ -140,9 +140,11 @@ def ragged(batch: Mapping[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
 
 
 def reader(experiment: Experiment, uneven: bool = False) -> Callable[[int], dict[str, np.ndarray]]:
-    """step -> the batch of that update."""
+    """call -> the batch of that call of the update, read one update at a time."""
     read = functools.partial(train_batch, experiment.data.load().train, batch=experiment.batch, seed=experiment.seed)
-    return (lambda step: ragged(read(step), step)) if uneven else read
+    one, n = (lambda step: ragged(read(step), step)) if uneven else read, experiment.dispatch
+    return one if n == 1 else lambda call: jax.tree.map(lambda *rows: np.stack(rows),
+                                                        *(one(call * n + i) for i in range(n)))
 
 
 def run(experiment: Experiment, updates: int = 4, *, uneven: bool = False) -> tuple[State, list[dict]]:
@@ -230,7 +232,7 @@ def test_dispatch_equals_single_updates(plain):
     assert apart(history, single) < 1e-5
     # Negative control: the same batches in another order.
     program, read = Program(experiment), reader(experiment, uneven=True)
-    swapped, _ = program.train(program.init(), program.batch(lambda step: read(3 - step), 0))
+    swapped, _ = program.train(program.init(), program.batch(lambda call: {k: x[::-1] for k, x in read(0).items()}, 0))
     assert apart(jax.device_get(swapped).params, plain[0].params) > 1e-4
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lab.data import cache_folder, digest, write_text
+from lab.data.word_memory import SPACES
 from lab.errors import UserError
 
 MANY = 20  # from this many documents on, whole documents are split; below it, the text
@@ -75,8 +76,8 @@ class Source(Protocol):
 def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
     """Cut text into pieces of at most `size` characters; where the chunks end makes no difference.
 
-    A cut goes in front of a single space between two non-spaces where there is one: GPT-2's pattern always starts a
-    token there, so byte-level BPE gives the same tokens as on the whole text.
+    A cut goes in front of a space behind a non-space where there is one: GPT-2's pattern always starts a token there,
+    so byte-level BPE gives the same tokens as on the whole text.
     """
     rest = ""
     for chunk in chunks:
@@ -92,11 +93,10 @@ def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
 
 
 def _seam(text: str, low: int, high: int) -> int:
-    at = high
-    while (at := text.rfind(" ", low, at)) > 0:
-        if not text[at - 1].isspace() and not text[at + 1].isspace():
+    for at in range(high - 1, low, -1):
+        if text[at] in SPACES and text[at - 1] not in SPACES:
             return at
-    return text.rfind("\n", low, high) + 1 or high
+    return high
 
 
 def between(documents: Documents, start: int, stop: int) -> Documents:

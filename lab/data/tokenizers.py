@@ -18,20 +18,18 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from lab.data.word_memory import EncodeBatch, WordMemory
 from lab.errors import UserError
 
 EOT = "<|endoftext|>"
 SAMPLE = 50_000_000  # bytes of training text that a BPE vocabulary is learned from
-MANY_CORES = 8  # from here on the library's parallel encoding is faster than remembering words
-REMEMBERED = 500_000  # words
+DISTINCT = 6_000_000  # bytes of distinct words among them, each of which takes the library about 110 bytes of memory
 Texts = Callable[[str], Iterator[str]]
-EncodeBatch = Callable[[Sequence[str]], list[np.ndarray]]
 
 
 class Fitted:
@@ -169,8 +167,8 @@ def _alphabet() -> dict[str, int]:
 class BPE:
     """Byte-level byte-pair encoding with GPT-2's splitting pattern, cached with the tokens.
 
-    Learned from the training split (at most about 50 MB of it, evenly spaced). Id 0 is `<|endoftext|>`; a small corpus
-    may give fewer ids than asked for.
+    Learned from the training split: at most about 50 MB of it, evenly spaced, or, of text whose words hardly repeat
+    (Chinese, base64), what comes first. Id 0 is `<|endoftext|>`; a small corpus may give fewer ids than asked for.
     """
 
     vocab: int = 4096
@@ -186,7 +184,7 @@ class BPE:
             raise UserError(f"BPE(vocab={self.vocab}) is too small: 256 bytes and {EOT} need 257. Or use Bytes().")
 
     def identity(self) -> str:
-        return f"bpe {self.vocab} {SAMPLE}"
+        return f"bpe {self.vocab} {SAMPLE} {DISTINCT}"
 
     def fit(self, texts: Texts, size: int) -> Fitted:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -202,7 +200,7 @@ class BPE:
         )
         every = -(-size // SAMPLE)
         sample = (text for i, text in enumerate(texts("train")) if i % max(every, 1) == 0)
-        tokenizer.train_from_iterator(sample, trainer)
+        tokenizer.train_from_iterator(_bounded(sample), trainer)
         return self.restore(tokenizer.to_str())
 
     def restore(self, state: str) -> Fitted:
@@ -218,39 +216,26 @@ class BPE:
             found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(one.ids, np.int32) for one in found]
 
-        by_words = (os.cpu_count() or 1) < MANY_CORES
-        fast = _by_words(encode_batch) if by_words else encode_batch
-        return Fitted(pieces, fast, tokenizer.token_to_id(EOT), state)
+        return _remembering(Fitted(pieces, encode_batch, tokenizer.token_to_id(EOT), state))
 
 
-# What ByteLevel's (GPT-2's) pattern is on ASCII. Python's own \s would take the separators \x1c-\x1f too.
-_ASCII_WORD = re.compile(
-    r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
-)
+def _bounded(texts: Iterator[str]) -> Iterator[str]:
+    """The texts up to `DISTINCT`; what the library holds grows with the distinct words."""
+    seen: set[str] = set()
+    size = 0
+    for text in texts:
+        yield text
+        new = set(_WORD.findall(text)) - seen
+        seen |= new
+        size += len("".join(new).encode())
+        if size > DISTINCT:
+            return
 
 
-def _by_words(encode_batch: EncodeBatch) -> EncodeBatch:
-    """The same ids, with each distinct word of ASCII text encoded once and remembered.
-
-    Merges never cross a word, and most words come again: on Python source 7-13 MB/s on one core where the library's
-    parallel encoding gave 2.3-6.4 MB/s on two (2-core VM, 2026-11-22). It has the library's cores only for new words.
-    """
-    known: dict[str, list[int]] = {}
-
-    def encode(texts: Sequence[str]) -> list[np.ndarray]:
-        plain = [i for i, text in enumerate(texts) if text.isascii()]
-        other = [i for i, text in enumerate(texts) if not text.isascii()]
-        found = dict(zip(other, encode_batch([texts[i] for i in other]), strict=True)) if other else {}
-        words = {i: _ASCII_WORD.findall(texts[i]) for i in plain}
-        if len(known) > REMEMBERED:
-            known.clear()
-        new = list(set().union(*words.values()) - known.keys())
-        known.update((word, ids.tolist()) for word, ids in zip(new, encode_batch(new), strict=True))
-        for i in plain:
-            found[i] = np.fromiter(chain.from_iterable(map(known.__getitem__, words[i])), np.int32)
-        return [found[i] for i in range(len(texts))]
-
-    return encode
+def _remembering(fitted: Fitted) -> Fitted:
+    """The same tokenizer, which must split as GPT-2's pattern does, much quicker on long texts."""
+    encode_batch = WordMemory(fitted.encode_batch, fitted.byte_counts)
+    return Fitted(fitted.pieces, encode_batch, fitted.eot, fitted.state)
 
 
 # ---------------------------------------------------------------------------------------------------------- GPT-2
@@ -300,7 +285,7 @@ class GPT2:
                 return [np.array(encoding.encode_ordinary(texts[0]), np.int32)]
             return [np.array(ids, np.int32) for ids in encoding.encode_ordinary_batch(list(texts), num_threads=threads)]
 
-        return Fitted(pieces, encode_batch, encoding.eot_token)
+        return _remembering(Fitted(pieces, encode_batch, encoding.eot_token))
 
 
 def _merges_file(folder: str) -> Path:

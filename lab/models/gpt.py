@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -40,11 +41,13 @@ class GPT(Transformer):
 
     @nn.compact
     def __call__(self, tokens_BL: Array, *, train: bool, mask: Array | None = None, positions: Array | None = None,
-                 decode: bool = False) -> Array:
+                 decode: bool = False, head: bool = True) -> Any:
         """`mask` (B, L): 1 where a token is real. `positions`: (L,) or (B, L), default 0..L-1.
 
         With `decode` the keys and values are written to the "cache" collection (`context` rows) at `positions`, and
         each query sees the cache up to its own position: one call with L > 1 prefills, calls with L = 1 continue.
+
+        Without `head` it returns what `logits` takes: the last hidden states (B, L, D) and the head's kernel (D, V).
         """
         positions = jnp.atleast_2d(jnp.arange(tokens_BL.shape[1]) if positions is None else positions)
         init = nn.initializers.normal(0.02)
@@ -58,5 +61,9 @@ class GPT(Transformer):
             kernel_DV = wte.embedding.T.astype(x_BLD.dtype)
         else:
             kernel_DV = self.param("head", init, (self.width, self.vocab)).astype(x_BLD.dtype)
+        return self.logits(x_BLD, kernel_DV) if head else (x_BLD, kernel_DV)
+
+    def logits(self, x_BLD: Array, kernel_DV: Array) -> Array:
+        """Float32 logits (B, L, V) of hidden states, be they of some positions only."""
         logits_BLV = project(x_BLD, kernel_DV, jnp.float32)
         return logits_BLV if self.softcap is None else self.softcap * jnp.tanh(logits_BLV / self.softcap)

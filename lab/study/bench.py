@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from lab import loop
-from lab.data.pipeline import train_batch
 from lab.experiment import Experiment, digest, to_json
 from lab.program import Program
 from lab.study.grouping import program_key
@@ -91,12 +87,6 @@ class Bench:
         if digest(to_json(experiments[0].data)) == self._data[0]:
             (self._together(experiments, numbers, updates) if together else
              self._alone(experiments[0], numbers, updates))
-
-    def reader(self, program: Program) -> Callable[[int], dict[str, np.ndarray]]:
-        """This process's rows of an update's batch."""
-        experiment = program.experiment
-        return functools.partial(train_batch, program.train_records, batch=experiment.batch, seed=experiment.seed,
-                                 rows=program.rows)
 
     def compiling(self) -> bool:
         """Whether a program is being compiled that nobody waits for: a process that ends would wait for it."""

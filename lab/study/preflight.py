@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import itertools
 import math
 import time
@@ -17,7 +16,7 @@ from flax.errors import FlaxError
 from rich.table import Table
 
 from lab.console import clock, human
-from lab.data.pipeline import eval_batches, train_batch
+from lab.data.pipeline import eval_batches, reader
 from lab.errors import UserError
 from lab.experiment import Experiment, flat, to_json
 from lab.plan import Plan, make_plan, size_of
@@ -122,9 +121,7 @@ def measure(base: Arm, data: Any, program: Program) -> Timing | None:
     experiment, calls = base.experiment, program.experiment.dispatch
     if jax.default_backend() == "cpu" and base.flops * calls > TIMED_FLOPS:
         return None
-    read = functools.partial(train_batch, program.train_records, batch=experiment.batch, seed=experiment.seed,
-                             rows=program.rows)
-    state, update, seconds = program.init(), program.train, []
+    read, state, update, seconds = reader(program), program.init(), program.train, []
     for call in range(4):
         batch, start = program.batch(read, call), time.perf_counter()
         state, values = update(state, batch)

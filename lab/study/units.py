@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
+from lab.data.pipeline import reader
 from lab.experiment import Experiment, to_json
 from lab.run_folder import read_json, write_json
 from lab.study import workers
@@ -140,7 +141,7 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
 def time_alone(experiment: Experiment, numbers: Sequence[str], updates: int, bench: Bench) -> float:
     """Seconds per update."""
     program = bench.prepared(experiment, numbers, updates).program
-    batches = [program.batch(bench.reader(program), i) for i in range(CALLS)]
+    batches = [program.batch(reader(program), i) for i in range(CALLS)]
     return _median(program.init(), lambda state, i: program.train(state, batches[i])[0]) / program.experiment.dispatch
 
 

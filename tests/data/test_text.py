@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import logging
+import mmap
 import os
 import shutil
 import signal
@@ -167,6 +168,28 @@ def test_large_files_are_checked_at_both_ends(corpus, cache, monkeypatch, caplog
         assert "train.bin" in caplog.text
 
 
+def test_the_pages_of_a_batch_are_asked_for_together(corpus, monkeypatch):
+    """Of a file too large to be read at each start: every page that the batch needs, and hardly any other."""
+    data = Text(corpus, Bytes(), 100).load()
+    assert data.train._map is None  # small: in memory since the check
+    monkeypatch.setattr(text_module, "FULL_CHECK", 1000)
+    records = text_module.Windows(data.train.tokens, 100, data.fitted.byte_counts)
+    asked = []
+
+    class Spy:
+        def madvise(self, what, start, length):
+            assert what == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0
+            asked.append((start, start + length))
+
+    assert isinstance(records._map, mmap.mmap)
+    pick = np.array([len(records) - 1, 0, 7, 7])
+    want = records[pick]
+    records._map = Spy()
+    assert np.array_equal(records[pick]["tokens"], want["tokens"])
+    for i, (start, stop) in zip(pick.tolist(), asked, strict=True):
+        assert 0 <= i * 200 - start < mmap.PAGESIZE and stop == i * 200 + 202 <= records.tokens.nbytes
+
+
 def test_context_longer_than_the_data(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100)
     source = TextFiles(str(tmp_path / "a.txt"))
@@ -280,25 +303,35 @@ def test_kill_leaves_no_damaged_cache(larger, cache, caplog):
     assert whole == Path(larger).read_text(encoding="utf-8")
 
 
+BEGIN = """
+import sys
+import lab.data.text as t, lab.data.sources as s, lab.data.tokenizers as k
+k.SAMPLE = 2_000_000
+base = int(open("/proc/self/statm").read().split()[1]) * 4096
+"""
+PEAK = """
+print([int(l.split()[1]) * 1024 - base for l in open("/proc/self/status") if l.startswith("VmHWM")][0] / 2**20)
+"""
+
+
+def peak(script, *arguments):
+    """Resident memory beyond that after the imports, MB: the most that a process of its own has."""
+    run = [sys.executable, "-c", BEGIN + script + PEAK, *map(str, arguments)]
+    return float(subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100).stdout)
+
+
 def test_a_corpus_larger_than_the_memory_streams(tmp_path):
-    """60 MB of text; resident memory beyond that after the imports stays below 100 MB (read whole, it does not)."""
-    path = tmp_path / "big.txt"
-    with path.open("w") as file:
+    """The first start on 60 MB of text takes no more memory than on 20 MB, also while merges are learned."""
+    large, small = tmp_path / "large.txt", tmp_path / "small.txt"
+    with large.open("w") as file:
         for i in range(60):
-            file.write(f"{i} {WORDS.replace('é 你', 'e')}" * (1_000_000 // 66))
-    assert path.stat().st_size > 55e6
-    begin = (
-        "import numpy; import lab.data.text as t, lab.data.sources as s;"
-        "pages = int(open('/proc/self/statm').read().split()[1]);"
-    )
-    end = "m = [int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')][0] / 1024; print(m)"
-    code = f"{begin}import sys; d = t.Text(s.TextFiles(sys.argv[1]), t.Bytes(), 64).load();"
-    whole = f"{begin}import sys; d = open(sys.argv[1]).read(); d = [d, d.encode()];"  # negative control
-
-    def peak(script):
-        run = [sys.executable, "-c", script + f"base = pages * 4096 / 2**20; {end}; print(base)", str(path)]
-        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100)
-        high, base = map(float, done.stdout.split())
-        return high - base
-
-    assert peak(code) < 100 < peak(whole)
+            file.write(f"{i} {WORDS.replace('é 你', f'e{i * 7919}')}" * (1_000_000 // 70))
+    with large.open("rb") as file:
+        small.write_bytes(file.read(large.stat().st_size // 3))
+    assert large.stat().st_size > 55e6
+    for tokenizer, limit in (("Bytes()", 60), ("BPE(500)", 160)):
+        load = f"d = t.Text(s.TextFiles(sys.argv[1]), k.{tokenizer}, 64).load()"
+        one, three = peak(load, small), peak(load, large)
+        assert three < limit and three - one < 10, (tokenizer, one, three)
+    whole = "d = open(sys.argv[1]).read(); d = [d, d.encode()]"  # negative control
+    assert peak(whole, large) - peak(whole, small) > 60

@@ -13,6 +13,7 @@ import pytest
 
 from lab.data import tokenizers as tk
 from lab.data.tokenizers import BPE, EOT, GPT2, Bytes, Chars
+from lab.data.word_memory import WordMemory
 from lab.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,20 @@ def test_end_of_text_is_never_made_from_text(gpt2_folder):
         assert fitted.decode([fitted.eot]) == EOT
         assert fitted.byte_counts[fitted.eot] == 0
     assert fit(Bytes()).eot is None and fit(Chars()).eot is None
+
+
+def test_gpt2_remembers_words_too(gpt2_folder, monkeypatch):
+    plain = fit(GPT2(str(gpt2_folder))).encode_batch(HARD)  # too short to be remembered
+    monkeypatch.setattr("lab.data.word_memory.SHORT", 0)
+    fitted = fit(GPT2(str(gpt2_folder)))
+    for _ in range(2):
+        assert [ids.tolist() for ids in fitted.encode_batch(HARD)] == [ids.tolist() for ids in plain]
+    assert fitted._encode_batch._count > 10
+    alike = " 12345678 123456789"
+    right = fitted.encode(alike)
+    keys = WordMemory._keys  # negative control: words that begin alike taken for the same
+    monkeypatch.setattr(WordMemory, "_keys", lambda *a: (keys(*a)[0], keys(*a)[0]))
+    assert not np.array_equal(fit(GPT2(str(gpt2_folder))).encode(alike), right)
 
 
 def test_sizes_and_hints(gpt2_folder):
@@ -116,19 +131,15 @@ def test_bpe_sample_is_bounded(monkeypatch):
     assert len(seen) == 100 and '"zz"' not in state
 
 
-def test_remembered_words_give_the_same_ids(monkeypatch):
-    monkeypatch.setattr(tk, "MANY_CORES", 0)
-    plain = fit(BPE(400))
-    monkeypatch.setattr(tk, "MANY_CORES", 10**6)
-    monkeypatch.setattr(tk, "REMEMBERED", 50)  # so that they are forgotten too
-    fast = BPE(400).restore(plain.state)
-    draw = random.Random(1)
-    letters = "ab 'tslvRE\n\t\r\x0b\x0c\x1c\x1d\x1e\x1f\x00\x7f_.1 "
-    texts = ["".join(draw.choices(letters, k=draw.randrange(30))) for _ in range(3000)] + HARD
-    for a, b in zip(plain.encode_batch(texts), fast.encode_batch(texts), strict=True):
-        assert np.array_equal(a, b)
-    monkeypatch.setattr(tk, "_ASCII_WORD", tk.re.compile(r"\s+|\S+"))  # negative control
-    assert any(map(lambda a, b: not np.array_equal(a, b), plain.encode_batch(texts), fast.encode_batch(texts)))
+def test_bpe_learns_from_a_bounded_number_of_distinct_words(monkeypatch):
+    """Memory grows with them: text without spaces is learned from its beginning, other text is not cut short."""
+    monkeypatch.setattr(tk, "DISTINCT", 1000)
+
+    def taken(texts):
+        return len(list(tk._bounded(iter(texts))))
+
+    assert taken(["the same words " * 10] * 100) == 100
+    assert taken([f"{i:050}" for i in range(100)]) == 21 and taken([chr(0x4E00 + i) * 50 for i in range(100)]) == 7
 
 
 def test_bpe_too_small():

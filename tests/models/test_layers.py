@@ -15,13 +15,17 @@ from lab.models.layers import (
     SelfAttention,
     Transformer,
     choose_attention,
+    dense,
     dropout,
     einsum_attention,
+    elementwise,
     is_zero,
     norm,
     project,
     rotary,
+    softmax,
 )
+from lab.models.splash import splash_attention
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 TINY = {"depth": 1, "width": 8, "heads": 2, "context": 8}
@@ -499,7 +503,7 @@ def choose():
     choose_attention.cache_clear()
 
 
-GOOD = ("gpu", "bfloat16", 64, False)
+GOOD = ("gpu", "bfloat16", 64, 100, True, False)
 
 
 def test_auto_takes_cudnn_where_it_runs_and_says_so_once(choose, caplog):
@@ -509,12 +513,11 @@ def test_auto_takes_cudnn_where_it_runs_and_says_so_once(choose, caplog):
 
 
 @pytest.mark.parametrize("place,reason", [
-    (("cpu", "bfloat16", 64, False), "runs on NVIDIA GPUs only, and this is cpu"),
-    (("tpu", "bfloat16", 64, False), "runs on NVIDIA GPUs only, and this is tpu"),
-    (("gpu", "float32", 64, False), "needs --precision bfloat16, not float32"),
-    (("gpu", "bfloat16", 256, False), "needs a head width of at most 128 and a multiple of 8, not 256"),
-    (("gpu", "bfloat16", 20, False), "needs a head width of at most 128 and a multiple of 8, not 20"),
-    (("gpu", "float16", 64, True), "cannot drop out attention probabilities"),
+    (("cpu", "bfloat16", 64, 100, True, False), "runs on NVIDIA GPUs only, and this is cpu"),
+    (("gpu", "float32", 64, 100, True, False), "needs --precision bfloat16, not float32"),
+    (("gpu", "bfloat16", 256, 100, True, False), "needs a head width of at most 128 and a multiple of 8, not 256"),
+    (("gpu", "bfloat16", 20, 100, True, False), "needs a head width of at most 128 and a multiple of 8, not 20"),
+    (("gpu", "float16", 64, 100, True, True), "cannot drop out attention probabilities"),
 ], ids=str)
 def test_where_cudnn_cannot_run_auto_falls_to_einsum_and_cudnn_is_an_error(choose, caplog, place, reason):
     with caplog.at_level(logging.INFO, "lab.models.layers"):
@@ -525,14 +528,50 @@ def test_where_cudnn_cannot_run_auto_falls_to_einsum_and_cudnn_is_an_error(choos
     assert str(e.value) == f"Attention backend cudnn {reason}. Use --model.attention auto or einsum."
 
 
+TPU = ("tpu", "float32", 20, 128, False, False)
+
+
+@pytest.mark.parametrize("place,reason", [
+    (("cpu", *TPU[1:]), "runs on TPUs only, and this is cpu"), ((*TPU[:3], 100, False, False),
+     "needs a length that is a multiple of 128, not 100"), ((*TPU[:4], True, False), "knows no padding"),
+    ((*TPU[:4], False, True), "cannot drop out attention probabilities"),
+], ids=str)
+def test_where_splash_cannot_run_it_is_an_error_and_auto_falls_to_einsum(choose, caplog, place, reason):
+    with caplog.at_level(logging.INFO, "lab.models.layers"):
+        assert choose("auto", *TPU) == choose("splash", *TPU) == "splash" and choose("auto", *place) == "einsum"
+    assert caplog.messages[0] == "attention: splash (fused, memory linear in the length)"
+    if place[0] == "tpu":
+        assert caplog.messages[1] == f"attention: einsum (splash {reason})"
+    with pytest.raises(UserError) as e:
+        choose("splash", *place)
+    assert str(e.value) == f"Attention backend splash {reason}. Use --model.attention auto or einsum."
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+def test_splash_is_einsum_attention(causal):
+    """Grouped queries; JAX's interpreter of kernels in the place of a TPU. Values and gradients."""
+    q, k, v = (jnp.asarray(normal(1, 128, n, 8, seed=n)) for n in (2, 1, 1))
+    visible = jnp.tril(jnp.ones((1, 128, 128), bool))
+
+    def results(attend):
+        return jax.jit(jax.value_and_grad(lambda *args: jnp.sin(attend(*args)).sum(), argnums=(0, 1, 2)))(q, k, v)
+
+    kernel = results(functools.partial(splash_attention, causal=causal, interpret=True))
+    plain, other = (results(lambda *args, see=see: einsum_attention(*args, see))
+                    for see in ((visible, None) if causal else (None, visible)))
+    for a, b, c in zip(*map(jax.tree.leaves, (kernel, plain, other)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+        assert np.abs(a - c).max() > 1e-2  # negative control: the other mask
+
+
 def test_a_named_backend_is_taken_or_is_an_error(choose, caplog):
     with caplog.at_level(logging.INFO, "lab.models.layers"):
         assert choose("cudnn", *GOOD) == "cudnn"
-        assert choose("einsum", "cpu", "float32", 20, True) == "einsum"
-        assert choose("xla", "cpu", "float32", 20, False) == "xla"
+        assert choose("einsum", "cpu", "float32", 20, 5, True, True) == "einsum"
+        assert choose("xla", "cpu", "float32", 20, 5, True, False) == "xla"
     assert caplog.messages == []  # it is what was asked for
     with pytest.raises(UserError, match="xla cannot drop out attention probabilities"):
-        choose("xla", "cpu", "float32", 64, True)
+        choose("xla", "cpu", "float32", 64, 5, True, True)
 
 
 def test_a_model_asks_for_its_backend(choose):
@@ -567,3 +606,56 @@ def test_good_settings_are_silent():
     Transformer().validate()
     Transformer(**TINY, kv_heads=1, position="rotary", dropout=0.5).validate()
     jax.jit(lambda rate: Transformer(**TINY, dropout=rate).validate())(0.1)  # a traced rate cannot be checked
+
+
+# ------------------------------------------------------------------------------------ reduced precision inside
+
+
+def distance(a, b):
+    """The greatest difference, in units of bfloat16's rounding of the largest value."""
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return np.abs(a - b).max() / (np.abs(b).max() * 2.0**-8)
+
+
+@pytest.mark.parametrize("f, operands", [(nn.gelu, 1), (lambda x: jnp.square(nn.relu(x)), 1),
+                                         (lambda x, y: nn.silu(x) * y, 2)])
+def test_elementwise_rounds_once(f, operands):
+    xs = [jnp.asarray(normal(64, 64, seed=i, scale=2.0), BF16) for i in range(operands)]
+    g = jnp.asarray(normal(64, 64, seed=7), BF16)
+    y, back = jax.vjp(functools.partial(elementwise, f), *xs)
+    wide_y, wide_back = jax.vjp(f, *(x.astype(jnp.float32) for x in xs))
+    np.testing.assert_array_equal(y, wide_y.astype(BF16))
+    for got, wanted in zip(back(g), wide_back(g.astype(jnp.float32)), strict=True):
+        np.testing.assert_array_equal(got, wanted.astype(BF16))
+
+
+def test_rounding_after_every_operation_gives_other_numbers():
+    """The negative control of the test above."""
+    x = jnp.asarray(normal(64, 64, scale=2.0), BF16)
+    assert (np.asarray(nn.gelu(x)) != np.asarray(elementwise(nn.gelu, x))).any()
+
+
+def test_elementwise_keeps_only_its_operands():
+    x = jnp.ones((4, 4), BF16)
+    kept = jax.tree.leaves(jax.vjp(functools.partial(elementwise, nn.gelu), x)[1])
+    assert [(k.shape, k.dtype) for k in kept] == [((4, 4), BF16)]
+    assert len(jax.tree.leaves(jax.vjp(nn.gelu, x)[1])) > 1
+
+
+def test_softmax_gradient_from_rounded_probabilities():
+    scores, g = jnp.asarray(normal(8, 33, scale=3.0)), jnp.asarray(normal(8, 33, seed=1), BF16)
+    p, back = jax.vjp(lambda s: softmax(s, BF16), scores)
+    wide, wide_back = jax.vjp(jax.nn.softmax, scores)
+    wanted = wide_back(g.astype(jnp.float32))[0]
+    np.testing.assert_array_equal(p, wide.astype(BF16))
+    assert distance(back(g)[0], wanted) < 1
+    assert distance(p.astype(jnp.float32) * g.astype(jnp.float32), wanted) > 5  # without the second term
+
+
+def test_bias_gradients_are_summed_in_float32():
+    """4,096 ones: a running sum in bfloat16 stops at 256."""
+    x, layer = jnp.ones((4096, 2), BF16), dense(3, bias=True, stddev=0.02, name=None)
+    params = jax.tree.map(lambda p: p.astype(BF16), layer.init(jax.random.key(0), x)["params"])
+    got = jax.grad(lambda p: layer.apply({"params": p}, x).astype(jnp.float32).sum())(params)["bias"]
+    np.testing.assert_array_equal(got.astype(jnp.float32), np.full(3, 4096.0))
+    assert jax.lax.fori_loop(0, 4096, lambda i, total: total + jnp.ones((), BF16), jnp.zeros((), BF16)) == 256

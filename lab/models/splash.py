@@ -1,0 +1,44 @@
+"""Splash attention: JAX's flash attention (Dao et al. 2022) for TPUs, whose memory is linear in the length."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+from jax import Array
+
+BLOCKS = (512, 256, 128)  # queries and keys that the kernel works on at a time
+
+
+def splash_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, *, causal: bool, save: str | None = None,
+                     interpret: bool = False) -> Array:
+    """What `einsum_attention` computes without padding; L = S, a multiple of 128. Returns (B, L, N, K) in q's type.
+
+    `save`: the name under which `jax.checkpoint` may keep what the backward pass needs. `interpret`: run it on a CPU,
+    slowly.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    L, N, K = q_BLNK.shape[1:]
+    block = next(size for size in BLOCKS if L % size == 0)
+    mask = (splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask)((L, L))
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, use_fused_bwd_kernel=True)
+    with jax.ensure_compile_time_eval():  # which blocks the mask leaves out
+        kernel = splash_attention_kernel.make_splash_mha(
+            splash_attention_mask.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+            residual_checkpoint_name=save, interpret=interpret)
+    q_BNLK, k_BGSK, v_BGSK = (x.swapaxes(1, 2) for x in (q_BLNK * K**-0.5, k_BSGK, v_BSGK))
+    return jax.vmap(kernel)(q_BNLK, k_BGSK, v_BGSK).swapaxes(1, 2).astype(q_BLNK.dtype)
+
+
+class OnDevice(nn.Module):
+    """`splash_attention` as a module of its own, because the compiler cannot divide a kernel: lab/sharding.py gives
+    every device its rows and heads."""
+
+    causal: bool
+    save: str
+
+    def __call__(self, q_BLNK: Array, k_BSGK: Array, v_BSGK: Array) -> Array:
+        """See `splash_attention`."""
+        return splash_attention(q_BLNK, k_BSGK, v_BSGK, causal=self.causal, save=self.save)

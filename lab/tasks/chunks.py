@@ -1,0 +1,79 @@
+"""Sums over the positions of a batch, a chunk at a time, so that what is large in between exists for one chunk only."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Sums = Callable[[Array, Array, Any, Any], tuple[Array, Any]]
+"""(hidden (B, C, D), kernel, each of `given` (B, C), numbers) -> (objective, other sums)."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def over_chunks(sums: Sums, chunk: int, hidden_BLD: Array, kernel: Array, given: Any,
+                numbers: Any) -> tuple[Array, Any]:
+    """``sums(hidden_BLD, kernel, given, numbers)``, added up over chunks of `chunk` positions of every row.
+
+    Chunk i of n is positions i::n, of which every device has its share however the length is divided. A length that
+    `chunk` does not divide is filled up with zeros, which must add nothing (a weight among `given`).
+
+    Only the objective has a derivative, and only towards `hidden_BLD` and `kernel`. Both are taken in the forward pass,
+    chunk by chunk, while the chunk's intermediate arrays are there: nothing is computed twice, and what is kept is as
+    large as `hidden_BLD` and `kernel`. The kernel's is added up in float32. (The same idea: Wijmans et al. 2024; Hsu et
+    al. 2024, "Liger Kernel".)
+    """
+    parts = _chunks(chunk, (hidden_BLD, given))
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = _zeros(jax.eval_shape(lambda part: sums(part[0], kernel, part[1], numbers), first))
+
+    def body(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, sums(part[0], kernel, part[1], numbers)), None
+
+    return jax.lax.scan(body, zeros, parts)[0]
+
+
+def _forward(sums: Sums, chunk: int, hidden_BLD: Array, kernel: Array, given: Any, numbers: Any) -> tuple[Any, Any]:
+    def one(part: Any) -> tuple[Any, tuple[Array, Array]]:
+        both = jax.value_and_grad(lambda *args: sums(*args, part[1], numbers), argnums=(0, 1), has_aux=True)
+        total, (d_hidden, d_kernel) = both(part[0], kernel)
+        return (total, d_kernel.astype(jnp.float32)), d_hidden
+
+    parts = _chunks(chunk, (hidden_BLD, given))
+    zeros = _zeros(jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))[0])
+
+    def body(carry: Any, part: Any) -> tuple[Any, Array]:
+        own, d_hidden = one(part)
+        return jax.tree.map(jnp.add, carry, own), d_hidden
+
+    (total, d_kernel), d_hidden = jax.lax.scan(body, zeros, parts)
+    B, L = hidden_BLD.shape[:2]
+    d_hidden_BLD = jnp.moveaxis(d_hidden, 0, 2).reshape(B, -1, *hidden_BLD.shape[2:])[:, :L]
+    return total, (d_hidden_BLD, d_kernel.astype(kernel.dtype))
+
+
+def _backward(sums: Sums, chunk: int, saved: tuple[Array, Array], cotangents: tuple[Array, Any]) -> tuple[Any, ...]:
+    return *((cotangents[0] * g).astype(g.dtype) for g in saved), None, None
+
+
+over_chunks.defvjp(_forward, _backward)
+
+
+def _chunks(chunk: int, tree: Any) -> Any:
+    """(B, L, ...) -> (n, B, C, ...) of every array."""
+    def cut(x: Array) -> Array:
+        B, L = x.shape[:2]
+        n = -(-L // min(chunk, L))
+        size = -(-L // n)
+        x = jnp.pad(x, [(0, 0), (0, n * size - L)] + [(0, 0)] * (x.ndim - 2)) if n * size > L else x
+        return jnp.moveaxis(x.reshape(B, size, n, *x.shape[2:]), 2, 0)
+
+    return jax.tree.map(cut, tree)
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
