@@ -73,18 +73,18 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
     ms = 1000 / n * np.diff(ends[WARM - 1 :])
     median, units = float(np.median(ms)), experiment.batch * data.units_per_record
     flops = make_plan(experiment).flops / median * 1000
+    profile, state = _profile(program, state, program.batch(read, 0)) if options.profile else (None, state)
+    parts = _breakdown(program, state, data, options.updates) if options.breakdown else {}  # takes the state
     found = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__,
         "precision": experiment.precision, "time_to_first_update_seconds": round(first, 2),
         "compile_seconds": round(program.compile_seconds, 2), "ms_per_update": round(median, 3),
         "ms_quartiles": [round(float(q), 3) for q in np.percentile(ms, [25, 75])],
-        **(_breakdown(experiment, data, options.updates) if options.breakdown else {}),
+        **parts,
         "host_ms": round(1000 / n * float(np.median(host[WARM:])), 3),
         "data_wait_ms": round(1000 / n * (waits[-1] - waits[WARM - 1]) / calls, 3),
         f"{data.unit}_per_second": round(units / median * 1000), "flops_per_second": flops,
-        "mfu": metrics.mfu(flops, program.mesh.size), **_memory(program)}
-    if options.profile:
-        found["profile"] = _profile(program, state, program.batch(read, 0))
+        "mfu": metrics.mfu(flops, program.mesh.size), **_memory(program), **({"profile": profile} if profile else {})}
     table = Table("", "", show_header=False)
     for name, value in found.items():
         table.add_row(name.replace("_", " "), human(value) if isinstance(value, int | float) and value > 1e5
@@ -107,20 +107,23 @@ def _memory(program: Program) -> dict[str, int | None]:
             "peak_device_bytes": device.get("peak_bytes_in_use"), "peak_host_bytes": kilobytes * 1024}
 
 
-def _breakdown(experiment: Experiment, data: Any, updates: int) -> dict[str, float]:
+def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[str, float]:
     """Milliseconds of the parts of a single update, each the difference of two programs that run one after another.
 
-    Forward: the loss. Backward: what the gradient takes beyond it. Optimizer: what the update takes beyond that.
+    Forward: the loss. Backward: what the gradient takes beyond it. Optimizer: what the update takes beyond that. The
+    state is used up.
     """
-    program = Program(replace(experiment, dispatch=1, resident="never"), data.train)
-    kept, batch = [program.init()], program.batch(reader(program), 0)
+    if program.stacked or program.resident is not None:
+        program = Program(replace(program.experiment, dispatch=1, resident="never"), data.train)
+        state = program.init()
+    kept, batch = [state], program.batch(reader(program), 0)
 
     def alone(differentiate: Callable) -> Callable[[], Any]:
         def part(state: State, batch: Any, given: Any) -> Any:
             seeded = override(program.experiment, given)
             with constrained(program.mesh):
                 rows = prepare(seeded, batch, True, state.step)
-                return microbatched(experiment.microbatches)(differentiate(make_loss(seeded)), state, rows)
+                return microbatched(seeded.microbatches)(differentiate(make_loss(seeded)), state, rows)
 
         compiled = jax.jit(part).lower(kept[0], batch, program.given).compile()
         return lambda: compiled(kept[0], batch, program.given)
@@ -141,11 +144,11 @@ def _breakdown(experiment: Experiment, data: Any, updates: int) -> dict[str, flo
     return {"forward_ms": round(f, 3), "backward_ms": round(g - f, 3), "optimizer_ms": round(u - g, 3)}
 
 
-def _profile(program: Program, state: State, batch: Any) -> str:
-    """Writes a trace of `TRACED` updates; returns its folder."""
+def _profile(program: Program, state: State, batch: Any) -> tuple[str, State]:
+    """Writes a trace of `TRACED` updates; returns its folder, and the state after them."""
     folder = Path("profiles") / f"{program.experiment.fingerprint()}-{time.strftime('%Y%m%d-%H%M%S')}"
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
         for _ in range(TRACED):
             state, values = program.train(state, batch)
             jax.block_until_ready(values)
-    return str(folder)
+    return str(folder), state

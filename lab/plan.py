@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from lab.experiment import Experiment
 from lab.program import abstract_state, batch_spec
 from lab.sharding import path_of
-from lab.step import State, cast, key_for, make_train_step, prepare
+from lab.step import State, make_loss, make_train_step, prepare
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
@@ -89,11 +89,7 @@ def make_plan(experiment: Experiment) -> Plan:
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch_spec(experiment).items()}
 
     def loss(params: Any, extra: Any, batch: Any) -> tuple[Any, Any]:
-        batch = prepare(experiment, batch, True, 0)
-        rngs = {"dropout": key_for(experiment.seed, "dropout", 0)}
-        variables = {"params": cast(params, experiment.precision), **extra}
-        loss_sum, weight, _, extra = experiment.task.loss(experiment.model, variables, batch, rngs, train=True)
-        return loss_sum, (weight, extra)
+        return make_loss(experiment)(params, extra, prepare(experiment, batch, True, 0), 0, 0)
 
     def residuals(params: Any, extra: Any, batch: Any) -> Any:
         return jax.vjp(lambda p: loss(p, extra, batch), params, has_aux=True)[1]

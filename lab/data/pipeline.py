@@ -129,23 +129,23 @@ def train_batch(records: Records, step: int, batch: int, seed: int, rows: slice 
     return _numbered(records, indices, np.ones(len(indices), np.float32))
 
 
+def train_batches(records: Records, call: int, updates: int, batch: int, seed: int, rows: slice = ALL) -> Batch:
+    """`train_batch` of the `updates` steps of call number `call`, as the first axis: their indices come at once."""
+    indices = train_indices(call, updates * batch, len(records), seed).reshape(updates, batch)[:, rows]
+    found = _numbered(records, indices.ravel(), np.ones(indices.size, np.float32))
+    return {name: x.reshape(*indices.shape, *x.shape[1:]) for name, x in found.items()}
+
+
 def reader(program: Any) -> Callable[[int], Batch]:
     """For a `lab.program.Program`: this process's rows of the training batch of a call, by the number of calls before.
 
     Where a call makes several updates, they are the first axis.
     """
     experiment, records = program.experiment, program.train_records
-    n = experiment.dispatch
-
-    def several(call: int) -> Batch:
-        indices = train_indices(call, n * experiment.batch, len(records), experiment.seed).reshape(n, -1)
-        indices = indices[:, program.rows]
-        found = _numbered(records, indices.ravel(), np.ones(indices.size, np.float32))
-        return {name: x.reshape(*indices.shape, *x.shape[1:]) for name, x in found.items()}
-
+    own = {"batch": experiment.batch, "seed": experiment.seed, "rows": program.rows}
     if program.stacked:
-        return several
-    return lambda call: train_batch(records, call, batch=experiment.batch, seed=experiment.seed, rows=program.rows)
+        return lambda call: train_batches(records, call, experiment.dispatch, **own)
+    return lambda call: train_batch(records, call, **own)
 
 
 def eval_batches(records: Records, batch: int, limit: int | None = None, rows: slice = ALL) -> Iterator[Batch]:

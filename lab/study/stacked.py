@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lab import metrics
-from lab.data.pipeline import train_batch
+from lab.data.pipeline import train_batches
 from lab.experiment import Experiment, override
 from lab.program import OnlyNumbered, abstract_state, batch_spec, fits, numbers_of, one_record
 from lab.step import State, init_state, make_eval_step, make_train_step
@@ -114,8 +114,8 @@ class Stacked:
     def batch(self, call: int) -> dict[str, jax.Array]:
         """The batches of dispatch number `call`, of every seed, on the devices: leading axes (dispatch, seeds)."""
         n, size = self.experiment.dispatch, self.experiment.batch
-        rows = [[train_batch(self.records, call * n + i, size, seed) for seed in self.seeds] for i in range(n)]
-        stacks = {name: np.stack([np.stack([one[name] for one in row]) for row in rows]) for name in rows[0][0]}
+        each = [train_batches(self.records, call, n, size, seed) for seed in self.seeds]
+        stacks = {name: np.stack([batches[name] for batches in each], axis=1) for name in each[0]}
         return jax.device_put(stacks, self.everywhere)
 
     @functools.cached_property
