@@ -392,6 +392,7 @@ def process_environ(environ: Mapping[str, str], folder: Path, accelerator: str) 
             "MALLOC_MMAP_MAX_": "0",    # large blocks come from the heap, not from mmap
             "MALLOC_TRIM_THRESHOLD_": str(2**40),    # the heap never shrinks
             "MALLOC_TOP_PAD_": "268435456",    # and grows by 256 MiB at a time
+            "MALLOC_ARENA_MAX": "1",    # one heap: those of further threads end at 64 MiB, and more comes from mmap
         }
     return defaults | result
 

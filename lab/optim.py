@@ -313,6 +313,19 @@ class Adafactor(Optimizer):
         require("factored_from", self.factored_from, "at least 1", lambda v: v >= 1)
 
 
+def orthogonalised(x: jax.Array) -> jax.Array:
+    """Matrices (..., m, n) of Frobenius norm 1 with their singular values brought to about 1: 5 quintic Newton-Schulz
+    iterations x <- a x + (b s + c s^2) x, s = x x^T, of Jordan et al. 2024. (Optax's, in the form that CPUs are fast
+    at: 16 ms instead of 34 for the 24 matrices of a GPT of width 128 and depth 4 on 2 cores.)
+    """
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.swapaxes(-1, -2)
+    for _ in range(5):
+        square = jnp.einsum("...ik,...jk->...ij", x, x)
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * (square @ square)) @ x
+    return x.swapaxes(-1, -2) if tall else x
+
+
 @dataclass(frozen=True, kw_only=True)
 class Muon(AdamW):
     """Hidden matrices step along their orthogonalised Nesterov momentum (Jordan et al. 2024: 5 quintic Newton-Schulz
@@ -348,15 +361,17 @@ class Muon(AdamW):
         return self.group(path) * (self.adam_lr if self.axes(path, ndim) is None else 1.0)
 
     def direction(self) -> optax.GradientTransformation:
-        def consistent(path: str, u: jax.Array) -> jax.Array:
-            sides = [math.prod(u.shape[a] for a in axes) for axes in self.axes(path, u.ndim)]
-            return u * (self.rms * math.sqrt(max(sides)))
+        def orthogonal(path: str, u: jax.Array) -> jax.Array:
+            inputs, outputs = (math.prod(u.shape[a] for a in axes) for axes in self.axes(path, u.ndim))
+            matrices = u.reshape(*u.shape[: 1 if re.search(self.stacked, path) else 0], inputs, outputs)
+            return (orthogonalised(matrices) * (self.rms * math.sqrt(max(inputs, outputs)))).reshape(u.shape)
 
         def axes(tree: Params) -> Any:
             return _map_paths(lambda path, p: self.axes(path, p.ndim), tree)
 
-        muon = optax.contrib.scale_by_muon(beta=self.momentum, weight_dimension_numbers=axes)
-        muon = optax.chain(muon, optax.stateless(lambda u, _: _map_paths(consistent, u)))
+        # Without iterations: the momentum of each matrix, divided by its norm.
+        muon = optax.contrib.scale_by_muon(beta=self.momentum, ns_steps=0, weight_dimension_numbers=axes)
+        muon = optax.chain(muon, optax.stateless(lambda u, _: _map_paths(orthogonal, u)))
         return optax.partition({"muon": muon, "adam": super().direction()}, self._kinds)
 
     def _kinds(self, params: Params) -> Any:

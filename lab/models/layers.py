@@ -144,9 +144,10 @@ def rotary(x_BLNK: Array, positions: Array) -> Array:
     half = x_BLNK.shape[-1] // 2
     frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = jnp.einsum("...,K->...K", positions[..., None].astype(jnp.float32), frequency)
-    a, b = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1)
-    return rotated.astype(x_BLNK.dtype)
+    cos, sin = jnp.tile(jnp.cos(angle), 2), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-1)
+    x = x_BLNK.astype(jnp.float32)
+    # Not two halves put together: CPUs take 5 times as long over that, forward and backward.
+    return (x * cos + jnp.roll(x, half, axis=-1) * sin).astype(x_BLNK.dtype)
 
 
 def platform() -> str:
