@@ -70,6 +70,10 @@ _reduced_product.defvjp(_forward, _backward)
 
 def project(x: Array, kernel: Array, dtype: Any) -> Array:
     """``x (..., D) @ kernel (D, F) -> (..., F)`` by `product`."""
+    if x.dtype == jnp.float32 and platform() == "cpu" and dict(jax.sharding.get_abstract_mesh().shape).get(
+            "sequence", 1) == 1:
+        # All rows as one matrix (no mesh may divide two axes of it): nanoGPT's update on 2 cores, 34 ms instead of 38.
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
     rows = "ABCEGHI"[: x.ndim - 1]
     return product(f"{rows}D,DF->{rows}F", x, kernel, dtype)
 
