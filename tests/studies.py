@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+from lab.study.engine import CellScreen
 
 BASE = {"class": "lab.experiment.Experiment", "seed": 0,
         "model": {"class": "lab.models.gpt.GPT", "norm": "layernorm", "position": "learned", "width": 64},
@@ -64,3 +69,16 @@ def make_cell(study: Path, arm: str, seed: int, loss: float, status: str = "done
         write(folder / "result.json", {"steps": 40, "final": rows[-1], "best": rows[-1], "seconds_per_update": 0.25,
                                        "tokens_per_second": 8192.0, "test": {"step": 40, "split": "test", "loss": 9.0}})
     return folder
+
+
+def told_to_stop(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """SIGTERM comes, once, when a cell's progress shows this."""
+    progress, seen = CellScreen.progress, []
+
+    def told(self: CellScreen, shown: str) -> None:
+        progress(self, shown)
+        if line in shown and not seen:
+            seen.append(shown)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(CellScreen, "progress", told)

@@ -1,12 +1,10 @@
 """Studies: designs, what preflight refuses, cells that run exactly once, whoever is killed, and pairing."""
 
-import importlib.util
 import json
 import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,9 +26,9 @@ from lab.sharding import path_of
 from lab.study import leases
 from lab.study.cells import changed, code_of
 from lab.study.design import Study, factorial, grid, leave_one_out, one_at_a_time, override
-from lab.study.engine import CellScreen
 from lab.study.preflight import preflight
 from tests.conftest import ROOT
+from tests.studies import told_to_stop
 from tests.test_cli import EXPERIMENT, WORDS, finish, start, wait_for
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -346,8 +344,7 @@ def test_dry_run_says_what_could_be_seen_and_runs_nothing(first, typed, place):
     status, out, _ = typed("small.py", "--vary", "optim.lr.peak=1e-2,5e-2", "--seeds", "4", "--studies", "first",
                            "--dry-run")
     assert status == 0 and not ran(out) and re.search(r"[56] cells to run: about \d:\d\d", out)  # 2 or 3 are elsewhere
-    if importlib.util.find_spec("lab.study.stats"):
-        assert re.search(r"Power: the base has loss .* over [23] seeds", out) and "standard deviations) needs" in out
+    assert re.search(r"Power: the base has loss .* over [23] seeds", out) and "standard deviations) needs" in out
     status, out, _ = typed("ablate.py", "--studies", "never", "--dry-run")
     assert status == 0 and "9 cells to run: about" in out and not (place / "never").exists()
     assert "Power: unknown until the base has finished with two seeds." in out
@@ -441,15 +438,7 @@ def test_other_mistakes_on_the_command_line(mistake):
 
 
 def test_told_to_stop_and_going_on(typed, place, monkeypatch):
-    progress, seen = CellScreen.progress, []
-
-    def told(self, line):
-        progress(self, line)
-        if "update      3/4" in line and not seen:
-            seen.append(line)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(CellScreen, "progress", told)
+    told_to_stop(monkeypatch, "update      3/4")
     command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "1", "--studies", "stopped")
     status, out, _ = typed(*command)
     assert status == 75 and "2 cells are left. The same command goes on." in out and not ran(out)

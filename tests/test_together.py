@@ -38,6 +38,7 @@ from lab.study.together import run_together
 from lab.study.units import chunk_size, make_units
 from lab.study.workers import cores
 from lab.tasks.language import LanguageModel
+from tests.studies import told_to_stop
 from tests.test_cli import finish, start, wait_for
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 from tests.test_study import FILE, ran
@@ -269,17 +270,7 @@ def _without_times(report: str) -> list[str]:
 
 
 def test_told_to_stop_together(typed, place, monkeypatch):
-    from lab.study.engine import CellScreen
-
-    progress, seen = CellScreen.progress, []
-
-    def told(self, line):
-        progress(self, line)
-        if "update      2/4" in line and not seen:
-            seen.append(line)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(CellScreen, "progress", told)
+    told_to_stop(monkeypatch, "update      2/4")
     command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "2", "--execution", "vmap", "--studies",
                "told")
     status, out, _ = typed(*command)

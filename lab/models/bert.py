@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Transformer, dense, dropout, elementwise, norm, project
+from lab.models.layers import Dense, Transformer, dropout, elementwise, norm, project
 from lab.models.linear import check_classes
 
 
@@ -97,7 +97,7 @@ class BERT(Transformer):
         return self._masked_lm(x_BLD, wte.embedding)
 
     def _masked_lm(self, x_BLD: Array, embedding_VD: Array) -> Array:
-        h_BLD = elementwise(nn.gelu, dense(self.width, bias=self.bias, stddev=0.02, name="mlm_dense")(x_BLD))
+        h_BLD = elementwise(nn.gelu, Dense(self.width, bias=self.bias, stddev=0.02, name="mlm_dense")(x_BLD))
         h_BLD = norm(self.norm, bias=self.bias, name="mlm_norm")(h_BLD)
         bias_V = self.param("mlm_bias", nn.initializers.zeros, (self.vocab,))
         return project(h_BLD, embedding_VD.T.astype(h_BLD.dtype), jnp.float32) + bias_V.astype(jnp.float32)

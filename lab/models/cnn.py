@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import dense, dropout
+from lab.models.layers import Dense, dropout
 from lab.models.linear import check_classes, check_rates, check_sizes, output
 
 Norm = Literal["batch", "group"]
@@ -110,7 +110,7 @@ class ConvNet(nn.Module):
             x = dropout(self, max_pool(x, 2), self.dropout, train)
         x = x.reshape(len(x), -1)
         if self.dense is not None:
-            x = nn.relu(dense(self.dense, bias=True, stddev=(2 / x.shape[1]) ** 0.5, name="dense")(x))
+            x = nn.relu(Dense(self.dense, bias=True, stddev=(2 / x.shape[1]) ** 0.5, name="dense")(x))
             x = dropout(self, x, self.dense_dropout, train)
         return output(x, self.classes)
 

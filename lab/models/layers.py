@@ -96,11 +96,6 @@ class Dense(nn.Module):
         return checkpoint_name(y.astype(x.dtype), SAVED)
 
 
-def dense(features: int, *, bias: bool, stddev: float, name: str) -> Dense:
-    """The child `name` of the module that calls it."""
-    return Dense(features, bias, stddev, name=name)
-
-
 def elementwise(f: Callable[..., Array], *operands: Array) -> Array:
     """``f(*operands)`` computed in float32, in the type of the operands. The backward pass computes f again from them:
     what autodiff would keep is larger, and each rounding between two operations costs CPUs more than the operations.
@@ -348,7 +343,7 @@ class SelfAttention(Transformer):
         K = D // self.heads
 
         def heads(name: str, n: int) -> Array:
-            return dense(n * K, bias=self.bias, stddev=0.02, name=name)(x_BLD).reshape(B, L, n, K)
+            return Dense(n * K, bias=self.bias, stddev=0.02, name=name)(x_BLD).reshape(B, L, n, K)
 
         q_BLNK, k_BSGK, v_BSGK = heads("query", self.heads), heads("key", self.groups), heads("value", self.groups)
         if self.qk_norm:
@@ -362,7 +357,7 @@ class SelfAttention(Transformer):
             y_BLNK = einsum_attention(q_BLNK, k_BSGK, v_BSGK, jnp.broadcast_to(visible, (B, L, self.context)))
         else:
             y_BLNK = self._attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, train)
-        y_BLD = dense(D, bias=self.bias, stddev=self.residual_stddev, name="out")(y_BLNK.reshape(B, L, D))
+        y_BLD = Dense(D, bias=self.bias, stddev=self.residual_stddev, name="out")(y_BLNK.reshape(B, L, D))
         return dropout(self, y_BLD, self.dropout, train)
 
     def _cached(self, name: str, new_BLGK: Array, positions: Array) -> Array:
@@ -396,11 +391,11 @@ class FeedForward(Transformer):
     @nn.compact
     def __call__(self, x_BLD: Array, train: bool) -> Array:
         F = round(self.hidden_multiple * self.width)
-        h_BLF = dense(F, bias=self.bias, stddev=0.02, name="up")(x_BLD)
+        h_BLF = Dense(F, bias=self.bias, stddev=0.02, name="up")(x_BLD)
         if self.mlp == "swiglu":
-            gate_BLF = dense(F, bias=self.bias, stddev=0.02, name="gate")(x_BLD)
+            gate_BLF = Dense(F, bias=self.bias, stddev=0.02, name="gate")(x_BLD)
             h_BLF = elementwise(lambda gate, h: nn.silu(gate) * h, gate_BLF, h_BLF)
         else:
             h_BLF = elementwise(nn.gelu if self.mlp == "gelu" else lambda h: jnp.square(nn.relu(h)), h_BLF)
-        y_BLD = dense(self.width, bias=self.bias, stddev=self.residual_stddev, name="down")(h_BLF)
+        y_BLD = Dense(self.width, bias=self.bias, stddev=self.residual_stddev, name="down")(h_BLF)
         return dropout(self, y_BLD, self.dropout, train)

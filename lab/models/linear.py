@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import dense, dropout
+from lab.models.layers import Dense, dropout
 
 
 def check_classes(classes: int | None, facts: Mapping[str, int], flag: str = "--model.classes") -> None:
@@ -96,7 +96,7 @@ class MLP(nn.Module):
         x_BF = inputs.reshape(len(inputs), -1)
         for i in range(self.depth):
             he = (2 / x_BF.shape[1]) ** 0.5
-            x_BF = nn.relu(dense(self.width, bias=True, stddev=he, name=f"dense_{i}")(x_BF))
+            x_BF = nn.relu(Dense(self.width, bias=True, stddev=he, name=f"dense_{i}")(x_BF))
             x_BF = dropout(self, x_BF, self.dropout, train)
         return output(x_BF, self.classes)
 

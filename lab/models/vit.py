@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Transformer, dense, dropout
+from lab.models.layers import Dense, Transformer, dropout
 from lab.models.linear import check_classes, check_sizes, output
 
 
@@ -64,7 +64,7 @@ class ViT(Transformer):
         B, H, W, C = images.shape
         rows, columns, P = H // self.patch, W // self.patch, self.patch * self.patch * C
         x_BLP = images.reshape(B, rows, self.patch, columns, self.patch, C).swapaxes(2, 3).reshape(B, -1, P)
-        x_BLD = dense(self.width, bias=True, stddev=P**-0.5, name="patches")(x_BLP)
+        x_BLD = Dense(self.width, bias=True, stddev=P**-0.5, name="patches")(x_BLP)
         if self.pool == "token":
             token_D = self.param("token", nn.initializers.zeros, (self.width,)).astype(x_BLD.dtype)
             x_BLD = jnp.concatenate([jnp.broadcast_to(token_D, (B, 1, self.width)), x_BLD], axis=1)

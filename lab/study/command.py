@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
 import os
 import signal
 import sys
@@ -245,8 +244,6 @@ def _say_power(study: Study, base: Mapping[int, float], screen: Screen) -> None:
     if len(values) < 2:
         screen.say("Power: unknown until the base has finished with two seeds.")
         return
-    if importlib.util.find_spec("lab.study.stats") is None:
-        return
     from lab.study import stats
 
     mean, sd = (float(x) for x in stats.mean_sd(values))
@@ -260,9 +257,6 @@ def _say_power(study: Study, base: Mapping[int, float], screen: Screen) -> None:
 
 
 def _report(folder: Path, screen: Screen) -> None:
-    if importlib.util.find_spec("lab.study.report") is None:
-        screen.say(f"Everything is in {folder}")
-        return
     from lab.study.report import report
 
     while not (lease := leases.claim(folder / "leases", "report")):

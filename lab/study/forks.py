@@ -34,10 +34,7 @@ def acts_from(base: Experiment, arm: Experiment) -> int:
         first = min(first, ours.lr.tail(arm.steps), theirs.lr.tail(base.steps))
     if (ours.ema, ours.ema_from) != (theirs.ema, theirs.ema_from):
         first = min([first, *(o.ema_from for o in (ours, theirs) if o.ema is not None)])
-    try:
-        optim = replace(ours, lr=theirs.lr, ema=theirs.ema, ema_from=theirs.ema_from)
-    except TypeError:  # another optimizer without these fields
-        return 0
+    optim = replace(ours, lr=theirs.lr, ema=theirs.ema, ema_from=theirs.ema_from)
     rest = replace(arm, optim=optim, steps=base.steps, evaluate=base.evaluate)
     return first if rest.fingerprint() == base.fingerprint() else 0
 

@@ -11,11 +11,11 @@ import pytest
 
 from lab.errors import UserError
 from lab.models.layers import (
+    Dense,
     FeedForward,
     SelfAttention,
     Transformer,
     choose_attention,
-    dense,
     dropout,
     einsum_attention,
     elementwise,
@@ -654,7 +654,7 @@ def test_softmax_gradient_from_rounded_probabilities():
 
 def test_bias_gradients_are_summed_in_float32():
     """4,096 ones: a running sum in bfloat16 stops at 256."""
-    x, layer = jnp.ones((4096, 2), BF16), dense(3, bias=True, stddev=0.02, name=None)
+    x, layer = jnp.ones((4096, 2), BF16), Dense(3, bias=True, stddev=0.02)
     params = jax.tree.map(lambda p: p.astype(BF16), layer.init(jax.random.key(0), x)["params"])
     got = jax.grad(lambda p: layer.apply({"params": p}, x).astype(jnp.float32).sum())(params)["bias"]
     np.testing.assert_array_equal(got.astype(jnp.float32), np.full(3, 4096.0))
