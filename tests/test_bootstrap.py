@@ -334,10 +334,33 @@ def test_variables_are_set_and_those_of_the_user_are_kept(checkout):
     assert {"LAB_PLATFORM=cpu", "JAX_PLATFORMS=cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0"} <= set(plain)
     cache = f"JAX_COMPILATION_CACHE_DIR={checkout.environ['HOME']}/.cache/lab/xla/"
     assert any(line.startswith(cache) for line in plain)
-    assert ("MALLOC_TOP_PAD_=268435456" in plain) == (sys.platform == "linux")
+    assert ({"MALLOC_TOP_PAD_=268435456", "MALLOC_ARENA_MAX=1"} <= set(plain)) == (sys.platform == "linux")
     mine = {"MALLOC_TOP_PAD_": "1", "JAX_PLATFORMS": "", "JAX_COMPILATION_CACHE_DIR": "/mine", "LAB_PLATFORM": "tpu"}
     kept = checkout.run("x", **mine).stdout.splitlines()
     assert {f"{name}={value}" for name, value in mine.items()} <= set(kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_temporaries_of_an_update_are_not_faulted_in_anew(tmp_path):
+    """128 MiB of them: 32,768 pages."""
+    program = """
+import resource, jax, jax.numpy as jnp
+def update(x):
+    y = jax.lax.optimization_barrier(jnp.broadcast_to(x, (32, 1024, 1024)) + x)
+    return (y[0] @ y[1]).sum() + y.sum()
+f = jax.jit(update)
+x = jnp.ones((1024, 1024))
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = [(faults(), f(x).block_until_ready(), faults()) for _ in range(8)]
+print(min(after - before for before, _, after in counts[4:]))
+"""
+
+    def faults(**environ: str) -> int:
+        ours = bootstrap.process_environ({**os.environ, **environ}, tmp_path, "cpu")
+        return int(subprocess.run([sys.executable, "-c", program], env=ours, capture_output=True, text=True,
+                                  check=True).stdout)
+
+    assert faults() < 1000 and faults(MALLOC_ARENA_MAX="8") > 20_000
 
 
 def test_the_platform_follows_the_accelerator_and_what_the_user_asks_of_jax(tmp_path):
