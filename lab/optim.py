@@ -362,8 +362,9 @@ class Muon(AdamW):
 
     def direction(self) -> optax.GradientTransformation:
         def orthogonal(path: str, u: jax.Array) -> jax.Array:
-            inputs, outputs = (math.prod(u.shape[a] for a in axes) for axes in self.axes(path, u.ndim))
-            matrices = u.reshape(*u.shape[: 1 if re.search(self.stacked, path) else 0], inputs, outputs)
+            sides = self.axes(path, u.ndim)
+            inputs, outputs = (math.prod(u.shape[a] for a in axes) for axes in sides)
+            matrices = u.reshape(*u.shape[: sides[0][0]], inputs, outputs)
             return (orthogonalised(matrices) * (self.rms * math.sqrt(max(inputs, outputs)))).reshape(u.shape)
 
         def axes(tree: Params) -> Any:

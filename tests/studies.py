@@ -1,4 +1,4 @@
-"""Study folders made by hand, as the engine would leave them."""
+"""Study folders made by hand, as the engine would leave them, and a signal at a moment of one's choice."""
 
 from __future__ import annotations
 
