@@ -69,7 +69,7 @@ class Hub:
     def _accept(self) -> None:
         limit = time.monotonic() + self.seconds
         self._server.settimeout(0.1)
-        while len(self._sockets) < self.processes and not self._over:
+        while len(self._sockets) < self.processes and not (self._over and 0 in self._sockets):
             with contextlib.suppress(TimeoutError):
                 connection, _ = self._server.accept()
                 threading.Thread(target=self._listen, args=(connection,), name="hub", daemon=True).start()
@@ -79,7 +79,8 @@ class Hub:
                 self._end(2, f"{which} of {self.processes} did not arrive at {self.place} within {self.seconds:g} s "
                              f"(LAB_START_SECONDS). Look at what they printed, and whether they reach that address.")
         self._server.close()
-        self._send({"kind": "start"})
+        if not self._over:
+            self._send({"kind": "start"})
 
     def _listen(self, connection: socket.socket) -> None:
         connection.settimeout(self.silence)
@@ -155,7 +156,7 @@ class Hub:
         message, others = {"kind": "end", "status": status, "sentence": sentence}, self._sockets.keys() - {0}
         self._send(message, others)
         limit = time.monotonic() + LEAVE
-        while others - self._gone and time.monotonic() < limit:
+        while (others - self._gone or 0 not in self._sockets) and time.monotonic() < limit:
             time.sleep(0.01)
         self._send(message, {0})  # it takes this hub with it
 

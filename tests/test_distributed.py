@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from lab import loop
+from lab.channel import Hub
 from lab.distributed import Launch, find_launch
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Mesh, flat, load
@@ -360,6 +361,25 @@ def test_strangers_and_wrong_numbers():
     twin = subprocess.Popen([sys.executable, "-c", script, port, *words], text=True, stdout=subprocess.PIPE,
                             env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     assert "each with a number of its own" in ends([*processes, twin])
+
+
+def test_process_0_is_told_though_it_comes_last():
+    """The others may end the run before process 0's own connection is there; only it says why."""
+    port = free_port()
+    hub = Hub("127.0.0.1", port, 3, 20, 20)
+    connections = []
+    for process in (1, 1, 0):
+        hello = {"kind": "hello", "process": process, "processes": 3, "name": f"number {process}"}
+        connections.append(socket.create_connection(("127.0.0.1", port), timeout=10))
+        connections[-1].sendall(json.dumps(hello).encode() + b"\n")
+        if process:
+            wait_for(lambda: 1 in hub._sockets)
+        if len(connections) == 2:
+            wait_for(lambda: hub._over)
+    for connection in connections:
+        told = json.loads(connection.makefile("rb").readline())
+        assert (told["kind"], told["status"]) == ("end", 2)
+    assert "each with a number of its own" in told["sentence"]
 
 
 # --------------------------------------------------------------------------------------------------------- launchers
