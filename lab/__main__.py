@@ -15,6 +15,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from lab.backend import start_jax
 from lab.errors import UserError
 
 if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
@@ -71,25 +72,6 @@ def check_run_dir(run_dir: str | None) -> None:
                         "--checkpoint-dir gs://...")
 
 
-def check_platform() -> str:
-    """The platform that JAX uses, which must be the one the launcher chose.
-
-    Raises:
-      UserError: it is another one; a silent fall to the CPU would cost days.
-    """
-    import jax
-
-    wanted = os.environ.get("LAB_PLATFORM")
-    try:
-        found = jax.default_backend()
-    except RuntimeError as e:
-        found = f"nothing ({str(e).splitlines()[0][:160]})"
-    if wanted and found != wanted:
-        raise UserError(f"The launcher chose {wanted}, but JAX uses {found}. Check the driver, or say what you want: "
-                        f"LAB_ACCELERATOR=cpu|cuda12|cuda13|tpu ./launch.sh ...")
-    return found
-
-
 def choose_twin(module: Any, args: Sequence[str]) -> tuple[Experiment | Study, str]:
     """The experiment or study of a file, or its `local` twin; and one line that says which and why."""
     local = getattr(module, "local", None)
@@ -102,7 +84,7 @@ def choose_twin(module: Any, args: Sequence[str]) -> tuple[Experiment | Study, s
         return real, ""
     if "--local" in args:
         return local, "Running the local twin (--local)."
-    platform = os.environ.get("LAB_PLATFORM") or check_platform()
+    platform = os.environ.get("LAB_PLATFORM") or start_jax()
     if platform == "cpu":
         return local, "No accelerator found: running the local twin (--full forces the real experiment)."
     return real, ""
@@ -193,7 +175,7 @@ def train(args: Sequence[str], processes: Processes) -> int:
 
         show(experiment)
         return 0
-    check_platform()
+    start_jax()
     from lab import loop
     from lab.console import Screen
     from lab.run_folder import finished
@@ -225,7 +207,7 @@ def study(path: Path, module: Any, args: Sequence[str], processes: Processes) ->
     if processes.count > 1:
         raise UserError("A study runs in one process at a time. Start the same command several times instead: they "
                         "share the cells among themselves, also on several machines with one disk.")
-    check_platform()
+    start_jax()
     return run_study(checked, options, path, [str(path), *args])
 
 
@@ -276,7 +258,7 @@ def bench(args: Sequence[str]) -> int:
 
     flags = ["--updates" + a.removeprefix("--steps") if a.partition("=")[0] == "--steps" else a for a in args[1:]]
     experiment, options, _ = parse(find_experiment(args[0]), flags, BenchOptions)
-    check_platform()
+    start_jax()
     if options.updates < 1:
         raise UserError(f"--updates must be at least 1, not {options.updates}.")
     with Screen():
@@ -321,7 +303,7 @@ def _function(name: str, function: Callable[..., None], args: Sequence[str]) -> 
 
     @functools.wraps(function)  # tyro reads its arguments and their documentation
     def checked(*values: Any, **named: Any) -> None:
-        check_platform()
+        start_jax()
         with Screen(stderr=True):
             function(*values, **named)
 

@@ -391,8 +391,6 @@ def process_environ(environ: Mapping[str, str], folder: Path, accelerator: str) 
             "MALLOC_MMAP_MAX_": "0",    # large blocks come from the heap, not from mmap
             "MALLOC_TRIM_THRESHOLD_": str(2**40),    # the heap never shrinks
             "MALLOC_TOP_PAD_": "268435456",    # and grows by 256 MiB at a time
-            # One heap: others end at 64 MiB, then mmap. 0.75 of the time for large programs, 1 to 1.2 for small ones.
-            "MALLOC_ARENA_MAX": "1",
         }
     return defaults | result
 

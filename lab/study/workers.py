@@ -66,10 +66,12 @@ def seconds_per_update(file: Path | None, experiment: Any, numbers: Sequence[str
 
 def _probe() -> None:
     """Prints the seconds of an update of what stdin describes."""
+    from lab.backend import start_jax
     from lab.experiment import from_json, load
     from lab.study.bench import Bench
     from lab.study.units import time_alone
 
+    start_jax()
     told = json.load(sys.stdin)
     if told["file"]:
         load(Path(told["file"]))
