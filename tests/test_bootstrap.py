@@ -340,6 +340,16 @@ def test_variables_are_set_and_those_of_the_user_are_kept(checkout):
     assert {f"{name}={value}" for name, value in mine.items()} <= set(kept)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not bind processes to cores")
+def test_compiled_programs_are_kept_apart_by_the_number_of_cores(monkeypatch):
+    """XLA cuts loops for the cores that it may use; JAX's key does not say how many."""
+    kinds = []
+    for cores in ({0}, {1}, {0, 1}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: cores)
+        kinds.append(bootstrap.cpu_kind())
+    assert kinds[0] == kinds[1] != kinds[2]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_temporaries_of_an_update_are_not_faulted_in_anew(tmp_path):
     """128 MiB of them: 32,768 pages."""

@@ -45,7 +45,10 @@ def cores() -> list[int]:
 
 
 def _start(core: int, module: str, args: Sequence[str]) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-P", "-m", module, *args], env=os.environ | {CORE: str(core)}, text=True,
+    environ = os.environ | {CORE: str(core)}
+    if kept := environ.get("JAX_COMPILATION_CACHE_DIR"):  # several cores must not find what was compiled for one
+        environ["JAX_COMPILATION_CACHE_DIR"] = f"{kept}/one-core"
+    return subprocess.Popen([sys.executable, "-P", "-m", module, *args], env=environ, text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
 
