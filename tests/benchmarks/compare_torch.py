@@ -11,9 +11,10 @@ leave it out where its own index cannot be reached). OTHER_PYTHON needs PyTorch 
 JAX for CUDA want different NVIDIA packages. First the names of experiments (default: the six for a CPU), then options,
 then flags of the experiment, which hold for both sides.
 
-Rounds alternate: lab, PyTorch eager, PyTorch compiled, lab, ...; each is a process of its own, because the speed of a
-machine drifts and allocators, threads and caches must be each one's own. lab is `./launch.sh bench`; PyTorch is
-torch_train.py on what torch_job.py took from the experiment, in the fastest of equal ways, found beforehand.
+Rounds alternate: lab, PyTorch's forms, lab, ...; each is a process of its own, because the speed of a machine drifts
+and allocators, threads and caches must be each one's own. lab is `./launch.sh bench`; PyTorch is torch_train.py on what
+torch_job.py took from the experiment, in the fastest of equal ways, found beforehand: "stock" is eager as a user starts
+it, "eager" and "compiled" have the settings of malloc that lab's launcher makes for lab.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from lab import bootstrap  # noqa: E402 (this file is started as a script)
+
 NAMES = ("gpt_char", "mnist_cnn", "fashion_cnn", "newsgroups_lstm", "linear_regression", "logistic_regression")
 WARM = 3  # calls that torch_train.py leaves out
-FORMS = ("eager", "compiled")
+FORMS = ("stock", "eager", "compiled")
 
 
 class Stop(Exception):
@@ -116,9 +121,12 @@ def make_job(folder: Path, updates: int | None, name: str, flags: Sequence[str])
 
 def by_torch(side: Side, job: Path, form: str, ways: Mapping[str, str]) -> dict[str, Any]:
     """What torch_train.py says of one form."""
-    return last_json(run([side.torch, "-P", "-m", "tests.benchmarks.torch_train", job, form, json.dumps(ways),
-                          side.device], {"PYTHONPATH": str(ROOT),
-                                         "TORCHINDUCTOR_CACHE_DIR": str(side.caches / "inductor")}))
+    environ = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(side.caches / "inductor")}
+    if "stock" not in form and side.device == "cpu":
+        launched = bootstrap.process_environ({}, ROOT, "cpu")
+        environ |= {name: value for name, value in launched.items() if name.startswith("MALLOC_")}
+    return last_json(run([side.torch, "-P", "-m", "tests.benchmarks.torch_train", job, form.replace("stock", "eager"),
+                          json.dumps(ways), side.device], environ))
 
 
 def by_lab(side: Side, words: Sequence[str]) -> str:
