@@ -50,7 +50,7 @@ class BenchOptions:
 def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
     """Prints a table, and the same as one line of JSON, which is returned as a dictionary.
 
-    The updates are timed as the training loop runs them: the metrics of one are fetched while the next one computes.
+    The updates are timed as the training loop runs them: the metrics of one are fetched when the next has been called.
     """
     data = experiment.data.load()
     experiment.model.check(data.facts)

@@ -367,18 +367,21 @@ def test_process_0_is_told_though_it_comes_last():
     """The others may end the run before process 0's own connection is there; only it says why."""
     port = free_port()
     hub = Hub("127.0.0.1", port, 3, 20, 20)
-    connections = []
-    for process in (1, 1, 0):
+
+    def connected(process: int) -> socket.socket:
         hello = {"kind": "hello", "process": process, "processes": 3, "name": f"number {process}"}
-        connections.append(socket.create_connection(("127.0.0.1", port), timeout=10))
-        connections[-1].sendall(json.dumps(hello).encode() + b"\n")
-        if process:
-            wait_for(lambda: 1 in hub._sockets)
-        if len(connections) == 2:
-            wait_for(lambda: hub._over)
+        connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+        connection.sendall(json.dumps(hello).encode() + b"\n")
+        return connection
+
+    connections = [connected(1), connected(1)]
+    wait_for(lambda: hub._over)
+    time.sleep(0.3)  # longer than the hub waits for one connection
+    connections.append(connected(0))
     for connection in connections:
         told = json.loads(connection.makefile("rb").readline())
         assert (told["kind"], told["status"]) == ("end", 2)
+        connection.close()
     assert "each with a number of its own" in told["sentence"]
 
 
