@@ -69,7 +69,7 @@ class CompiledPlan:
 
 
 def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
-    """Compiles the train step for `topology` (GPUs: only traces it, since their compiler needs one).
+    """Compiles the train step for `topology` (GPUs: only traces it where JAX's packages for them are not installed).
 
     Records that `resident` keeps on the devices are not counted.
 
@@ -83,7 +83,7 @@ def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
     memory = Memory(bytes_per_device(state.params, placed.params),
                     bytes_per_device(state.opt_state, placed.opt_state), *[None] * 5)
     collectives, traffic, seconds, flops = [], 0, None, step_flops(experiment)
-    if topology.chip.kind != "gpu":
+    if devices[0].platform == topology.chip.kind:
         lowered, start = program.lower(), time.monotonic()
         try:
             compiled = lowered.compile()

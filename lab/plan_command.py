@@ -36,7 +36,7 @@ def show(experiment: Experiment, options: PlanOptions) -> None:
     """
     console = Console(highlight=False, soft_wrap=True)
     topology = topologies.find(options.on)
-    if topology.chip.kind != "gpu":
+    if topologies.can_compile(topology):
         console.print(f"Compiling the update for {topology.name}; this can take minutes ...")
     plan = compile_plan(experiment, topology)
     _memory(console, plan)
@@ -76,8 +76,9 @@ def _memory(console: Console, plan: CompiledPlan) -> None:
                           "--mesh.fsdp divides them.")
     elif plan.topology.chip.kind == "gpu":
         state = memory.parameters + memory.optimizer
-        console.print(f"Not compiled (XLA's compiler for GPUs needs one): parameters, optimizer state and gradients "
-                      f"take {(state + memory.parameters) / chip.memory:.0%} of the memory.")
+        console.print(f"Not compiled, which needs JAX's packages for GPUs, but no GPU: "
+                      f"LAB_ACCELERATOR=cuda12 ./launch.sh plan ... . Parameters, optimizer state and gradients take "
+                      f"{(state + memory.parameters) / chip.memory:.0%} of the memory.")
 
 
 def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:

@@ -5,6 +5,7 @@ Peaks are makers' figures, which no program reaches: a time computed from them i
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -15,7 +16,20 @@ from typing import Any, Literal
 
 from lab.errors import UserError
 
-GB, GiB, TB = 10**9, 2**30, 10**12
+GB, MiB, GiB, TB = 10**9, 2**20, 2**30, 10**12
+
+HOPPER = "major: 9 feature_extension: ACCELERATED_FEATURES"
+# The rest of what XLA's compiler for GPUs asks, the same for all since Volta: CUDA's limits; and versions to compile for.
+GPU = """gpu_device_info {
+    %s
+    device_vendor: "NVIDIA Corporation" name: "%s" device_address_bits: 64
+    threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 shared_memory_per_block: 49152
+    registers_per_core_limit: 65536 registers_per_block_limit: 65536
+    thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+    driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0" }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "%s"
+"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class Chip:
     """Chips of a whole pod (TPU) in each direction."""
     cores: int = 1
     """How many a chip counts for in Google's names: a v4-32 has 16 chips, a v5e-32 has 32."""
+    target: str = ""
+    """GPU: what tells it from others to XLA's compiler, as text of its GpuDeviceInfoProto."""
 
 
 def _tpu(teraflops: float, memory: float, gigabytes: float, bidirectional: float, full: tuple[int, ...],
@@ -46,18 +62,31 @@ def _tpu(teraflops: float, memory: float, gigabytes: float, bidirectional: float
                 link, full, cores)
 
 
+def _gpu(memory: float, bfloat16: float, float32: float, gigabytes: float, link: float, *, capability: str,
+         processors: int, units: int, shared: int, cache: int, clock: float) -> Chip:
+    target = f"""cuda_compute_capability {{ {capability} }} core_count: {processors} fpus_per_core: {units}
+        shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared - 1024} l2_cache_size: {cache * MiB}
+        clock_rate_ghz: {clock} device_memory_size: {memory * GB:.0f} memory_bandwidth: {gigabytes * GB:.0f}"""
+    return Chip("gpu", round(memory * GB), {"bfloat16": bfloat16 * TB, "float32": float32 * TB}, gigabytes * GB,
+                link * GB, target=target)
+
+
 # Sources. TPU: peak, HBM bandwidth and inter-chip bandwidth of each chip on cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e},
 # read in November 2026; v4's inter-chip bandwidth (6 links of 50 GB/s) from Jouppi et al. 2023 ("TPU v4: An Optically
 # Reconfigurable Supercomputer"). Memory: what libtpu's compiler allows a program, which is less than the chip has.
-# NVIDIA: data sheets of A100 80 GB SXM, H100 SXM and H200 SXM (dense, TF32 for float32, NVLink per direction).
+# NVIDIA: data sheets of A100 80 GB SXM, H100 SXM and H200 SXM (dense, TF32 for float32, NVLink per direction); what the
+# compiler is told: their CUDA device properties.
 CHIPS = {
     "v4": _tpu(275, 30.75, 1200, 600, (16, 16, 16), 2),
     "v5e": _tpu(197, 15.75, 819, 400, (16, 16), 1),
     "v5p": _tpu(459, 95.74, 2765, 1200, (16, 20, 28), 2),
     "v6e": _tpu(918, 31.25, 1638, 800, (16, 16), 1),
-    "a100": Chip("gpu", 80 * GB, {"bfloat16": 312 * TB, "float32": 156 * TB}, 2039 * GB, 300 * GB),
-    "h100": Chip("gpu", 80 * GB, {"bfloat16": 989 * TB, "float32": 494 * TB}, 3350 * GB, 450 * GB),
-    "h200": Chip("gpu", 141 * GB, {"bfloat16": 989 * TB, "float32": 494 * TB}, 4800 * GB, 450 * GB),
+    "a100": _gpu(80, 312, 156, 2039, 300, capability="major: 8 minor: 0", processors=108, units=64, shared=167_936,
+                 cache=40, clock=1.41),
+    "h100": _gpu(80, 989, 494, 3350, 450, capability=HOPPER, processors=132, units=128, shared=233_472, cache=50,
+                 clock=1.98),
+    "h200": _gpu(141, 989, 494, 4800, 450, capability=HOPPER, processors=132, units=128, shared=233_472, cache=50,
+                 clock=1.98),
     "cpu": Chip("cpu"),
 }
 
@@ -121,38 +150,53 @@ def environment(topology: Topology) -> dict[str, str]:
                  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
                  # A chip has one user, which libtpu's lock sees to; of a compiler there can be many.
                  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    if topology.chip.kind == "tpu":
+    if topology.chip.kind != "cpu":
         variables["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # without the chip nothing that was kept can be read again
-    else:
+    if topology.chip.kind != "tpu":
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         variables["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()
     return variables
 
 
+def can_compile(topology: Topology) -> bool:
+    """Whether the compiler for such devices is here."""
+    if topology.chip.kind == "gpu":
+        return any(distribution.name.startswith("jax-cuda") for distribution in importlib.metadata.distributions())
+    return topology.chip.kind == "cpu" or importlib.util.find_spec("libtpu") is not None
+
+
 def devices(topology: Topology) -> list[Any]:
-    """Devices to compile for. Those of a TPU exist for the compiler only: nothing can run on them. For GPUs, whose
-    compiler needs one, as many CPU devices stand in.
+    """Devices to compile for. Those of a TPU or GPU exist for the compiler only: nothing can run on them. Where JAX's
+    packages for GPUs are not installed, as many CPU devices stand in, and nothing can be compiled.
 
     Raises:
       UserError: a package that it needs is not installed, or JAX has started with fewer CPU devices.
     """
     import jax
 
-    if topology.chip.kind != "tpu":
-        found = jax.devices("cpu")
-        if len(found) < topology.devices:
-            raise UserError(f"--on {topology.name} needs {topology.devices} CPU devices; JAX has started with "
-                            f"{len(found)}.")
-        return found[: topology.devices]
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"Compiling for {topology.name} needs libtpu, the TPU's compiler: "
-                        f"LAB_EXTRAS=plan ./launch.sh plan ...")
+    if topology.chip.kind == "tpu":
+        if not can_compile(topology):
+            raise UserError(f"Compiling for {topology.name} needs libtpu, the TPU's compiler: "
+                            f"LAB_EXTRAS=plan ./launch.sh plan ...")
+        options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}
+        if topology.name.startswith("v4"):  # its two cores work as one device
+            options["chip_config_name"] = "megacore"
+        shape = "x".join(map(str, topology.shape))
+        return _described("tpu", f"{topology.name.partition('-')[0]}:{shape}", **options)
+    found = jax.devices("cpu")
+    if topology.chip.kind == "gpu" and can_compile(topology):
+        name, hosts = topology.name.partition(":")[0].upper(), -(-topology.devices // 8)
+        if topology.devices % hosts:
+            raise UserError(f"--on {topology.name}: more than 8 GPUs must be a multiple of 8, as many as a host has.")
+        return _described("cuda", "", topology=f"1x{hosts}x{topology.devices // hosts}",
+                          target_config=GPU % (topology.chip.target, name, name))
+    if len(found) < topology.devices:
+        raise UserError(f"--on {topology.name} needs {topology.devices} CPU devices; JAX has started with "
+                        f"{len(found)}.")
+    return found[: topology.devices]
+
+
+def _described(platform: str, name: str, **options: Any) -> list[Any]:
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}
-    if topology.name.startswith("v4"):  # its two cores work as one device
-        options["chip_config_name"] = "megacore"
-    shape = "x".join(map(str, topology.shape))
-    described = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{topology.name.partition('-')[0]}:{shape}", **options)
-    return list(described.devices)
+    return list(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -17,6 +16,7 @@ from jax import Array
 from lab.errors import UserError
 from lab.tasks.base import Loss, Outcome, Task, apply
 from lab.tasks.chunks import over_chunks
+from lab.tasks.cross_entropy import cross_entropy
 
 COMPRESSED = 4_000_000  # bytes of validation text that gzip and xz are tried on
 
@@ -114,10 +114,9 @@ class LanguageModel(Task):
 def _sums(logits_BLV: Array, given: tuple[Array, Array], numbers: tuple[Any, Any] | None) -> tuple[Array, Any]:
     """(objective, (cross-entropy, right guesses)). `given`: targets and weights; `numbers`: smoothing and z-loss."""
     targets_BL, weight_BL = given
-    log_z_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    nll_BL = log_z_BL - jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    nll_BL, log_z_BL, right_BL = cross_entropy(logits_BLV, targets_BL)
     nll = (nll_BL * weight_BL).sum()
-    others = nll, ((jnp.argmax(logits_BLV, -1) == targets_BL) * weight_BL).sum()
+    others = nll, (right_BL * weight_BL).sum()
     if numbers is None:
         return nll, others
     smoothing, z_loss = numbers

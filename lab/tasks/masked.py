@@ -15,6 +15,7 @@ from jax import Array
 
 from lab.errors import UserError
 from lab.tasks.base import Loss, Outcome, Task, apply
+from lab.tasks.cross_entropy import cross_entropy
 
 HIDDEN, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become [MASK] and any token; the others stay
 MASK = "[MASK]"
@@ -65,12 +66,10 @@ class MaskedLM(Task):
         logits_BMV, extra = apply(model, variables, inputs_BL, rngs=rngs, train=train, select=chosen_BM, **fields)
         weight_BM = weight_BM * batch["weight"][:, None]
         targets_BM = jnp.take_along_axis(tokens_BL, chosen_BM, axis=1)
-        nll_BM = jax.nn.logsumexp(logits_BMV, axis=-1)
-        nll_BM -= jnp.take_along_axis(logits_BMV, targets_BM[..., None], axis=-1)[..., 0]
+        nll_BM, _, right_BM = cross_entropy(logits_BMV, targets_BM)
         weight, nll = weight_BM.sum(), (nll_BM * weight_BM).sum()
-        correct = ((jnp.argmax(logits_BMV, -1) == targets_BM) * weight_BM).sum()
         real = (real_BL.sum(axis=1) * batch["weight"]).sum()
-        metrics = {"loss": (nll, weight), "accuracy": (correct, weight), "masked_share": (weight, real)}
+        metrics = {"loss": (nll, weight), "accuracy": ((right_BM * weight_BM).sum(), weight), "masked_share": (weight, real)}
         return nll, weight, metrics, extra
 
     def hide(self, tokens_BL: Array, real_BL: Array, keys_B: Array, vocab: int) -> tuple[Array, Array, Array]:
