@@ -19,7 +19,7 @@ from lab.errors import UserError
 GB, MiB, GiB, TB = 10**9, 2**20, 2**30, 10**12
 
 HOPPER = "major: 9 feature_extension: ACCELERATED_FEATURES"
-# The rest of what XLA's compiler for GPUs asks, the same for all since Volta: CUDA's limits; and versions to compile for.
+# The rest of what XLA's compiler for GPUs asks: CUDA's limits, the same since Volta, and versions to compile for.
 GPU = """gpu_device_info {
     %s
     device_vendor: "NVIDIA Corporation" name: "%s" device_address_bits: 64
@@ -186,7 +186,7 @@ def devices(topology: Topology) -> list[Any]:
     found = jax.devices("cpu")
     if topology.chip.kind == "gpu" and can_compile(topology):
         name, hosts = topology.name.partition(":")[0].upper(), -(-topology.devices // 8)
-        if topology.devices % hosts:
+        if topology.devices > 8 and topology.devices % 8:
             raise UserError(f"--on {topology.name}: more than 8 GPUs must be a multiple of 8, as many as a host has.")
         return _described("cuda", "", topology=f"1x{hosts}x{topology.devices // hosts}",
                           target_config=GPU % (topology.chip.target, name, name))

@@ -11,7 +11,7 @@ import pytest
 
 from lab.experiment import Experiment
 from lab.models.gpt import GPT
-from lab.models.layers import project
+from lab.models.precision import project
 from lab.models.splash import splash_attention
 from lab.optim import AdamW, Constant
 from lab.plan import count_flops, make_plan, size_of

@@ -1,5 +1,6 @@
 """Machines by name, the bound on time, and ``plan`` as it is typed: what fits, what does not, and what is not there."""
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -12,18 +13,33 @@ import pytest
 from lab import topologies
 from lab.__main__ import main
 from lab.compiled_plan import CompiledPlan, Memory, alternatives, compile_plan, needed
+from lab.data.sources import PythonStdlib
+from lab.data.text import Text
+from lab.data.tokenizers import GPT2
 from lab.errors import UserError
 from lab.experiment import Mesh, load
+from lab.models.gpt import GPT
 from lab.plan import size_of
 from lab.program import Program
 from lab.roofline import mfu, roofline
 from lab.sharding import bytes_per_device
+from lab.tasks.language import LanguageModel
 from tests.conftest import ROOT
 from tests.test_experiments import EXPERIMENTS, shrunk
 from tests.test_step import Perceptron, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                   reason="compiling for a TPU needs libtpu (LAB_EXTRAS=plan)")
+
+
+needs_cuda = pytest.mark.skipif(not topologies.can_compile(topologies.find("h200:1")),
+                                reason="compiling for a GPU needs JAX's packages for it (LAB_ACCELERATOR=cuda12)")
+
+
+@pytest.fixture
+def without_cuda(monkeypatch):
+    """As where JAX's packages for GPUs are not installed."""
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [])
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +130,7 @@ def test_the_bound():
 # ------------------------------------------------------------------------------------------------------------- plans
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_every_experiment_can_be_planned(path):
+def test_every_experiment_can_be_planned(path, without_cuda):
     """Traced for GPUs; the next test compiles."""
     experiment = shrunk(load(path).local)
     later = [shrunk(load(other).local).fingerprint() for other in EXPERIMENTS[EXPERIMENTS.index(path) + 1:]]
@@ -144,7 +160,7 @@ def typed(capsys, *words):
     return status, *capsys.readouterr()
 
 
-def test_typed(capsys):
+def test_typed(capsys, without_cuda):
     """The whole command, in this process, which has 8 CPU devices."""
     words = ["experiments/linear_regression.py", "--local", "--on", "cpu:8"]
     status, out, _ = typed(capsys, *words)
@@ -155,6 +171,7 @@ def test_typed(capsys):
         assert re.search(row, out), row
     status, out, _ = typed(capsys, *words[:-1], "h100:8")
     assert status == 0 and re.search(r"compute +│ +[\d.]+ ms +│ +\d+% ", out) and "Not compiled" in out
+    assert "LAB_ACCELERATOR=cuda12 ./launch.sh plan" in out
 
 
 @pytest.mark.parametrize("words,said", [
@@ -178,6 +195,62 @@ def test_without_the_compiler(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find_spec(name, *a))
     status, _, err = typed(capsys, "experiments/gpt_small.py", "--local", "--on", "v5e-8")
     assert status == 2 and "LAB_EXTRAS=plan ./launch.sh plan" in err and len(err.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------ GPUs, without one
+
+@pytest.fixture(scope="module")
+def on_h200():
+    """A GPT with GPT-2's vocabulary, compiled for one H200: its plan, and the program's text."""
+    model = GPT(depth=2, width=256, heads=4, vocab=50304, context=512)
+    experiment = replace(load(ROOT / "experiments/gpt_small.py").experiment, model=model, batch=16, microbatches=2,
+                         data=Text(PythonStdlib(), GPT2(), length=512), task=LanguageModel(chunk=128))
+    topology = topologies.find("h200:1")
+    os.environ.update(topologies.environment(topology))
+    text = Program(experiment, devices=topologies.devices(topology)).lower().compile().as_text()
+    return experiment, compile_plan(experiment, topology), text
+
+
+@needs_cuda
+def test_compiled_for_a_gpu_that_is_not_there(on_h200):
+    experiment, plan, text = on_h200
+    memory = plan.memory
+    assert plan.fits and memory.total == sum([memory.parameters, memory.optimizer, memory.other, memory.outputs,
+                                              memory.temporaries, memory.code])
+    assert plan.roofline.memory > 0 and not plan.collectives and plan.mesh == {}
+    # Fused attention, forward and backward, and no scores in memory.
+    assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text \
+        and not re.search(r"\[(8,4|32),512,512\]", text)
+    # Logits of 128 positions at a time, and their gradient in bfloat16 only. What all of them would take:
+    assert not re.search(r"\b(f32|bf16)\[8,512,50304\]", text)
+    assert memory.temporaries < 8 * 512 * 50304 * 4
+    # Products are written in bfloat16: in float32 only the logits, and the parts of a sum that was split.
+    wide = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)
+    assert "1024,50304" in wide and all(shape == "1024,50304" or shape.count(",") == 2 for shape in wide)
+    assert len(re.findall(r"= bf16\[[\d,]+\]\S* dot\(", text)) > len(wide)
+
+
+@needs_cuda
+def test_the_loss_moves_its_logits_six_times(on_h200):
+    """Of the traffic of an update: written, read for the maximum, for the sum and for the gradient, which is written
+    and read twice in half as many bytes."""
+    experiment, plan, _ = on_h200
+    logits = 16 * 512 * 50304 * 4
+    assert plan.traffic > 5.5 * logits
+    whole = compile_plan(replace(experiment, task=replace(experiment.task, label_smoothing=0.1)), plan.topology)
+    assert whole.traffic > plan.traffic + 0.9 * logits  # negative control: the mean of all logits is one more pass
+
+
+@needs_cuda
+def test_eight_gpus(compiled_in_haste):  # noqa: F811
+    experiment = replace(shrunk(load(ROOT / "experiments/gpt_small.py").local), precision="bfloat16")
+    topology = topologies.find("h100:8")
+    os.environ.update(topologies.environment(topology))
+    plan = compile_plan(experiment, topology)
+    assert plan.mesh == {"data": 8} and {c.kind for c in plan.collectives} == {"all-reduce"}
+    assert sum(c.bytes for c in plan.collectives) == pytest.approx(plan.memory.parameters, rel=0.05)
+    with pytest.raises(UserError, match="--on h100:12: more than 8 GPUs must be a multiple of 8"):
+        topologies.devices(topologies.find("h100:12"))
 
 
 # -------------------------------------------------------------------------------------------------------------- FSDP

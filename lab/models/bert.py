@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Dense, Transformer, dropout, elementwise, norm, project
+from lab.models.layers import Dense, Embed, Transformer, dropout, norm
 from lab.models.linear import check_classes
+from lab.models.precision import add_broadcast, elementwise, project
 
 
 class BERT(Transformer):
@@ -79,14 +80,13 @@ class BERT(Transformer):
         if segments is not None and not self.segments:
             raise UserError("The data has segments and the model no embedding for them. Use --model.segments 2.")
         positions = jnp.atleast_2d(jnp.arange(tokens_BL.shape[1]))
-        init = nn.initializers.normal(0.02)
-        wte = nn.Embed(self.vocab, self.width, embedding_init=init, name="wte")
+        wte = Embed(self.vocab, self.width, name="wte")
         x_BLD = wte(tokens_BL)
         if self.position == "learned":
-            x_BLD = x_BLD + nn.Embed(self.context, self.width, embedding_init=init, name="wpe")(positions)
+            x_BLD = add_broadcast(x_BLD, Embed(self.context, self.width, name="wpe")(positions))
         if self.segments:
             segments = jnp.zeros_like(positions) if segments is None else segments
-            x_BLD = x_BLD + nn.Embed(self.segments, self.width, embedding_init=init, name="wse")(segments)
+            x_BLD = add_broadcast(x_BLD, Embed(self.segments, self.width, name="wse")(segments))
         x_BLD = norm(self.norm, bias=self.bias, name="embedding_norm")(x_BLD)
         x_BLD = dropout(self, x_BLD, self.dropout, train)
         x_BLD = self.stack(x_BLD, positions, mask, causal=False, train=train)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Transformer, dropout, project
+from lab.models.layers import Embed, Transformer, dropout
+from lab.models.precision import add_broadcast, project
 
 
 class GPT(Transformer):
@@ -50,17 +51,16 @@ class GPT(Transformer):
         Without `head` it returns what `logits` takes: the last hidden states (B, L, D) and the head's kernel (D, V).
         """
         positions = jnp.atleast_2d(jnp.arange(tokens_BL.shape[1]) if positions is None else positions)
-        init = nn.initializers.normal(0.02)
-        wte = nn.Embed(self.vocab, self.width, embedding_init=init, name="wte")
+        wte = Embed(self.vocab, self.width, name="wte")
         x_BLD = wte(tokens_BL)
         if self.position == "learned":
-            x_BLD = x_BLD + nn.Embed(self.context, self.width, embedding_init=init, name="wpe")(positions)
+            x_BLD = add_broadcast(x_BLD, Embed(self.context, self.width, name="wpe")(positions))
         x_BLD = dropout(self, x_BLD, self.dropout, train)
         x_BLD = self.stack(x_BLD, positions, mask, causal=True, train=train, decode=decode)
         if self.tied:
             kernel_DV = wte.embedding.T.astype(x_BLD.dtype)
         else:
-            kernel_DV = self.param("head", init, (self.width, self.vocab)).astype(x_BLD.dtype)
+            kernel_DV = self.param("head", nn.initializers.normal(0.02), (self.width, self.vocab)).astype(x_BLD.dtype)
         return self.logits(x_BLD, kernel_DV) if head else (x_BLD, kernel_DV)
 
     def logits(self, x_BLD: Array, kernel_DV: Array) -> Array:

@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lab.errors import UserError
 from lab.models import splash
+from lab.models.precision import add_broadcast, elementwise, platform, product, project, rows_of, softmax, written
 
 Norm = Literal["layernorm", "rmsnorm"]
 Mlp = Literal["gelu", "swiglu", "relu2"]
@@ -33,56 +34,6 @@ Remat = Literal["none", "dots", "blocks"]
 SAVED = "product"  # the name of what remat="dots" keeps
 
 log = logging.getLogger(__name__)
-
-
-def product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
-    """``einsum(spec, a, b)`` in `dtype`, accumulated in float32. No letter may stand for a sum over one operand alone.
-
-    Float32 operands keep JAX's own rule, and with it forward-mode derivatives.
-    """
-    if a.dtype == jnp.float32:
-        return jnp.einsum(spec, a, b)
-    return _reduced_product(spec, dtype, a, b)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _reduced_product(spec: str, dtype: Any, a: Array, b: Array) -> Array:
-    """The derivative is written out so that its two products also take operands of reduced precision: left to autodiff,
-    the float32 cotangent would turn both into mixed products, which no matrix unit (AMX, tensor core, MXU) runs.
-    """
-    return jnp.einsum(spec, a, b, preferred_element_type=written(dtype)).astype(dtype)
-
-
-def written(dtype: Any) -> Any:
-    """The type in which a product that `dtype` is wanted of is asked for. CPUs are fast at float32 only, TPUs round it on
-    the chip, and GPUs, which also accumulate bfloat16 in float32, would write it to memory and read it to round it.
-    """
-    return dtype if platform() == "gpu" else jnp.float32
-
-
-def _forward(spec: str, dtype: Any, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _reduced_product(spec, dtype, a, b), (a, b)
-
-
-def _backward(spec: str, dtype: Any, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    a, b = saved
-    letters_a, letters_b, letters_out = spec.replace("->", ",").split(",")
-    g = g.astype(a.dtype)
-    return (_reduced_product(f"{letters_out},{letters_b}->{letters_a}", a.dtype, g, b),
-            _reduced_product(f"{letters_out},{letters_a}->{letters_b}", b.dtype, g, a))
-
-
-_reduced_product.defvjp(_forward, _backward)
-
-
-def project(x: Array, kernel: Array, dtype: Any) -> Array:
-    """``x (..., D) @ kernel (D, F) -> (..., F)`` by `product`."""
-    if x.dtype == jnp.float32 and platform() == "cpu" and dict(jax.sharding.get_abstract_mesh().shape).get(
-            "sequence", 1) == 1:
-        # All rows as one matrix (no mesh may divide two axes of it): nanoGPT's update on 2 cores, 34 ms instead of 38.
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-    rows = "ABCEGHI"[: x.ndim - 1]
-    return product(f"{rows}D,DF->{rows}F", x, kernel, dtype)
 
 
 class Dense(nn.Module):
@@ -97,57 +48,18 @@ class Dense(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
         y = project(x, kernel, written(x.dtype))
         if self.bias:
-            y = _with_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
+            y = add_broadcast(y, self.param("bias", nn.initializers.zeros, (self.features,)))
         # Named because a policy of `jax.checkpoint` sees no product in a custom derivative.
         return checkpoint_name(y.astype(x.dtype), SAVED)
 
 
-def _with_bias(y: Array, bias: Array) -> Array:
-    """The bias is added, and its gradient summed, in float32, by a GPU as part of the product."""
-    if y.dtype == jnp.float32:
-        return y + jnp.expand_dims(bias.astype(jnp.float32), range(y.ndim - 1))
-    return _reduced_bias(y, bias)
+class Embed(nn.Embed):
+    """`nn.Embed` (normal(0, 0.02)) in the type of its parameters, whose gradient is summed in float32."""
 
+    embedding_init: Any = nn.initializers.normal(0.02)
 
-@jax.custom_vjp
-def _reduced_bias(y: Array, bias: Array) -> Array:
-    return y + jnp.expand_dims(bias, range(y.ndim - 1))
-
-
-def _bias_backward(_: None, g: Array) -> tuple[Array, Array]:
-    return g, g.astype(jnp.float32).sum(range(g.ndim - 1)).astype(g.dtype)
-
-
-_reduced_bias.defvjp(lambda y, bias: (_reduced_bias(y, bias), None), _bias_backward)
-
-
-def elementwise(f: Callable[..., Array], *operands: Array) -> Array:
-    """``f(*operands)`` computed in float32, in the type of the operands. The backward pass computes f again from them:
-    what autodiff would keep is larger, and each rounding between two operations costs CPUs more than the operations.
-
-    Float32 operands keep JAX's own rule, and with it forward-mode derivatives.
-    """
-    return f(*operands) if operands[0].dtype == jnp.float32 else _reduced_elementwise(f, *operands)
-
-
-def _in_float32(f: Callable[..., Array]) -> Callable[..., Array]:
-    return lambda *operands: f(*(x.astype(jnp.float32) for x in operands)).astype(operands[0].dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reduced_elementwise(f: Callable[..., Array], *operands: Array) -> Array:
-    return _in_float32(f)(*operands)
-
-
-def _elementwise_backward(f: Callable[..., Array], operands: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    # Without barriers GPUs keep what the forward pass computed, as that is the same, and write the gradient, which two
-    # products and a sum read, in float32 too: half as many bytes again in an MLP (CPUs: 3 % slower with them).
-    once = jax.lax.optimization_barrier if platform() != "cpu" else lambda x: x
-    operands, g = once((operands, g))
-    return once(jax.vjp(_in_float32(f), *operands)[1](g))
-
-
-_reduced_elementwise.defvjp(lambda f, *operands: (_in_float32(f)(*operands), operands), _elementwise_backward)
+    def __call__(self, ids: Array) -> Array:
+        return rows_of(self.embedding, ids)
 
 
 def norm(kind: Norm, *, bias: bool, name: str) -> nn.Module:
@@ -179,12 +91,6 @@ def rotary(x_BLNK: Array, positions: Array) -> Array:
     x = x_BLNK.astype(jnp.float32)
     # Not two halves put together: CPUs take 5 times as long over that, forward and backward.
     return (x * cos + jnp.roll(x, half, axis=-1) * sin).astype(x_BLNK.dtype)
-
-
-def platform() -> str:
-    """Of the devices that this is traced for, which need not be here: those of the mesh, else JAX's first."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 @functools.cache  # so that the choice is said once, however often the model is traced
@@ -221,31 +127,6 @@ def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: i
     if wanted == "xla" and needs_probabilities:
         raise UserError("Attention backend xla cannot drop out attention probabilities. Use einsum, or no dropout.")
     return wanted
-
-
-def softmax(scores: Array, dtype: Any) -> Array:
-    """Over the last axis of float32 scores, in float32, rounded to `dtype`.
-
-    In reduced precision the backward pass has the rounded probabilities, as the product after it does, and no others.
-    """
-    return jax.nn.softmax(scores) if dtype == jnp.float32 else _reduced_softmax(dtype, scores)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _reduced_softmax(dtype: Any, scores: Array) -> Array:
-    return jax.nn.softmax(scores).astype(dtype)
-
-
-def _softmax_forward(dtype: Any, scores: Array) -> tuple[Array, Array]:
-    return (probabilities := _reduced_softmax(dtype, scores)), probabilities
-
-
-def _softmax_backward(dtype: Any, probabilities: Array, g: Array) -> tuple[Array]:
-    p, g = probabilities.astype(jnp.float32), g.astype(jnp.float32)
-    return (p * (g - (p * g).sum(-1, keepdims=True)),)
-
-
-_reduced_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array | None,

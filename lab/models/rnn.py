@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import dropout, product, project
+from lab.models.layers import Embed, dropout
 from lab.models.linear import check_classes, check_rates, check_sizes
+from lab.models.precision import product, project
 
 State = tuple[Array, Array]
 """(h, c) of one direction, each (B, H); h in the compute type, c in float32."""
@@ -61,7 +62,7 @@ class LSTM(nn.Module):
         """`mask` (B, L): 1 where a token is real; None: all are."""
         real_BL1 = jnp.ones((*tokens_BL.shape, 1), bool) if mask is None else mask.astype(bool)[..., None]
         init = nn.initializers.normal(0.1)
-        x_BLD = nn.Embed(self.vocab, self.width, embedding_init=init, name="embedding")(tokens_BL)
+        x_BLD = Embed(self.vocab, self.width, embedding_init=init, name="embedding")(tokens_BL)
         for i in range(self.depth):
             x_BLD = dropout(self, x_BLD, self.dropout, train)
             x_BLD, last_BD = Layer(self.hidden, self.bidirectional, name=f"layer_{i}")(x_BLD, real_BL1)

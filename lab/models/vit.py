@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Dense, Transformer, dropout
+from lab.models.layers import Dense, Embed, Transformer, dropout
 from lab.models.linear import check_classes, check_sizes, output
+from lab.models.precision import add_broadcast
 
 
 def sincos(rows: int, columns: int, width: int) -> np.ndarray:
@@ -71,8 +72,7 @@ class ViT(Transformer):
         L = x_BLD.shape[1]
         if self.position == "learned":
             # As an embedding of 0..L-1, so that the rules that spare embeddings from weight decay know it by its name.
-            wpe = nn.Embed(L, self.width, embedding_init=nn.initializers.normal(0.02), name="wpe")
-            x_BLD = x_BLD + wpe(jnp.arange(L)[None])
+            x_BLD = add_broadcast(x_BLD, Embed(L, self.width, name="wpe")(jnp.arange(L)[None]))
         elif self.position == "sincos":
             table_LD = np.pad(sincos(rows, columns, self.width), ((L - rows * columns, 0), (0, 0)))  # 0 for the token
             x_BLD = x_BLD + jnp.asarray(table_LD, x_BLD.dtype)[None]

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary, with as few passes over the logits as there can be: they are a step's largest array."""
+"""Cross-entropy over a vocabulary in few passes over the logits, which are the largest array of an update."""
 
 from __future__ import annotations
 

@@ -69,7 +69,8 @@ class MaskedLM(Task):
         nll_BM, _, right_BM = cross_entropy(logits_BMV, targets_BM)
         weight, nll = weight_BM.sum(), (nll_BM * weight_BM).sum()
         real = (real_BL.sum(axis=1) * batch["weight"]).sum()
-        metrics = {"loss": (nll, weight), "accuracy": ((right_BM * weight_BM).sum(), weight), "masked_share": (weight, real)}
+        metrics = {"loss": (nll, weight), "accuracy": ((right_BM * weight_BM).sum(), weight),
+                   "masked_share": (weight, real)}
         return nll, weight, metrics, extra
 
     def hide(self, tokens_BL: Array, real_BL: Array, keys_B: Array, vocab: int) -> tuple[Array, Array, Array]:

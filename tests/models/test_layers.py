@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import flax.linen as nn
 import jax
@@ -18,13 +19,11 @@ from lab.models.layers import (
     choose_attention,
     dropout,
     einsum_attention,
-    elementwise,
     is_zero,
     norm,
-    project,
     rotary,
-    softmax,
 )
+from lab.models.precision import add_broadcast, elementwise, project, rows_of, softmax
 from lab.models.splash import splash_attention
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -652,10 +651,43 @@ def test_softmax_gradient_from_rounded_probabilities():
     assert distance(p.astype(jnp.float32) * g.astype(jnp.float32), wanted) > 5  # without the second term
 
 
-def test_bias_gradients_are_summed_in_float32():
+@pytest.mark.parametrize("place", ["cpu", "gpu"])
+def test_bias_gradients_are_summed_in_float32(place, monkeypatch):
     """4,096 ones: a running sum in bfloat16 stops at 256."""
+    monkeypatch.setattr("lab.models.precision.platform", lambda: place)
     x, layer = jnp.ones((4096, 2), BF16), Dense(3, bias=True, stddev=0.02)
     params = jax.tree.map(lambda p: p.astype(BF16), layer.init(jax.random.key(0), x)["params"])
     got = jax.grad(lambda p: layer.apply({"params": p}, x).astype(jnp.float32).sum())(params)["bias"]
     np.testing.assert_array_equal(got.astype(jnp.float32), np.full(3, 4096.0))
-    assert jax.lax.fori_loop(0, 4096, lambda i, total: total + jnp.ones((), BF16), jnp.zeros((), BF16)) == 256
+
+
+def test_rows_and_broadcast_gradients_are_summed_in_float32():
+    """As above: a token 4,096 times in a batch, and a position of 4,096 records."""
+    table, ids, y = jnp.zeros((3, 2), BF16), jnp.ones((4096, 1), int), jnp.zeros((4096, 5, 2), BF16)
+    found = jax.grad(lambda t: rows_of(t, ids).astype(jnp.float32).sum())(table)
+    np.testing.assert_array_equal(found.astype(jnp.float32), [[0, 0], [4096, 4096], [0, 0]])
+    plain = jax.grad(lambda t: t[ids].astype(jnp.float32).sum())(table)
+    assert plain[1, 0] < 4096  # negative control
+    rows, back = jax.vjp(add_broadcast, y, jnp.ones((1, 5, 2), BF16))
+    assert rows.dtype == BF16 and (rows == 1).all()
+    np.testing.assert_array_equal(back(jnp.ones_like(rows))[1].astype(jnp.float32), np.full((1, 5, 2), 4096.0))
+
+
+def test_gpus_write_products_in_the_compute_type(monkeypatch):
+    """The same layer, values and gradients to a rounding or two."""
+    layer, x = FeedForward(**TINY), jnp.asarray(normal(16, LENGTH, 8), BF16)
+    params = jax.tree.map(lambda p: p.astype(BF16), random_params(layer, x, True))
+
+    def run(params, x):
+        return jnp.sin(layer.apply({"params": params}, x, True).astype(jnp.float32)).sum()
+
+    found = {}
+    for place, type_ in (("cpu", "f32"), ("gpu", "bf16")):
+        monkeypatch.setattr("lab.models.precision.platform", lambda place=place: place)
+        found[place] = jax.value_and_grad(run, argnums=(0, 1))(params, x)
+        text = jax.jit(jax.grad(run)).lower(params, x).as_text()
+        assert set(re.findall(r"dot_general.* -> tensor<[\dx]*x(\w+)>", text)) == {type_}
+    for a, b in zip(*map(jax.tree.leaves, (found["cpu"], found["gpu"])), strict=True):
+        assert distance(a, b) < 3
+    wrong = jax.tree.map(lambda p: p * 1.1, params)
+    assert distance(run(wrong, x), found["cpu"][0]) > 3  # negative control
