@@ -14,8 +14,10 @@ from lab.optim import AdamW, Cosine
 
 experiment = replace(
     gpt_small.experiment,
-    model=GPT(depth=24, width=1024, heads=16, vocab=50304, scan=True, remat="dots"),
+    # Not scanned, which compiles four times as fast (7 instead of 26 s for an H200) but moves 1.3 times as many bytes.
+    model=GPT(depth=24, width=1024, heads=16, vocab=50304),
     optim=AdamW(lr=Cosine(3e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
+    microbatches=32,
 )
 
 local = gpt_small.local

@@ -25,7 +25,7 @@ experiment = Experiment(
     model=GPT(depth=12, width=768, heads=12, vocab=50304, context=1024),
     task=LanguageModel(chunk=256),
     optim=AdamW(lr=Cosine(6e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
-    steps=20_000, batch=512, microbatches=32, precision="bfloat16",
+    steps=20_000, batch=512, microbatches=16, precision="bfloat16",
     evaluate=Evaluate(every=1000, records=2048), checkpoint=Checkpoint(every=1000),
 )
 

@@ -22,7 +22,7 @@ experiment = replace(
     model=GPT(depth=48, width=1600, heads=25, vocab=50304, scan=True, remat="blocks"),
     task=LanguageModel(),  # a device has few rows, and along "fsdp" every chunk would send the embedding's gradient
     optim=AdamW(lr=Cosine(2e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
-    mesh=Mesh(data=1, fsdp=-1),
+    microbatches=32, mesh=Mesh(data=1, fsdp=-1),
 )
 
 local = replace(gpt_small.local, model=gpt_small.local.model.clone(scan=True, remat="blocks"))
