@@ -49,6 +49,10 @@ def _gib(size: int | None) -> str:
     return "unknown" if size is None else f"{size / GiB:.2f} GiB" if size >= GiB / 10 else f"{size / 2**20:.1f} MiB"
 
 
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms" if seconds >= 1e-2 or not seconds else f"{seconds * 1e3:.3g} ms"
+
+
 def _memory(console: Console, plan: CompiledPlan) -> None:
     memory, chip = plan.memory, plan.topology.chip
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items()) or "1 device"
@@ -101,12 +105,12 @@ def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
                   title="Time of an update, at the least: a bound, not a forecast")
     compiled = plan.memory.temporaries is not None
     for name in ("compute", "memory", "network") if compiled else ():
-        table.add_row(name, f"{getattr(bound, name) * 1e3:,.1f} ms")
+        table.add_row(name, _ms(getattr(bound, name)))
     table.add_section()
     whole = {f"all at once ({bound.limit} decides)": bound.seconds, "one after another": bound.one_by_one}
     for name, seconds in whole.items() if compiled else [("compute", bound.compute)]:
         share = mfu(plan.topology, experiment.precision, plan.model_flops, seconds)
-        table.add_row(name, f"{seconds * 1e3:,.1f} ms", f"{share:.0%}", human(86400 / seconds * units),
+        table.add_row(name, _ms(seconds), f"{share:.0%}", human(86400 / seconds * units),
                       f"{human(seconds * experiment.steps / 3600)} h")
     console.print(table)
 
