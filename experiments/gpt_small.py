@@ -3,7 +3,7 @@
     ./launch.sh experiments/gpt_small.py            # no accelerator: the twin
     LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_small.py --full     # first: ./launch.sh prepare lm1b
 
-Twin, 2-core CPU, 2026-11-22: 1 min 39 s with compilation, 1.586 bits per byte on the validation files
+Twin, 2-core CPU, 2026-11-23: 1 min 31 s with compilation, 1.585 bits per byte on the validation files
 (untrained 3.45; gzip -9 2.024, xz -9 1.718). The real one has not been trained here (no accelerator), only planned:
 10.5G tokens, 9.0E FLOPs, so about 6 hours on one H100 at 40 % of its peak. On v5e-8 (``plan``, 2026-11-23) with
 ``--microbatches 8``: 5.93 GiB a chip, an update takes at least 284 ms; on one H200 14.0 GiB and 453 ms.
