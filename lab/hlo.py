@@ -245,11 +245,12 @@ class Program:
     def _written(self, fused: Computation, name: str, shape: str, number: int = 0) -> int:
         """Bytes of its result `number`, of that printed shape, that a fusion writes; `name`: where in it that is."""
         root, size = fused.instructions[name], bytes_of(shape, memory=True)
-        # A tuple's operand may itself be several results; then its parts and its operands are not the same.
-        number = number if root.opcode == "tuple" else 0
-        inside = root.operands[number] if number < len(root.operands) else ""
-        if root.opcode in ("tuple", "bitcast") and inside in fused.instructions:
-            return self._written(fused, inside, shape)
+        if root.opcode in ("tuple", "bitcast"):
+            for inside in root.operands:  # each of which may be several results itself
+                parts = len(tuple_parts(fused.shape(inside)))
+                if number < parts:
+                    return self._written(fused, inside, shape, number)
+                number -= parts
         if root.opcode == "fusion":
             inner = self.computations[dict(root.called())["calls"]]
             return self._written(inner, inner.root.name, shape, number)

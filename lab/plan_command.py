@@ -50,7 +50,7 @@ def _gib(size: int | None) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.1f} ms" if seconds >= 1e-2 or not seconds else f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:,.{1 if seconds >= 0.01 else 4}f} ms"
 
 
 def _memory(console: Console, plan: CompiledPlan) -> None:

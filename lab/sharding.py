@@ -10,6 +10,7 @@ sums.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,10 +189,11 @@ def constrained(mesh: jax.sharding.Mesh, rules: Rules = ACTIVATIONS) -> Iterator
         if own := next((_axes(rule) for rule in OWN if re.search(rule[0], path)), None):
             spec = _together([x.shape for x in args], own, mesh)
             return jax.shard_map(next_function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*args)
-        if isinstance(context.module, nn.Embed):
+        take = functools.partial(jnp.take, axis=0) if isinstance(context.module, nn.Embed) else None
+        if lookup := getattr(context.module, "lookup", take):
             # Gathered first: left to itself the compiler divides the lookup, and then every device computes all of it.
             table = jax.lax.with_sharding_constraint(context.module.embedding, NamedSharding(mesh, PartitionSpec()))
-            out = jnp.take(table, *args, axis=0)
+            out = lookup(table, *args)
         else:
             out = next_function(*args, **kwargs)
         if not isinstance(out, jax.Array) or not out.ndim:

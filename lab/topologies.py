@@ -5,7 +5,6 @@ Peaks are makers' figures, which no program reaches: a time computed from them i
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -62,31 +61,31 @@ def _tpu(teraflops: float, memory: float, gigabytes: float, bidirectional: float
                 link, full, cores)
 
 
-def _gpu(memory: float, bfloat16: float, float32: float, gigabytes: float, link: float, *, capability: str,
+def _gpu(memory: int, bfloat16: float, float32: float, gigabytes: float, link: float, *, capability: str,
          processors: int, units: int, shared: int, cache: int, clock: float) -> Chip:
     target = f"""cuda_compute_capability {{ {capability} }} core_count: {processors} fpus_per_core: {units}
         shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared - 1024} l2_cache_size: {cache * MiB}
-        clock_rate_ghz: {clock} device_memory_size: {memory * GB:.0f} memory_bandwidth: {gigabytes * GB:.0f}"""
-    return Chip("gpu", round(memory * GB), {"bfloat16": bfloat16 * TB, "float32": float32 * TB}, gigabytes * GB,
+        clock_rate_ghz: {clock} device_memory_size: {memory} memory_bandwidth: {gigabytes * GB:.0f}"""
+    return Chip("gpu", round(0.75 * memory), {"bfloat16": bfloat16 * TB, "float32": float32 * TB}, gigabytes * GB,
                 link * GB, target=target)
 
 
 # Sources. TPU: peak, HBM bandwidth and inter-chip bandwidth of each chip on cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e},
 # read in November 2026; v4's inter-chip bandwidth (6 links of 50 GB/s) from Jouppi et al. 2023 ("TPU v4: An Optically
 # Reconfigurable Supercomputer"). Memory: what libtpu's compiler allows a program, which is less than the chip has.
-# NVIDIA: data sheets of A100 80 GB SXM, H100 SXM and H200 SXM (dense, TF32 for float32, NVLink per direction); what the
-# compiler is told: their CUDA device properties.
+# NVIDIA: data sheets of A100 80 GB SXM, H100 SXM and H200 SXM (dense, TF32 for float32, NVLink per direction); memory
+# and what else the compiler is told: their CUDA device properties. JAX gives three quarters of the memory to programs.
 CHIPS = {
     "v4": _tpu(275, 30.75, 1200, 600, (16, 16, 16), 2),
     "v5e": _tpu(197, 15.75, 819, 400, (16, 16), 1),
     "v5p": _tpu(459, 95.74, 2765, 1200, (16, 20, 28), 2),
     "v6e": _tpu(918, 31.25, 1638, 800, (16, 16), 1),
-    "a100": _gpu(80, 312, 156, 2039, 300, capability="major: 8 minor: 0", processors=108, units=64, shared=167_936,
-                 cache=40, clock=1.41),
-    "h100": _gpu(80, 989, 494, 3350, 450, capability=HOPPER, processors=132, units=128, shared=233_472, cache=50,
-                 clock=1.98),
-    "h200": _gpu(141, 989, 494, 4800, 450, capability=HOPPER, processors=132, units=128, shared=233_472, cache=50,
-                 clock=1.98),
+    "a100": _gpu(85_100_068_864, 312, 156, 2039, 300, capability="major: 8 minor: 0", processors=108, units=64,
+                 shared=167_936, cache=40, clock=1.41),
+    "h100": _gpu(84_942_979_072, 989, 494, 3350, 450, capability=HOPPER, processors=132, units=128,
+                 shared=233_472, cache=50, clock=1.98),
+    "h200": _gpu(151_397_597_184, 989, 494, 4800, 450, capability=HOPPER, processors=132, units=128,
+                 shared=233_472, cache=50, clock=1.98),
     "cpu": Chip("cpu"),
 }
 
@@ -135,6 +134,8 @@ def find(name: str) -> Topology:
     found = re.fullmatch(r"(\w+)([-:])(\d{1,6})", name.lower())
     chip = CHIPS.get(found[1]) if found else None
     if chip is not None and (found[2] == "-") == (chip.kind == "tpu") and int(found[3]) > 0:
+        if chip.kind == "gpu" and int(found[3]) > 8 and int(found[3]) % 8:
+            raise UserError(f"--on {name}: more than 8 GPUs must be a multiple of 8, as many as a host has.")
         if chip.kind != "tpu":
             return Topology(name.lower(), chip, int(found[3]))
         devices, odd = divmod(int(found[3]), chip.cores)
@@ -152,7 +153,7 @@ def environment(topology: Topology) -> dict[str, str]:
                  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     if topology.chip.kind != "cpu":
         variables["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # without the chip nothing that was kept can be read again
-    if topology.chip.kind != "tpu":
+    if topology.chip.kind == "cpu" or topology.chip.kind == "gpu" and not can_compile(topology):
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         variables["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()
     return variables
@@ -160,9 +161,8 @@ def environment(topology: Topology) -> dict[str, str]:
 
 def can_compile(topology: Topology) -> bool:
     """Whether the compiler for such devices is here."""
-    if topology.chip.kind == "gpu":
-        return any(distribution.name.startswith("jax-cuda") for distribution in importlib.metadata.distributions())
-    return topology.chip.kind == "cpu" or importlib.util.find_spec("libtpu") is not None
+    packages = {"cpu": ("jax",), "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
+    return any(importlib.util.find_spec(name) for name in packages[topology.chip.kind])
 
 
 def devices(topology: Topology) -> list[Any]:
@@ -183,11 +183,9 @@ def devices(topology: Topology) -> list[Any]:
             options["chip_config_name"] = "megacore"
         shape = "x".join(map(str, topology.shape))
         return _described("tpu", f"{topology.name.partition('-')[0]}:{shape}", **options)
-    found = jax.devices("cpu")
+    found = jax.devices("cpu")  # starts JAX, and with it the packages for GPUs
     if topology.chip.kind == "gpu" and can_compile(topology):
         name, hosts = topology.name.partition(":")[0].upper(), -(-topology.devices // 8)
-        if topology.devices > 8 and topology.devices % 8:
-            raise UserError(f"--on {topology.name}: more than 8 GPUs must be a multiple of 8, as many as a host has.")
         return _described("cuda", "", topology=f"1x{hosts}x{topology.devices // hosts}",
                           target_config=GPU % (topology.chip.target, name, name))
     if len(found) < topology.devices:
@@ -199,4 +197,8 @@ def devices(topology: Topology) -> list[Any]:
 def _described(platform: str, name: str, **options: Any) -> list[Any]:
     from jax.experimental import topologies
 
-    return list(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
+    try:
+        return list(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
+    except (NotImplementedError, RuntimeError, ValueError) as e:
+        raise UserError(f"JAX's compiler for {platform} is installed and does not start: "
+                        f"{str(e).splitlines()[0][:300]}. Plan for another machine.") from e

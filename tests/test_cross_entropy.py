@@ -60,6 +60,16 @@ def test_gradient_in_both_modes():
     assert not np.asarray(jax.grad(lambda x: cross_entropy(x, TARGETS)[2].sum())(LOGITS)).any()
 
 
+def test_what_a_row_has_in_common_costs_no_digits():
+    """A large offset leaves softmax - one-hot as exact as it is without."""
+    offset = (LOGITS + 1000).astype(np.float32)
+    exact = softmax(offset.astype(np.float64), -1) - np.eye(17)[TARGETS]
+    found = jax.grad(lambda x: cross_entropy(x, TARGETS)[0].sum())(offset)
+    assert np.abs(found - exact).max() < 1e-6
+    rounded = np.exp(offset - logsumexp(offset, -1, keepdims=True).astype(np.float32)) - np.eye(17)[TARGETS]
+    assert np.abs(rounded - exact).max() > 1e-5  # negative control
+
+
 def written_out(logits):
     """What it replaces."""
     nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]

@@ -156,6 +156,30 @@ ENTRY %main.1 (a.2: f32[12,64,768], new.2: f32[1,64,768], i.2: s32[]) -> (f32[12
 """
     row = 64 * 768 * 4
     assert Program(two).traffic() == 3 * row + 4  # the new row is read once and written twice
+    # The same with the results in the other order; and inside another fusion, as GPUs' compilers print it.
+    turned = two.replace("-> (f32[12,64,768], f32[64,768]) {", "-> (f32[64,768], f32[12,64,768]) {")
+    for pair in ("(f32[12,64,768]{2,1,0}, f32[64,768]{1,0})", "tuple(%one.1, %flat.1)"):
+        first, _, second = pair.partition("(")[2][:-1].partition(", ")
+        turned = turned.replace(pair, f"{pair.partition('(')[0]}({second}, {first})")
+    assert Program(turned).traffic() == 3 * row + 4
+    nested = two.replace("ENTRY", """%outer.1 (a.3: f32[12,64,768]) -> (f32[12,64,768], f32[64,768]) {
+  %a.3 = f32[12,64,768]{2,1,0} parameter(0)
+  %new.3 = f32[1,64,768]{2,1,0} parameter(1)
+  %i.3 = s32[] parameter(2)
+  ROOT %inner.1 = (f32[12,64,768]{2,1,0}, f32[64,768]{1,0}) fusion(%a.3, %new.3, %i.3), kind=kLoop, calls=%write.1
+}
+
+ENTRY""").replace("fusion(%fresh.1, %new.2, %i.2), kind=kLoop, calls=%write.1",
+                  "fusion(%fresh.1, %new.2, %i.2), kind=kLoop, calls=%outer.1")
+    assert Program(nested).traffic() == 3 * row + 4
+    # A tuple whose first part is two results of one operation, and whose last is an update in place.
+    three = two.replace("(f32[12,64,768], f32[64,768]) {", "(f32[8], s32[8], f32[12,64,768]) {").replace(
+        "(f32[12,64,768]{2,1,0}, f32[64,768]{1,0}) tuple(%one.1, %flat.1)",
+        "((f32[8]{0}, s32[8]{0}), f32[12,64,768]{2,1,0}) tuple(%pair.1, %one.1)").replace(
+        "  %flat.1", "  %pair.1 = (f32[8]{0}, s32[8]{0}) reduce(%new.1, %i.1), to_apply=%larger.1\n  %flat.1").replace(
+        "ROOT %fusion.1 = (f32[12,64,768]{2,1,0}, f32[64,768]{1,0})",
+        "ROOT %fusion.1 = ((f32[8]{0}, s32[8]{0}), f32[12,64,768]{2,1,0})")
+    assert Program(three).traffic() == 2 * row + 4 + 2 * 32
     whole = two.replace("dynamic-update-slice(%a.1, %new.1, %i.1, %zero.1, %zero.1)", "add(%a.1, %a.1)")
     assert Program(whole).traffic() == (12 + 12 + 1 + 1) * row  # negative control
     made = two.replace('"AllocateBuffer"', '"Make"')

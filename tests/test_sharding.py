@@ -1,5 +1,7 @@
 """One table of path rules over the whole state: where arrays are born and stay, and what a bad table says."""
 
+import functools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +52,19 @@ def test_a_sharded_state_trains_like_a_replicated_one():
     assert apart(jax.device_get(state), plain) < 1e-5
     assert apart(seen, history) < 1e-4
     assert apart(jax.device_get(program.init()), plain) > 1e-2  # negative control: it is not the state at the start
+
+
+def test_embeddings_gradients_are_float32_sums_on_every_mesh(tiny, monkeypatch):
+    """A table is gathered before it is looked up; how the gradient is summed must not depend on that."""
+    experiment = replace(tiny, precision="bfloat16", batch=16)
+
+    def scattered(mesh: Mesh) -> set[str]:
+        program = Program(replace(experiment, mesh=mesh), devices=jax.devices()[: mesh.fsdp])
+        return set(re.findall(r'"stablehlo.scatter".*?-> tensor<[\dx]*x(\w+)>', program.lower().as_text(), re.DOTALL))
+
+    assert scattered(Mesh(data=1, fsdp=1)) == scattered(Mesh(data=1, fsdp=8)) == {"f32"}
+    monkeypatch.setattr("lab.models.layers.Embed.lookup", staticmethod(functools.partial(jnp.take, axis=0)))
+    assert "bf16" in scattered(Mesh(data=1, fsdp=8))  # negative control
 
 
 def test_the_default_replicates_everything():

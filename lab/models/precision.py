@@ -1,8 +1,8 @@
 """Operations in reduced precision: what is rounded when, and derivatives that keep to it.
 
 Products take operands of reduced precision and are accumulated in float32; between two products everything is computed
-in float32 and rounded once; sums of gradients are float32. Float32 operands keep JAX's own rules, and with them
-forward-mode derivatives. Axis letters: see lab/models/layers.py.
+in float32 and rounded once; gradients of biases, positions and embeddings are summed in float32. Float32 operands keep
+JAX's own rules, and with them forward-mode derivatives. Axis letters: see lab/models/layers.py.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def project(x: Array, kernel: Array, dtype: Any) -> Array:
 
 def add_broadcast(y: Array, b: Array) -> Array:
     """``y + b`` in y's type, `b` broadcast; the gradient of `b` is summed in float32. GPUs add it as they multiply."""
-    b = jnp.expand_dims(b, range(y.ndim - b.ndim))
-    return y + b.astype(y.dtype) if y.dtype == jnp.float32 else _reduced_add(y, b)
+    b = jnp.expand_dims(b.astype(y.dtype), range(y.ndim - b.ndim))
+    return y + b if y.dtype == jnp.float32 else _reduced_add(y, b)
 
 
 @jax.custom_vjp

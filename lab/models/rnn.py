@@ -14,7 +14,7 @@ from jax import Array
 from lab.errors import UserError
 from lab.models.layers import Embed, dropout
 from lab.models.linear import check_classes, check_rates, check_sizes
-from lab.models.precision import product, project
+from lab.models.precision import add_broadcast, product, project
 
 State = tuple[Array, Array]
 """(h, c) of one direction, each (B, H); h in the compute type, c in float32."""
@@ -61,8 +61,7 @@ class LSTM(nn.Module):
     def __call__(self, tokens_BL: Array, *, train: bool, mask: Array | None = None) -> Array:
         """`mask` (B, L): 1 where a token is real; None: all are."""
         real_BL1 = jnp.ones((*tokens_BL.shape, 1), bool) if mask is None else mask.astype(bool)[..., None]
-        init = nn.initializers.normal(0.1)
-        x_BLD = Embed(self.vocab, self.width, embedding_init=init, name="embedding")(tokens_BL)
+        x_BLD = Embed(self.vocab, self.width, stddev=0.1, name="embedding")(tokens_BL)
         for i in range(self.depth):
             x_BLD = dropout(self, x_BLD, self.dropout, train)
             x_BLD, last_BD = Layer(self.hidden, self.bidirectional, name=f"layer_{i}")(x_BLD, real_BL1)
@@ -103,7 +102,7 @@ class Layer(nn.Module):
         biases = [self.param(f"{d}_bias", _forget_bias, (4 * H,)) for d in directions]
 
         x_LBD = x_BLD.swapaxes(0, 1)  # before it grows
-        z_LBF = project(x_LBD, jnp.concatenate(inputs, 1), x_BLD.dtype) + jnp.concatenate(biases)
+        z_LBF = add_broadcast(project(x_LBD, jnp.concatenate(inputs, 1), x_BLD.dtype), jnp.concatenate(biases))
         real_LB1 = real_BL1.swapaxes(0, 1)
         # The second direction reads both from their end, and its outputs are turned round again below.
         steps = [(z[::turn], real_LB1[::turn]) for z, turn in zip(jnp.split(z_LBF, len(directions), -1), (1, -1),

@@ -67,8 +67,8 @@ class ViT(Transformer):
         x_BLP = images.reshape(B, rows, self.patch, columns, self.patch, C).swapaxes(2, 3).reshape(B, -1, P)
         x_BLD = Dense(self.width, bias=True, stddev=P**-0.5, name="patches")(x_BLP)
         if self.pool == "token":
-            token_D = self.param("token", nn.initializers.zeros, (self.width,)).astype(x_BLD.dtype)
-            x_BLD = jnp.concatenate([jnp.broadcast_to(token_D, (B, 1, self.width)), x_BLD], axis=1)
+            token_D = self.param("token", nn.initializers.zeros, (self.width,))
+            x_BLD = jnp.concatenate([add_broadcast(jnp.zeros_like(x_BLD[:, :1]), token_D), x_BLD], axis=1)
         L = x_BLD.shape[1]
         if self.position == "learned":
             # As an embedding of 0..L-1, so that the rules that spare embeddings from weight decay know it by its name.

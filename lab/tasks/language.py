@@ -35,9 +35,9 @@ class LanguageModel(Task):
     """Add z_loss * log(Z)^2, which keeps the softmax's normaliser near 1 (PaLM, Chowdhery et al. 2022)."""
     chunk: int | None = field(default=None, metadata={"fingerprint": False})  # how, not what
     """Positions of each row whose logits exist at a time (None: all). The sums and gradients are the same. GPT small,
-    64 rows of 1,024 tokens at once: float32 logits 12.3 GiB and their gradient 6.1; in chunks of 64 the compiler (CPU,
-    2026-11-22) needs 17.9 GiB less. The kernel's gradient is read and written once a chunk: on v5e-8, with 4 rows
-    a chip, chunks of 256 move 9 % more bytes than all at once."""
+    64 rows of 1,024 tokens at once: float32 logits take 12.3 GiB and their gradient 6.1; compiled for an H200
+    (2026-11-23) the update needs 36.9 GiB, in chunks of 256 23.4 and of 64 20.0. The kernel's gradient is read and
+    written once a chunk: chunks of 64 move 3 % more bytes than those of 256."""
     samples: int = 4
     """Texts to write to samples/ when a run ends."""
 

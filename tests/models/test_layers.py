@@ -641,6 +641,17 @@ def test_elementwise_keeps_only_its_operands():
     assert len(jax.tree.leaves(jax.vjp(nn.gelu, x)[1])) > 1
 
 
+@pytest.mark.parametrize("place", ["cpu", "gpu"])
+def test_gpus_get_barriers(place, monkeypatch):
+    """So that what is to be computed again is not kept; under vmap, too, as in a study."""
+    monkeypatch.setattr("lab.models.precision.platform", lambda: place)
+    x = jnp.ones((3, 4), BF16)
+    for f in (jax.grad(lambda x: elementwise(nn.gelu, x).astype(jnp.float32).sum()),
+              jax.vmap(jax.grad(lambda x: elementwise(nn.gelu, x).astype(jnp.float32).sum()))):
+        assert str(jax.make_jaxpr(f)(x)).count("optimization_barrier") == (2 if place == "gpu" else 0)
+        np.testing.assert_array_equal(f(x), jax.grad(lambda x: nn.gelu(x.astype(jnp.float32)).sum())(x))
+
+
 def test_softmax_gradient_from_rounded_probabilities():
     scores, g = jnp.asarray(normal(8, 33, scale=3.0)), jnp.asarray(normal(8, 33, seed=1), BF16)
     p, back = jax.vjp(lambda s: softmax(s, BF16), scores)
