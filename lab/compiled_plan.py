@@ -83,7 +83,7 @@ def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
     memory = Memory(bytes_per_device(state.params, placed.params),
                     bytes_per_device(state.opt_state, placed.opt_state), *[None] * 5)
     collectives, traffic, seconds, flops = [], 0, None, step_flops(experiment)
-    if devices[0].platform == topology.chip.kind:
+    if topologies.can_compile(topology):
         lowered, start = program.lower(), time.monotonic()
         try:
             compiled = lowered.compile()

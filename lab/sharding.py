@@ -190,7 +190,7 @@ def constrained(mesh: jax.sharding.Mesh, rules: Rules = ACTIVATIONS) -> Iterator
             spec = _together([x.shape for x in args], own, mesh)
             return jax.shard_map(next_function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*args)
         take = functools.partial(jnp.take, axis=0) if isinstance(context.module, nn.Embed) else None
-        if lookup := getattr(context.module, "lookup", take):
+        if lookup := getattr(context.module, "embedding_lookup", take):
             # Gathered first: left to itself the compiler divides the lookup, and then every device computes all of it.
             table = jax.lax.with_sharding_constraint(context.module.embedding, NamedSharding(mesh, PartitionSpec()))
             out = lookup(table, *args)

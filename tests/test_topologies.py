@@ -29,10 +29,8 @@ from tests.conftest import ROOT
 from tests.test_experiments import EXPERIMENTS, shrunk
 from tests.test_step import Perceptron, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+needs_libtpu = pytest.mark.skipif(not topologies.can_compile(topologies.find("v5e-1")),
                                   reason="compiling for a TPU needs libtpu (LAB_EXTRAS=plan)")
-
-
 needs_cuda = pytest.mark.skipif(not topologies.can_compile(topologies.find("h200:1")),
                                 reason="compiling for a GPU needs JAX's packages for it (LAB_ACCELERATOR=cuda12)")
 

@@ -59,13 +59,13 @@ class Embed(nn.Module):
     rows: int
     features: int
     stddev: float = 0.02
-    lookup = staticmethod(rows_of)  # lab/sharding.py knows such modules by this name
+    embedding_lookup = staticmethod(rows_of)  # lab/sharding.py knows such modules by this name
 
     def setup(self) -> None:
         self.embedding = self.param("embedding", nn.initializers.normal(self.stddev), (self.rows, self.features))
 
     def __call__(self, ids: Array) -> Array:
-        return self.lookup(self.embedding, ids)
+        return self.embedding_lookup(self.embedding, ids)
 
 
 def norm(kind: Norm, *, bias: bool, name: str) -> nn.Module:

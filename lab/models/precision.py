@@ -22,6 +22,13 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def written(dtype: Any) -> Any:
+    """The type in which a product that `dtype` is wanted of is asked for. CPUs are fast at float32 only, TPUs round it
+    on the chip, and GPUs, which also accumulate bfloat16 in float32, would write it to memory and read it again.
+    """
+    return dtype if platform() == "gpu" else jnp.float32
+
+
 def product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
     """``einsum(spec, a, b)`` in `dtype`, accumulated in float32. No letter may stand for a sum over one operand alone.
 
@@ -38,13 +45,6 @@ def _reduced_product(spec: str, dtype: Any, a: Array, b: Array) -> Array:
     the float32 cotangent would turn both into mixed products, which no matrix unit (AMX, tensor core, MXU) runs.
     """
     return jnp.einsum(spec, a, b, preferred_element_type=written(dtype)).astype(dtype)
-
-
-def written(dtype: Any) -> Any:
-    """The type in which a product that `dtype` is wanted of is asked for. CPUs are fast at float32 only, TPUs round it
-    on the chip, and GPUs, which also accumulate bfloat16 in float32, would write it to memory and read it again.
-    """
-    return dtype if platform() == "gpu" else jnp.float32
 
 
 def _forward(spec: str, dtype: Any, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -670,6 +670,7 @@ def test_bias_gradients_are_summed_in_float32(place, monkeypatch):
     params = jax.tree.map(lambda p: p.astype(BF16), layer.init(jax.random.key(0), x)["params"])
     got = jax.grad(lambda p: layer.apply({"params": p}, x).astype(jnp.float32).sum())(params)["bias"]
     np.testing.assert_array_equal(got.astype(jnp.float32), np.full(3, 4096.0))
+    assert jax.lax.fori_loop(0, 4096, lambda i, total: total + jnp.ones((), BF16), jnp.zeros((), BF16)) == 256
 
 
 def test_rows_and_broadcast_gradients_are_summed_in_float32():
