@@ -1,9 +1,13 @@
 """Tables and scikit-learn's data sets: against scikit-learn's own pipelines, and every mistake a file can hold."""
 
 import codecs
+import contextlib
 import csv
 import gzip
+import hashlib
+import io
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -490,14 +494,15 @@ def test_wrong_names_and_paths(source, message):
 @pytest.fixture
 def no_copy(tmp_path, monkeypatch):
     """Nothing has been downloaded before, and no proxy is in the way of an address of this machine."""
-    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "empty"))
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     bundled._load.cache_clear()
     return monkeypatch
 
 
-def elsewhere(monkeypatch, url: str) -> None:
-    monkeypatch.setattr(bundled, "FETCHED", {name: (url, file) for name, (_, file) in bundled.FETCHED.items()})
+def elsewhere(monkeypatch, url: str, sha256: str = "") -> None:
+    monkeypatch.setattr(bundled, "FETCHED", {name: (url, file, sha256) for name, (_, file, _) in
+                                             bundled.FETCHED.items()})
 
 
 @pytest.mark.parametrize("name", ["california_housing", "20newsgroups"])
@@ -506,7 +511,7 @@ def test_without_a_network_one_sentence_comes_at_once(no_copy, tmp_path, name):
     begin = time.perf_counter()
     with pytest.raises(UserError, match="not on this machine and there is no network .*: give path=, a copy of it"):
         Sklearn(name).load()
-    assert time.perf_counter() - begin < 2 and not (tmp_path / "empty").exists()
+    assert time.perf_counter() - begin < 2 and not list((tmp_path / "cache/sklearn").iterdir())
 
 
 def test_a_network_that_never_answers_counts_as_none(no_copy):
@@ -528,24 +533,51 @@ def test_a_network_that_never_answers_counts_as_none(no_copy):
 
 
 def test_a_download_that_fails_names_the_reason_and_the_way_out(no_copy):
-    import sklearn.datasets
-
-    def fail(**options):
-        raise OSError("wrong checksum")
+    def fail(url):
+        raise OSError("reset by peer")
 
     no_copy.setattr(bundled, "_unreachable", lambda url: None)
-    no_copy.setattr(sklearn.datasets, "fetch_california_housing", fail)
-    with pytest.raises(UserError, match=r"the download failed \(wrong checksum\): give path="):
+    no_copy.setattr(bundled, "_download", fail)
+    with pytest.raises(UserError, match=r"the download failed \(reset by peer\): give path="):
         Sklearn("california_housing").load()
-    assert socket.getdefaulttimeout() is None
+
+
+def test_a_download_is_kept_only_with_its_checksum_and_checked_again(no_copy, tmp_path):
+    content = california_archive(np.ones((5, 9)))
+    no_copy.setattr(bundled, "_unreachable", lambda url: None)
+    no_copy.setattr(bundled, "_download", lambda url: content)
+    elsewhere(no_copy, "", "0" * 64)
+    with pytest.raises(UserError, match="the download has a wrong checksum: give path="):
+        Sklearn("california_housing").load()
+    elsewhere(no_copy, "", hashlib.sha256(content).hexdigest())
+    assert len(Sklearn("california_housing").load().targets) == 5
+    (kept,) = (tmp_path / "cache/sklearn").iterdir()
+    no_copy.setattr(bundled, "_download", lambda url: b"")
+    bundled._load.cache_clear()
+    assert len(Sklearn("california_housing").load().targets) == 5  # from the kept file
+    kept.write_bytes(content + b"!")
+    bundled._load.cache_clear()
+    with pytest.raises(UserError, match="wrong checksum"):
+        Sklearn("california_housing").load()
 
 
 ORIGINAL = ("longitude,latitude,housing_median_age,total_rooms,total_bedrooms,population,households,median_income,"
             "median_house_value,ocean_proximity")
 
 
+def california_archive(raw: np.ndarray) -> bytes:
+    """cal_housing.tgz with these rows, in the order of ORIGINAL."""
+    content = "\n".join(",".join(repr(float(x)) for x in row) for row in raw).encode()
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        member = tarfile.TarInfo("CaliforniaHousing/cal_housing.data")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
 def test_california_housing_from_each_kind_of_copy(tmp_path, no_copy):
-    """The original file, scikit-learn's cache and a file with scikit-learn's columns give the same numbers."""
+    """The archive, the original file and one with scikit-learn's columns give the numbers that scikit-learn gives."""
     import joblib
     from sklearn.datasets import fetch_california_housing
 
@@ -555,22 +587,26 @@ def test_california_housing_from_each_kind_of_copy(tmp_path, no_copy):
     joblib.dump(raw[:, [8, 7, 2, 3, 4, 5, 6, 1, 0]], home / "cal_housing_py3.pkz")
     lines = [ORIGINAL] + [",".join(repr(float(x)) for x in row) + ",INLAND" for row in raw]
     (tmp_path / "original.csv").write_text("\n".join(lines))
+    archive = tmp_path / "cal_housing.tgz"
+    archive.write_bytes(california_archive(raw))
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path / "out", filter="data")
     wanted, target = fetch_california_housing(data_home=home, download_if_missing=False, return_X_y=True)
     lines = [",".join((*HOUSING, "MedHouseVal"))]
     lines += [",".join(repr(float(x)) for x in (*row, y)) for row, y in zip(wanted, target, strict=True)]
     (tmp_path / "own.csv").write_text("\n".join(lines))
-    for path in (home, tmp_path / "original.csv", tmp_path / "own.csv"):
+    inner = tmp_path / "out/CaliforniaHousing"
+    for path in (archive, tmp_path / "original.csv", tmp_path / "own.csv", tmp_path / "out", inner,
+                 inner / "cal_housing.data"):
         bunch = Sklearn("california_housing", str(path)).load()
         np.testing.assert_allclose(bunch.inputs, wanted, rtol=1e-12)
         np.testing.assert_allclose(bunch.targets, target, rtol=1e-12)
         assert bunch.feature_names == HOUSING and bunch.class_names == ()
-    no_copy.setenv("SCIKIT_LEARN_DATA", str(home))
-    np.testing.assert_array_equal(Sklearn("california_housing").load().inputs, wanted)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/cal_housing_py3.pkz").write_bytes(b"broken")
-    for name, message in (("other.csv", "no column 'median_income'"), (".", "has no cal_housing_py3.pkz"),
-                          ("broken", "Cannot read .*cal_housing_py3.pkz")):
+    (tmp_path / "broken.tgz").write_bytes(b"broken")
+    (tmp_path / "none").mkdir()
+    for name, message in (("other.csv", "no column 'longitude'"), ("none", "is no copy of california_housing: it may"),
+                          ("broken.tgz", "Cannot read .*broken.tgz"), ("home", "home/cal_housing_py3.pkz is a pickle")):
         with pytest.raises(UserError, match=message):
             Sklearn("california_housing", str(tmp_path / name)).load()
 
@@ -586,9 +622,7 @@ def test_a_gap_in_the_original_california_file_is_kept_for_the_table_to_fill(sha
 
 
 def test_20newsgroups_from_each_kind_of_copy(tmp_path, no_copy):
-    """The folders, the archive and scikit-learn's cache give the same messages in the same order."""
-    from sklearn.datasets import load_files
-
+    """The folders and the archive give the same messages in the same order."""
     root = tmp_path / "files"
     for part, count in (("train", 5), ("test", 3)):
         for group in ("sci.space", "alt.atheism"):
@@ -599,13 +633,7 @@ def test_20newsgroups_from_each_kind_of_copy(tmp_path, no_copy):
     with tarfile.open(tmp_path / "20news-bydate.tar.xz", "w:xz") as archive:
         for folder in sorted(root.iterdir(), reverse=True):
             archive.add(folder, folder.name)
-    home = tmp_path / "home"
-    home.mkdir()
-    both = {s: load_files(str(root / f"20news-bydate-{s}"), encoding="latin1") for s in ("train", "test")}
-    (home / "20news-bydate_py3.pkz").write_bytes(codecs.encode(pickle.dumps(both), "zlib_codec"))
-    found = [Sklearn("20newsgroups", str(p)).load() for p in (root, tmp_path / "20news-bydate.tar.xz", home)]
-    no_copy.setenv("SCIKIT_LEARN_DATA", str(home))
-    found.append(Sklearn("20newsgroups").load())
+    found = [Sklearn("20newsgroups", str(p)).load() for p in (root, tmp_path / "20news-bydate.tar.xz")]
     for bunch in found:
         assert bunch.class_names == bunch.test.class_names == ("alt.atheism", "sci.space")
         assert bunch.inputs == found[0].inputs and bunch.test.inputs == found[0].test.inputs
@@ -619,6 +647,53 @@ def test_20newsgroups_from_each_kind_of_copy(tmp_path, no_copy):
         bundled._load.cache_clear()
         with pytest.raises(UserError, match=message):
             Sklearn("20newsgroups", str(path)).load()
+
+
+class Forged:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["california_housing", "20newsgroups"])
+def test_a_forged_cache_of_scikit_learn_runs_no_code(tmp_path, no_copy, name):
+    """Its folder, its file, and its home: nothing is unpickled, and one sentence says what would be read instead."""
+    import joblib
+    from sklearn import datasets
+
+    marker, home = tmp_path / "marker", tmp_path / "home"
+    home.mkdir()
+    if name == "20newsgroups":
+        file = home / "20news-bydate_py3.pkz"
+        file.write_bytes(codecs.encode(pickle.dumps(Forged(marker)), "zlib_codec"))
+    else:
+        file = home / "cal_housing_py3.pkz"
+        joblib.dump(Forged(marker), file, compress=6)
+    for path in (home, file):
+        with pytest.raises(UserError, match="is a pickle, which may run any code .* Give path=") as caught:
+            Sklearn(name, str(path)).load()
+        assert "\n" not in str(caught.value)
+    no_copy.setenv("SCIKIT_LEARN_DATA", str(home))
+    elsewhere(no_copy, "http://127.0.0.1:9/x")
+    with pytest.raises(UserError, match="is not on this machine"):
+        Sklearn(name).load()
+    assert not marker.exists()
+    with contextlib.suppress(Exception):  # negative control: scikit-learn itself runs it
+        getattr(datasets, f"fetch_{name}")(data_home=str(home), download_if_missing=False)
+    assert marker.exists()
+
+
+def test_nothing_in_lab_unpickles():
+    """No loader that may run code that is in a file: the formats of this project are JSON, CSV, text and raw arrays."""
+    source = {path: path.read_text() for path in (Path(__file__).parent.parent / "lab").rglob("*.py")}
+    unsafe = re.compile(r"\b(import (pickle|joblib|dill|shelve|marshal)\b|from (pickle|joblib|dill|shelve|marshal) "
+                        r"|np\.load\(|allow_pickle|torch\.load|read_pickle|yaml\.load\(|datasets\.fetch_)")
+    assert not [str(path) for path, text in source.items() if unsafe.search(text)]
+    assert unsafe.search("    import joblib\n") and unsafe.search("x = np.load(path)")
 
 
 def test_20newsgroups_itself(shared):

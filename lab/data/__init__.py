@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -41,8 +42,12 @@ def cache_folder(kind: str) -> Path:
     return spare / kind
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` so that readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(text.encode())
-    os.replace(temporary, path)
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part; a link at `path` is replaced."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:  # x: never through a file or link that is there already
+            file.write(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

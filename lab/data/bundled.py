@@ -1,30 +1,40 @@
-"""The data sets of scikit-learn: some are part of its installation, some it fetches once from the network."""
+"""The data sets of scikit-learn: some are part of its installation, others are archives that are fetched once.
+
+scikit-learn keeps what it fetched as pickles (`*_py3.pkz`). Loading a pickle runs whatever code is in it, and these
+differ from machine to machine, so no checksum can tell a good one: they are never opened. Only the published archives,
+whose sha256 is known, and plain text files are read.
+"""
 
 import contextlib
 import difflib
 import functools
-import os
-import socket
+import hashlib
+import io
 import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from lab.data import cache_folder, write_bytes
 from lab.data.columns import numbers, read_columns
 from lab.errors import UserError
 
 BUNDLED = ("iris", "wine", "breast_cancer", "diabetes", "digits")
-# name -> where scikit-learn fetches it from, and the file it then keeps in its data_home
+# name -> where its archive is, the archive's name, and the sha256 of it: the three that scikit-learn itself uses
 FETCHED = {
-    "california_housing": ("https://ndownloader.figshare.com/files/5976036", "cal_housing_py3.pkz"),
-    "20newsgroups": ("https://ndownloader.figshare.com/files/5975967", "20news-bydate_py3.pkz"),
+    "california_housing": ("https://ndownloader.figshare.com/files/5976036", "cal_housing.tgz",
+                           "aaa5c9a6afe2225cc2aed2723682ae403280c4a3695a2ddda4ffb5d8215ea681"),
+    "20newsgroups": ("https://ndownloader.figshare.com/files/5975967", "20news-bydate.tar.gz",
+                     "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610"),
 }
 PATIENCE = 5.0  # seconds until a network that does not answer counts as none
+SLOW = 30.0  # seconds without a byte after which a download counts as dead
 HOUSING = ("MedInc", "HouseAge", "AveRooms", "AveBedrms", "Population", "AveOccup", "Latitude", "Longitude")
+ORIGINAL = ("longitude", "latitude", "housing_median_age", "total_rooms", "total_bedrooms", "population", "households",
+            "median_income", "median_house_value")  # the columns of cal_housing.data, in its order
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +67,9 @@ class Sklearn:
     name: str
     """iris, wine, breast_cancer, diabetes, digits, california_housing or 20newsgroups."""
     path: str | None = None
-    """A local copy of a fetched one: scikit-learn's data_home; or, for california_housing, a CSV file with the columns
-    of either scikit-learn or the original; for 20newsgroups, the folder that holds 20news-bydate-train and
-    20news-bydate-test, or the archive 20news-bydate.tar.xz or .tar.gz."""
+    """A local copy of a fetched one. For california_housing: cal_housing.tgz or the cal_housing.data in it, a CSV file
+    with the columns of either scikit-learn or the original, or a folder that holds the archive or cal_housing.data. For
+    20newsgroups: 20news-bydate.tar.gz or .tar.xz, or the folder that holds 20news-bydate-train and -test."""
 
     def validate(self) -> None:
         """UserError for an unknown name, or a path that does not exist or has no use."""
@@ -89,12 +99,7 @@ def _load(source: Sklearn, _state: tuple[int, ...]) -> Bunch:
     if source.name in BUNDLED:
         return _bundled(source.name)
     read = _housing if source.name == "california_housing" else _newsgroups
-    if source.path is None:
-        home = Path(os.environ.get("SCIKIT_LEARN_DATA") or "~/scikit_learn_data").expanduser()
-        if not (home / FETCHED[source.name][1]).exists():
-            _fetch(source.name)
-        return read(home)
-    return read(Path(source.path).expanduser())
+    return read(Path(source.path).expanduser() if source.path else _fetched(source.name))
 
 
 def _bundled(name: str) -> Bunch:
@@ -112,31 +117,36 @@ def _bundled(name: str) -> Bunch:
 # ------------------------------------------------------------------------------------------------------ fetching
 
 
-def _fetch(name: str) -> None:
-    """Let scikit-learn download a data set into its data_home. UserError, within seconds, where it cannot."""
-    from sklearn import datasets
-
-    url, _ = FETCHED[name]
+def _fetched(name: str) -> Path:
+    """The published archive, downloaded into the cache folder once. UserError, within seconds, where it cannot be."""
+    url, file, sha256 = FETCHED[name]
+    path = cache_folder("sklearn") / file
+    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+        return path
     trouble = _unreachable(url)
     if trouble is None:
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30.0)  # scikit-learn sets none: a connection that dies would hang for ever
         try:
-            getattr(datasets, f"fetch_{name}")(n_retries=1)
-        except Exception as error:  # network, disk or checksum: in every case a local copy is the way out
+            content = _download(url)
+            if hashlib.sha256(content).hexdigest() == sha256:
+                write_bytes(path, content)
+                return path
+            trouble = "the download has a wrong checksum"
+        except Exception as error:  # network or disk: in every case a local copy is the way out
             trouble = f"the download failed ({error})"
-        finally:
-            socket.setdefaulttimeout(before)
-    if trouble is not None:
-        raise UserError(
-            f"Sklearn({name!r}) is not on this machine and {trouble}: give path=, a copy of it "
-            f"({_LAYOUTS[name]}), or run once where there is a network."
-        ) from None
+    raise UserError(f"Sklearn({name!r}) is not on this machine and {trouble}: give path=, a copy of it "
+                    f"({_LAYOUTS[name]}), or run once where there is a network.") from None
+
+
+def _download(url: str) -> bytes:
+    import urllib.request
+
+    with urllib.request.urlopen(url, timeout=SLOW) as answer:
+        return answer.read()
 
 
 _LAYOUTS = {
-    "california_housing": "scikit-learn's data_home or a CSV file",
-    "20newsgroups": "scikit-learn's data_home, the folder of 20news-bydate-train and -test, or 20news-bydate.tar.xz",
+    "california_housing": "cal_housing.tgz, the cal_housing.data in it, or a CSV file",
+    "20newsgroups": "20news-bydate.tar.gz or .tar.xz, or the folder of 20news-bydate-train and -test",
 }
 
 
@@ -176,20 +186,37 @@ def _damage(path: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------- california_housing
 
 
-def _housing(path: Path) -> Bunch:
-    """From scikit-learn's data_home, or from a CSV file."""
-    if path.is_file():
-        inputs, targets = _housing_csv(path)
-    else:
-        name = FETCHED["california_housing"][1]
-        if not (path / name).exists():
-            raise UserError(f"{path} has no {name}: give scikit-learn's data_home or a CSV file.")
-        from sklearn import datasets
+def _no_copy(path: Path, name: str) -> UserError:
+    """What is said of a folder or file that holds none of the forms that are read."""
+    pickles = [path] if path.suffix == ".pkz" else sorted(path.glob("*.pkz"))
+    if pickles:
+        return UserError(f"{pickles[0]} is a pickle, which may run any code when it is opened, so it is not. Give "
+                         f"path=, {_LAYOUTS[name]}, or leave path out to download the archive.")
+    return UserError(f"{path} is no copy of {name}: it may be {_LAYOUTS[name]}.")
 
-        with _damage(path / name):
-            raw = datasets.fetch_california_housing(data_home=path, download_if_missing=False)
-        inputs, targets = raw.data, raw.target
+
+def _housing(path: Path) -> Bunch:
+    """From the archive or the file in it, a folder of either, or a CSV file."""
+    places = [path / place for place in (FETCHED["california_housing"][1], "cal_housing.data",
+                                         "CaliforniaHousing/cal_housing.data")]
+    file = path if path.is_file() else next((place for place in places if place.is_file()), None)
+    if file is None or file.suffix == ".pkz":
+        raise _no_copy(path, "california_housing")
+    if file.suffix in (".csv", ".gz") and not file.name.endswith(".tar.gz"):
+        inputs, targets = _housing_csv(file)
+    else:
+        with _damage(file):
+            inputs, targets = _housing_columns(dict(zip(ORIGINAL, _cal_housing(file).T, strict=True)))
     return Bunch("scikit-learn california_housing", np.asarray(inputs, np.float64), np.asarray(targets), HOUSING)
+
+
+def _cal_housing(file: Path) -> np.ndarray:
+    """cal_housing.data, plain or in its archive: float64 (n, 9)."""
+    content = file.read_bytes()
+    if file.suffix != ".data":
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            content = archive.extractfile("CaliforniaHousing/cal_housing.data").read()
+    return np.loadtxt(io.BytesIO(content), delimiter=",", ndmin=2)
 
 
 def _housing_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -197,12 +224,16 @@ def _housing_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
     table = read_columns(path)
     if "MedHouseVal" in table.names:
         return np.stack([numbers(table, name) for name in HOUSING], 1), numbers(table, "MedHouseVal")
-    original = ("median_income", "housing_median_age", "total_rooms", "total_bedrooms", "population", "households",
-                "latitude", "longitude", "median_house_value")
-    if missing := [name for name in original if name not in table.names]:
-        raise UserError(f"{path} has no column {missing[0]!r}: as california_housing it needs {', '.join(original)}, "
+    if missing := [name for name in ORIGINAL if name not in table.names]:
+        raise UserError(f"{path} has no column {missing[0]!r}: as california_housing it needs {', '.join(ORIGINAL)}, "
                         f"or the columns of scikit-learn with MedHouseVal.")
-    income, age, rooms, bedrooms, people, homes, north, east, value = (numbers(table, name) for name in original)
+    return _housing_columns({name: numbers(table, name) for name in ORIGINAL})
+
+
+def _housing_columns(column: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's features (n, 8) and target (n,) from the columns of the original."""
+    north, east, age, rooms, bedrooms, people, homes, income, value = (
+        column[name] for name in ("latitude", "longitude", *ORIGINAL[2:]))
     inputs = [income, age, rooms / homes, bedrooms / homes, people, people / homes, north, east]
     return np.stack(inputs, 1), value / 100_000
 
@@ -213,18 +244,14 @@ Messages = list[tuple[str, str, str]]  # (group, file name, text)
 
 
 def _newsgroups(path: Path) -> Bunch:
-    """From scikit-learn's data_home, the two folders, or the archive. Equal content gives equal records."""
-    cache = path / FETCHED["20newsgroups"][1]
-    if path.is_file():
+    """From the two folders or the archive. Equal content gives equal records."""
+    if path.is_file() and path.suffix != ".pkz":
         with _damage(path):
             splits = _archive(path)
-    elif cache.exists():
-        with _damage(cache):
-            splits = {split: _cached(path, split) for split in ("train", "test")}
     else:
         splits = {split: _folder(path / f"20news-bydate-{split}") for split in ("train", "test")}
     if not all(splits.values()):
-        raise UserError(f"{path} is no copy of 20newsgroups: it may be {_LAYOUTS['20newsgroups']}.")
+        raise _no_copy(path, "20newsgroups")
     names = tuple(sorted({group for group, _, _ in splits["train"]}))
     if strange := {group for group, _, _ in splits["test"]} - set(names):
         raise UserError(f"{path}: the test messages have a group that the training messages lack: {min(strange)}.")
@@ -235,15 +262,6 @@ def _newsgroups(path: Path) -> Bunch:
         return Bunch("20 Newsgroups (bydate)", [text for _, _, text in messages], targets, (), names, test)
 
     return bunch(splits["train"], bunch(splits["test"]))
-
-
-def _cached(home: Path, split: str) -> Messages:
-    from sklearn import datasets
-
-    raw: Any = datasets.fetch_20newsgroups(data_home=home, subset=split, download_if_missing=False, shuffle=False)
-    paths = [str(name).replace("\\", "/").rsplit("/", 1)[-1] for name in raw.filenames]
-    groups = [str(raw.target_names[target]) for target in raw.target]
-    return list(zip(groups, paths, raw.data, strict=True))
 
 
 def _folder(folder: Path) -> Messages:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lab.data import digest
-from lab.data.sources import described
+from lab.data.prepared import described
 from lab.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")

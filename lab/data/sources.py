@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lab.data import cache_folder, digest, write_text
+from lab.data import cache_folder, digest, write_bytes
+from lab.data.prepared import described
 from lab.data.word_memory import SPACES
 from lab.errors import UserError
 
@@ -129,7 +130,7 @@ def cached_survey(corpus: Corpus, take: Callable[[], Survey], newest: float) -> 
         survey = take()
     # A file changed a moment ago may change again within the clock's resolution: only settled ones are remembered.
     if time.time() - newest > 2:
-        write_text(path, json.dumps(dataclasses.asdict(survey)))
+        write_bytes(path, json.dumps(dataclasses.asdict(survey)).encode())
     return survey
 
 
@@ -336,34 +337,6 @@ class Tfds:
         validation = self.validation or ("validation" if "validation" in splits else None)
         chosen = dataclasses.replace(self, validation=validation)
         return TfdsCorpus(f"TFDS {self.name}", chosen, folder, splits)
-
-
-def described(name: str, data_dir: str | None) -> tuple[Path, dict[str, dict[str, Any]], dict[str, Any]]:
-    """Folder, splits and features of a prepared data set. UserError where it is not there as ArrayRecord."""
-    folder = prepared_folder(name, data_dir)
-    info = json.loads((folder / "dataset_info.json").read_bytes())
-    if info.get("fileFormat") != "array_record":
-        raise UserError(f"{folder} was prepared as {info.get('fileFormat')}, which needs TensorFlow to read: "
-                        f"run ./launch.sh prepare {name}")
-    features = json.loads((folder / "features.json").read_bytes()).get("featuresDict", {}).get("features", {})
-    return folder, {s["name"]: s for s in info.get("splits", [])}, features
-
-
-def prepared_folder(name: str, data_dir: str | None) -> Path:
-    """The folder of the newest prepared version of a data set, found without TFDS and without the network."""
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    path, _, version = name.partition(":")
-    found = [
-        info.parent
-        for info in [*(root / path).glob("*/dataset_info.json"), *(root / path).glob("*/*/dataset_info.json")]
-        if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name) and version in ("", info.parent.name)
-    ]
-    if not found:
-        raise UserError(f"The data set {name} is not prepared under {root}: run ./launch.sh prepare {name}")
-    kinds = sorted({folder.parent.relative_to(root).as_posix() for folder in found})
-    if len(kinds) > 1:
-        raise UserError(f"{name} is prepared in several configurations under {root}: name one of {', '.join(kinds)}.")
-    return max(found, key=lambda folder: [int(part) for part in folder.name.split(".")])
 
 
 @dataclass(frozen=True)

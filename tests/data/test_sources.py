@@ -1,6 +1,7 @@
 """Sources: which documents, in which order, in which split, and what bad input gets."""
 
 import gzip
+import json
 import os
 import sys
 import time
@@ -279,3 +280,34 @@ def test_cache_folder_falls_back_with_one_line(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("LAB_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder("tokens") == tmp_path / "xdg" / "lab" / "tokens"
+
+
+def forged_tfds(root, features):
+    """A prepared data set whose description was written by somebody else."""
+    folder = root / "forged" / "1.0.0"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset_info.json").write_text(json.dumps({"name": "forged", "fileFormat": "array_record"}))
+    (folder / "features.json").write_text(features)
+    return Tfds("forged", str(root))
+
+
+@pytest.mark.parametrize("inner", [
+    {"pythonClassName": "marker_module.Text"}, {"type": "marker_module.Text"},
+    {"jsonFeature": {"json": json.dumps({"feature": {"type": "marker_module.Text"}})}},
+    {"sequence": {"feature": [{"python_class_name": "marker_module.Text"}]}}])
+def test_a_class_that_is_not_tfdss_is_not_imported(tmp_path, monkeypatch, inner):
+    own = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    features = {"pythonClassName": own, "featuresDict": {"features": {"text": inner}}}
+    (tmp_path / "marker_module.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = json.dumps(features)
+    for written in (text, text.replace("marker", "\\u006darker")):
+        with pytest.raises(UserError, match="names the class 'marker_module.Text', which is not TFDS's own"):
+            forged_tfds(tmp_path, written).open()
+    assert not (tmp_path / "marker").exists()
+
+
+def test_damaged_descriptions_of_tfds_are_a_sentence(tmp_path):
+    for text in ("{", "[1]", '{"featuresDict": 3}', "\0", '{"a": {"json": "{"}}'):
+        with pytest.raises(UserError, match="are damaged .*: run ./launch.sh prepare forged"):
+            forged_tfds(tmp_path, text).open()
