@@ -11,7 +11,7 @@ from rich.table import Table
 from lab.console import facts, human
 from lab.errors import UserError
 from lab.experiment import Experiment
-from lab.plan import make_plan, size_of
+from lab.plan import make_plan, optimizer_flops, size_of
 from lab.program import batch_spec
 from lab.sharding import AXES, describe_state, mesh_sizes, state_shardings
 from lab.step import State
@@ -38,7 +38,10 @@ def show(experiment: Experiment) -> None:
     cost.add_row(f"{unit} in all", human(units * experiment.steps))
     beside = f" ({plan.flops / rule:.2f} x the rule 6 x parameters x tokens)" if unit == "tokens" else ""
     cost.add_row("FLOPs an update", human(plan.flops) + beside)
-    cost.add_row("FLOPs in all", human(plan.flops * experiment.steps))
+    optimizer = optimizer_flops(experiment, plan.state)
+    if optimizer:
+        cost.add_row("and of the optimizer", f"{human(optimizer)} ({optimizer / max(plan.flops, 1):+.0%})")
+    cost.add_row("FLOPs in all", human((plan.flops + optimizer) * experiment.steps))
     console.print(cost)
 
     memory = Table("", "bytes", show_header=False, title="Memory (all devices together)", title_justify="left")

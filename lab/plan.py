@@ -100,6 +100,12 @@ def make_plan(experiment: Experiment) -> Plan:
     return Plan(state, 3 * count_flops(forward) * experiment.microbatches, size_of(kept))
 
 
+def optimizer_flops(experiment: Experiment, state: State) -> int:
+    """FLOPs of the optimizer's own products in one update (Muon's iterations); 0 where it works element by element."""
+    update = experiment.optimizer.build(experiment.steps).update
+    return count_flops(jax.make_jaxpr(update)(state.params, state.opt_state, state.params))
+
+
 def step_flops(experiment: Experiment) -> int:
-    """FLOPs of one whole update as it is traced: with what the backward pass computes again."""
+    """FLOPs of one whole update as it is traced: with the optimizer, and what the backward pass computes again."""
     return count_flops(jax.make_jaxpr(make_train_step(experiment))(abstract_state(experiment), batch_spec(experiment)))

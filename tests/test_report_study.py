@@ -76,14 +76,42 @@ def test_the_figures_follow_from_results_csv(study):
     shown = [part.strip() for part in row.split("|")[1:-1]]
     assert float(shown[2]) == pytest.approx(c[0].difference, abs=1e-3)
     assert [float(v) for v in shown[4].split(" to ")] == pytest.approx(c[0].t, abs=1e-3)
-    assert [float(v) for v in shown[10:13]] == pytest.approx([c[0].correlation, c[0].g, c[0].better], abs=0.005)
+    numbers = [c[0].correlation, c[0].d_z, c[0].d_av, c[0].better]
+    assert [float(v) for v in shown[10:14]] == pytest.approx(numbers, abs=0.005)
+    assert "| correlation | d_z | d_av | P(better) |" in markdown and c[0].d_z != c[0].d_av
     assert shown[-1] == f"{c[0].wins} of 5"
     assert "model.norm=rmsnorm" in markdown and "planned 15 = 15 done + 0 diverged + 0 failed + 0 missing" in markdown
 
 
 def test_what_is_not_controlled_stands_beside_the_quality(study):
     markdown, _, _ = made(study)
-    assert "| rms | 10.1k (+1.0%) | 2.1G (+5.0%) | 250 (+0.0%) | 5MB (+0.0%) | 15 (-6.2%) |" in markdown
+    assert "| rms | 10.1k (+1.0%) | 2.1G (+5.0%) | 5MB (+0.0%) | 250 (250 to 250) |" in markdown
+
+
+def test_times_are_of_a_program_and_have_an_interval_and_no_ratio(study):
+    """Cells of one program cannot differ by what they cost, only by when they ran."""
+    seconds = {"base": 0.2, "rms": 0.3, "slow": 0.1}
+    for arm, each in seconds.items():
+        for seed in range(5):
+            rewrite(study / f"cells/{arm}/{seed}/result.json", seconds_per_update=each * (1 + 0.1 * seed))
+
+    def times():
+        return dict(re.findall(r"^\| (\w+) \| 10.*MB.*\| ([^|]+) \|$", made(study)[0], re.M))
+
+    assert len(set(times().values())) == 3  # without a plan each arm is a program of its own
+    unit = [{"name": f"{arm}-{seed}", "cells": [f"{arm}-{seed}"], "numbers": [], "group": int(arm == "slow")}
+            for arm in seconds for seed in range(5)]
+    write(study / "plan.json", {"units": unit})
+    shown = times()
+    logs = np.log([each * (1 + 0.1 * seed) for each in (0.2, 0.3) for seed in range(5)])
+    low, high = (1000 * np.exp(end) for end in stats.interval(logs))
+    assert shown["base"] == shown["rms"] == f"{1000 * np.exp(logs.mean()):.3g} ({low:.3g} to {high:.3g})"
+    assert shown["slow"] != shown["base"] and "%" not in "".join(shown.values())
+    write(study / "plan.json", {"units": [{"name": "together-0", "cells": [u["name"] for u in unit], "numbers": [],
+                                           "group": 0}]})
+    markdown, page, _ = made(study)  # one time of all together has no spread, and so no figure
+    assert "| rms | 10.1k (+1.0%) | 2.1G (+5.0%) | 5MB (+0.0%) |  |" in markdown
+    assert "not timed in turns" in markdown and "not timed in turns" in page
 
 
 def test_html_needs_no_other_file_and_pictures_show_something(study, drawn):
@@ -288,7 +316,7 @@ def test_studies_that_do_not_fit_together(study, place, mistake):
 # ------------------------------------------------------------------------------------------------------- designs
 
 
-def test_factorial_effects_and_interaction(place):
+def test_factorial_effects_and_interaction(place, typed):
     """The effects that were put in: norm -0.1, position 0, and an interaction of +0.2 / 2."""
     folder = make_study(place / "s", CROSS, {"rms": -0.2, "rotary": -0.1}, noise=0.005,
                         design={"kind": "factorial", "factors": FACTORS})
@@ -300,6 +328,9 @@ def test_factorial_effects_and_interaction(place):
     for name, (c, _) in found.items():
         assert c.t[0] <= truth[name] <= c.t[1] and f"| {name} |" in markdown
     assert found["model.norm"][1] == "rmsnorm minus layernorm"
+    assert found["model.norm x model.position"][1] == "half the difference of the effects"
+    assert "An interaction is half the difference between the effects" in markdown
+    assert "An interaction is half" in typed("report", folder)[1].replace("\n", " ")
     assert (folder / "pictures/interactions.png").exists()
     shutil.rmtree(folder / "cells/both")
     assert "main effects and interactions cannot be computed yet" in made(folder)[0]
@@ -322,6 +353,18 @@ def test_factorial_of_named_edits_and_a_grid_of_objects(place):
     results = read_study(folder)
     assert block(results, sections(results, False)[0]).levels["optim.lr"] == ["Constant(peak=0.1)", "Linear(peak=0.1)"]
     assert "Main effects" not in made(folder)[0] and (folder / "pictures/interactions.png").exists()
+
+
+@pytest.mark.parametrize("peaks, extra", [([1e-4, 3e-4], True), ([1e-3, 3e-4], False)])
+def test_a_base_that_is_no_combination_is_announced(place, peaks, extra):
+    norms = ["layernorm", "rmsnorm"]
+    crossed = [(p, n) for p in peaks for n in norms if (p, n) != (1e-3, "layernorm")]
+    arms = {f"{p}{n}": {"optim.lr.peak": p, "model.norm": n} for p, n in crossed}
+    folder = make_study(place / "s", arms, design={"kind": "grid", "factors": {"optim.lr.peak": peaks,
+                                                                              "model.norm": norms}})
+    assert ("it was added, since all arms are compared with it" in made(folder)[0]) == extra
+    rewrite(folder / "study.json", design={"kind": "list", "factors": {}})
+    assert "it was added" not in made(folder)[0]
 
 
 def test_the_value_of_a_field_inside_a_changed_object(place):

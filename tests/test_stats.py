@@ -91,11 +91,22 @@ def test_holm_by_hand():
     assert stats.holm([]).size == 0
 
 
-def test_hedges_g_is_unbiased_and_cohen_d_is_not():
+def test_d_z_is_unbiased_and_the_plain_ratio_is_not():
     d = np.random.default_rng(0).normal(0.8, 1.0, size=(40_000, 5))
-    assert stats.hedges_g(d).mean() == pytest.approx(0.8, abs=0.01)
+    assert stats.d_z(d).mean() == pytest.approx(0.8, abs=0.01)
     assert (d.mean(1) / d.std(1, ddof=1)).mean() > 0.95
-    assert math.isnan(stats.hedges_g(np.array([1.0, 2.0])))
+    assert math.isnan(stats.d_z(np.array([1.0, 2.0])))
+
+
+def test_d_av_is_in_units_of_the_spread_between_seeds():
+    """Pairs that correlate by 0.99: d_z is ten times d_av, which does not depend on the pairing."""
+    a, b = np.array([1.0, 2.0, 3.0, 6.0]), np.array([0.5, 1.4, 2.6, 5.3])
+    by_hand = (a - b).mean() / ((a.std(ddof=1) + b.std(ddof=1)) / 2)
+    assert stats.d_av(a, b) == pytest.approx(by_hand) == pytest.approx(stats.d_av(a, b[::-1]))
+    assert stats.d_z(a - b) > 3 and by_hand < 0.3
+    c = stats.compare(dict(enumerate(a)), dict(enumerate(b)), "min")
+    assert (c.d_av, c.d_z) == pytest.approx((by_hand, float(stats.d_z(a - b))))
+    assert math.isnan(stats.d_av(a[:1], b[:1])) and math.isnan(stats.d_av(np.ones(3), np.zeros(3)))
 
 
 def test_probability_positive_is_calibrated_for_the_next_seed():

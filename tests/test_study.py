@@ -20,8 +20,9 @@ from lab import loop
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
 from lab.experiment import Mesh, load
-from lab.optim import SGD, Cosine
-from lab.program import Program
+from lab.optim import SGD, Cosine, Muon
+from lab.plan import optimizer_flops
+from lab.program import Program, abstract_state
 from lab.sharding import path_of
 from lab.study import leases
 from lab.study.cells import changed, code_of
@@ -159,6 +160,18 @@ def test_preflight_prices_every_arm(tiny):
     assert base.name == "base" and wide.changes == {"model.hidden_multiple": 8}
     assert wide.parameters - base.parameters == 2 * (2 * 16 * 64 + 64)  # two blocks, up and down, and up's bias
     assert wide.flops > base.flops and wide.memory > base.memory
+
+
+def test_the_products_of_an_optimizer_are_counted(tiny):
+    """Muon's five Newton-Schulz iterations of every hidden matrix; AdamW has no products."""
+    base, muon, sgd = preflight(Study(tiny, {"muon": {"optim": Muon(lr=tiny.optim.lr)},
+                                             "sgd": {"optim": SGD(lr=tiny.optim.lr)}}))
+    alone = optimizer_flops(muon.experiment, abstract_state(muon.experiment))
+    assert base.flops == sgd.flops and muon.flops - base.flops == alone
+    # Five times three products for each of a block's four matrices of attention (16 x 16) and two of its MLP (16 x 64).
+    square, wide = 2 * 16**3 * 3, 2 * (16 * 64 * 16 + 16**3 + 16 * 16 * 64)
+    assert alone == 2 * 5 * (4 * square + 2 * wide)
+    assert optimizer_flops(base.experiment, abstract_state(base.experiment)) == 0
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
@@ -345,6 +358,11 @@ def test_dry_run_says_what_could_be_seen_and_runs_nothing(first, typed, place):
                            "--dry-run")
     assert status == 0 and not ran(out) and re.search(r"[56] cells to run: about \d:\d\d", out)  # 2 or 3 are elsewhere
     assert re.search(r"Power: the base has loss .* over [23] seeds", out) and "standard deviations) needs" in out
+    assert "the base runs as one more arm" not in out
+    status, out, _ = typed("small.py", "--vary", "optim.lr.peak=3e-2,5e-2", "--vary", "batch=8,32", "--dry-run",
+                           "--studies", "never")
+    assert status == 0 and "None of the 4 arms has the base's own values, so the base runs as one more arm" in out
+    assert "15 cells to run" in out and "5 arms x 3 seeds" in out
     status, out, _ = typed("ablate.py", "--studies", "never", "--dry-run")
     assert status == 0 and "9 cells to run: about" in out and not (place / "never").exists()
     assert "Power: unknown until the base has finished with two seeds." in out

@@ -94,6 +94,20 @@ def whole(results: Results) -> str | None:
     return most.name if all(a.changes.items() <= most.changes.items() for a in results.arms) else None
 
 
+def update_seconds(section: Section, arm: str) -> tuple[float, float, float]:
+    """Seconds of an update of an arm: geometric mean and its 95 % interval; NaN where the runs do not tell.
+
+    Over all runs of the compiled programs that the arm uses, since one program takes the same time whatever its
+    numbers. Runs that were one program together (`vmap`) count once.
+    """
+    programs = {cell.program for cell in section.cells[arm].values()}
+    runs = {cell.unit: cell.result.get("seconds_per_update") for cells in section.cells.values()
+            for cell in cells.values() if cell.program in programs}
+    logs = np.log([s for s in runs.values() if isinstance(s, int | float) and s > 0])
+    mean, (low, high) = stats.mean_sd(logs)[0], stats.interval(logs)
+    return float(np.exp(mean)), float(np.exp(low)), float(np.exp(high))
+
+
 # ------------------------------------------------------------------------------------------------------ factors
 
 
@@ -122,6 +136,14 @@ def levels_of(results: Results, factor: str) -> list[Any]:
     """The levels of a factor that its design names, in that order."""
     values = results.factors[factor]
     return [False, True] if isinstance(values, dict) else list(values) if isinstance(values, list | tuple) else []
+
+
+def base_is_extra(results: Results) -> bool:
+    """Whether the base is no combination of the values that were asked for, and was added to compare with."""
+    if results.kind not in ("grid", "one_at_a_time") or not results.factors:
+        return False
+    own = [_key(level(results, results.arms[0], f)) in map(_key, levels_of(results, f)) for f in results.factors]
+    return not (all(own) if results.kind == "grid" else any(own))
 
 
 @dataclass(frozen=True)

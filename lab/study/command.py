@@ -141,6 +141,9 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
     cells = _cells(arms, study, options.only, bench)
     with Screen() as screen:
         screen.say(f"Study folder: {folder}")
+        if study.design.kind in ("grid", "one_at_a_time") and len(arms) > len(study.design.arms):
+            screen.say(f"None of the {len(study.design.arms)} arms has the base's own values, so the base runs as one "
+                       f"more arm: all others are compared with it.")
         if not options.dry_run:
             _describe(folder, study, arms, file, cells)
             found = groups({arm.name: arm.experiment for arm in arms})

@@ -19,7 +19,7 @@ from lab.console import clock, human
 from lab.data.pipeline import eval_batches, reader
 from lab.errors import UserError
 from lab.experiment import Experiment, flat, to_json
-from lab.plan import Plan, make_plan, size_of
+from lab.plan import Plan, make_plan, size_of, step_flops
 from lab.program import Program, batch_spec
 from lab.step import State, make_eval_step
 from lab.study.design import BASE, Changes, Study
@@ -38,7 +38,7 @@ class Arm:
     """With seed 0."""
     parameters: int
     flops: int
-    """Of one update."""
+    """Of one whole update, as it is traced: with the optimizer's products, and what is computed again."""
     memory: int
     """Bytes of state and gradients, and at most those kept for the backward pass; of all devices together."""
     after: int = 0
@@ -65,7 +65,7 @@ def preflight(study: Study) -> list[Arm]:
     for name, (changes, experiment) in found.items():
         try:
             plan = make_plan(experiment)
-            produced = metric_names(experiment, plan.state)
+            flops, produced = step_flops(experiment), metric_names(experiment, plan.state)
             if (stated := study.forked(name)) is not None:
                 check_fork(base, experiment, stated)
         except UserError as e:
@@ -80,7 +80,7 @@ def preflight(study: Study) -> list[Arm]:
                                 + (f" Perhaps you meant {near[0]}." if near else ""))
         after = stated or (acts_from(base, experiment) if name != BASE else 0)
         after = after if stated or after >= WORTH * experiment.steps else 0
-        arms.append(Arm(name, changes, experiment, plan.parameters, plan.flops, _memory(plan), after, bool(stated)))
+        arms.append(Arm(name, changes, experiment, plan.parameters, flops, _memory(plan), after, bool(stated)))
     return arms
 
 

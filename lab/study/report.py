@@ -15,7 +15,18 @@ from lab.console import human
 from lab.errors import UserError
 from lab.metrics import replace_file
 from lab.study import pictures, stats
-from lab.study.analysis import Against, Section, against, axes, block, effects, sections, whole
+from lab.study.analysis import (
+    Against,
+    Section,
+    against,
+    axes,
+    base_is_extra,
+    block,
+    effects,
+    sections,
+    update_seconds,
+    whole,
+)
 from lab.study.render import Block, Heading, Picture, Table, Text, html, markdown, terminal
 from lab.study.results import Arm, Results, changed_code, merge, read_study
 
@@ -24,11 +35,16 @@ METHODS = (
     "weights. Intervals hold 95 % for one comparison; t: Student's, of the paired differences; bootstrap: studentized, "
     f"{stats.RESAMPLES:,} resamples, fixed seed (infinite for 3 or fewer pairs). p: paired t test, two-sided; Holm: "
     "adjusted for all comparisons of its table. Welch: the same runs unpaired. Correlation: of the pairs; near 0, "
-    "pairing gains nothing. g: Hedges' g, mean over standard deviation of the paired differences. P(better): "
-    "predictive probability that the arm is better with one further seed. Seeds needed: for 80 % power at the "
-    "strictest of Holm's levels. The best of many arms looks better than it is: confirm it with fresh seeds. "
-    "Seconds of a run hold the compilation, which the first seed of an arm may pay for the others; an arm that went on "
-    "from the base's state has none.")
+    "pairing gains nothing. d_z: mean over standard deviation of the paired differences, with Hedges' correction. "
+    "d_av: mean difference over the average standard deviation of the two arms (Lakens 2013). P(better): predictive "
+    "probability that the arm is better with one further seed. Seeds needed: for 80 % power at the strictest of Holm's "
+    "levels. The best of many arms looks better than it is: confirm it with fresh seeds. FLOPs: matrix products and "
+    "convolutions of a whole update, with those of the optimizer and those that are computed again.")
+TIMES = ("ms/update: geometric mean, with a 95 % interval, over all runs of the compiled program that an arm uses. The "
+         "runs were not timed in turns, and a machine's speed changes: two arms are compared by ./launch.sh bench.")
+HALF = ("An interaction is half the difference between the effects of one factor at the two levels of the other (Box, "
+        "Hunter & Hunter): at its higher level an effect is the main effect plus the interaction, at its lower level "
+        "the main effect minus it.")
 
 
 def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None = None, quiet: bool = False) -> Path:
@@ -87,6 +103,9 @@ def build(results: Results, pool: bool) -> list[Block]:
         Heading(f"Study {results.name}", 1),
         Text(f"{results.metric} of the {results.split} split ({better} is better), {len(results.arms)} arms, seeds "
              f"{', '.join(map(str, results.seeds))}, design {results.kind}. Cells: {accounting(results)}.")]
+    if base_is_extra(results):
+        blocks.append(Text(f"The arm {results.arms[0].name} has none of the combinations that were asked for: it was "
+                           f"added, since all arms are compared with it."))
     if results.tuning_seeds:
         blocks.append(Text(f"Seeds used for tuning, in no figure below: {', '.join(map(str, results.tuning_seeds))}."))
     if not found:
@@ -147,7 +166,7 @@ def _section(results: Results, section: Section, prefix: str) -> list[Block]:
         references.append(against(results, section, all_edits))
     for found in references:
         blocks += _compared(results, found, show, prefix)
-    blocks += _factors(results, section, show, prefix) + [_not_controlled(results, section)]
+    blocks += _factors(results, section, show, prefix) + _not_controlled(results, section)
     return blocks + _curves(results, section, prefix)
 
 
@@ -196,7 +215,7 @@ def _compared(results: Results, found: Against, show: Callable[[float], str], pr
         difference, *welch, p = c.welch
         rows.append([arm, str(c.n), show(c.difference), show(c.sd), _ends(c.t, show), _ends(c.bootstrap, show), _p(c.p),
                      _p(c.holm), show(difference) + (f" ({_ends(welch, show)})" if _ends(welch, show) else ""), _p(p),
-                     *("" if math.isnan(v) else f"{v:.2f}" for v in (c.correlation, c.g, c.better)),
+                     *("" if math.isnan(v) else f"{v:.2f}" for v in (c.correlation, c.d_z, c.d_av, c.better)),
                      f"{c.wins} of {c.n}"])
         lost = results.count(arm)["diverged"]
         survivors = f" (diverged runs, not in this: {lost})" if lost else ""
@@ -210,7 +229,7 @@ def _compared(results: Results, found: Against, show: Callable[[float], str], pr
     blocks: list[Block] = [Heading(f"Against {found.reference}", 3), *map(Text, words), Table(
         f"Each arm minus {found.reference}, paired by seed",
         ["arm", "pairs", "difference", "sd", "95 % (t)", "95 % (bootstrap)", "p", "p (Holm)", "Welch (95 %)",
-         "p (Welch)", "correlation", "g", "P(better)", "better in"], rows, terminal=False)]
+         "p (Welch)", "correlation", "d_z", "d_av", "P(better)", "better in"], rows, terminal=False)]
     blocks += [Text(line, terminal=False) for line in left_out]
     if any(c.n for c in found.comparisons.values()):
         figure = pictures.forest(found.comparisons, f"{results.metric}: difference to {found.reference}", results.mode)
@@ -235,6 +254,7 @@ def _factors(results: Results, section: Section, show: Callable[[float], str], p
                             f"({', '.join(map(str, crossed.seeds))})",
                             ["effect", "is", "n", "mean", "95 % (t)", "95 % (bootstrap)", "p", "p (Holm)"], rows,
                             wide=("is", "95 % (bootstrap)", "p")))
+        blocks.append(Text(HALF))
     elif crossed and not crossed.seeds:
         blocks.append(Text("No seed is finished in all arms: main effects and interactions cannot be computed yet."))
     if crossed and crossed.seeds and max(map(len, crossed.levels.values())) <= 6:
@@ -251,28 +271,22 @@ def _factors(results: Results, section: Section, show: Callable[[float], str], p
     return blocks
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.median(known)) if known else None
-
-
-def _not_controlled(results: Results, section: Section) -> Table:
-    """What the arms differ in besides quality; times are medians, since other work on a machine makes outliers."""
+def _not_controlled(results: Results, section: Section) -> list[Block]:
+    """What the arms differ in besides quality. Times get no ratio: a difference of two arms is mostly the machine's."""
     def cost(arm: Arm) -> list[float | None]:
-        cells = section.cells[arm.name].values()
-        update = _median([c.result.get("seconds_per_update") for c in cells])
-        return [arm.parameters, arm.flops, None if update is None else 1000 * update, arm.memory,
-                None if arm.shared else _median([c.seconds for c in cells])]
+        return [arm.parameters, arm.flops, arm.memory]
 
     base, rows = cost(results.arms[0]), []
     for arm in (a for a in results.arms if section.cells[a.name]):
         words = []
-        for value, of_base, unit in zip(cost(arm), base, ("", "", "", "B", ""), strict=True):
+        for value, of_base, unit in zip(cost(arm), base, ("", "", "B"), strict=True):
             ratio = f" ({value / of_base - 1:+.1%})" if value is not None and of_base and arm != results.arms[0] else ""
             words.append("" if value is None else f"{human(value, 4)}{unit}{ratio}")
+        mean, *ends = (1000 * v for v in update_seconds(section, arm.name))
+        words.append("" if any(map(math.isnan, ends)) else f"{mean:.3g} ({ends[0]:.3g} to {ends[1]:.3g})")
         rows.append([arm.name, *words])
-    return Table("Not controlled", ["arm", "parameters", "FLOPs/update", "ms/update", "memory", "seconds/run"], rows,
-                 wide=("memory", "seconds/run"))
+    return [Table("Not controlled", ["arm", "parameters", "FLOPs/update", "memory", "ms/update (95 %)"], rows,
+                  wide=("memory",)), Text(TIMES)]
 
 
 def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
@@ -284,15 +298,15 @@ def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
             continue
         curves[arm.name] = pictures.together(found)
         scales["update"][arm.name] = 1.0
-        seconds = _median([c.result.get("seconds_per_update") for c in cells])
+        seconds = update_seconds(section, arm.name)[0]
         unit = next((k.removesuffix("_per_second") for k in cells[0].result if k.endswith("_per_second")), None)
-        if unit and seconds:
+        if unit and seconds > 0:
             first = cells[0].result
             made = round(first[f"{unit}_per_second"] * first.get("seconds_per_update", math.nan))
             scales.setdefault(unit, {})[arm.name] = made
         if arm.flops:
             scales.setdefault("FLOPs", {})[arm.name] = arm.flops
-        if seconds:
+        if seconds > 0:
             scales.setdefault("seconds of training", {})[arm.name] = seconds
     if not curves:
         return []

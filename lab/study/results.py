@@ -61,6 +61,10 @@ class Cell:
     code: dict[str, str] = field(default_factory=dict)
     """File or package -> digest or version, as far as the cell's record says."""
     result: dict[str, Any] = field(default_factory=dict)
+    unit: str = ""
+    """What it was run as, by itself or together with others; unique over all studies that are merged."""
+    program: str = ""
+    """The compiled program of its unit."""
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(update, metric): of the validation split, or of training where validation does not have it."""
@@ -148,10 +152,7 @@ def read_study(folder: Path) -> Results:
     except (KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{folder / 'study.json'} is damaged (it lacks {e}). Run the study again; finished cells are "
                         f"kept.") from None
-    units = {}
-    if (folder / "plan.json").exists():
-        plan = _json(folder / "plan.json", "Run the study again; finished cells are kept.")
-        units = {name: unit["name"] for unit in plan["units"] for name in unit["cells"]}
+    units = _units(folder)
     cells = [read_cell(folder, found, arm.name, seed, code, units) for arm in arms for seed in found.seeds]
     notes = [f"Not finite although finished, counted as diverged: {c.arm}, seed {c.seed}." for c in cells
              if c.status == "diverged" and c.result]
@@ -163,17 +164,28 @@ def read_study(folder: Path) -> Results:
     return replace(found, cells=cells, notes=notes)
 
 
+def _units(folder: Path) -> dict[str, tuple[str, str]]:
+    """Name of a cell -> (name of the lease of those that run together, of their program), from plan.json."""
+    if not (folder / "plan.json").exists():
+        return {}
+    remedy = "Run the study again; finished cells are kept."
+    plan = _json(folder / "plan.json", remedy)
+    try:
+        return {name: (unit["name"], f"program {unit['group']}") for unit in plan["units"] for name in unit["cells"]}
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{folder / 'plan.json'} is damaged (it lacks {e}). {remedy}") from None
+
+
 def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dict[str, str],
-              units: Mapping[str, str]) -> Cell:
-    """One cell of a study folder; `code` is that of a cell whose record has none of its own; `units`: name of a cell ->
-    name of the lease of those that run together.
+              units: Mapping[str, tuple[str, str]]) -> Cell:
+    """One cell of a study folder; `code` is that of a cell whose record has none of its own; `units`: see `_units`.
 
     Raises:
       UserError: a file of a finished cell is damaged.
     """
     folder = study_folder / "cells" / arm / str(seed)
     if not (folder / "cell.json").is_file():
-        lease = units.get(f"{arm}-{seed}", f"{arm}-{seed}")
+        lease = units.get(f"{arm}-{seed}", (f"{arm}-{seed}", ""))[0]
         return Cell(arm, seed, folder, running=(study_folder / "leases" / f"{lease}.json").exists())
     remedy = f"Delete {folder} and run the study again: it makes this cell anew."
     cell = _json(folder / "cell.json", remedy)
@@ -182,10 +194,11 @@ def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dic
     if status not in STATUSES[:3] or (cell.get("arm"), cell.get("seed")) != (arm, seed) and not folder.is_symlink():
         raise UserError(f"{folder / 'cell.json'} is damaged (status {status!r}, arm {cell.get('arm')!r}, seed "
                         f"{cell.get('seed')!r}). {remedy}")
-    own = cell.get("code")
+    own, (unit, program) = cell.get("code"), units.get(f"{arm}-{seed}", (f"{arm}-{seed}", f"of {arm}"))
     made = Cell(arm, seed, folder, status, environment=_environment(folder, cell.get("mode"), remedy),
                 seconds=cell.get("seconds"), error=cell.get("error"), fingerprint=cell.get("fingerprint"),
-                code=own if isinstance(own, dict) else code)
+                code=own if isinstance(own, dict) else code, unit=f"{study_folder}: {unit}",
+                program=f"{study_folder}: {program}")
     if status != "done":
         return made
     result = _json(folder / "result.json", remedy)

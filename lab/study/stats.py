@@ -120,11 +120,11 @@ def holm(p: Array) -> Array:
     return out
 
 
-def hedges_g(differences: Array) -> Array:
-    """Hedges' g of paired differences (..., n): mean / standard deviation *of the differences*, unbiased.
+def d_z(differences: Array) -> Array:
+    """Cohen's d_z of paired differences (..., n): mean / standard deviation *of the differences*, unbiased.
 
-    The factor against the bias of few data is the exact one (Hedges 1981). Not comparable with a g whose standard
-    deviation is that of the runs: pairing makes this one larger.
+    The factor against the bias of few data is the exact one (Hedges 1981). Not comparable with a d whose standard
+    deviation is that of the runs, such as `d_av`: pairing makes this one larger.
     """
     n = np.shape(differences)[-1]
     mean, sd = mean_sd(differences)
@@ -133,6 +133,17 @@ def hedges_g(differences: Array) -> Array:
     df = n - 1
     factor = math.exp(math.lgamma(df / 2) - math.lgamma((df - 1) / 2)) / math.sqrt(df / 2)
     return factor * np.divide(mean, sd, out=np.full_like(mean, math.nan), where=sd > 0)
+
+
+def d_av(a: Array, b: Array) -> Array:
+    """Cohen's d_av of paired a and b, both (..., n): mean difference / average of the two standard deviations.
+
+    Lakens 2013, eq. 10; not corrected for few data. NaN for n < 2 and where neither has any spread. The size of the
+    effect in units of the spread between seeds, whether or not the runs were paired.
+    """
+    (mean_a, sd_a), (mean_b, sd_b) = mean_sd(a), mean_sd(b)
+    spread = (sd_a + sd_b) / 2
+    return np.divide(mean_a - mean_b, spread, out=np.full_like(mean_a, math.nan), where=spread > 0)
 
 
 def probability_positive(differences: Array) -> Array:
@@ -209,8 +220,10 @@ class Comparison:
     welch: tuple[float, float, float, float]
     """Difference, low, high, p of all finished seeds of both, unpaired."""
     correlation: float
-    g: float
-    """Hedges' g of the paired differences."""
+    d_z: float
+    """Mean / standard deviation of the paired differences, unbiased."""
+    d_av: float
+    """Mean difference / average standard deviation of the two sides, of the same pairs."""
     better: float
     """Probability of being better than base with one further seed."""
     wins: int
@@ -236,8 +249,8 @@ def compare(arm: Mapping[int, float], base: Mapping[int, float], mode: str,
     unpaired = welch(np.array(list(arm.values()), float), np.array(list(base.values()), float))
     return Comparison(
         n=len(d), difference=float(mean), sd=float(sd), t=_floats(interval(d)), bootstrap=_floats(bootstrap(d)),
-        p=p, holm=p, family=1, welch=_floats(unpaired), correlation=float(correlation(a, b)), g=float(hedges_g(d)),
-        better=float(probability_positive(sign * d)), wins=int((sign * d > 0).sum()))
+        p=p, holm=p, family=1, welch=_floats(unpaired), correlation=float(correlation(a, b)), d_z=float(d_z(d)),
+        d_av=float(d_av(a, b)), better=float(probability_positive(sign * d)), wins=int((sign * d > 0).sum()))
 
 
 def _floats(values: Sequence[Array]) -> tuple[float, ...]:

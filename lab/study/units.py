@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from lab.data.pipeline import reader
+from lab.errors import UserError
 from lab.experiment import Experiment, to_json
 from lab.run_folder import read_json, write_json
 from lab.study import workers
@@ -78,8 +79,12 @@ def read_plan(folder: Path) -> Plan | None:
     if not (folder / "plan.json").exists():
         return None
     found = read_json(folder / "plan.json")
-    units = tuple(Unit(u["name"], tuple(u["cells"]), tuple(u["numbers"]), u["group"]) for u in found["units"])
-    return Plan(found["how"], found["updates"], found["seconds"], units, found["workers"])
+    try:
+        units = tuple(Unit(u["name"], tuple(u["cells"]), tuple(u["numbers"]), u["group"]) for u in found["units"])
+        return Plan(found["how"], found["updates"], found["seconds"], units, found["workers"])
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{folder / 'plan.json'} is damaged (it lacks {e}). Delete the study folder {folder} to begin "
+                        f"the study anew.") from None
 
 
 def cannot(how: How, arms: Sequence[Arm]) -> str:
