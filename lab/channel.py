@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import UserError
+from lab.files import open_file
 
 GRACE = 1.0  # seconds in which process 0 may come to say the same mistake itself
 LEAVE = 3.0  # seconds in which the others end before process 0 does: JAX aborts them when its service is gone
@@ -304,7 +305,7 @@ class Channel:
             os.write(2, clear + sentence.encode() + b"\n")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what JAX's threads say while they are torn down helps nobody
         if sentence and self.log:
-            with contextlib.suppress(OSError), self.log.open("a") as log:
+            with contextlib.suppress(OSError), open_file(self.log) as log:
                 log.write(sentence + "\n")
         self._exit(status)
 

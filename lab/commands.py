@@ -12,6 +12,7 @@ import tyro
 from lab import report
 from lab.data.pipeline import Arrays
 from lab.errors import UserError
+from lab.files import make_folder, no_links
 from lab.restore import open_run
 from lab.run_folder import check_same, write_json
 from lab.step import eval_params
@@ -86,7 +87,8 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
         row |= _judged(outcome, judge)
     for key, value in row.items():
         print(f"{key:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
-    folder.mkdir(exist_ok=True)
+    no_links(run)
+    make_folder(folder)
     for line in experiment.task.artifacts(outcome):
         print(line)
     write_json(run / f"{name}.json", row)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from lab.channel import TOLD, Channel, Hub
 from lab.errors import UserError
+from lab.files import make_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120.0  # LAB_START_SECONDS: in which all processes must have arrived
@@ -167,7 +168,7 @@ class Processes:
         if not self._channel:
             return None
         self._channel.log = folder / "logs" / f"process-{self.process}.txt"
-        self._channel.log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._channel.log.parent)
         return self._channel.log
 
     def leave(self, status: int, sentence: str = "") -> None:

@@ -21,6 +21,7 @@ from lab.data.pipeline import Prefetch, eval_batches, reader, train_indices
 from lab.distributed import ALONE, Processes
 from lab.errors import UserError
 from lab.experiment import Experiment
+from lab.files import replace_file
 from lab.plan import make_plan
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
@@ -102,7 +103,7 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
                 remote = None if place == folder / "checkpoints" else str(place)
                 open_folder(folder, experiment, file, data.fingerprint, remote)
                 if state := getattr(data, "tokenizer_state", None):
-                    metrics.replace_file(folder / "tokenizer.json", state)
+                    replace_file(folder / "tokenizer.json", state)
             processes.gather(None)  # now the folder is there
             if checkpoints is None:
                 shared(folder)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from lab.errors import UserError
+from lab.files import open_file, replace_file
 
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by JAX's device_kind.
 PEAK_FLOPS = {
@@ -78,19 +79,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows if not lines or lines[-1].endswith("\n") else rows[: len(lines) - 1]
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Replaces a file's content by all of `text` or nothing, and makes it survive a power cut."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must be on disk, too
-    os.fsync(folder)
-    os.close(folder)
-
-
 class Rows:
     """A JSON-lines file that is a function of the experiment alone: it holds no times, and goes back with the run."""
 
@@ -99,7 +87,7 @@ class Rows:
         # In the order of time, in which the row of the test split comes last, even if it is of an earlier, best state.
         self.rows = list(itertools.takewhile(lambda row: row["step"] <= last_step, read_rows(path)))
         replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = path.open("a")
+        self._file = open_file(path)
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row, and hands it to the operating system at once."""

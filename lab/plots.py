@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lab.files import make_folder, replace_file
 
 COLOURS = {"train": "#9ab8d9", "smooth": "#1f5a96", "validation": "#c8501e", "test": "#3f7d3a"}
 DPI = 120
@@ -24,8 +27,9 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    make_folder(path.parent)
+    figure.savefig(buffer := io.BytesIO(), format="png")
+    replace_file(path, buffer.getvalue())
     return path
 
 

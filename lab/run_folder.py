@@ -19,7 +19,7 @@ import numpy as np
 
 from lab.errors import UserError
 from lab.experiment import ROOT, Experiment, differences, from_json, load, to_json
-from lab.metrics import replace_file
+from lab.files import make_folder, no_links, open_file, replace_file
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,11 +50,12 @@ def alone(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        no_links(folder)
         ours = ("lock", "launch", "logs", "begun.json")
         strange = [p.name for p in folder.iterdir() if p.name not in ours and p.suffix != ".tmp"]
         if strange and "experiment.json" not in strange:
             raise UserError(f"{folder} is not empty and is no run folder. Choose another with --run-dir.")
-        lock = (folder / "lock").open("w")
+        lock = open_file(folder / "lock")
     except OSError as e:
         raise UserError(f"The run folder {folder} cannot be written ({e.strerror}). Choose another with "
                         f"--run-dir.") from e
@@ -128,8 +129,14 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
         place = checkpoint_folder(folder, checkpoints)
         if (place / "experiment.json").exists():
             check_same(place, experiment, data_fingerprint)
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "experiment.json").write_text(json.dumps(description, indent=2) + "\n")
+        text = json.dumps(description, indent=2) + "\n"
+        if isinstance(place, Path):
+            make_folder(place)
+            no_links(place)
+            replace_file(place / "experiment.json", text)
+        else:  # a bucket, which knows no links
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "experiment.json").write_text(text)
     write_json(described, description)
     start = 1 + sum(1 for _ in folder.glob("environment*.json"))
     write_json(folder / f"environment{f'-{start}' if start > 1 else ''}.json", environment())

@@ -139,7 +139,21 @@ def test_names_with_markup_stay_what_they_are(place, typed):
     out = typed("report", folder)[1]
     assert "[red]<b>|" in out
     markdown, page, _ = made(folder)
-    assert "[red]&lt;b&gt;|" in page and "<b>" not in page and "| [red]<b>&#124; |" in markdown
+    assert "[red]&lt;b&gt;|" in page and "<b>" not in page and "| [red]&lt;b&gt;&#124; |" in markdown
+    assert "<b>" not in markdown
+
+
+@pytest.mark.parametrize("value", ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a\n\n<b>b</b>",
+                                   "![x](http://there/x.png)", "[x](javascript:alert(1))"])
+def test_no_value_becomes_html_or_a_link_in_the_markdown(tmp_path, value):
+    """Markdown passes HTML on, and pictures of other machines tell those who opened the report."""
+    folder = make_study(tmp_path / "s", {"rms": {"model.norm": value, value: "rmsnorm"}}, seeds=range(2), metric="loss")
+    for cell in folder.glob("cells/base/0/cell.json"):
+        write(cell, json.loads(cell.read_text()) | {"status": "failed", "error": value})
+    markdown, page, _ = made(folder)
+    for piece in ("<script", "<img src=x", "<b>", "](http://there", "](javascript"):
+        assert piece not in markdown and (piece not in page or piece.startswith("](")), piece
+    assert "](pictures/" in markdown  # negative control: the report's own pictures are links
 
 
 def test_no_device_is_needed(study):

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.data import cache_folder, write_bytes
+from lab.data import cache_folder
 from lab.data.columns import numbers, read_columns
 from lab.errors import UserError
+from lab.files import replace_file
 
 BUNDLED = ("iris", "wine", "breast_cancer", "diabetes", "digits")
 # name -> where its archive is, the archive's name, and the sha256 of it: the three that scikit-learn itself uses
@@ -128,7 +129,7 @@ def _fetched(name: str) -> Path:
         try:
             content = _download(url)
             if hashlib.sha256(content).hexdigest() == sha256:
-                write_bytes(path, content)
+                replace_file(path, content)
                 return path
             trouble = "the download has a wrong checksum"
         except Exception as error:  # network or disk: in every case a local copy is the way out

@@ -30,10 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lab.data import cache_folder, digest, write_bytes
+from lab.data import cache_folder, digest
 from lab.data.prepared import described
 from lab.data.word_memory import SPACES
 from lab.errors import UserError
+from lab.files import replace_file
 
 MANY = 20  # from this many documents on, whole documents are split; below it, the text
 PIECE = 1 << 16  # characters handed to a tokenizer at once
@@ -130,7 +131,7 @@ def cached_survey(corpus: Corpus, take: Callable[[], Survey], newest: float) -> 
         survey = take()
     # A file changed a moment ago may change again within the clock's resolution: only settled ones are remembered.
     if time.time() - newest > 2:
-        write_bytes(path, json.dumps(dataclasses.asdict(survey)).encode())
+        replace_file(path, json.dumps(dataclasses.asdict(survey)))
     return survey
 
 

@@ -134,7 +134,7 @@ def each(hosts: list[str], command: str, stdin: Path | None = None) -> list[str]
 
 def shared(hosts: list[str], job: Job) -> bool:
     """Whether all hosts see the checkout and the run folder. Raises UserError where one lacks Open MPI."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+    job.make_folder()
     token = job.folder / f"seen-{os.getpid()}"
     token.touch()
     try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import UserError
+from lab.files import make_folder, no_links
 
 ROOT = Path(__file__).resolve().parents[2]
 FORWARDED = ("LAB_ACCELERATOR", "LAB_EXTRAS", "JAX_PLATFORMS", "XLA_FLAGS")
@@ -43,6 +44,10 @@ class Job:
     def folder(self) -> Path:
         """Where the launcher keeps what it writes."""
         return self.local / "launch"
+
+    def make_folder(self) -> None:
+        """Creates `folder`. Raises UserError where it is, or has in it, a symbolic link."""
+        no_links(make_folder(self.folder))
 
     @property
     def bucket(self) -> bool:
@@ -150,7 +155,7 @@ def pack(job: Job, *written: str) -> Path:
     """Writes the files to launch/checkout.tar.gz and returns its path; `written`: files of launch/ that go along."""
     import tarfile
 
-    job.folder.mkdir(parents=True, exist_ok=True)
+    job.make_folder()
     path = job.folder / "checkout.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         for name in tracked_files(job):

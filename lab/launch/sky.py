@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import UserError
+from lab.files import replace_file
 from lab.launch.job import BIN, FORWARDED, PREPARE, ROOT, Job, show, tool
 
 if TYPE_CHECKING:
@@ -77,6 +78,6 @@ def launch(options: Options, job: Job) -> int:
         show(command)
         return 0
     tool("sky", HOW)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    job.make_folder()
+    replace_file(path, text)
     return subprocess.run(command).returncode

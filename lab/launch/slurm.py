@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.errors import UserError
+from lab.files import replace_file
 from lab.launch.job import ROOT, Job, exports, say, show, tool
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def launch(options: Options, job: Job) -> int:
     done = subprocess.run(build, stdout=subprocess.DEVNULL)
     if done.returncode:
         return done.returncode
-    job.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    job.make_folder()
+    replace_file(path, text)
     done = subprocess.run(submit, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]

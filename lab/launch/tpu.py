@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lab.errors import UserError
+from lab.files import replace_file
 from lab.launch.job import PREPARE, Job, commit, exports, pack, say, show, tool
 
 if TYPE_CHECKING:
@@ -271,8 +272,8 @@ def ready(options: Options, pod: Pod) -> dict:
 def setup(pod: Pod, job: Job) -> None:
     """Copies the tracked files to all workers and builds the environment there."""
     say(f"copying the tracked files to all workers of {pod.name}, and building the environment there (once).")
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "start.sh").write_text(script(job))
+    job.make_folder()
+    replace_file(job.folder / "start.sh", script(job))
     must(pod.scp("all", str(pack(job, "start.sh")), f"{pod.name}:{job.name}.tar.gz"), "copying the files")
     must(pod.ssh("all", unpack(job)), "setting up")
 

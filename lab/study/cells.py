@@ -17,6 +17,7 @@ from typing import Any
 
 from lab.errors import UserError
 from lab.experiment import ROOT, Experiment, digest, flat, to_json
+from lab.files import no_links
 from lab.run_folder import read_json, write_json
 from lab.study.preflight import Arm
 
@@ -118,6 +119,7 @@ def finished_folders(study: Path, cells: Sequence[Cell]) -> dict[str, Path]:
 
 def link(cell: Cell, source: Path, target: Path) -> None:
     """Makes a finished cell of another study one of this study: the same files under another name, no second copy."""
+    no_links(source)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=_hard_link,
                     ignore=lambda folder, names: [n for n in ("cell.json", "begun.json", "lock") if n in names])

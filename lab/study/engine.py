@@ -17,6 +17,7 @@ from lab import loop
 from lab.console import Screen, clock
 from lab.distributed import ALONE
 from lab.errors import CannotWrite, UserError
+from lab.files import make_folder, no_links
 from lab.program import Program
 from lab.run_folder import read_json, write_json
 from lab.step import State
@@ -51,7 +52,7 @@ class CellScreen(Screen):
     def __init__(self, outer: Screen, label: str, folder: Path):
         super().__init__(quiet=True)
         self._outer, self._label = outer, label
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        make_folder(folder / "logs")
         self.record(folder / "logs" / "screen.txt")
 
     def record(self, path: Path | None) -> None:
@@ -72,8 +73,9 @@ class Engine:
         self.folder, self.cells, self.arms, self.groups = folder, list(cells), arms, groups
         self.screen, self.bench, self.file = screen, bench, file
         self.leases = folder / "leases"
-        self.leases.mkdir(parents=True, exist_ok=True)
-        (folder / "cells").mkdir(exist_ok=True)
+        no_links(folder)
+        make_folder(self.leases)
+        make_folder(folder / "cells")
         self.plan: Plan
 
     def settle(self, how: How | None, accept: bool, rerun: bool) -> int:

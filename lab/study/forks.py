@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from lab.checkpoint import Checkpoints
 from lab.errors import UserError
 from lab.experiment import Experiment, to_json
-from lab.metrics import read_rows, replace_file
+from lab.files import replace_file
+from lab.metrics import read_rows
 from lab.program import Program, abstract_state
 from lab.step import State
 

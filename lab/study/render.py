@@ -64,20 +64,25 @@ class Picture:
 Block = Heading | Text | Table | Picture
 
 
+def _plain(text: object) -> str:
+    """A text in which Markdown sees neither HTML nor a link nor another line; names may come from anywhere."""
+    return " ".join(escape(str(text), quote=False).replace("](", "&#93;(").splitlines())
+
+
 def markdown(blocks: Sequence[Block]) -> str:
     """The report as a Markdown file."""
     parts = []
     for b in blocks:
         if isinstance(b, Heading):
-            parts.append(f"{'#' * b.depth} {b.text}")
+            parts.append(f"{'#' * b.depth} {_plain(b.text)}")
         elif isinstance(b, Text):
-            parts.append(f"**{b.text}**" if b.text.startswith("WARNING") else b.text)
+            parts.append(f"**{_plain(b.text)}**" if b.text.startswith("WARNING") else _plain(b.text))
         elif isinstance(b, Picture):
-            parts.append(f"![{b.caption}](pictures/{b.name}.png)\n\n*{b.caption}*")
+            parts.append(f"![{_plain(b.caption)}](pictures/{b.name}.png)\n\n*{_plain(b.caption)}*")
         else:
             rows = [b.headers, ["---"] * len(b.headers), *b.rows]
-            lines = [f"| {' | '.join(str(c).replace('|', '&#124;') for c in row)} |" for row in rows]
-            parts.append("\n".join([f"{b.title}:", "", *lines]))
+            lines = [f"| {' | '.join(_plain(c).replace('|', '&#124;') for c in row)} |" for row in rows]
+            parts.append("\n".join([f"{_plain(b.title)}:", "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from lab.console import human
 from lab.errors import UserError
-from lab.metrics import replace_file
+from lab.files import make_folder, replace_file
 from lab.study import pictures, stats
 from lab.study.analysis import (
     Against,
@@ -71,12 +71,12 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
                         f"report. Run the study again; it goes on where it was.")
     output = output or (Path(folders[0]) if len(folders) == 1 else Path(f"report-of-{len(folders)}-studies"))
     blocks = build(results, pool)
-    (output / "pictures").mkdir(parents=True, exist_ok=True)
+    make_folder(output / "pictures")
     for old in (output / "pictures").glob("*.png"):
         old.unlink(missing_ok=True)
     for item in blocks:
         if isinstance(item, Picture):
-            (output / "pictures" / f"{item.name}.png").write_bytes(item.png)
+            replace_file(output / "pictures" / f"{item.name}.png", item.png)
     replace_file(output / "report.md", markdown(blocks))
     replace_file(output / "report.html", html(blocks))
     replace_file(output / "results.csv", cells_csv(results))

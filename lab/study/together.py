@@ -19,6 +19,7 @@ from lab.console import Screen, clock
 from lab.data.pipeline import Prefetch, eval_batches, train_indices
 from lab.errors import UserError
 from lab.experiment import Checkpoint
+from lab.files import replace_file
 from lab.loop import EXIT, Stop
 from lab.run_folder import open_folder, write_diverged, write_json
 from lab.study.cells import Cell
@@ -50,7 +51,7 @@ class _Together:
             folder.mkdir(parents=True, exist_ok=True)
             open_folder(folder, cell.experiment, file, data.fingerprint)
             if state := getattr(data, "tokenizer_state", None):
-                metrics.replace_file(folder / "tokenizer.json", state)
+                replace_file(folder / "tokenizer.json", state)
         self.checkpoints = Checkpoints(home / "checkpoints", Checkpoint(keep=1, best=False))
         self._restore_or_init()
         self.rows = [metrics.Rows(folder / "metrics.jsonl", self.step) for folder in folders]

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.files import make_folder, open_file
+
 CORE = "LAB_STUDY_CORE"
 SHOWN = re.compile(r"(cell \d+/\d+  .*)|(\S+ seed \d+: (done|diverged|failed) .*)")
 
@@ -88,7 +90,7 @@ def run_workers(args: Sequence[str], number: int, folder: Path, screen: Any, sto
 
     When `stop` says so, they save and end. What they say is in `folder`; errors they say here.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     workers = [_start(core, "lab", args) for core in cores()[:number]]
     threads = [threading.Thread(target=_relay, args=(worker, folder / f"worker-{i}.txt", screen), daemon=True)
                for i, worker in enumerate(workers)]
@@ -108,7 +110,7 @@ def run_workers(args: Sequence[str], number: int, folder: Path, screen: Any, sto
 
 
 def _relay(worker: subprocess.Popen, log: Path, screen: Any) -> None:
-    with log.open("a") as file:
+    with open_file(log) as file:
         for line in worker.stdout:
             with contextlib.suppress(OSError):  # a full disk, of which the worker itself has more to say
                 file.write(line)

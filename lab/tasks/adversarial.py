@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import io
 import re
 import zlib
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from jax import Array
 from PIL import Image, ImageDraw
 
 from lab.errors import UserError
+from lab.files import make_folder, replace_file
 from lab.tasks.base import Loss, Outcome, Task, apply
 
 GRID = 8  # a grid of samples has this many rows and columns
@@ -172,10 +173,9 @@ def over_time(grids: Mapping[int, Path], rows: int = 12) -> Image.Image:
 
 def _save(path: Path, picture: Image.Image) -> None:
     """All of the file or nothing, so that a killed run leaves no half picture for the next."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    make_folder(path.parent)
+    picture.save(buffer := io.BytesIO(), format="PNG")
+    replace_file(path, buffer.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------------------- scores

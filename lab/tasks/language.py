@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from lab.errors import UserError
+from lab.files import make_folder, replace_file
 from lab.tasks.base import Loss, Outcome, Task, apply
 from lab.tasks.chunks import over_chunks
 from lab.tasks.cross_entropy import cross_entropy
@@ -98,9 +99,9 @@ class LanguageModel(Task):
                    for row in data.validation[spread]["tokens"]]
         texts = sample_texts(model, outcome.variables["params"], data, prompts, seed=outcome.seed,
                              new_tokens=model.context, temperature=0.8, top_k=50)
-        (folder / "samples").mkdir(exist_ok=True)
+        samples = make_folder(folder / "samples")
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            (folder / "samples" / f"{i}.txt").write_text(f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
+            replace_file(samples / f"{i}.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
         shown = [prompt + text for prompt, text in zip(prompts, texts, strict=True)][:1]
         raw = data.validation_bytes(COMPRESSED)
         others = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from lab.errors import UserError
+from lab.files import make_folder, replace_file
 from lab.tasks.base import Loss, Outcome, Task, apply
 from lab.tasks.cross_entropy import cross_entropy
 
@@ -116,8 +117,8 @@ class MaskedLM(Task):
         guesses_BM = guess(outcome.variables, *hidden[:2], fields)
         rows = zip(tokens_BL, real_BL > 0, *map(np.asarray, (*hidden, guesses_BM)), strict=True)
         path = outcome.folder / "samples" / "masked.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(_example(outcome.data.decode, outcome.model.vocab - 1, *row) for row in rows))
+        make_folder(path.parent)
+        replace_file(path, "\n".join(_example(outcome.data.decode, outcome.model.vocab - 1, *row) for row in rows))
         return [f"Texts with hidden tokens and what the model guessed: {path}"]
 
 

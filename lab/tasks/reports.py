@@ -6,12 +6,14 @@ NumPy only. These functions get finished predictions of a whole split; nothing h
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lab import plots
+from lab.files import replace_file
 from lab.tasks.base import Outcome
 
 MOST = 25  # worst records that are written
@@ -159,12 +161,12 @@ def write_worst(outcome: Outcome, chosen: np.ndarray, facts: Mapping[str, Sequen
     elif hasattr(outcome.data, "decode"):
         masks = rows.get("mask", np.ones_like(inputs))
         shown = [outcome.data.decode(ids[mask > 0]) for ids, mask in zip(inputs, masks, strict=True)]
-        texts.write_text("".join(f"--- record {i}: {', '.join(lines)}\n{text}\n\n"
-                                 for i, lines, text in zip(chosen, said, shown, strict=True)))
+        replace_file(texts, "".join(f"--- record {i}: {', '.join(lines)}\n{text}\n\n"
+                                    for i, lines, text in zip(chosen, said, shown, strict=True)))
     elif inputs.ndim == 2:
         names = getattr(outcome.data, "feature_names", None) or [f"input {i}" for i in range(inputs.shape[1])]
-        with table.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["record", *facts, *names])
-            writer.writerows([i, *(values[n] for values in facts.values()), *(f"{x:.6g}" for x in row)]
-                             for n, (i, row) in enumerate(zip(chosen, inputs, strict=True)))
+        writer = csv.writer(buffer := io.StringIO())
+        writer.writerow(["record", *facts, *names])
+        writer.writerows([i, *(values[n] for values in facts.values()), *(f"{x:.6g}" for x in row)]
+                         for n, (i, row) in enumerate(zip(chosen, inputs, strict=True)))
+        replace_file(table, buffer.getvalue())

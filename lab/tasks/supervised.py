@@ -21,6 +21,7 @@ from jax import Array
 
 from lab import plots
 from lab.errors import UserError
+from lab.files import replace_file
 from lab.tasks import reports
 from lab.tasks.base import Loss, Metrics, Outcome, Task, apply
 
@@ -174,7 +175,7 @@ class Classify(Supervised):
         plots.confusion(confusion, names, outcome.folder / "plots" / f"{prefix}confusion.png", title)
         head = reports.headline(title, confusion)
         table = reports.class_table(confusion, names)
-        (outcome.folder / f"{prefix}report.txt").write_text("\n".join([head, "", *table]) + "\n")
+        replace_file(outcome.folder / f"{prefix}report.txt", "\n".join([head, "", *table]) + "\n")
         confidence = np.where(predicted == targets, -1.0, probabilities[np.arange(len(predicted)), predicted])
         worst = np.argsort(-confidence, kind="stable")[:reports.MOST]
         worst = worst[confidence[worst] >= 0]

@@ -1,0 +1,99 @@
+"""Files that this project writes: whole or not at all, and never through a symbolic link. Standard library only.
+
+A run folder may come from somebody else. A link in it (``lock -> ~/.ssh/config``) must not lead a write anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from lab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def _link(path: Path) -> UserError:
+    return UserError(f"{path} is a symbolic link, and nothing is written through one. Delete it, or put what it points "
+                     f"to in its place (checkpoints on another disk: --checkpoint-dir).")
+
+
+def no_links(folder: Path) -> None:
+    """Raises UserError where something in a folder, at any depth, is a symbolic link; names it."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if os.path.islink(path := Path(place, name)):
+                raise _link(path)
+
+
+def make_folder(path: Path) -> Path:
+    """Creates a folder and those above it, where they are missing. Raises UserError where it is a symbolic link."""
+    if path.is_symlink():
+        raise _link(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def open_file(path: Path, mode: str = "a") -> IO[str]:
+    """A text file to append to ("a") or to empty and write ("w"). Raises UserError where it is a symbolic link."""
+    how = {"a": os.O_APPEND, "w": os.O_TRUNC}[mode]
+    try:
+        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | how, 0o666)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            raise _link(path) from None
+        raise
+    return open(number, mode, encoding="utf-8")
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Replaces a file's content by all of `content` or nothing, and makes it survive a power cut.
+
+    A symbolic link at `path` is replaced, not followed. Text is written as UTF-8.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:  # x: never a file or link that is there already
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must be on disk, too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def cache_folder(kind: str) -> Path:
+    """The writable folder `kind` under $LAB_CACHE, $XDG_CACHE_HOME/lab or ~/.cache/lab (the first that is set).
+
+    Where that cannot be written, a private folder under the system's temporary one is used, and one line says so.
+    """
+    env = os.environ
+    wanted = env.get("LAB_CACHE") or os.path.join(env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lab")
+    folder = Path(wanted).expanduser() / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        reason = error.strerror or str(error)
+    # One folder per user, so that the next start finds it again; never one that somebody else prepared for us.
+    spare = Path(tempfile.gettempdir()) / f"lab-cache-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        spare.mkdir(mode=0o700)
+    if spare.is_symlink() or spare.stat().st_uid != os.getuid():
+        spare = Path(tempfile.mkdtemp(prefix="lab-cache-"))
+    (spare / kind).mkdir(exist_ok=True)
+    log.warning("cannot write the cache folder %s (%s): using %s; LAB_CACHE chooses another", wanted, reason, spare)
+    return spare / kind
