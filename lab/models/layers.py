@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lab.errors import UserError
 from lab.models import splash
+from lab.models.cudnn import cudnn_attention
 from lab.models.precision import add_broadcast, elementwise, platform, product, project, rows_of, softmax, written
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -293,10 +294,11 @@ class SelfAttention(Transformer):
         backend = choose_attention(self.attention, platform(), str(q_BLNK.dtype), K, L, mask_BS is not None, drops)
         if backend == "splash" and not self.is_initializing():  # with one record, that no mesh divides
             return splash.OnDevice(causal, SAVED, name="own")(q_BLNK, k_BSGK, v_BSGK)
-        if backend in ("xla", "cudnn"):
+        if backend == "cudnn":
+            return cudnn_attention(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal=causal)
+        if backend == "xla":
             visible = None if mask_BS is None else mask_BS[:, None, None, :].astype(bool)
-            return jax.nn.dot_product_attention(q_BLNK, k_BSGK, v_BSGK, mask=visible, is_causal=causal,
-                                                implementation=backend)
+            return jax.nn.dot_product_attention(q_BLNK, k_BSGK, v_BSGK, mask=visible, is_causal=causal)
         visible = jnp.tril(jnp.ones((1, L, L), bool)) if causal else None
         if mask_BS is not None:
             padding = mask_BS[:, None, :].astype(bool)
