@@ -25,7 +25,17 @@ from jax.ad_checkpoint import checkpoint_name
 from lab.errors import UserError
 from lab.models import splash
 from lab.models.cudnn import cudnn_attention
-from lab.models.precision import add_broadcast, elementwise, platform, product, project, rows_of, softmax, written
+from lab.models.precision import (
+    add_broadcast,
+    elementwise,
+    platform,
+    product,
+    project,
+    rows_of,
+    sequence_devices,
+    softmax,
+    written,
+)
 
 Norm = Literal["layernorm", "rmsnorm"]
 Mlp = Literal["gelu", "swiglu", "relu2"]
@@ -102,11 +112,12 @@ def rotary(x_BLNK: Array, positions: Array) -> Array:
 
 @functools.cache  # so that the choice is said once, however often the model is traced
 def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: int, length: int, padded: bool,
-                     needs_probabilities: bool) -> str:
-    """The backend that runs. "auto" says what it chose and why; a backend that cannot run is an error.
+                     needs_probabilities: bool, divided: bool = False) -> str:
+    """The backend that runs. "auto" says what it chose and why; a backend that cannot run is an error. `divided`: the
+    mesh divides the length.
 
     Raises:
-      UserError: the backend named is not available for this platform, type, shape, padding or dropout.
+      UserError: the backend named is not available for this platform, type, shape, padding, dropout or mesh.
     """
     against: dict[str, list[str]] = {"cudnn": [], "splash": []}
     for backend, needed, name in (("cudnn", "gpu", "NVIDIA GPUs"), ("splash", "tpu", "TPUs")):
@@ -116,6 +127,8 @@ def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: i
         against["cudnn"].append(f"needs --precision bfloat16, not {dtype}")
     if head_width > 128 or head_width % 8:
         against["cudnn"].append(f"needs a head width of at most 128 and a multiple of 8, not {head_width}")
+    if divided:
+        against["cudnn"].append("needs the whole length on every device, so no --mesh.sequence")
     if length % 128:
         against["splash"].append(f"needs a length that is a multiple of 128, not {length}")
     if padded:
@@ -291,7 +304,8 @@ class SelfAttention(Transformer):
                 train: bool) -> Array:
         drops = train and not is_zero(self.dropout)
         L, K = q_BLNK.shape[1], q_BLNK.shape[-1]
-        backend = choose_attention(self.attention, platform(), str(q_BLNK.dtype), K, L, mask_BS is not None, drops)
+        backend = choose_attention(self.attention, platform(), str(q_BLNK.dtype), K, L, mask_BS is not None, drops,
+                                   sequence_devices() > 1)
         if backend == "splash" and not self.is_initializing():  # with one record, that no mesh divides
             return splash.OnDevice(causal, SAVED, name="own")(q_BLNK, k_BSGK, v_BSGK)
         if backend == "cudnn":

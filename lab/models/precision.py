@@ -22,6 +22,11 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
+def sequence_devices() -> int:
+    """Devices that the length of activations is divided among, by the mesh that this is traced for."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
+
+
 def written(dtype: Any) -> Any:
     """The type in which a product that `dtype` is wanted of is asked for. CPUs are fast at float32 only, TPUs round it
     on the chip, and GPUs, which also accumulate bfloat16 in float32, would write it to memory and read it again.
@@ -64,8 +69,7 @@ _reduced_product.defvjp(_forward, _backward)
 
 def project(x: Array, kernel: Array, dtype: Any) -> Array:
     """``x (..., D) @ kernel (D, F) -> (..., F)`` by `product`."""
-    if x.dtype == jnp.float32 and platform() == "cpu" and dict(jax.sharding.get_abstract_mesh().shape).get(
-            "sequence", 1) == 1:
+    if x.dtype == jnp.float32 and platform() == "cpu" and sequence_devices() == 1:
         # All rows as one matrix (no mesh may divide two axes of it): nanoGPT's update on 2 cores, 34 ms instead of 38.
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
     rows = "ABCEGHI"[: x.ndim - 1]

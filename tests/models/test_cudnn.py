@@ -19,7 +19,6 @@ from lab.models.vit import ViT
 from lab.program import batch_spec
 from lab.sharding import AXES
 from lab.step import init_state, make_eval_step, make_predict_step, make_train_step
-from tests.conftest import ROOT
 from tests.test_experiments import EXPERIMENTS, shrunk
 
 L, K = 8, 8
