@@ -9,10 +9,11 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lab.data.augment import Augment
 from lab.data.bundled import Sklearn
@@ -239,12 +240,99 @@ def test_images_of_another_form_are_named_with_both_forms(tmp_path):
     assert "is 6x5 grey (height x width)" in error("grey.png", encoded(big[:6, :5, 0]))
     assert "cat/0.png is 6x5 RGB" in error("x.png", encoded(big[:6, :5]), (6, 5, 1))
     assert "(8 more)" in error("x.png", encoded(big[:6, :5]), (6, 5, 1))
-    assert "RGB with transparency" in error("alpha.png", encoded(np.dstack([big, big[..., :1]])[:6, :5]))
-    deep = encoded(np.full((6, 5), 40_000, np.uint16))
-    assert "more than 8 bits" in error("deep.png", deep)
-    with pytest.raises(UserError, match="more than 8 bits"):  # resizing would make it white without a word
-        (tmp_path / "dog" / "deep.png").write_bytes(deep)
-        folder_data(tmp_path, resize=True).load()
+
+
+def encoded_as(mode, image):
+    """An image as a PNG, or as a JPEG in CMYK."""
+    file = io.BytesIO()
+    image.convert(mode).save(file, "JPEG" if mode == "CMYK" else "PNG", **({"quality": 100} if mode == "CMYK" else {}))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("memory", [1.0, 0.0])
+def test_other_kinds_of_images_are_converted_and_counted(tmp_path, memory, caplog):
+    """Transparency, palettes, CMYK and 16 bits: the pixels that people see, and a line that says how many."""
+    write_images(tmp_path, 4)
+    flat = Image.fromarray(np.full((6, 5, 3), [200, 100, 50], np.uint8))
+    for i, mode in enumerate(("RGBA", "P", "CMYK")):
+        (tmp_path / "dog" / f"{i}.png").write_bytes(encoded_as(mode, flat))
+
+    def loaded(path, shape):
+        data = folder_data(path, shape, validation=1, memory=memory).load()
+        return data, np.concatenate([everything(r)["inputs"] for r in (data.train, data.validation)])
+
+    with caplog.at_level(logging.WARNING, "lab.data"):
+        data, found = loaded(tmp_path, (6, 5, 3))
+    assert (np.abs(found.astype(int) - [200, 100, 50]).max((1, 2, 3)) < 10).sum() == 3
+    said = data.summary if memory else caplog.text
+    for change in ("transparency left out", "palette made RGB", "CMYK made RGB"):
+        assert change in (" ".join(said) if memory else said)
+    if memory:
+        assert data.summary["train images, transparency left out"] == 1
+    grey = tmp_path / "grey"
+    write_images(grey, 4, shape=(6, 5))
+    for i, value in enumerate((40_000, 255, 65_535)):
+        (grey / "dog" / f"{i}.png").write_bytes(encoded(np.full((6, 5), value, np.uint16)))
+    (grey / "dog" / "3.png").write_bytes(encoded_as("LA", flat.convert("L")))
+    _, found = loaded(grey, (6, 5, 1))
+    flat_ones = sorted(int(x[0, 0, 0]) for x in found if x.min() == x.max())
+    assert flat_ones == sorted([40_000 // 256, 0, 255, np.asarray(flat.convert("L"))[0, 0]])  # not clipped at 255
+    with pytest.raises(UserError, match="is 6x5 grey"):  # grey and RGB do not become each other without a flag
+        folder_data(grey, (6, 5, 3)).load()
+
+
+def test_16_bits_of_colour_are_said(tmp_path):
+    """Pillow gives the high bytes; what it was is in the file's header only."""
+    write_images(tmp_path, 4)
+    rows16 = b"".join(b"\0" + struct.pack(">15H", *[51_200, 25_600, 12_800] * 5) for _ in range(6))
+    header = struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows16)), (b"IEND", b"")]
+    raw = b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body
+                                           + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
+    (tmp_path / "dog" / "0.png").write_bytes(raw)
+    data = folder_data(tmp_path, validation=1).load()
+    found = np.concatenate([everything(r)["inputs"] for r in (data.train, data.validation)])
+    assert (found == [200, 100, 50]).all((1, 2, 3)).sum() == 1
+    assert data.summary["train images, 16 bits a channel made 8"] == 1
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_images_are_turned_as_exif_says(tmp_path, form):
+    """All eight orientations of one picture are the same record, as Pillow's own function has it; the count is said."""
+    picture = np.zeros((8, 16, 3), np.uint8)
+    picture[:4, :8] = 250  # bright at the top left
+    stored = {1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+              5: lambda x: x.transpose(1, 0, 2), 6: lambda x: x.transpose(1, 0, 2)[::-1],
+              7: lambda x: x.transpose(1, 0, 2)[::-1, ::-1], 8: lambda x: x.transpose(1, 0, 2)[:, ::-1]}
+    write_images(tmp_path / "data", 9, ("dog", "cat"), shape=(8, 16, 3))
+    for turn, store in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        path = tmp_path / "data" / "dog" / f"{turn}.{form.lower()}"
+        Image.fromarray(np.ascontiguousarray(store(picture))).save(path, form, exif=exif, **(
+            {"quality": 95, "subsampling": 0} if form == "JPEG" else {}))
+        with Image.open(path) as image:
+            seen = np.asarray(ImageOps.exif_transpose(image).convert("RGB")).astype(int)
+        assert np.abs(seen - picture).max() < 60, turn  # the test itself is right
+        assert turn == 1 or seen.shape != np.asarray(Image.open(path)).shape or \
+            np.abs(np.asarray(Image.open(path)).astype(int) - picture).max() > 100  # negative control
+    data = folder_data(tmp_path / "data", (8, 16, 3), validation=1).load()
+    found = np.concatenate([everything(r)["inputs"] for r in (data.train, data.validation)]).astype(int)
+    assert (np.abs(found - picture).max((1, 2, 3)) < 60).sum() == 8
+    assert data.summary["train images, turned upright by their EXIF orientation"] == 7
+    names, records = data.read(tmp_path / "data" / "dog")
+    read = everything(records)["inputs"].astype(int)
+    assert (np.abs(read - picture).max((1, 2, 3)) < 60).sum() == 8
+
+
+def test_damaged_exif_is_no_reason_to_lose_an_image(tmp_path):
+    write_images(tmp_path, 4)
+    Image.fromarray(np.full((6, 5, 3), 9, np.uint8)).save(tmp_path / "dog" / "0.jpg", exif=b"Exif\0\0garbage")
+    odd = Image.Exif()
+    odd[0x0112] = 99
+    Image.fromarray(np.full((6, 5, 3), 9, np.uint8)).save(tmp_path / "dog" / "1.jpg", exif=odd)
+    loaded = folder_data(tmp_path, validation=1).load()
+    assert len(loaded.train) + len(loaded.validation) == 10
 
 
 def test_forms_that_lose_nothing_are_taken(tmp_path):

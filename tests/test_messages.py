@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -301,6 +302,7 @@ def test_text_folder_errors(tmp_path):
     TextFolder(str(root), encoding="latin-1").load()
     write_folder(root, {"test/c": ["4"]})
     fails("test/c is a class that the training folder lacks", TextFolder(str(root), encoding="latin-1").load)
+    shutil.rmtree(root / "test")
     write_folder(root, {"other/c": ["4"]})
     fails("not clear what other is", TextFolder(str(root)).load)
     one = write_folder(tmp_path / "one", {"a": ["1", "2"]})

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from lab.data.sources import read_text
+from lab.data.reading import check_encoding, read_text
 from lab.errors import UserError
 
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "?"})  # what counts as no value, in small letters
@@ -39,9 +39,12 @@ class Csv:
     """What the target is; auto: classes if it is text or has at most 20 different values, all whole; else a number."""
     drop: tuple[str, ...] = ()
     """Columns that are no features, such as row numbers and names."""
+    encoding: str = "UTF-8"
+    """How the file is encoded. A byte order mark of UTF-16 or UTF-32 is recognised."""
 
     def validate(self) -> None:
         """UserError for fields that contradict each other; nothing is read."""
+        check_encoding(self.encoding)
         if not self.path.strip() or not self.target.strip():
             raise UserError("Csv needs path=, a file, and target=, the name of the column to predict.")
         for role, name in (("target", self.target), ("text", self.text)):

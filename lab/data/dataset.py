@@ -1,10 +1,13 @@
 """Data that has been loaded: the splits, what there is to know about them, and how new records are read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab.data.pipeline import Records
 from lab.errors import UserError
+
+NAMED = 20  # class names that are shown
 
 
 @dataclass
@@ -32,3 +35,8 @@ class Dataset:
     def read(self, path: Path) -> tuple[list[str], Records]:
         """New records to predict: a name for each, and the records, without targets. Raises UserError."""
         raise UserError("This data has no reader for new records.")
+
+
+def class_names(names: Sequence[str]) -> dict[str, str]:
+    """A line for people that shows the first classes by their names, where they have any."""
+    return {"class names": ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")} if names else {}

@@ -10,11 +10,12 @@ import numpy as np
 from lab.data import digest
 from lab.data.augment import Augment, draw, middle
 from lab.data.bundled import Sklearn
-from lab.data.dataset import Dataset
+from lab.data.dataset import Dataset, class_names
+from lab.data.folders import tree
 from lab.data.idx import Idx, read_idx
 from lab.data.image_decode import MODES, Form, decoded, reshaped
 from lab.data.image_records import Found, Part, find
-from lab.data.image_sources import Files, ImageFolder, Opened, Pixels, Tfds, images_in
+from lab.data.image_sources import Files, ImageFolder, Opened, Pixels, Tfds, is_image
 from lab.data.pipeline import Arrays, Records, fixed_order
 from lab.errors import UserError
 
@@ -128,7 +129,8 @@ class Images:
         """What the source is and how many images it has, without decoding. UserError where it is not there."""
         source = self._open()
         counts = {f"{name} images, as stored": len(split) for name, split in source.splits.items()}
-        return {"source": source.title, "image": str(self.form), "classes": source.classes, **counts, **source.notes}
+        return {"source": source.title, "image": str(self.form), "classes": source.classes,
+                **class_names(source.names), **counts, **source.notes}
 
     def load(self) -> "ImageData":
         """Find, decode (or find decoded) and split the images.
@@ -141,7 +143,8 @@ class Images:
         found = {name: find(split, self.form, source.classes, self.memory * 1e9, self.skip_corrupt)
                  for name, split in source.splits.items()}
         records, rule = self._split({name: split.records for name, split in found.items()}, source.title)
-        content = {name: split.content for name, split in found.items()}
+        content = {name: [split.content, split.changes] if split.changes else split.content
+                   for name, split in found.items()}
         known = {"height": self.shape[0], "width": self.shape[1], "channels": self.shape[2], "classes": source.classes}
         return ImageData(
             train=records["train"], validation=records["validation"], test=records.get("test"),
@@ -189,11 +192,12 @@ class Images:
     def _summary(self, source: Opened, found: dict[str, Found], records: dict[str, Records],
                  rule: str) -> dict[str, str | int | float]:
         lines: dict[str, str | int | float] = {"source": source.title, "split": rule, "image": str(self.form)}
-        lines |= {"classes": source.classes, **source.notes}
+        lines |= {"classes": source.classes, **class_names(source.names), **source.notes}
         for name, split in found.items():
             if split.corrupt:
                 some = ", ".join(split.corrupt[:3]) + (", ..." if len(split.corrupt) > 3 else "")
                 lines[f"{name} images skipped, corrupt"] = f"{len(split.corrupt)}: {some}"
+            lines |= {f"{name} images, {change}": n for change, n in split.changes.items()}
         lines |= {f"{name} images": len(records[name]) for name in ("train", "validation", "test") if name in records}
         if not isinstance(records["train"], Arrays):
             return lines | {"decoding": "batch by batch, see --data.memory"}
@@ -242,7 +246,7 @@ class ImageData(Dataset):
                 raise UserError(f"{path} holds an array of shape {images.shape}, which are no images.")
             pixels = Pixels(path.name, images, np.zeros(len(images), np.int32))
             return [f"{path.name} {i}" for i in range(len(images))], Arrays({"inputs": reshaped(pixels, self.form)})
-        paths = images_in(path)[0] if path.is_dir() else [path]
+        paths = [p for p in tree(path).below(path) if is_image(p.name)] if path.is_dir() else [path]
         if not paths or not path.exists():
             raise UserError(f"{path} " + ("has no PNG or JPEG file in it." if paths == [] else "does not exist."))
         root = path if path.is_dir() else path.parent

@@ -4,22 +4,31 @@ import io
 import os
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lab.data import log
 from lab.data.image_sources import Encoded, Pixels
 from lab.errors import UserError
 
 T, R = TypeVar("T"), TypeVar("R")
 BLOCK = 32  # images handed to a thread at once: small ones take less time than the handing over
 MODES = {1: "L", 3: "RGB"}
-WORDS = {"L": "grey", "RGB": "RGB", "RGBA": "RGB with transparency", "LA": "grey with transparency"}
+WORDS = {"L": "grey", "RGB": "RGB"}
+ORIENTATION = 0x0112  # EXIF: 1 is upright, 2 to 8 are turned or mirrored
+ALPHA = "transparency left out"
+# Modes of Pillow that become grey or RGB, and what is said of it.
+SIMPLER = {"1": ("L", ""), "P": ("RGB", "palette made RGB"), "RGBA": ("RGB", ALPHA), "RGBa": ("RGB", ALPHA),
+           "PA": ("RGB", ALPHA), "LA": ("L", ALPHA), "La": ("L", ALPHA), "CMYK": ("RGB", "CMYK made RGB"),
+           "YCbCr": ("RGB", "YCbCr made RGB"), "LAB": ("RGB", "LAB made RGB"), "HSV": ("RGB", "HSV made RGB")}
+DEEP, TURNED = "16 bits a channel made 8", "turned upright by their EXIF orientation"
 # What Pillow raises for damaged PNG and JPEG files.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
            Image.DecompressionBombError)
@@ -46,16 +55,37 @@ class Problem:
     corrupt: bool
 
 
-def decode(item: bytes | Path, form: Form) -> np.ndarray | Problem:
-    """A PNG or JPEG file, or its bytes -> uint8 (H, W, C), or what is wrong with it."""
+@dataclass(frozen=True)
+class Decoded:
+    """An image. `pixels`: uint8 (H, W, C); `changes`: what was done to it that people should know."""
+
+    pixels: np.ndarray
+    changes: tuple[str, ...] = ()
+
+
+def decode(item: bytes | Path, form: Form) -> Decoded | Problem:
+    """A PNG or JPEG file, or its bytes, upright, or what is wrong with it."""
     raw = read_bytes(item)
     try:
         with Image.open(io.BytesIO(raw), formats=("PNG", "JPEG")) as image:
             image.load()
-            return fitted(image, form)
+            result = fitted(image, form)
     except DAMAGED as error:
         why = "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else str(error)
         return Problem(why if raw else "empty file", corrupt=True)
+    deep = raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[24] == 16  # in colour Pillow keeps the high bytes, without a word
+    if isinstance(result, Decoded) and deep and DEEP not in result.changes:
+        return replace(result, changes=(*result.changes, DEEP))
+    return result
+
+
+def orientation(image: Image.Image) -> int:
+    """The orientation that EXIF says, 1 to 8; 1 where it says none or is damaged."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except DAMAGED:
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def read_bytes(item: bytes | Path) -> bytes:
@@ -66,15 +96,22 @@ def read_bytes(item: bytes | Path) -> bytes:
         raise UserError(f"Cannot read {item}: {error.strerror or error}.") from None
 
 
-def fitted(image: Image.Image, form: Form) -> np.ndarray | Problem:
-    """An image in this form. With `resize`, grey and RGB become each other, transparency is dropped, the largest middle
-    part of the right aspect ratio is taken and resized (bilinear, with antialiasing). Without, only what loses nothing
-    is done: black and white is grey, and a palette is RGB."""
-    if image.mode[0] in "IF":
-        return Problem("has more than 8 bits per channel: convert it", corrupt=False)
-    if image.mode in ("1", "P"):
-        has_alpha = "transparency" in image.info
-        image = image.convert("L" if image.mode == "1" else "RGBA" if has_alpha else "RGB")
+def fitted(image: Image.Image, form: Form) -> Decoded | Problem:
+    """An image in this form: upright, 8 bits a channel, without transparency. With `resize` also grey and RGB become
+    each other, and the largest middle part of the right aspect ratio is taken and resized (bilinear, antialiased)."""
+    changes = []
+    if (turn := orientation(image)) != 1:
+        image = _upright(image, turn)
+        changes.append(TURNED)
+    if image.mode[0] in "IF":  # 16 bits of grey, which Pillow reads as one of several modes, and would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        changes.append(DEEP)
+    elif image.mode in SIMPLER:
+        simpler, said = SIMPLER[image.mode]
+        if image.mode == "P" and "transparency" in image.info:
+            image, said = image.convert("RGBA"), ALPHA
+        image = image.convert(simpler)
+        changes += [said] if said else []
     mode, size = MODES[form.channels], (form.width, form.height)
     if not form.resize and (image.mode != mode or image.size != size):
         own = f"{image.height}x{image.width} {WORDS.get(image.mode, image.mode)}"
@@ -83,7 +120,17 @@ def fitted(image: Image.Image, form: Form) -> np.ndarray | Problem:
     image = image if image.mode == mode else image.convert(mode)
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(form.height, form.width, form.channels)
+    return Decoded(np.asarray(image).reshape(form.height, form.width, form.channels), tuple(changes))
+
+
+def _upright(image: Image.Image, turn: int) -> Image.Image:
+    """The image as EXIF's orientation `turn`, 2 to 8, says it is to be seen."""
+    moves = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+             7: "TRANSVERSE", 8: "ROTATE_90"}
+    info = image.info
+    image = image.transpose(Image.Transpose[moves[turn]])
+    image.info = {key: info[key] for key in ("transparency",) if key in info}
+    return image
 
 
 def check_labels(split: Pixels | Encoded, indices: np.ndarray, labels: np.ndarray, classes: int) -> None:
@@ -107,7 +154,9 @@ def decoded(split: Encoded, form: Form) -> np.ndarray:
     results = list(in_threads(lambda item: decode(item, form), split.read(np.arange(len(split)))[0]))
     bad = [(split.name(i), result) for i, result in enumerate(results) if isinstance(result, Problem)]
     complain([(name, p) for name, p in bad if not p.corrupt], [f"{n} ({p.text})" for n, p in bad], "")
-    return np.stack(results)
+    for change, n in sorted(Counter(change for result in results for change in result.changes).items()):
+        log.warning("%d of the images: %s", n, change)
+    return np.stack([result.pixels for result in results])
 
 
 def complain(misfits: list[tuple[str, Problem]], corrupt: list[str], advice: str) -> None:
@@ -136,5 +185,5 @@ def reshaped(pixels: Pixels, form: Form) -> np.ndarray:
         result = fitted(Image.fromarray(array[..., 0] if array.shape[2] == 1 else array), form)
         if isinstance(result, Problem):
             raise UserError(f"{pixels.name(i)} {result.text}.")
-        out.append(result)
+        out.append(result.pixels)
     return np.stack(out)

@@ -1,36 +1,47 @@
 """Encoded images to records: decoded once into a cached file where they fit, else batch by batch by Grain's threads."""
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-import socket
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lab.data import cache_folder, digest, log
-from lab.data.image_decode import Form, Problem, check_labels, complain, decode, in_threads, read_bytes, reshaped
+from lab.data.building import built
+from lab.data.image_decode import (
+    Decoded,
+    Form,
+    Problem,
+    check_labels,
+    complain,
+    decode,
+    in_threads,
+    read_bytes,
+    reshaped,
+)
 from lab.data.image_sources import Encoded, Pixels
 from lab.data.pipeline import Arrays, Batch, Records
 from lab.errors import UserError
 
-FORMAT = 1  # of the cached files; a new number makes every image be decoded again
+FORMAT = 2  # of the cached files; a new number makes every image be decoded again
 AT_ONCE = 1024  # images read and decoded together: at most some hundred MB of small ones
 
 
 @dataclass(frozen=True)
 class Found:
-    """The records of one split. `content`: hash of what was read; `corrupt`: names of images that were left out."""
+    """The records of one split. `content`: hash of what was read; `corrupt`: names of images that were left out;
+    `changes`: how many images were changed by decoding, and how."""
 
     records: Records
     content: str
     corrupt: tuple[str, ...] = ()
+    changes: dict[str, int] = field(default_factory=dict)
 
 
 def find(split: Pixels | Encoded, form: Form, classes: int, memory: float, skip_corrupt: bool) -> Found:
@@ -50,12 +61,9 @@ def find(split: Pixels | Encoded, form: Form, classes: int, memory: float, skip_
     count = len(split if found is None else found.records)  # asking TFDS takes seconds
     if count * form.height * form.width * form.channels > memory:
         return Found(Lazy(split, form, classes, skip_corrupt), digest(split.outline()))
-    if found is None:
-        _build(split, form, classes, skip_corrupt, folder)
-        found = _cached(folder, form)
-    if found is None:
-        raise UserError(f"The files in {folder}, written a moment ago, cannot be read: look at that disk.")
-    return found
+    return built(folder, lambda where: _cached(where, form),
+                 lambda where: _build(split, form, classes, skip_corrupt, where), "decoding the same images",
+                 ", or --data.memory 0 to decode batch by batch")
 
 
 # ------------------------------------------------------------------------------------------------------- cache
@@ -63,8 +71,6 @@ def find(split: Pixels | Encoded, form: Form, classes: int, memory: float, skip_
 
 def _cached(folder: Path, form: Form) -> Found | None:
     """What `_build` left in a folder, read by memory mapping; None where it is missing or damaged."""
-    if not folder.exists():
-        return None
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         labels = np.fromfile(folder / "labels.bin", np.int32)
@@ -72,10 +78,9 @@ def _cached(folder: Path, form: Form) -> Found | None:
         if len(labels) == len(images) == meta["count"] and _sums(images, labels) == meta["sums"]:
             # The plain array over the map: indexing np.memmap itself makes a subclass instance each time.
             return Found(Arrays({"inputs": np.asarray(images), "targets": labels}), meta["content"],
-                         tuple(meta["corrupt"]))
+                         tuple(meta["corrupt"]), meta["changes"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    log.warning("the decoded images in %s are damaged: decoding again", folder)
     return None
 
 
@@ -86,47 +91,18 @@ def _sums(images: np.ndarray, labels: np.ndarray) -> list[int]:
 
 
 def _build(split: Encoded, form: Form, classes: int, skip_corrupt: bool, folder: Path) -> None:
-    """Decode a split into images.bin (n, H, W, C), labels.bin and meta.json; the folder appears whole or not at all."""
+    """Decode a split into images.bin (n, H, W, C), labels.bin and meta.json in `folder`."""
     begin = time.perf_counter()
     log.info("decoding %d images (once; kept in %s)", len(split), folder.parent)
-    own = f".tmp-{folder.name}-{socket.gethostname()}-"
-    for junk in folder.parent.glob(f"{own}*"):
-        if not _alive(int(junk.name.removeprefix(own))):  # whoever left it was killed
-            shutil.rmtree(junk, ignore_errors=True)
-    temporary = folder.with_name(f"{own}{os.getpid()}")
-    try:
-        temporary.mkdir(exist_ok=True)
-        meta = _write(split, form, classes, skip_corrupt, temporary)
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        if folder.exists():  # damaged
-            shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"The disk of the cache folder {folder.parent} is full: make room, set LAB_CACHE to a "
-                            f"folder on another disk, or --data.memory 0 to decode batch by batch.") from None
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        # Another process was first: same name, same content.
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    meta = _write(split, form, classes, skip_corrupt, folder)
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     log.info("decoded %d images in %.1f s", len(split), time.perf_counter() - begin)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # signal 0 asks only
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _write(split: Encoded, form: Form, classes: int, skip_corrupt: bool, folder: Path) -> dict[str, Any]:
-    content, kept, misfits, corrupt = hashlib.sha256(), [], [], []
+    content, kept, misfits, corrupt, changes = hashlib.sha256(), [], [], [], Counter()
 
-    def work(item: bytes | Path) -> tuple[bytes, np.ndarray | Problem]:
+    def work(item: bytes | Path) -> tuple[bytes, Decoded | Problem]:
         raw = read_bytes(item)
         return hashlib.sha256(raw).digest(), decode(raw, form)
 
@@ -137,9 +113,10 @@ def _write(split: Encoded, form: Form, classes: int, skip_corrupt: bool, folder:
             check_labels(split, indices, labels, classes)
             for i, (label, (hashed, result)) in enumerate(zip(labels, in_threads(work, items), strict=True), start):
                 content.update(hashed + label.tobytes())
-                if isinstance(result, np.ndarray):
+                if isinstance(result, Decoded):
                     kept.append(label)
-                    file.write(np.ascontiguousarray(result))
+                    file.write(np.ascontiguousarray(result.pixels))
+                    changes.update(result.changes)
                 elif result.corrupt:
                     corrupt.append((split.name(i), result.text))
                 else:
@@ -155,7 +132,7 @@ def _write(split: Encoded, form: Form, classes: int, skip_corrupt: bool, folder:
     (folder / "labels.bin").write_bytes(labels.tobytes())
     images = np.memmap(folder / "images.bin", np.uint8, "r").reshape(-1, form.height, form.width, form.channels)
     return {"count": len(kept), "sums": _sums(images, labels), "content": content.hexdigest(),
-            "corrupt": [name for name, _ in corrupt]}
+            "corrupt": [name for name, _ in corrupt], "changes": changes}
 
 
 # -------------------------------------------------------------------------------------------- batch by batch
@@ -174,6 +151,7 @@ class Lazy:
         self._threads = lambda items: list(
             grain.MapDataset.source(items).map(lambda item: decode(item, form)).to_iter_dataset())
         self._split, self._classes, self._skip, self._bad = split, classes, skip_corrupt, set()
+        self._said: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._split)
@@ -196,7 +174,10 @@ class Lazy:
                 i = (i + 1) % len(self)
                 again, own = self._split.read(np.array([i]))
                 results[place], labels[place] = self._threads(again)[0], own[0]
-        return {"inputs": np.stack(results), "targets": labels}
+        for change in {change for result in results for change in result.changes} - self._said:
+            self._said.add(change)
+            log.warning("some images are %s", change)
+        return {"inputs": np.stack([result.pixels for result in results]), "targets": labels}
 
 
 class Part:

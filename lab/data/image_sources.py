@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lab.data import digest
+from lab.data.folders import Splits, labelled, printable, split_folders, tree
 from lab.data.prepared import described
 from lab.errors import UserError
 
@@ -109,14 +110,18 @@ class Files:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder with one subfolder of PNG and JPEG files for each class, or with train/ and test/ of that form.
+    """A folder with one subfolder of PNG and JPEG files for each class, or with folders for splits of that form.
 
-    val/, valid/ or validation/ is the validation split beside test/, and the test split where there is no test/. The
-    classes are the names of the subfolders, sorted. Files of other kinds are left out and counted.
+    Splits are recognised by their names, whatever the case: train or Training, test, val or dev, also as the end of a
+    name (seg_train, training_set). A validation split is the test split where there is no other. The classes are the
+    names of the subfolders, sorted. Files of other kinds are left out and counted, and so are links to what is there.
     """
 
     path: str
     """The folder."""
+    splits: Splits = "auto"
+    """auto: folders named like splits are splits, and an error where that is not clear; folders: use those named like
+    splits and leave out the others; none: every folder is a class."""
 
     def validate(self) -> None:
         """UserError without a path."""
@@ -124,56 +129,29 @@ class ImageFolder:
             raise UserError("ImageFolder needs a folder that holds one subfolder of images for each class.")
 
     def open(self) -> Opened:
-        """List the files. UserError for a missing folder, or a class without images."""
+        """List the files. UserError for a missing folder, an unclear layout, or a class without images."""
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise UserError(f"{root} is not a folder (looked from {Path.cwd()}).")
-        folders = {"train": root}
-        if _subfolders(root / "train"):
-            places = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
-            folders = {k: root / name for k, names in places.items() for name in names if (root / name).is_dir()}
-        classes = tuple(_subfolders(folders["train"]))
-        if len(classes) < 2:
+        found = tree(root)
+        folders, left_out = split_folders(found, self.splits)
+        names = found.folders[folders["train"]]
+        if len(names) < 2:
             raise UserError(f"{folders['train']} needs a subfolder of images for each of at least two classes; it has "
-                            f"{', '.join(classes) or 'none'}.")
+                            f"{', '.join(names) or 'none'}.")
         others, splits = 0, {}
-        for split, folder in folders.items():
-            splits[split], left_out = _labelled(folder, classes, folders["train"])
-            others += left_out
-        found, notes = _with_test(splits)
+        for split in (split for split in ("train", "validation", "test") if split in folders):
+            paths, labels, more = labelled(found, folders[split], names, is_image, "PNG or JPEG file")
+            splits[split], others = Files(folders[split], paths, labels), others + more
+        splits, notes = _with_test(splits)
         notes |= {"other files, left out": others} if others else {}
-        return Opened(f"images in {self.path}", found, len(classes), classes, notes)
+        notes |= found.notes() | ({"other folders, left out": ", ".join(left_out)} if left_out else {})
+        return Opened(f"images in {self.path}", splits, len(names), tuple(map(printable, names)), notes)
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
-
-
-def _labelled(folder: Path, classes: tuple[str, ...], train: Path) -> tuple[Files, int]:
-    """The images of one split, and how many files are none."""
-    paths, labels, others = [], [], 0
-    for name in _subfolders(folder):
-        if name not in classes:
-            raise UserError(f"{folder / name} is a class that {train} does not have.")
-        found, rest = images_in(folder / name)
-        if not found:
-            raise UserError(f"The class folder {folder / name} has no PNG or JPEG file in it.")
-        paths += found
-        labels += [classes.index(name)] * len(found)
-        others += rest
-    return Files(folder, paths, np.array(labels, np.int32)), others
-
-
-def images_in(folder: Path) -> tuple[list[Path], int]:
-    """PNG and JPEG files anywhere below a folder, sorted, and the number of other files; hidden ones do not count."""
-    found, others = [], 0
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        visible = [name for name in files if name[0] != "."]
-        images = [Path(here, name) for name in visible if name.lower().endswith(SUFFIXES)]
-        found += images
-        others += len(visible) - len(images)
-    return sorted(found), others
+def is_image(name: str) -> bool:
+    """Whether a file has the name of a PNG or JPEG."""
+    return name.lower().endswith(SUFFIXES)
 
 
 # --------------------------------------------------------------------------------------------------------- TFDS

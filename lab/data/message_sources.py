@@ -5,7 +5,6 @@ tables too and are understood by `load`. What they give is `Labelled`, checked: 
 no split has a class that training lacks.
 """
 
-import codecs
 import hashlib
 import json
 import re
@@ -18,7 +17,9 @@ import numpy as np
 from lab.data import digest, sources
 from lab.data.bundled import Sklearn
 from lab.data.columns import Csv, class_targets
-from lab.data.sources import PythonStdlib, read_text
+from lab.data.folders import Splits, labelled, printable, split_folders, tree
+from lab.data.reading import check_encoding, lines_of, read_text
+from lab.data.sources import PythonStdlib
 from lab.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -98,89 +99,50 @@ def _from_sklearn(source: Sklearn) -> Labelled:
 class TextFolder:
     """One file per message, in a folder per class: `path/spam/1.txt`, whatever the files are called.
 
-    Or such folders within `train` and `test` (and `validation`) folders, which may also be the end of a name, as in
-    20news-bydate-train. Files and folders whose names begin with a dot are passed over.
+    Or such folders within folders for splits, which are recognised by their names, whatever the case: train or
+    Training, test, validation or dev, also as the end of a name, as in 20news-bydate-train. Files and folders whose
+    names begin with a dot are passed over, and so are links to what is there already.
     """
 
     path: str
     encoding: str = "utf-8"
     """How the files are encoded; latin-1 reads anything."""
+    splits: Splits = "auto"
+    """auto: folders named like splits are splits, and an error where that is not clear; folders: use those named like
+    splits and leave out the others; none: every folder is a class."""
 
     def validate(self) -> None:
         """UserError without a path or for an unknown encoding."""
         if not self.path.strip():
             raise UserError("TextFolder needs path=, a folder with one folder of messages per class.")
-        try:
-            codecs.lookup(self.encoding)
-        except LookupError:
-            raise UserError(f"TextFolder(encoding={self.encoding!r}) is unknown: write utf-8 or latin-1.") from None
+        check_encoding(self.encoding)
 
     def load(self) -> Labelled:
         """Read all files.
 
         Raises:
           UserError: names the folder without messages, the file that is not text in this encoding, or the class that
-            only another split has.
+            only another split has; an unclear layout.
         """
         root = Path(self.path).expanduser()
-        inside = _folders(root)
-        if not inside:
+        found = tree(root)
+        if not found.folders[root]:
             raise UserError(f"TextFolder finds no folder of messages in {root.absolute()}.")
-        kinds = [_split_of(folder.name) for folder in inside]
-        if "train" not in kinds:
-            chosen, rule = {"train": root}, ""
-        else:
-            for folder, kind in zip(inside, kinds, strict=True):
-                if kind is None or kinds.count(kind) > 1:
-                    raise UserError(f"{root} has folders for splits, but it is not clear what {folder.name} is: "
-                                    f"train, test and validation are known, each once.")
-            chosen = dict(zip(kinds, inside, strict=True))
-            rule = ", ".join(f"{split} is {chosen[split].name}" for split in SPLITS if split in chosen)
-        names = tuple(folder.name for folder in _folders(chosen["train"]))
+        chosen, left_out = split_folders(found, self.splits)
+        rule = [f"{split} is {chosen[split].name}" for split in SPLITS if split in chosen and chosen[split] != root]
+        rule += [f"{', '.join(left_out)} left out"] if left_out else []
+        rule += [f"{what}: {n}" for what, n in found.notes().items()]
+        names = found.folders[chosen["train"]]
         if not names:
             raise UserError(f"{chosen['train']} has no folder of messages in it.")
-        splits = {split: self._split(chosen[split], names) for split in SPLITS if split in chosen}
-        return Labelled(f"folder {self.path}", names, splits, rule)
-
-    def _split(self, folder: Path, names: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
-        texts: list[str] = []
-        labels: list[int] = []
-        for kind in _folders(folder):
-            if kind.name not in names:
-                raise UserError(f"{kind} is a class that the training folder lacks; it has {', '.join(names[:12])}.")
-            found = [self._text(file) for file in sorted(kind.rglob("*")) if _is_message(file, kind)]
-            if not found:
-                raise UserError(f"The class folder {kind} has no message in it: add some, or remove the folder.")
-            texts += found
-            labels += [names.index(kind.name)] * len(found)
-        return texts, np.array(labels, np.int32)
+        splits = {}
+        for split in (split for split in SPLITS if split in chosen):
+            paths, labels, _ = labelled(found, chosen[split], names, bool, "message")
+            splits[split] = [self._text(path) for path in paths], labels
+        return Labelled(f"folder {self.path}", tuple(map(printable, names)), splits, ", ".join(rule))
 
     def _text(self, file: Path) -> str:
-        try:
-            return file.read_bytes().decode(self.encoding)
-        except UnicodeDecodeError as error:
-            raise UserError(f'{file} is not {self.encoding} text: byte {error.start} is not valid. Convert it, or give '
-                            f'TextFolder(encoding="latin-1").') from None
-        except OSError as error:
-            raise UserError(f"Cannot read {file}: {error.strerror or error}.") from None
-
-
-def _folders(root: Path) -> list[Path]:
-    try:
-        return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"Cannot read the folder {root.absolute()}: {error.strerror}.") from None
-
-
-def _is_message(file: Path, folder: Path) -> bool:
-    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _split_of(name: str) -> str | None:
-    """"train" for train, 20news-bydate-train, Data_Train; None for what is no split."""
-    last = re.split(r"[-_.]", name.lower())[-1]
-    return {"train": "train", "training": "train", "test": "test", "testing": "test", "validation": "validation",
-            "valid": "validation", "val": "validation", "dev": "validation"}.get(last)
+        return "".join(read_text(file, self.encoding))
 
 
 # --------------------------------------------------------------------------------------------------------- TFDS
@@ -270,7 +232,7 @@ class PythonPackages:
 def cut_code(path: Path) -> list[str]:
     """The messages of one file of Python source; see `PythonPackages`. One that is not UTF-8 has none."""
     try:
-        lines = "".join(read_text(path)).splitlines()
+        lines = lines_of("".join(read_text(path)))
     except UserError:
         return []
     lines = [line.rstrip() for line in lines if line.strip() and not _IMPORT.match(line)]

@@ -11,11 +11,11 @@ import numpy as np
 from lab.data import digest, log
 from lab.data.bundled import Sklearn
 from lab.data.columns import Csv, read_columns
-from lab.data.dataset import Dataset
+from lab.data.dataset import Dataset, class_names
 from lab.data.message_sources import SPLITS, Labelled, PythonPackages, TextFolder, Tfds, check_classes, load
 from lab.data.pipeline import Arrays, fixed_order
+from lab.data.reading import lines_of, read_text
 from lab.data.saved import Saved, saved_form
-from lab.data.sources import read_text
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, FittedWords, Words, with_padding
 from lab.errors import UserError
 
@@ -107,7 +107,7 @@ class Messages:
         fitted = self._fit(found.title, texts["train"])
         records: dict[str, Arrays] = {}
         summary = {"source": found.title, "split": found.rule, "tokenizer": repr(self.tokenizer),
-                   "vocabulary": fitted.size, "classes": len(found.classes)}
+                   "vocabulary": fitted.size, "classes": len(found.classes), **class_names(found.classes)}
         for split, (own, labels) in found.splits.items():
             arrays, lines = encode_rows(fitted, own, self.length, self.truncate)
             records[split] = Arrays(arrays | {"targets": labels})
@@ -260,7 +260,7 @@ class MessageData(Dataset):
             table = read_columns(path)
             texts, numbers = [str(cell) for cell in table.column(self.column)], table.lines
         elif path.suffix == ".txt":
-            texts = "".join(read_text(path)).removeprefix("\ufeff").splitlines()
+            texts = lines_of("".join(read_text(path)).removeprefix("\ufeff"))
             numbers = range(1, len(texts) + 1)
             if not texts:
                 raise UserError(f"{path} is empty: it needs one message a line.")

@@ -13,10 +13,8 @@ Split of a source that has none: with 20 documents or more, a hash of each docum
 into validation; with fewer, the last 10 % of all characters are validation (on tiny Shakespeare, nanoGPT's split).
 """
 
-import codecs
 import dataclasses
 import glob
-import gzip
 import hashlib
 import json
 import os
@@ -24,7 +22,7 @@ import re
 import sys
 import sysconfig
 import time
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +30,13 @@ from typing import Any, Protocol
 
 from lab.data import cache_folder, digest
 from lab.data.prepared import described
+from lab.data.reading import check_encoding, encoding_of, read_text
 from lab.data.word_memory import SPACES
 from lab.errors import UserError
 from lab.files import replace_file
 
 MANY = 20  # from this many documents on, whole documents are split; below it, the text
 PIECE = 1 << 16  # characters handed to a tokenizer at once
-BLOCK = 1 << 20  # bytes read at once
 Documents = Iterator[Iterator[str]]
 
 
@@ -51,6 +49,7 @@ class Survey:
     characters: int  # of all documents; 0 where no split by characters needs it
     bytes: int  # UTF-8 bytes; for Tfds the prepared size, which is close
     skipped: tuple[str, ...] = ()
+    encodings: tuple[str, ...] = ()  # a sentence for each, where not all files are UTF-8
 
 
 class Corpus(Protocol):
@@ -126,7 +125,7 @@ def cached_survey(corpus: Corpus, take: Callable[[], Survey], newest: float) -> 
     path = cache_folder("sources") / f"{corpus.identity()}.json"
     try:
         found = Survey(**json.loads(path.read_bytes()))
-        return dataclasses.replace(found, skipped=tuple(found.skipped))
+        return dataclasses.replace(found, skipped=tuple(found.skipped), encodings=tuple(found.encodings))
     except (OSError, ValueError, TypeError):
         survey = take()
     # A file changed a moment ago may change again within the clock's resolution: only settled ones are remembered.
@@ -135,42 +134,17 @@ def cached_survey(corpus: Corpus, take: Callable[[], Survey], newest: float) -> 
     return survey
 
 
-def read_text(path: Path) -> Iterator[str]:
-    """The text of one UTF-8 file (gzip when named .gz) in blocks, line ends as they are. UserError if it is not one."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            while True:
-                block = file.read(BLOCK)
-                pending = len(decoder.getstate()[0])
-                text = decoder.decode(block, final=not block)
-                done += len(block)
-                if text:
-                    yield text
-                if not block:
-                    return
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: byte {done - pending + error.start} is not valid. Convert it first, for "
-            f"example with `iconv -f LATIN1 -t UTF-8`."
-        ) from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}): copy or compress it again.") from None
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
-
-
 # -------------------------------------------------------------------------------------------------------- files
 
 
 @dataclass(frozen=True)
 class Files:
-    """A corpus of files. `paths`: document name -> path, in reading order. `skip`: pass over what is not UTF-8."""
+    """A corpus of files. `paths`: document name -> path, in reading order. `skip`: pass over what is not text."""
 
     title: str
     paths: dict[str, Path]
     skip: bool = False
+    encoding: str = "UTF-8"
 
     def _stats(self) -> list[os.stat_result]:
         try:
@@ -183,17 +157,19 @@ class Files:
 
     def identity(self) -> str:
         stats = [(s.st_size, s.st_mtime_ns) for s in self._stats()]
-        return digest("files", sys.version_info[:3], [str(p) for p in self.paths.values()], stats)
+        encoding = () if self.encoding == "UTF-8" else (self.encoding,)
+        return digest("files", sys.version_info[:3], [str(p) for p in self.paths.values()], stats, *encoding)
 
     def survey(self) -> Survey:
         return cached_survey(self, self._survey, max(s.st_mtime for s in self._stats()))
 
     def _survey(self) -> Survey:
-        total, documents, characters, size, skipped = hashlib.sha256(), 0, 0, 0, []
+        total, documents, characters, size, skipped, encodings = hashlib.sha256(), 0, 0, 0, [], Counter()
         for name, path in self.paths.items():
             content, length, count = hashlib.sha256(), 0, 0
             try:
-                for text in read_text(path):
+                encodings[encoding_of(path, self.encoding)] += 1
+                for text in read_text(path, self.encoding):
                     raw = text.encode()
                     content.update(raw)
                     length, count = length + len(raw), count + len(text)
@@ -208,7 +184,9 @@ class Files:
             documents, characters, size = documents + 1, characters + count, size + length
         if not documents:
             raise UserError(f"{self.title} holds no text: {', '.join(list(self.paths)[:3])} is empty.")
-        return Survey(total.hexdigest(), documents, characters, size, tuple(skipped))
+        said = tuple(f"{n} of the files {'is' if n == 1 else 'are'} {name}" for name, n in sorted(encodings.items()))
+        said = () if set(encodings) == {"UTF-8"} else said
+        return Survey(total.hexdigest(), documents, characters, size, tuple(skipped), said)
 
     def rule(self, survey: Survey) -> str:
         if survey.documents < MANY:
@@ -219,11 +197,12 @@ class Files:
         skipped = set(survey.skipped)
         names = [name for name in self.paths if name not in skipped]
         if survey.documents < MANY:
-            everything = (read_text(self.paths[name]) for name in names)
+            everything = (read_text(self.paths[name], self.encoding) for name in names)
             cut = survey.characters * 9 // 10
             return between(everything, 0, cut) if split == "train" else between(everything, cut, survey.characters)
         held = held_out(names)
-        return (read_text(self.paths[name]) for name in names if (name in held) == (split == "validation"))
+        return (read_text(self.paths[name], self.encoding) for name in names
+                if (name in held) == (split == "validation"))
 
 
 def held_out(names: list[str]) -> set[str]:
@@ -270,7 +249,7 @@ class PythonStdlib:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """UTF-8 text files on disk, one document each, in the order of their names; `.gz` files are unpacked on the way.
+    """Text files on disk, one document each, in the order of their names; `.gz` files are unpacked on the way.
 
     With 20 files or more a hash of the file names picks about 10 % of them for validation; with fewer, the last 10 % of
     all characters are validation. Empty files among others are skipped and counted.
@@ -278,11 +257,14 @@ class TextFiles:
 
     pattern: str
     """A file, a folder (all *.txt and *.txt.gz in it), or a pattern such as "~/books/**/*.txt"."""
+    encoding: str = "UTF-8"
+    """How the files are encoded. Files with the byte order mark of UTF-16 or UTF-32 are read as that under UTF-8."""
 
     def validate(self) -> None:
-        """UserError when the pattern is empty."""
+        """UserError when the pattern is empty or the encoding unknown."""
         if not self.pattern.strip():
             raise UserError('TextFiles needs a file, a folder or a pattern such as "~/books/*.txt".')
+        check_encoding(self.encoding)
 
     def open(self) -> Files:
         """Find the files. UserError when there is none."""
@@ -298,7 +280,8 @@ class TextFiles:
             raise UserError(f"{self.pattern} {what} (looked from {Path.cwd()}).")
         found = sorted({p.absolute() for p in found})
         base = os.path.commonpath([p.parent for p in found])
-        return Files(f"files {self.pattern}", {p.relative_to(base).as_posix(): p for p in found})
+        return Files(f"files {self.pattern}", {p.relative_to(base).as_posix(): p for p in found},
+                     encoding=self.encoding)
 
 
 # --------------------------------------------------------------------------------------------------------- TFDS

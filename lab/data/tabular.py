@@ -12,7 +12,7 @@ import numpy as np
 from lab.data import digest, log
 from lab.data.bundled import Sklearn
 from lab.data.columns import Columns, Csv, class_targets, is_numeric, read_columns
-from lab.data.dataset import Dataset
+from lab.data.dataset import Dataset, class_names
 from lab.data.features import Category, Feature, Target, encode, fit, gaps, known_numbers, moments, some
 from lab.data.pipeline import Arrays, fixed_order
 from lab.errors import UserError
@@ -198,7 +198,7 @@ def _summary(parts: list[_Part], features: tuple[Feature, ...], target: Target, 
     lines: Lines = {"source": parts[0].table.title, "task": "regression", "target": target.column}
     if target.names:
         count = np.bincount(train, minlength=len(target.names))
-        lines["task"] = f"classification, {len(target.names)} classes"
+        lines |= {"task": f"classification, {len(target.names)} classes", **class_names(target.names)}
         lines["largest class"] = f"{target.names[int(count.argmax())]}, {count.max() / len(train):.1%} of training"
     else:
         lines["target"] = f"{target.column}, in training {target.mean:.6g} with standard deviation {target.scale:.6g}"

@@ -4,13 +4,9 @@ First start on 1.0 GB of English text (2-core CPU VM, busy, 2026-11-22), in proc
 peak: `Bytes()` 9 s, 89 MB; `BPE(4096)` 53 s (survey 4, merges 15, encoding and writing 34: 29 MB/s), 200 MB.
 """
 
-import contextlib
-import errno
 import json
 import mmap
 import os
-import shutil
-import socket
 import time
 import zlib
 from collections.abc import Iterator
@@ -21,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lab.data import cache_folder, digest, log
+from lab.data.building import built
 from lab.data.dataset import Dataset
 from lab.data.saved import saved_form
 from lab.data.sources import Corpus, Documents, PythonStdlib, Survey, TextFiles, Tfds, pieces
@@ -186,6 +183,7 @@ class TextData(Dataset):
 def _summary(title: str, meta: dict[str, Any], tokenizer: Tokenizer, train: Windows, validation: Windows) -> dict:
     lines: dict[str, str | int | float] = {"source": title, "split": meta["rule"], "tokenizer": repr(tokenizer)}
     lines |= {"vocabulary": meta["vocab"], "skipped documents": meta["skipped"]}
+    lines |= {"encodings": meta["encodings"]} if "encodings" in meta else {}
     for split, windows in zip(SPLITS, (train, validation), strict=True):
         lines |= {f"{split} {what}": meta[split][what] for what in ("documents", "bytes", "tokens")}
         lines[f"{split} windows"] = len(windows)
@@ -205,15 +203,8 @@ def token_files(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Path, dict[str, A
     """
     survey = corpus.survey()
     folder = _folder(corpus, survey, tokenizer)
-    root = folder.parent
-    meta = _checked(folder)
-    if meta is None:
-        with _alone(root / f"{folder.name}.lock"):
-            meta = _checked(folder)  # perhaps another process has made it while this one waited
-            if meta is None:
-                _build(corpus, survey, tokenizer, folder)
-                meta = json.loads((folder / "meta.json").read_bytes())
-    return folder, meta
+    return folder, built(folder, _checked, lambda where: _build(corpus, survey, tokenizer, where),
+                         "tokenising the same text")
 
 
 def _folder(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> Path:
@@ -221,18 +212,17 @@ def _folder(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> Path:
 
 
 def _checked(folder: Path) -> dict[str, Any] | None:
-    """The folder's meta.json if all is there and undamaged; None, with one line where there is damage, if not."""
-    if not folder.exists():
-        return None
+    """The folder's meta.json if all is there and undamaged; None, with one line that says what is not, if not."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         check = meta.pop("check")
         bad = [] if check == digest(meta) else ["meta.json"]
         bad += [name for name, want in meta["files"].items() if _sums(folder / name) != want]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        bad = ["meta.json"]
+        bad = ["meta.json"] if folder.exists() else []
+        meta = None
     if bad:
-        log.warning("the token cache %s is damaged (%s): tokenising again", folder, ", ".join(bad))
+        log.warning("the token cache %s is damaged: %s", folder, ", ".join(bad))
         return None
     return meta
 
@@ -254,51 +244,13 @@ def _sums(path: Path) -> list[int]:
         return []
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process of this machine at a time; the operating system lets go of the lock when a process dies."""
-    import fcntl
-
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process is tokenising the same text: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: the work may be done twice, the result is the same
-        yield
-
-
 def _build(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -> None:
-    own = f".tmp-{folder.name}-{socket.gethostname()}-"
-    for junk in folder.parent.glob(f"{own}*"):  # under the lock, so whoever left it is dead
-        shutil.rmtree(junk, ignore_errors=True)
-    temporary = folder.with_name(f"{own}{os.getpid()}")
+    """Fill a folder. UserError when the text changes meanwhile."""
     log.info("tokenising %s with %r (once; kept in %s)", corpus.title, tokenizer, folder.parent)
-    begin = time.perf_counter()
-    try:
-        temporary.mkdir()
-        before = corpus.identity()
-        meta = _write(corpus, survey, tokenizer, temporary)
-        if corpus.identity() != before:
-            raise UserError(f"{corpus.title} changed while it was read: run again when it is complete.")
-        if folder.exists():
-            os.replace(folder, temporary.with_name(temporary.name + "-damaged"))
-        os.replace(temporary, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder.parent).free
-            raise UserError(
-                f"The disk of the cache folder {folder.parent} is full ({free / 1e6:.0f} MB free): make room, or set "
-                f"LAB_CACHE to a folder on another disk."
-            ) from None
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return  # without locks another process was first: same name, same content
-    finally:
-        for junk in folder.parent.glob(f"{temporary.name}*"):
-            shutil.rmtree(junk, ignore_errors=True)
+    begin, before = time.perf_counter(), corpus.identity()
+    meta = _write(corpus, survey, tokenizer, folder)
+    if corpus.identity() != before:
+        raise UserError(f"{corpus.title} changed while it was read: run again when it is complete.")
     tokens, seconds = sum(meta[split]["tokens"] for split in SPLITS), time.perf_counter() - begin
     log.info("tokenised %d tokens in %.1f s", tokens, seconds)
 
@@ -311,6 +263,7 @@ def _write(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -
     dtype = "uint16" if fitted.size <= 1 << 16 else "uint32"
     meta: dict[str, Any] = {"title": corpus.title, "rule": corpus.rule(survey), "source": survey.fingerprint}
     meta |= {"tokenizer": tokenizer.identity(), "vocab": fitted.size, "dtype": dtype, "skipped": len(survey.skipped)}
+    meta |= {"encodings": ", ".join(survey.encodings)} if survey.encodings else {}
     with (folder / "tokenizer.json").open("wb") as file:
         file.write(fitted.state.encode())
     for split in SPLITS:

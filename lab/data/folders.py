@@ -1,0 +1,204 @@
+"""Labelled files in folders: which folders are splits and which are classes, and every real file once.
+
+Two layouts are understood, for images and for texts alike: ROOT/CLASS/FILE and ROOT/SPLIT/CLASS/FILE. What a name means
+is decided here only; a layout that may be either is refused, and the source's field `splits` decides it.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lab.errors import UserError
+
+Splits = Literal["auto", "folders", "none"]
+SPLITS = {"train": "train", "training": "train", "trn": "train", "test": "test", "testing": "test", "tst": "test",
+          "holdout": "test", "validation": "validation", "valid": "validation", "val": "validation",
+          "dev": "validation", "development": "validation", "eval": "validation", "evaluation": "validation"}
+# What may follow the name of a split: test_set, trainImages, val-split, Train_2.
+_AFTER = r"(?:[-_. ]*(?:sets?|data|datasets?|images?|imgs?|pics?|texts?|files?|folders?|dirs?|splits?|\d+))*"
+_SPLIT = re.compile(rf"(?:.*[-_. ])?({'|'.join(sorted(SPLITS, key=len, reverse=True))}){_AFTER}", re.IGNORECASE)
+_LISTED = 12  # names in a message
+
+
+def split_of(name: str) -> str | None:
+    """"train", "validation" or "test" for Training, test_set, seg_train, 20news-bydate-test; None for other names."""
+    found = _SPLIT.fullmatch(name)
+    return SPLITS[found[1].lower()] if found else None
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+@dataclass
+class Tree:
+    """The visible files and folders below `root`, links followed, each real one once."""
+
+    root: Path
+    files: dict[Path, list[str]] = field(default_factory=dict)
+    """Folder -> names of the files in it."""
+    folders: dict[Path, list[str]] = field(default_factory=dict)
+    """Folder -> names of the folders in it, sorted."""
+    copies: int = 0
+    """Links left out: what they lead to is there already, or contains the link itself."""
+
+    def below(self, folder: Path) -> list[Path]:
+        """All files in a folder and in those in it, sorted."""
+        found, waiting = [], [folder]
+        while waiting:
+            here = waiting.pop()
+            found += [here / name for name in self.files[here]]
+            waiting += [here / name for name in self.folders[here]]
+        return sorted(found)
+
+    def notes(self) -> dict[str, str | int | float]:
+        """A line for people where something was left out."""
+        return {"links to what is there already, left out": self.copies} if self.copies else {}
+
+
+def tree(root: Path) -> Tree:
+    """What is below a folder. A real file or folder wins over a link to it. UserError for what cannot be read."""
+    found = Tree(root)
+    top = os.path.realpath(root)
+    there: dict[str, Path] = {}  # real path of a folder -> what it is called here
+    linked: set[str] = set()  # real paths of files that links led to
+    folder_links: list[Path] = []
+    file_links: list[Path] = []
+
+    def walk(folder: Path, real: str) -> None:
+        there[real] = folder
+        files, folders = found.files.setdefault(folder, []), found.folders.setdefault(folder, [])
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                inner = os.path.join(real, entry.name)
+                if entry.name[0] == "." or entry.name == "__MACOSX":  # what archives from macOS leave
+                    continue
+                if entry.is_symlink():
+                    (folder_links if os.path.isdir(entry.path) else file_links).append(folder / entry.name)
+                elif not entry.is_dir():
+                    files.append(entry.name)
+                elif inner in there:
+                    found.copies += 1
+                else:
+                    folders.append(entry.name)
+                    walk(folder / entry.name, inner)
+
+    def follow_folder(link: Path) -> None:
+        real = os.path.realpath(link)
+        if real in there or (top + os.sep).startswith(real.rstrip(os.sep) + os.sep):
+            found.copies += 1
+        else:
+            found.folders[link.parent] = sorted([*found.folders[link.parent], link.name])
+            walk(link, real)
+
+    def follow_file(link: Path) -> None:
+        real = os.path.realpath(link)
+        if real in linked or os.path.basename(real) in found.files.get(there.get(os.path.dirname(real)), []):
+            found.copies += 1
+        else:  # also where it leads nowhere, which reading it will say
+            linked.add(real)
+            found.files[link.parent].append(link.name)
+
+    try:
+        walk(root, top)
+        while folder_links:  # before the links to files, of which some may lead into these folders
+            follow_folder(folder_links.pop(0))
+        for link in file_links:
+            follow_file(link)
+    except OSError as error:
+        raise UserError(f"Cannot read the folder {error.filename or root}: {error.strerror}.") from None
+    return found
+
+
+# ------------------------------------------------------------------------------------------- splits and classes
+
+
+def split_folders(found: Tree, splits: Splits) -> tuple[dict[str, Path], list[str]]:
+    """Split -> its folder, of "train", "validation" and "test"; and the names of folders that were left out.
+
+    Where no folder is named like a split, or with splits="none", the root is "train". Beside a training and a held-out
+    folder, others are left out. A data set may lie in a folder of its own (ROOT/images/train), and a split in one of
+    its own name (seg_train/seg_train).
+
+    Raises:
+      UserError: it is not clear what is a split; says what decides it.
+    """
+    root = found.root if splits == "none" else _unwrapped(found)
+    names = [] if splits == "none" else found.folders[root]
+    kinds = {name: split_of(name) for name in names}
+    if not any(kinds.values()):
+        if splits != "none":
+            _check_classes_first(found, root)
+        return {"train": root}, []
+    chosen: dict[str, Path] = {}
+    doubles = []
+    for name in sorted(names, key=len):
+        if kinds[name] and kinds[name] not in chosen:
+            chosen[kinds[name]] = root / name
+        elif kinds[name]:
+            doubles.append(name)
+    others = [name for name in names if kinds[name] is None]
+    unclear = doubles or (others if splits == "auto" and len(chosen) < 2 else [])
+    if unclear or "train" not in chosen:
+        what = f"what {unclear[0]} is" if unclear else "which folder is for training"
+        raise UserError(f"{root} has folders that are named like splits, each of which may be there once, but it is "
+                        f"not clear {what}: it has {_some(names)}. Rename them, or set --data.source.splits: folders "
+                        f"uses those named like splits and leaves out the others, none takes all of them for classes.")
+    for kind, folder in chosen.items():
+        while not found.files[folder] and len(inner := found.folders[folder]) == 1 and split_of(inner[0]) == kind:
+            folder = chosen[kind] = folder / inner[0]
+    return chosen, others
+
+
+def _unwrapped(found: Tree) -> Path:
+    """The root, or the folder with splits in it that is all there is in the root."""
+    folder = found.root
+    while not any(map(split_of, found.folders[folder])):
+        if len(found.folders[folder]) != 1:
+            return found.root
+        folder = folder / found.folders[folder][0]
+    return folder
+
+
+def _check_classes_first(found: Tree, root: Path) -> None:
+    """UserError for CLASS/SPLIT/FILE, whose splits would silently become one."""
+    for name in found.folders[root]:
+        inner = found.folders[root / name]
+        if "train" in (kinds := [split_of(folder) for folder in inner]) and all(kinds) and len(kinds) > 1:
+            raise UserError(f"{root / name} is named like a class but holds the splits {_some(inner)}: put the splits "
+                            f"outside and the classes inside, as in {root / inner[0] / name}, or set "
+                            f"--data.source.splits none to take all files of a class together.")
+
+
+def labelled(found: Tree, folder: Path, classes: list[str], wanted: Callable[[str], bool],
+             noun: str) -> tuple[list[Path], np.ndarray, int]:
+    """The files of one split that are `wanted` by their names, the class of each, int32 (n,), and how many others are.
+
+    Raises:
+      UserError: a folder that is none of the classes, or one without such files.
+    """
+    paths, labels, others = [], [], 0
+    for name in found.folders[folder]:
+        if name not in classes:
+            raise UserError(f"{folder / name} is a class that the training folder lacks; it has {_some(classes)}.")
+        inside = found.below(folder / name)
+        kept = [path for path in inside if wanted(path.name)]
+        if not kept:
+            raise UserError(f"The class folder {folder / name} has no {noun} in it: add some, or remove the folder.")
+        paths += kept
+        labels += [classes.index(name)] * len(kept)
+        others += len(inside) - len(kept)
+    return paths, np.array(labels, np.int32), others
+
+
+def printable(name: str) -> str:
+    """The name of a file or folder as text that can be written: bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:_LISTED])) + (", ..." if len(names) > _LISTED else "")

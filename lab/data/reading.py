@@ -1,0 +1,100 @@
+"""Text files of any encoding, read in blocks, and cut into lines as editors and `wc -l` count them."""
+
+import codecs
+import gzip
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from lab.errors import UserError
+
+BLOCK = 1 << 20  # bytes read at once
+# What a file in another encoding than UTF-8 may begin with. UTF-32's little mark begins with that of UTF-16.
+MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+         (codecs.BOM_UTF16_BE, "UTF-16"))
+LINE_ENDS = re.compile(r"\r\n|\n|\r")
+
+
+def lines_of(text: str) -> list[str]:
+    r"""The lines of a file's text: only \n, \r\n and \r end one.
+
+    `str.splitlines` also splits at form feeds, U+2028, U+0085 and others, which are characters within a line.
+    """
+    found = LINE_ENDS.split(text)
+    return found if found[-1] else found[:-1]
+
+
+def check_encoding(name: str) -> None:
+    """UserError for what is no encoding of text."""
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError):
+        raise UserError(f"encoding={name!r} is unknown: write utf-8, utf-16, cp1252 or latin-1, for example.") from None
+
+
+def encoding_of(path: Path, encoding: str = "UTF-8") -> str:
+    """`encoding`, or UTF-16 or UTF-32 where that is UTF-8 and the file begins with the other one's byte order mark."""
+    if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig"):
+        return encoding
+    try:
+        with _opened(path) as file:
+            begin = file.read(4)
+    except (OSError, EOFError, zlib.error):  # said when it is read
+        return encoding
+    return next((name for mark, name in MARKS if begin.startswith(mark)), encoding)
+
+
+def read_text(path: Path, encoding: str = "UTF-8") -> Iterator[str]:
+    """The text of one file (gzip when named .gz) in blocks, line ends as they are; see `encoding_of`.
+
+    Raises:
+      UserError: it cannot be read, or is not text in this encoding; says which it may be.
+    """
+    chosen = encoding_of(path, encoding)
+    decoder = codecs.getincrementaldecoder(chosen)()
+    wide = codecs.lookup(chosen).name.startswith(("utf-16", "utf-32"))  # where zeros are the half of plain text
+    done = pending = 0
+    block = b""
+    try:
+        with _opened(path) as file:
+            while True:
+                block = file.read(BLOCK)
+                pending = len(decoder.getstate()[0])
+                if not done and not wide and block.count(0) * 10 > len(block):
+                    raise UserError(f"{path} is not {encoding} text: every tenth byte or more is 0.{_advice(block)}")
+                text = decoder.decode(block, final=not block)
+                done += len(block)
+                if text:
+                    yield text
+                if not block:
+                    return
+    except UnicodeError as error:
+        at = done - pending + getattr(error, "start", 0)
+        raise UserError(f"{path} is not {chosen} text: byte {at} is not valid.{_advice(block)}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}): copy or compress it again.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _advice(block: bytes) -> str:
+    """Which encoding to try. ASCII characters in UTF-16 are a zero and a byte, in this order or the other."""
+    if any(block.startswith(mark) for mark, _ in MARKS):
+        likely = "utf-16"
+    elif block[1::2].count(0) * 5 > len(block):
+        likely = "utf-16-le"
+    elif block[::2].count(0) * 5 > len(block):
+        likely = "utf-16-be"
+    elif 0 in block:
+        return " It looks like a binary file."
+    else:
+        return (" Set encoding (--data.source.encoding) to what it is, cp1252 or latin-1 for example, or convert it "
+                "with `iconv -f CP1252 -t UTF-8`.")
+    return (f" It looks like {likely}: set encoding={likely!r} (--data.source.encoding {likely}), or convert it with "
+            f"`iconv -f {likely.upper()} -t UTF-8`.")

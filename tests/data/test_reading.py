@@ -1,0 +1,85 @@
+"""Text files: encodings by their marks, the advice for all others, and what a line is."""
+
+import codecs
+import gzip
+
+import numpy as np
+import pytest
+
+from lab.data.columns import Csv
+from lab.data.message_sources import TextFolder
+from lab.data.reading import check_encoding, lines_of, read_text
+from lab.data.sources import TextFiles
+from lab.data.text import Text
+from lab.data.tokenizers import Bytes
+from lab.errors import UserError
+
+TEXT = "temp;größe\n" + "".join(f"{i};é{i}\n" for i in range(50))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
+
+
+def read(path, **options):
+    return "".join(read_text(path, **options))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("order", ["LE", "BE"])
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
+def test_a_byte_order_mark_says_what_a_file_is(tmp_path, encoding, order, suffix):
+    mark = getattr(codecs, f"BOM_{encoding.upper().replace('-', '')}_{order}")
+    raw = mark + TEXT.encode(f"{encoding}-{order}")
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
+    assert read(path) == TEXT
+    data = Text(TextFiles(str(path)), Bytes(), 8).load()
+    assert data.summary["encodings"] == f"1 of the files is {encoding.upper()}"
+    assert data.decode(np.concatenate([data.train.tokens, data.validation.tokens])) == TEXT
+    again = Text(TextFiles(str(path)), Bytes(), 8).load()
+    assert again.summary == data.summary  # also when nothing is read again
+
+
+def test_the_same_text_in_another_encoding_is_the_same_data(tmp_path):
+    prints = set()
+    for name, encoding in (("utf-8", "UTF-8"), ("utf-16", "UTF-8"), ("cp1252", "cp1252"), ("utf-16-le", "utf-16-le")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "a.txt").write_bytes(TEXT.encode(name))
+        prints.add(Text(TextFiles(str(tmp_path / name / "a.txt"), encoding), Bytes(), 8).load().fingerprint)
+    assert len(prints) == 1
+    wrong = Text(TextFiles(str(tmp_path / "utf-8" / "a.txt"), "cp1252"), Bytes(), 8).load()
+    assert wrong.fingerprint not in prints
+
+
+@pytest.mark.parametrize(("raw", "advice"), [
+    (TEXT.encode("utf-16-le"), "encoding='utf-16-le' .*iconv -f UTF-16-LE"),
+    (TEXT.encode("utf-16-be"), "encoding='utf-16-be' .*iconv -f UTF-16-BE"),
+    ("plain ascii\n".encode("utf-16-le"), "encoding='utf-16-le'"),
+    (TEXT.encode("latin-1"), "cp1252 or latin-1 .*iconv -f CP1252"),
+    (bytes(range(256)) * 4, "binary file"), (b"\0" * 100, "binary|utf-16"),
+    (codecs.BOM_UTF16_LE + b"\x00\xd8\x00\xd8", "not UTF-16 text"), (codecs.BOM_UTF16_LE + b"abc", "not UTF-16 text")])
+def test_other_encodings_get_advice_that_helps(tmp_path, raw, advice):
+    (tmp_path / "a.txt").write_bytes(raw)
+    with pytest.raises(UserError, match=advice) as caught:
+        read(tmp_path / "a.txt")
+    assert "\n" not in str(caught.value)
+    if "utf-16-" in advice:  # and following it works
+        name = "utf-16-le" if "le" in advice else "utf-16-be"
+        assert read(tmp_path / "a.txt", encoding=name) == raw.decode(name)
+
+
+def test_encodings_are_checked_before_anything_is_read():
+    for source in (TextFiles("x", "utf-9"), TextFolder("x", "base64"), Csv("x", "y", encoding="rot13")):
+        with pytest.raises(UserError, match="is unknown: write utf-8"):
+            source.validate()
+    check_encoding("shift_jis")
+
+
+def test_lines_are_those_of_the_file():
+    text = "one\x0cone\ntwo\u2028two\r\nthree\x85three\rfour\x0bfour\x1c\x1d\x1e\u2029\n\nsix"
+    assert lines_of(text) == ["one\x0cone", "two\u2028two", "three\x85three", "four\x0bfour\x1c\x1d\x1e\u2029", "",
+                              "six"]
+    assert len(text.splitlines()) == 14  # negative control
+    assert lines_of("") == [] and lines_of("a\n") == ["a"] and lines_of("a\n\n") == ["a", ""] and lines_of("\n") == [""]
