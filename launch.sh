@@ -7,6 +7,8 @@
 #   ./launch.sh prepare NAME [--data-dir D]         download and prepare a TensorFlow Datasets data set
 #   ./launch.sh env [--python]                      say which environment is used (or only its Python)
 set -euo pipefail
+trap 'exit 130' INT    # until Python hears them
+trap 'exit 75' TERM USR1 HUP
 
 self=${BASH_SOURCE[0]}
 while [ -L "$self" ]; do    # a loop, because `readlink -f` is missing on older macOS

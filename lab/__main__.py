@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from lab import signals
+
+if __name__ == "__main__":
+    signals.listen()  # before anything slow is imported
+
 import ast
 import difflib
-import errno
 import functools
 import logging
 import os
@@ -16,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lab.backend import start_jax
-from lab.errors import UserError
+from lab.errors import UserError, explain
 
 if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
     from lab.distributed import Processes
@@ -355,22 +359,13 @@ def main(args: Sequence[str]) -> int:
         status = run(args, processes)
         processes.close()
         return status
-    except KeyboardInterrupt:
-        status, sentence = 130, ""
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status, sentence = 141, ""
-    except UserError as e:
-        status, sentence = 2, str(e)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+    except BaseException as e:
+        ending = signals.obeyed()
+        explained = explain(e) if ending is None else (ending, "")
+        if explained is None:
             processes.leave_by(e)
             raise
-        status, sentence = 2, (f"{e.filename or 'A file'} cannot be written: {e.strerror}. Free or unlock it and run "
-                               f"the same command: it goes on from the last checkpoint.")
-    except BaseException as e:
-        processes.leave_by(e)
-        raise
+        status, sentence = explained
     if sentence and processes.first:  # process 0 says what it hears from the others
         print(f"error: {sentence}", file=sys.stderr)
     processes.leave(status, sentence)
@@ -381,4 +376,4 @@ if __name__ == "__main__":
     from lab.study.workers import pin
 
     pin()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(signals.done(main(sys.argv[1:])))

@@ -8,7 +8,13 @@ Variables: LAB_ACCELERATOR (cpu, cuda12, cuda13, tpu), LAB_EXTRAS (such as tikto
 the environments), LAB_UV (a uv executable), PYTHON (the Python to build on).
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import _signal
+
+if __name__ == "__main__":    # held back until something hears them: no signal is lost, and none shows a traceback
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGINT, _signal.SIGTERM, _signal.SIGUSR1, _signal.SIGHUP})
 
 import contextlib
 import fcntl
@@ -25,9 +31,11 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from lab import signals
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lab"
 BASE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-
 PLATFORMS = {"cpu": "cpu", "cuda12": "gpu", "cuda13": "gpu", "tpu": "tpu"}    # accelerator -> LAB_PLATFORM
 LAUNCHERS = ("--slurm", "--hosts", "--tpu", "--sky")    # handled by lab/launch
 NVIDIA_PROC = Path("/proc/driver/nvidia")
@@ -36,12 +44,9 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 # The ids JAX itself knows. Not /dev/accel*: newer TPUs use /dev/vfio, and other makers' chips use /dev/accel.
 TPU_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 # Data sets are prepared with TensorFlow, in an environment of their own: it must never enter the one we train in.
-PREPARE = (
-    "tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
-    "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
-    "tensorflow-datasets>=4.9.9",
-    "importlib_resources",
-)
+PREPARE = ("tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
+           "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
+           "tensorflow-datasets>=4.9.9", "importlib_resources")
 # Imported once at the end of a build. It proves that the environment starts, and writes the bytecode of what is used:
 # where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would otherwise take 3 s longer.
 WARM_UP = "import jax, flax.linen, optax, orbax.checkpoint, tensorflow_datasets, tyro, rich.console, matplotlib.pyplot"
@@ -57,7 +62,6 @@ def say(text: str) -> None:
 
 
 # --- the accelerator ---------------------------------------------------------------------------------------------
-
 
 class Choice(NamedTuple):
     """The build of JAX, and why it fits."""
@@ -109,6 +113,7 @@ def choose_nvidia() -> Choice:
 
 def ask_nvidia_smi(smi: str) -> Choice:
     """What the driver's own tool says of the driver and the oldest GPU."""
+    signals.heed()    # it can take long
     query = [smi, "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
@@ -131,7 +136,6 @@ def cuda_for(driver: int, capability: float | None) -> Choice:
 
 
 # --- the environment ---------------------------------------------------------------------------------------------
-
 
 class Plan(NamedTuple):
     """What an environment is called and what uv is told to put into it."""
@@ -172,8 +176,8 @@ def asked_extras(environ: Mapping[str, str]) -> list[str]:
     if names:
         import tomllib  # 10 ms that most starts need not pay
 
-        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        known = sorted(set(known) - set(PLATFORMS))
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+        known = sorted(set(project["optional-dependencies"]) - set(PLATFORMS))
         for name in names:
             if name not in known:
                 raise Stop(f"LAB_EXTRAS names {name}, which is not one of {', '.join(known)}.")
@@ -198,6 +202,7 @@ def ensure(plan: Plan) -> Path:
     for store in stores():
         if finished(store / plan.name):    # the usual case: no lock, no uv, no message
             return store / plan.name
+    signals.heed()
     for store in stores():
         try:
             store.mkdir(parents=True, exist_ok=True)
@@ -235,8 +240,8 @@ def build(folder: Path, plan: Plan, lock: int) -> None:
         command([uv, "venv", "--python", BASE_PYTHON, str(folder)], environ, lock)
         python = str(folder / "bin/python")
         command([uv, "pip", "install", "--python", python, *plan.packages], environ, lock)
-        environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        command([python, "-I", "-c", plan.warm_up], environ | {"JAX_PLATFORMS": "cpu"}, lock, "it does not start")
+        environ = {**environ, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": ""}
+        command([python, "-I", "-c", plan.warm_up], environ, lock, "it does not start")
         (folder / "ok").write_text(f"{plan.reason}\n")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -246,10 +251,8 @@ def build(folder: Path, plan: Plan, lock: int) -> None:
     say(f"environment built in {time.monotonic() - began:.1f} s.")
 
 
-NEEDS_NETWORK = (
-    "it needs a package registry, once; where there is no network, point LAB_ENVS to a folder with environments "
-    "built on a machine of this kind"
-)
+NEEDS_NETWORK = ("it needs a package registry, once; where there is no network, point LAB_ENVS to a folder with "
+                 "environments built on a machine of this kind")
 
 
 def command(arguments: list[str], environ: Mapping[str, str], lock: int, trouble: str = NEEDS_NETWORK) -> None:
@@ -262,8 +265,7 @@ def command(arguments: list[str], environ: Mapping[str, str], lock: int, trouble
     try:
         process = subprocess.Popen(
             arguments, env=environ, cwd=ROOT, pass_fds=[lock], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True, errors="replace",
-        )    # fmt: skip
+            stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
     except OSError as error:
         raise Stop(f"cannot run {arguments[0]} ({error.strerror}).") from None
     with process:
@@ -317,12 +319,9 @@ def uv_environ() -> dict[str, str]:
     environ.setdefault("UV_PYTHON_DOWNLOADS", "never")
     pip = pip_settings()
     for setting, variable, separator in (
-        ("index-url", "UV_DEFAULT_INDEX", " "),
-        ("extra-index-url", "UV_INDEX", " "),
-        ("find-links", "UV_FIND_LINKS", ","),
-        ("trusted-host", "UV_INSECURE_HOST", " "),
-        ("cert", "SSL_CERT_FILE", " "),
-    ):
+            ("index-url", "UV_DEFAULT_INDEX", " "), ("extra-index-url", "UV_INDEX", " "),
+            ("find-links", "UV_FIND_LINKS", ","), ("trusted-host", "UV_INSECURE_HOST", " "),
+            ("cert", "SSL_CERT_FILE", " ")):
         if value := separator.join(pip.get(setting, "").split()):
             environ.setdefault(variable, value)
     if "extra-index-url" in pip:    # pip takes the best version of all indexes, uv by default that of the first
@@ -344,7 +343,6 @@ def pip_settings() -> dict[str, str]:
 
 
 # --- the process -------------------------------------------------------------------------------------------------
-
 
 def cpu_kind() -> str:
     """A short name for this kind of CPU, from the first entry of /proc/cpuinfo, and the cores that may be used."""
@@ -377,6 +375,7 @@ def process_environ(environ: Mapping[str, str], folder: Path, accelerator: str) 
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         # XLA's C++ log: errors only. Its warnings are notes to its developers.
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        "PYTHONUTF8": "1",    # files and streams are UTF-8, whatever the locale
     }
     first = environ.get("JAX_PLATFORMS", defaults["JAX_PLATFORMS"]).split(",")[0]
     # What was chosen, for lab to compare with what JAX really uses.
@@ -401,17 +400,16 @@ def describe(folder: Path, choice: Choice) -> str:
     """What `./launch.sh env` prints."""
     installed = folder.glob("lib/python*/site-packages/jax-*.dist-info")
     jax = next((path.stem.removeprefix("jax-") for path in installed), "unknown")
-    return (
-        f"environment  {folder}\naccelerator  {choice.accelerator} ({choice.reason})\n"
-        f"python       {sys.version.split()[0]} ({BASE_PYTHON})\njax          {jax}"
-    )
+    return (f"environment  {folder}\naccelerator  {choice.accelerator} ({choice.reason})\n"
+            f"python       {sys.version.split()[0]} ({BASE_PYTHON})\njax          {jax}")
 
 
 def main(arguments: list[str]) -> None:
     """Finds or builds the environment and becomes the command in it."""
     verb, rest = (arguments or [""])[0], arguments[1:]
+    if verb in ("tests", "ruff", "env", "prepare") or verb.partition("=")[0] in LAUNCHERS:
+        signals.heed()
     if verb.partition("=")[0] in LAUNCHERS:    # starting elsewhere needs no environment here
-        sys.path.insert(0, str(ROOT))
         from lab import launch
 
         sys.exit(launch.main(arguments))
@@ -437,6 +435,8 @@ def main(arguments: list[str]) -> None:
         words = [python, "-P", "-m", "pytest", *rest]
     elif verb == "ruff":
         words = [str(folder / "bin/ruff"), *rest]
+    else:
+        signals.hold()    # until lab hears them itself
     os.execve(words[0], words, process_environ(os.environ, folder, choice.accelerator))
 
 

@@ -26,7 +26,7 @@ from lab.files import open_file
 GRACE = 1.0  # seconds in which process 0 may come to say the same mistake itself
 LEAVE = 3.0  # seconds in which the others end before process 0 does: JAX aborts them when its service is gone
 LONGEST = 1 << 26  # bytes of one message
-TOLD = (0, 75, 130)  # exit statuses that are no error
+TOLD = (0, 75, 130, 141)  # exit statuses that are no error
 
 
 def _encoded(message: dict[str, Any]) -> bytes:

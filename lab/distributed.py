@@ -13,15 +13,15 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from lab import signals
 from lab.channel import TOLD, Channel, Hub
 from lab.errors import UserError
 from lab.files import make_folder
@@ -218,7 +218,7 @@ def start() -> Processes:
         return Processes()
     seconds, silence = _seconds("LAB_START_SECONDS", START_SECONDS), _seconds("LAB_SILENCE_SECONDS", SILENCE_SECONDS)
     # Only process 0 talks, and not the C++ code in it: Gloo greets every peer on standard output.
-    sys.stdout = open(os.devnull if launch.process else os.dup(1), "w", buffering=1)  # noqa: SIM115
+    sys.stdout = signals.Output(open(os.devnull if launch.process else os.dup(1), "wb"), line_buffering=True)  # noqa: SIM115
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     port = launch.port + 1 if launch.port < 65535 else launch.port - 1
     if launch.process == 0:
@@ -226,13 +226,8 @@ def start() -> Processes:
     channel = Channel(launch.host, port, launch.process, launch.processes, seconds, silence)
     processes = Processes(launch, channel)
     _initialize(launch, processes, seconds, silence)
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # in place of JAX's, which only notes a SIGTERM
-        signal.signal(number, _told_to_stop)
+    signals.install(processes.leave, quiet=not processes.first)  # in place of JAX's, which only notes a SIGTERM
     return processes
-
-
-def _told_to_stop(number: int, frame: Any) -> NoReturn:
-    sys.exit(75)  # nothing to save yet
 
 
 def _initialize(launch: Launch, processes: Processes, seconds: float, silence: float) -> None:

@@ -1,5 +1,12 @@
 """The exceptions that mean "a person can fix this": the command line prints them and exits 2, without a traceback."""
 
+import contextlib
+import errno
+import logging
+from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
 
 class UserError(Exception):
     """A mistake in an experiment, a flag, a file or a machine. The text says what is wrong, where, and what to do."""
@@ -7,3 +14,45 @@ class UserError(Exception):
 
 class CannotWrite(UserError):
     """A disk is full or not writable: it is no use to try another run of a study."""
+
+
+# What the operating system refuses, and what helps.
+_REFUSED = {
+    errno.ENOSPC: "Free some space", errno.EDQUOT: "Free some space, or ask for a larger quota",
+    errno.EROFS: "Choose a place that can be written", errno.EACCES: "Unlock it", errno.EPERM: "Unlock it",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)", errno.EIO: "Look after the disk",
+    errno.EMFILE: "Raise the limit on open files (ulimit -n)", errno.ENFILE: "Raise the limit on open files",
+    errno.ENOMEM: "Free memory, or raise the limit on it (ulimit -v)", errno.ESTALE: "Mount the disk again",
+}
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """(exit status, sentence for a person) of an exception; None for one that is a mistake of the program's."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ""
+    if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has seen enough
+        return 141, ""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        place = error.filename or "A file"
+        done = "opened" if error.errno in (errno.EMFILE, errno.ENFILE) else "written"
+        return 2, (f"{place} cannot be {done}: {error.strerror}. {_REFUSED[error.errno]} and run the same command: a "
+                   f"run goes on from its last checkpoint.")
+    if isinstance(error, MemoryError):
+        return 2, ("There is not enough memory, or the limit on it is too low (ulimit -v). Raise it and run the same "
+                   "command: a run goes on from its last checkpoint.")
+    return None
+
+
+@contextlib.contextmanager
+def forgiving(what: str) -> Iterator[None]:
+    """What is inside may fail without failing the run that it describes: one line says what is missing, and why.
+
+    For pictures, samples and comparisons: whatever a library raises there, the numbers are safe already.
+    """
+    try:
+        yield
+    except Exception as e:
+        reason = (str(e).splitlines() or [""])[0][:200]
+        log.warning("warning: %s failed: %s", what, f"{type(e).__name__}: {reason}" if reason else type(e).__name__)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lab import signals
 from lab.errors import UserError
 
 ENDING_SECONDS = 20.0  # what the others get to end by themselves after one has ended
@@ -92,14 +93,15 @@ class _Family:
         for k, child in enumerate(self.children):
             if k:
                 threading.Thread(target=_prefix, args=(k, child), daemon=True).start()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in signals.HEARD:
             signal.signal(number, self._forward)
+        signals.release()
 
     def _forward(self, number: int, frame: Any) -> None:
-        again, self.signal = self.signal is not None, number
+        self.signal = self.signal or number
         for child in self.children:
             if child.poll() is None:
-                child.send_signal(signal.SIGKILL if again else signal.SIGTERM if number == signal.SIGHUP else number)
+                child.send_signal(number)  # a second one, too: each knows what it means
 
     def wait(self) -> int:
         """The exit status of the first that ended otherwise than with 0; the others follow it or are ended."""

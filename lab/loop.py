@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,51 +18,20 @@ from lab.checkpoint import Checkpoints
 from lab.console import Screen, clock, facts, human
 from lab.data.pipeline import Prefetch, eval_batches, reader, train_indices
 from lab.distributed import ALONE, Processes
-from lab.errors import UserError
+from lab.errors import UserError, forgiving
 from lab.experiment import Experiment
 from lab.files import replace_file
 from lab.plan import make_plan
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
 from lab.run_folder import alone, checkpoint_folder, open_folder, shared, write_diverged, write_json
+from lab.signals import EXIT, Stop
 from lab.step import State
 from lab.tasks.base import Outcome
-
-# 75 (EX_TEMPFAIL) tells a launcher: saved, start me again. SIGUSR1 is what SLURM and mpirun can be asked to send.
-EXIT = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 
 
 class Diverged(Exception):
     """The loss or the gradient is no longer a number."""
-
-
-class Stop:
-    """Remembers the first signal; a second one ends the process as if nothing listened.
-
-    Of several processes all stop at the same call, whichever got the signal: all must ask at the same places.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
-        self.signal: int | None = None
-        self._caught: int | None = None
-
-    def __call__(self) -> bool:
-        self.signal = self.signal or self.processes.stopping(self._caught)
-        return self.signal is not None
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self._caught = number
-        signal.signal(number, signal.SIG_DFL)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[Stop]:
-        before = {number: signal.signal(number, self._handle) for number in EXIT}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -87,31 +55,26 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
 
     `checkpoints`: another place for them than the run folder, see `checkpoint_folder`.
 
-    0: finished. 75 / 130: SIGTERM / SIGINT, state saved, the same command goes on. 1: diverged.
+    0: finished. 75 / 130 / 141: told to stop, state saved, the same command goes on (`lab.signals`). 1: diverged.
 
     Raises:
       UserError: data, folder, checkpoint, devices or disk are not as they must be.
     """
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT[signal.SIGTERM]))  # nothing to save yet
-    try:
-        data = prepared.data if prepared else experiment.data.load()
-        experiment.model.check(data.facts)
-        processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
-        with alone(folder) if processes.first else contextlib.nullcontext():
-            place = checkpoint_folder(folder, checkpoints)
-            if processes.first:
-                remote = None if place == folder / "checkpoints" else str(place)
-                open_folder(folder, experiment, file, data.fingerprint, remote)
-                if state := getattr(data, "tokenizer_state", None):
-                    replace_file(folder / "tokenizer.json", state)
-            processes.gather(None)  # now the folder is there
-            if checkpoints is None:
-                shared(folder)
-            screen.record(processes.log(folder))
-            return _train(experiment, folder, place, screen, data, tensorboard, processes,
-                          prepared)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    data = prepared.data if prepared else experiment.data.load()
+    experiment.model.check(data.facts)
+    processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
+    with alone(folder) if processes.first else contextlib.nullcontext():
+        place = checkpoint_folder(folder, checkpoints)
+        if processes.first:
+            remote = None if place == folder / "checkpoints" else str(place)
+            open_folder(folder, experiment, file, data.fingerprint, remote)
+            if state := getattr(data, "tokenizer_state", None):
+                replace_file(folder / "tokenizer.json", state)
+        processes.gather(None)  # now the folder is there
+        if checkpoints is None:
+            shared(folder)
+        screen.record(processes.log(folder))
+        return _train(experiment, folder, place, screen, data, tensorboard, processes, prepared)
 
 
 def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,
@@ -121,15 +84,14 @@ def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Scree
     among = f" in {processes.count} processes" if processes.count > 1 else ""
     screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
                f"compute in {experiment.precision}")
-    with Stop(processes).listening() as stop:
-        run = _Run(experiment, folder, checkpoints, screen, data, stop, tensorboard, prepared)
-        try:
-            return run.go()
-        except Diverged as e:
-            screen.say(str(e))
-            return 1
-        finally:
-            run.close()
+    run = _Run(experiment, folder, checkpoints, screen, data, Stop(processes), tensorboard, prepared)
+    try:
+        return run.go()
+    except Diverged as e:
+        screen.say(str(e))
+        return 1
+    finally:
+        run.close()
 
 
 class _Run:
@@ -194,23 +156,29 @@ class _Run:
         with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
             if first < last:
                 self.screen.progress("Compiling ...")
-                update = self.program.train  # compiled here, while the first batches are read
+                _ = self.program.train  # compiled here, while the first batches are read
                 self.screen.say(f"Compiled in {self.program.compile_seconds:.1f} s.")
             self.clock.start()
-            while not self.stop():
-                self._evaluate_if_due()
-                done = self.step == experiment.steps or self._out_of_patience()
-                self._save_if_due(done)
-                if done and not self.stop():
-                    return self._finish()
-                if self.stop():
-                    break
-                self.evaluated = None  # its copy of the parameters need not live on beside the state
-                with jax.transfer_guard_host_to_device("disallow"):  # a hidden copy in the step would cost every step
-                    self.state, values = update(self.state, next(self.batches))
-                self.step += n
-                self._flush()
-                self.pending = (self.step, values)
+            with self.stop.listening():  # until here there was nothing to save
+                return self._updates()
+
+    def _updates(self) -> int:
+        """From the evaluation before the first update to the last thing that a run writes."""
+        experiment, n = self.experiment, self.program.experiment.dispatch
+        while not self.stop():
+            self._evaluate_if_due()
+            done = self.step == experiment.steps or self._out_of_patience()
+            self._save_if_due(done)
+            if done and not self.stop():
+                return self._finish()
+            if self.stop():
+                break
+            self.evaluated = None  # its copy of the parameters need not live on beside the state
+            with jax.transfer_guard_host_to_device("disallow"):  # a hidden copy in the step would cost every step
+                self.state, values = self.program.train(self.state, next(self.batches))
+            self.step += n
+            self._flush()
+            self.pending = (self.step, values)
         return self._interrupted()
 
     def _flush(self) -> None:
@@ -257,7 +225,8 @@ class _Run:
         with self.clock.paused("evaluation"):
             self.evaluated = make_outcome(self.program, self.state, self.data, "validation", means, counts, self.folder)
             if self.pictures:
-                self.experiment.task.snapshot(self.evaluated)
+                with forgiving("The snapshot"):
+                    self.experiment.task.snapshot(self.evaluated)
 
     @property
     def best_step(self) -> int | None:
@@ -321,21 +290,40 @@ class _Run:
             outcome = self.evaluated
         else:
             limit = self.experiment.evaluate.records if split == "validation" else None
-            outcome = evaluate(self.program, state, self.data, split, self.folder, limit)
+            outcome = evaluate(self.program, state, self.data, split, self.folder, limit, self.stop)
+        if outcome is None or self.stop():
+            return self._interrupted()
         if split == "test":
             result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
             if self.rows.rows[-1]["split"] != "test":
                 self._write(result["test"])
+        write_json(self.folder / "result.json", result)  # first: nothing that follows may cost the run its result
         if self.pictures:
-            for line in self.experiment.task.artifacts(outcome):
-                self.screen.say(line)
-            plots.curves(self.rows.rows, self.folder / "plots", self.experiment.task.curves)
-        write_json(self.folder / "result.json", result)
+            self._show(outcome)
         self.screen.say(describe_result(result))
         pictures = sorted((self.folder / "plots").glob("*.png"))
         self.screen.say(f"Pictures: {', '.join(str(p.relative_to(self.folder)) for p in pictures)}")
         self.screen.say(f"Everything is in {self.folder}")
+        if self.stop():
+            self.screen.say(f"{signal.Signals(self.stop.signal).name}: the run is finished; ./launch.sh eval "
+                            f"{self.folder} writes the report that was left out.")
+            return EXIT[self.stop.signal]
         return 0
+
+    def _show(self, outcome: Outcome) -> None:
+        """Pictures, samples and comparisons. Of several processes all end where one fails: the others would wait for
+        it where they compute together."""
+        task, complete = self.experiment.task, False
+        with forgiving("The pictures of the run"):
+            plots.curves(self.rows.rows, self.folder / "plots", task.curves)
+        if self.stop():
+            return
+        with forgiving(f"The report of the run (./launch.sh eval {self.folder} writes it again)"):
+            for line in task.artifacts(outcome):
+                self.screen.say(line)
+            complete = True
+        if not complete:
+            self.stop.processes.leave(0)
 
     def _state_to_report(self) -> State:
         """The final state; with early stopping the best one, which is what patience waited for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,15 @@ POINTS = 20_000  # of a scatter plot
 OPTIMIZER = {"learning_rate": ("learning_rate",), "norms": ("gradient_norm", "update_norm", "parameter_norm")}
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # the object interface: no global figure, no display
-
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches, to be written as PNG. It is always drawn with Agg: a notebook's MPLBACKEND may not
+    exist here, and matplotlib refuses to be imported then."""
+    asked = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure  # the object interface: no global figure, no display
+    finally:
+        if asked is not None:
+            os.environ["MPLBACKEND"] = asked
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
@@ -62,7 +69,7 @@ def curves(rows: Sequence[dict[str, Any]], folder: Path, metric: str | Sequence[
 
 
 def _axes(ylabel: str) -> tuple[Any, Any]:
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     axes.set(xlabel="update", ylabel=ylabel)
     axes.grid(alpha=0.25)
@@ -107,7 +114,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str], path: Path, title: str =
     C = len(names)
     side = 3.2 + 0.45 * C if C <= NUMBERED else 3.0 + 0.15 * min(C, NAMED)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure = _figure(side * 1.1, side)
+    figure = new_figure(side * 1.1, side)
     axes = figure.add_subplot()
     image = axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, fraction=0.04, label="share of the true class")
@@ -130,7 +137,7 @@ def scatter(true: np.ndarray, predicted: np.ndarray, path: Path, title: str = ""
     """Predicted against true numbers, both (n,), with the diagonal; of many records 20,000 evenly spaced ones."""
     spread = np.arange(min(len(true), POINTS)) * len(true) // min(len(true), POINTS)
     true, predicted = np.asarray(true)[spread], np.asarray(predicted)[spread]
-    figure = _figure(6, 6)
+    figure = new_figure(6, 6)
     axes = figure.add_subplot()
     axes.scatter(true, predicted, s=12 if len(true) < 2000 else 3, alpha=0.5 if len(true) < 2000 else 0.3, lw=0,
                  color=COLOURS["smooth"], rasterized=True)
@@ -164,7 +171,7 @@ def image_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), colum
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     lines = max((title.count("\n") + 1 for title in titles), default=0)
-    figure = _figure(1.5 * columns, (1.5 + 0.18 * lines) * rows)
+    figure = new_figure(1.5 * columns, (1.5 + 0.18 * lines) * rows)
     for i, image in enumerate(images):
         axes = figure.add_subplot(rows, columns, i + 1)
         high = 255 if image.dtype == np.uint8 else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ def predict(program: Program, state: State, records: Any) -> dict[str, np.ndarra
 
 
 def evaluate(program: Program, state: State, data: Any, split: str, folder: Path,
-             records: int | None = None) -> Outcome:
-    """Evaluates `state` on a split, or on `records` evenly spaced records of it.
+             records: int | None = None, stop: Callable[[], bool] = lambda: False) -> Outcome | None:
+    """Evaluates `state` on a split, or on `records` evenly spaced records of it. None when `stop` said so in between.
 
     Raises:
       UserError: the data has no such split.
@@ -55,8 +55,8 @@ def evaluate(program: Program, state: State, data: Any, split: str, folder: Path
     rows = getattr(data, split)
     if rows is None:
         raise UserError(f"This data has no {split} split.")
-    means, counts = program.evaluate(state, eval_batches(rows, program.eval_batch, records, program.eval_rows))
-    return make_outcome(program, state, data, split, means, counts, folder)
+    found = program.evaluate(state, eval_batches(rows, program.eval_batch, records, program.eval_rows), stop)
+    return found and make_outcome(program, state, data, split, *found, folder)
 
 
 def frozen_paths(experiment: Experiment, params: Any) -> list[str]:

@@ -53,7 +53,7 @@ class Checkout:
     def __init__(self, folder: Path):
         self.folder = folder / "my checkout"
         (self.folder / "lab").mkdir(parents=True)
-        for name in ("launch.sh", "pyproject.toml", "constraints.txt", "lab/bootstrap.py"):
+        for name in ("launch.sh", "pyproject.toml", "constraints.txt", "lab/bootstrap.py", "lab/signals.py"):
             shutil.copy(ROOT / name, self.folder / name)
         self.store = self.folder / ".venvs"
         self.log = folder / "uv.log"

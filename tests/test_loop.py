@@ -28,6 +28,7 @@ from lab.metrics import read_rows
 from lab.optim import SGD, Constant
 from lab.program import Program
 from lab.run_folder import checkpoint_folder, finished
+from lab.signals import HEARD
 from lab.step import State, init_state
 from tests.test_step import Points, apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
@@ -342,9 +343,19 @@ def test_interrupted_from_the_keyboard_during_the_first_update_and_again(tmp_pat
 
 
 def test_signal_handlers_are_given_back(tmp_path):
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(s) for s in HEARD]
     go(toy(), tmp_path / "run", 1, interrupt())
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(s) for s in HEARD] == before
+
+
+def test_a_second_signal_finds_the_handlers_of_whoever_called(tmp_path):
+    """lab as a library: Ctrl-C twice is an ordinary KeyboardInterrupt in a notebook."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(toy(), tmp_path / "run", 2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("at", [3, 6])
@@ -370,13 +381,13 @@ def test_killed_before_the_result_was_written(tmp_path, reference):
     assert finished(tmp_path / "run")["final"] == finished(reference)["final"]
 
 
-def test_result_is_written_last(tmp_path, monkeypatch):
+def test_the_result_is_written_before_the_pictures(tmp_path, monkeypatch):
     real, at_result = loop.write_json, []
 
     def watched(path: Path, value: Any) -> None:
         if path.name == "result.json":
             at_result.append((steps_of(path.parent), len(read_rows(path.parent / "metrics.jsonl")),
-                              sorted(p.name for p in (path.parent / "plots").iterdir())))
+                              (path.parent / "plots").exists()))
         real(path, value)
 
     monkeypatch.undo()  # nothing is faked here but the writer
@@ -386,11 +397,51 @@ def test_result_is_written_last(tmp_path, monkeypatch):
     pictures: list[Path] = []
     monkeypatch.setattr(loop.plots, "curves",
                         lambda rows, folder, metric: pictures.append(folder) or [_draw(Figure, folder)])
-    go(toy(), tmp_path / "run")
-    assert at_result == [([4, 8, 12], 12 + 4, ["loss.png"])]
+    status, said = go(toy(), tmp_path / "run")
+    assert status == 0 and "Pictures: plots/loss.png" in said and "arning" not in said
+    assert at_result == [([4, 8, 12], 12 + 4, False)]
     assert finished(tmp_path / "run")["steps"] == 12
     described = loop.describe_result(finished(tmp_path / "run"))
     assert "Finished after 12 updates" in described and "waiting for data" in described
+
+
+@pytest.mark.parametrize("error", [ValueError("Key backend: 'module://x' is not a valid value\nand more"),
+                                   MemoryError(), OSError(27, "File too large", "loss.png"),
+                                   UnicodeEncodeError("latin-1", "\u2713", 0, 1, "ordinal not in range")])
+def test_what_follows_the_last_update_cannot_lose_the_run(tmp_path, monkeypatch, reference, error):
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loop.plots, "curves", fail)
+    monkeypatch.setattr(type(toy().task), "artifacts", fail)
+    status, said = go(toy(), tmp_path / "run")
+    assert status == 0 and "Finished after 12 updates" in said
+    warnings = [line for line in said.splitlines() if line.startswith("Warning: ")]
+    assert [line.partition(" failed: ")[0].partition(" (")[0] for line in warnings] == [
+        "Warning: The pictures of the run", "Warning: The report of the run"]
+    assert all(type(error).__name__ in line for line in warnings)
+    assert finished(tmp_path / "run")["final"] == finished(reference)["final"]
+    assert same(tmp_path / "run", reference)
+
+
+def test_a_mistake_before_the_result_is_no_warning(tmp_path, monkeypatch):
+    """The negative control: only what follows the numbers is forgiven."""
+    def fail(*args: Any) -> None:
+        raise ValueError("wrong")
+
+    monkeypatch.setattr(loop, "write_json", fail)
+    with pytest.raises(ValueError, match="wrong"):
+        go(toy(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75),
+                                            (signal.SIGUSR1, 75)])
+def test_a_signal_while_pictures_are_drawn(tmp_path, monkeypatch, reference, number, status):
+    monkeypatch.setattr(loop.plots, "curves", lambda *args: signal.raise_signal(number))
+    monkeypatch.setattr(type(toy().task), "artifacts", lambda *args: pytest.fail("the run was told to stop"))
+    found, said = go(toy(), tmp_path / "run")
+    assert found == status and "the run is finished; ./launch.sh eval" in said and "Finished after 12" in said
+    assert finished(tmp_path / "run")["final"] == finished(reference)["final"]
 
 
 def _draw(figure: Any, folder: Path) -> Path:

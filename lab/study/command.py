@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lab.console import Screen
-from lab.errors import UserError
+from lab.errors import UserError, forgiving
 from lab.experiment import Experiment, digest
-from lab.loop import EXIT
 from lab.run_folder import read_json, write_json
 from lab.study import leases
 from lab.study.bench import Bench
@@ -125,14 +123,10 @@ def run_study(study: Study, options: StudyOptions, file: Path, args: Sequence[st
     Raises:
       UserError: see `preflight`, `Engine.check_code` and `read_cell`.
     """
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT[signal.SIGTERM]))  # nothing to save yet
-    try:
-        folder = options.studies / f"{file.stem}-{study.fingerprint()}"
-        if CORE in os.environ:
-            return _work(study, options, folder, file)
-        return _run(study, options, folder, file, args)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    folder = options.studies / f"{file.stem}-{study.fingerprint()}"
+    if CORE in os.environ:
+        return _work(study, options, folder, file)
+    return _run(study, options, folder, file, args)
 
 
 def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Sequence[str]) -> int:
@@ -265,6 +259,7 @@ def _report(folder: Path, screen: Screen) -> None:
     while not (lease := leases.claim(folder / "leases", "report")):
         time.sleep(0.5)  # another process that worked here writes the same
     try:
-        report([folder])
+        with forgiving("The report"):  # the cells are finished; ./launch.sh report writes it again
+            report([folder])
     finally:
         lease.release()

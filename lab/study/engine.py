@@ -20,6 +20,7 @@ from lab.errors import CannotWrite, UserError
 from lab.files import make_folder, no_links
 from lab.program import Program
 from lab.run_folder import read_json, write_json
+from lab.signals import EXIT, Stop
 from lab.step import State
 from lab.study import leases, workers
 from lab.study.bench import Bench
@@ -42,7 +43,7 @@ from lab.study.units import (
     read_plan,
 )
 
-STOPPED = set(loop.EXIT.values())
+STOPPED = set(EXIT.values())
 WAIT_SECONDS = 0.5
 
 
@@ -204,12 +205,12 @@ class Engine:
         """
         left = sum(not self._finished(cell) for cell in self.cells)
         number = min(self.plan.workers, left)
-        with loop.Stop(ALONE).listening() as stop:
+        with Stop(ALONE).listening() as stop:
             statuses = workers.run_workers(args, number, self.folder / "logs", self.screen, stop)
             left = sum(not self._finished(cell) for cell in self.cells)
             if left and stop():
                 self.screen.say(f"Stopped and saved: {left} cells are left. The same command goes on.")
-                return loop.EXIT[stop.signal]
+                return EXIT[stop.signal]
         if left:
             raise UserError(f"{left} cells are left, but the processes for them have ended (exit statuses {statuses}, "
                             f"see above and {self.folder / 'logs'}). The same command goes on.")
@@ -320,9 +321,8 @@ class Engine:
         screen = CellScreen(self.screen, label, home)
         with _failing(errors):
             stacked = self.bench.stacked([c.experiment for c in cells], unit.numbers, self.plan.updates)
-            with loop.Stop(ALONE).listening() as stop:
-                status, lives = run_together(stacked, cells, [c.folder(self.folder) for c in cells], home,
-                                             self.bench.data(cells[0].experiment), screen, self.file, stop)
+            status, lives = run_together(stacked, cells, [c.folder(self.folder) for c in cells], home,
+                                         self.bench.data(cells[0].experiment), screen, self.file, Stop(ALONE))
         if status not in STOPPED:
             seconds = (time.monotonic() - start) / len(cells)
             for cell, alive in zip(cells, lives, strict=True):

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lab.plots import new_figure
 from lab.study.stats import ALPHA, Comparison, interval, spread_out
 
-DPI = 120
 BASE = "#222222"
 COLOURS = ("#1f5a96", "#c8501e", "#3f7d3a", "#8a4fa3", "#b8860b", "#1a8a8a", "#c2407a", "#6b6b2b", "#5b7fd6", "#8c3b2a")
 STYLES = ("-", "--", ":", "-.")  # with 10 colours: 40 arms that can be told apart
@@ -25,12 +25,6 @@ def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # the object interface: no global figure, no display
-
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def _plain(axes: Any, **labels: str) -> None:
@@ -67,7 +61,7 @@ def learning_curves(arms: Mapping[str, Curve], scales: Mapping[str, Mapping[str,
     The range of the vertical axis leaves out the first fifth of each curve, which would hide the rest.
     """
     columns, rows = (1, 1) if len(scales) == 1 else (2, math.ceil(len(scales) / 2))
-    figure = _figure(6.2 * columns + 1.6, 3.9 * rows)
+    figure = new_figure(6.2 * columns + 1.6, 3.9 * rows)
     late = [values[:, steps >= 0.2 * steps[-1]].ravel() for steps, values in arms.values() if len(steps)]
     seen = np.concatenate(late) if late else np.zeros(0)
     seen = seen[np.isfinite(seen)]
@@ -98,7 +92,7 @@ def forest(comparisons: Mapping[str, Comparison], label: str, mode: str) -> Any:
     stands for the rest. Arms without a pair are left out.
     """
     rows = {name: c for name, c in comparisons.items() if c.n}
-    figure = _figure(7.5, 1.3 + 0.42 * len(rows))
+    figure = new_figure(7.5, 1.3 + 0.42 * len(rows))
     axes = figure.add_subplot()
     for y, c in enumerate(rows.values()):
         mean, t, boot = c.difference, c.t, c.bootstrap
@@ -139,7 +133,7 @@ def _bars(axes: Any, x: Sequence[float], values: Sequence[np.ndarray], colour: s
 def sweep(lines: Mapping[str, tuple[Sequence[float], Sequence[np.ndarray]]], optima: Mapping[str, float],
           axis: str, metric: str) -> Any:
     """The metric over a numeric axis: line -> (x ascending (m,), values of the seeds at each x); optima are marked."""
-    figure = _figure(7.5, 4.4)
+    figure = new_figure(7.5, 4.4)
     axes = figure.add_subplot()
     if spread_out(np.concatenate([np.asarray(x, float) for x, _ in lines.values()])):
         axes.set_xscale("log")
@@ -168,7 +162,7 @@ def interactions(levels: Mapping[str, Sequence[str]], values: np.ndarray, metric
     pairs = list(itertools.combinations(range(len(names)), 2))[:most]
     columns = min(len(pairs), 3)
     rows = math.ceil(len(pairs) / columns)
-    figure = _figure(4.2 * columns, 3.6 * rows)
+    figure = new_figure(4.2 * columns, 3.6 * rows)
     for place, (i, j) in enumerate(pairs, 1):
         axes = figure.add_subplot(rows, columns, place)
         others = tuple(k for k in range(len(names)) if k not in (i, j))

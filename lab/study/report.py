@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lab.console import human
-from lab.errors import UserError
+from lab.errors import UserError, forgiving
 from lab.files import make_folder, replace_file
 from lab.study import pictures, stats
 from lab.study.analysis import (
@@ -76,7 +76,8 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
         old.unlink(missing_ok=True)
     for item in blocks:
         if isinstance(item, Picture):
-            replace_file(output / "pictures" / f"{item.name}.png", item.png)
+            with forgiving(f"The picture {item.name}"):  # it is in report.html, too
+                replace_file(output / "pictures" / f"{item.name}.png", item.png)
     replace_file(output / "report.md", markdown(blocks))
     replace_file(output / "report.html", html(blocks))
     replace_file(output / "results.csv", cells_csv(results))

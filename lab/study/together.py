@@ -20,8 +20,8 @@ from lab.data.pipeline import Prefetch, eval_batches, train_indices
 from lab.errors import UserError
 from lab.experiment import Checkpoint
 from lab.files import replace_file
-from lab.loop import EXIT, Stop
 from lab.run_folder import open_folder, write_diverged, write_json
+from lab.signals import EXIT, Stop
 from lab.study.cells import Cell
 from lab.study.stacked import FINITE, Stacked, apart
 
@@ -84,20 +84,25 @@ class _Together:
                 self.screen.progress("Compiling ...")
                 _ = self.stacked.compiled
             self.begun = time.monotonic()
-            while not self.stop():
-                self._evaluate_if_due()
-                done = self.step == experiment.steps or not any(self.lives)
-                if done and not self.stop():
-                    return self._finish()
-                if experiment.checkpoint.every and self.step % experiment.checkpoint.every == 0:
-                    self._save()
-                if self.stop():
-                    break
-                with jax.transfer_guard_host_to_device("disallow"):
-                    self.states, self.alive, values = self.stacked.train(self.states, self.alive, next(batches))
-                self.step += n
-                self._flush()
-                self.pending = (self.step, values)
+            with self.stop.listening():  # until here there was nothing to save
+                return self._updates(batches)
+
+    def _updates(self, batches: Prefetch) -> tuple[int, list[bool]]:
+        experiment, n = self.experiment, self.experiment.dispatch
+        while not self.stop():
+            self._evaluate_if_due()
+            done = self.step == experiment.steps or not any(self.lives)
+            if done and not self.stop():
+                return self._finish()
+            if experiment.checkpoint.every and self.step % experiment.checkpoint.every == 0:
+                self._save()
+            if self.stop():
+                break
+            with jax.transfer_guard_host_to_device("disallow"):
+                self.states, self.alive, values = self.stacked.train(self.states, self.alive, next(batches))
+            self.step += n
+            self._flush()
+            self.pending = (self.step, values)
         self._save()
         self.checkpoints.wait()
         return EXIT[self.stop.signal], self.lives
