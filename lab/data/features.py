@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from lab.data.columns import Columns, is_numeric, missing, numbers
+from lab.data.columns import Columns, is_numeric, numbers
 from lab.data.pipeline import Batch
 from lab.errors import UserError
 
@@ -68,14 +68,16 @@ Feature = Number | Category
 
 
 def fit(table: Columns, name: str, rows: np.ndarray, *, standardise: bool, unseen: Literal["error", "zeros"],
-        categories: int) -> Feature:
+        categories: int, text: bool = False) -> Feature:
     """What a column becomes, from the training `rows`, int (m,), only; see `lab.data.tabular.Table` for the rest.
+
+    `text`: its values are categories, whatever they look like.
 
     Raises:
       UserError: no value in a training row, too many categories, or a text (in any row) in a column of numbers.
     """
     cells = table.column(name)
-    if isinstance(cells, np.ndarray) or is_numeric(cells[row] for row in rows):
+    if isinstance(cells, np.ndarray) or not text and is_numeric(table, name, rows):
         values = numbers(table, name)[rows]
         known = values[~np.isnan(values)]
         if len(known):
@@ -97,7 +99,7 @@ def fit(table: Columns, name: str, rows: np.ndarray, *, standardise: bool, unsee
 
 def _texts(table: Columns, name: str) -> list[str]:
     """The cells without spaces around them; "" where the value is missing."""
-    return ["" if missing(value) else value.strip() for value in map(str, table.column(name))]
+    return ["" if table.form.is_missing(value) else value.strip() for value in map(str, table.column(name))]
 
 
 def encode(features: Sequence[Feature], table: Columns) -> np.ndarray:
@@ -110,7 +112,7 @@ def gaps(features: Sequence[Feature], table: Columns) -> dict[Feature, int]:
     count = {}
     for feature in features:
         cells = table.column(feature.name)
-        n = int(np.isnan(cells).sum()) if isinstance(cells, np.ndarray) else sum(map(missing, cells))
+        n = int(np.isnan(cells).sum()) if isinstance(cells, np.ndarray) else sum(map(table.form.is_missing, cells))
         if n:
             count[feature] = n
     return count

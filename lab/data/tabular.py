@@ -3,7 +3,8 @@
 import functools
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,10 @@ import numpy as np
 
 from lab.data import digest, log
 from lab.data.bundled import Sklearn
-from lab.data.columns import Columns, Csv, class_targets, is_numeric, read_columns
+from lab.data.columns import Columns, Csv, class_targets, is_numeric, read_columns, refuse_doubts
 from lab.data.dataset import Dataset, class_names
 from lab.data.features import Category, Feature, Target, encode, fit, gaps, known_numbers, moments, some
+from lab.data.numbers import NumberFormat
 from lab.data.pipeline import Arrays, fixed_order
 from lab.errors import UserError
 
@@ -32,7 +34,8 @@ class Table:
     Whatever is learnt from data is learnt from the training rows only: the mean and standard deviation of a column of
     numbers, its median, which stands in for missing values, and the categories of a column of text, each of which
     becomes a column of 0 and 1, in sorted order; there the most frequent one stands in. A column is numbers if all
-    values of the training rows are; if more than 90 % are, the others are taken for mistakes.
+    values of the training rows are; if more than 90 % are, the others are taken for mistakes. One that looks like
+    numbers written otherwise (1,200 or 3,5 or $10, or - where one is missing) is an error; see `Csv`.
 
     A fixed shuffle of the rows decides the splits, so neither the seed of an experiment nor the class does.
     """
@@ -129,10 +132,12 @@ def _parts(source: Sklearn | Csv) -> list[_Part]:
 def _is_regression(table: Columns, source: Csv) -> bool:
     if source.task != "auto":
         return source.task == "regression"
-    if not is_numeric(map(str, table.column(source.target))):
+    if not is_numeric(table, source.target):
+        refuse_doubts(table, [source.target] if source.target not in source.categorical else [])
         return False
     values = known_numbers(table, source.target)
-    return len(np.unique(values)) > FEW or bool((values != np.round(values)).any())
+    return (len(np.unique(values)) > FEW or bool((values != np.round(values)).any())
+            or table.form.counted(table.column(source.target)))
 
 
 def split(n: int, test: float, validation: float) -> dict[str, np.ndarray]:
@@ -158,8 +163,10 @@ def _load(options: Table, _state: tuple[int, ...]) -> "TableData":
     except UserError as error:
         raise UserError(f"{main.table.title}: {error}") from None
     train = rows["train"]
+    text = getattr(options.source, "categorical", ())
+    refuse_doubts(main.table, [name for name in main.table.names if name not in text], train)
     features = tuple(fit(main.table, name, train, standardise=options.standardise, unseen=options.unseen,
-                         categories=options.categories) for name in main.table.names)
+                         categories=options.categories, text=name in text) for name in main.table.names)
     target = Target(main.target, main.names, *(() if main.names else moments(main.values[train])))
     if main.names and len(np.unique(main.values[train])) < 2:
         raise UserError(f"{main.table.title}: all {len(train)} training rows are of one class; give more rows.")
@@ -175,7 +182,8 @@ def _load(options: Table, _state: tuple[int, ...]) -> "TableData":
         facts={"features": width} | ({"classes": len(main.names)} if main.names else {}),
         summary=_summary(parts, features, target, main.values[train])
         | {f"{name} rows": len(array) for name, array in records.items() if array} | {"split": _rule(options, parts)},
-        features=features, target=target, standardised=options.standardise,
+        features=features, target=target, standardised=options.standardise, form=main.table.form,
+        encoding=getattr(options.source, "encoding", "UTF-8"),
     )
 
 
@@ -189,7 +197,10 @@ def _fingerprint(options: Table, parts: list[_Part], rows: dict[str, np.ndarray]
         total.update(json.dumps([part.target, part.names]).encode() + part.values.tobytes())
     for at in rows.values():
         total.update(at.tobytes() + b";")
-    return digest("table", 1, total.hexdigest(), options.standardise, options.unseen)
+    form = parts[0].table.form
+    said = [] if form == NumberFormat() else [asdict(form)]
+    said += [categorical] if (categorical := getattr(options.source, "categorical", ())) else []
+    return digest("table", 1, total.hexdigest(), options.standardise, options.unseen, *said)
 
 
 def _summary(parts: list[_Part], features: tuple[Feature, ...], target: Target, train: np.ndarray) -> Lines:
@@ -202,13 +213,23 @@ def _summary(parts: list[_Part], features: tuple[Feature, ...], target: Target, 
         lines["largest class"] = f"{target.names[int(count.argmax())]}, {count.max() / len(train):.1%} of training"
     else:
         lines["target"] = f"{target.column}, in training {target.mean:.6g} with standard deviation {target.scale:.6g}"
-    lines |= {"features": sum(f.width for f in features), "columns of numbers": len(features) - len(texts)}
+    lines |= parts[0].table.notes | ({"read as missing": missing} if (missing := _marks(parts[0].table)) else {})
+    numeric = [f.name for f in features if not isinstance(f, Category)]
+    lines |= {"features": sum(f.width for f in features), "columns of numbers": len(numeric)}
+    lines |= {"numbers": ", ".join(numeric[:FEW]) + (", ..." if len(numeric) > FEW else "")} if numeric else {}
     lines |= {f"column {f.name}": f"{f.width} categories: {some(f.values)}" for f in texts}
     for part in parts:
         for feature, n in gaps(features, part.table).items():
             where = "" if part is parts[0] else " of the test file"
             lines[f"imputed {feature.name}{where}"] = f"{n:,} of {len(part.table):,} missing, set to {feature}"
     return lines
+
+
+def _marks(table: Columns) -> str:
+    """What stands where values are missing, with how often; the empty field is "nothing"."""
+    cells = (cell.strip() for column in table.cells.values() if not isinstance(column, np.ndarray) for cell in column)
+    count = Counter(cell for cell in cells if table.form.is_missing(cell))
+    return ", ".join(f"{mark or 'nothing'} {n:,} times" for mark, n in count.most_common(6))
 
 
 def _rule(options: Table, parts: list[_Part]) -> str:
@@ -228,6 +249,8 @@ class TableData(Dataset):
     features: tuple[Feature, ...] = field(default=(), kw_only=True)
     target: Target = field(default=Target(""), kw_only=True)
     standardised: bool = field(default=True, kw_only=True)
+    form: NumberFormat = field(default=NumberFormat(), kw_only=True)
+    encoding: str = field(default="UTF-8", kw_only=True)
 
     @property
     def feature_names(self) -> list[str]:
@@ -240,7 +263,7 @@ class TableData(Dataset):
 
         Missing values get what stood in for them in training. Raises UserError, with line and column.
         """
-        table = read_columns(path)
+        table = read_columns(path, self.form, self.encoding)
         for feature, n in gaps(self.features, table).items():
             log.warning("%s: %d of %d values are missing in column %r: set to %s", path, n, len(table), feature.name,
                         feature)
