@@ -28,11 +28,13 @@ start() {       # -I: whatever PYTHONPATH or the current folder holds cannot sha
   exec "$python" -I "$root/lab/bootstrap.py" "$@"
 }
 
-if [ -n "${PYTHON:-}" ]; then
-  if suitable "$PYTHON"; then start "$PYTHON" "$@"; fi
-  echo "lab: PYTHON=$PYTHON does not run as Python 3.11, 3.12 or 3.13." >&2
-  exit 2
-fi
+for name in LAB_PYTHON PYTHON; do    # an environment that is there already; a Python to build one on
+  if [ -n "${!name:-}" ]; then
+    if suitable "${!name}"; then start "${!name}" "$@"; fi
+    echo "lab: $name=${!name} does not run as Python 3.11, 3.12 or 3.13." >&2
+    exit 2
+  fi
+done
 # The Python of the last build, noted by bootstrap.py: trying names costs up to 0.5 s where they are pyenv shims.
 noted=${LAB_ENVS:-$root/.venvs}/python
 if [ -r "$noted" ] && read -r python <"$noted" && [ -x "$python" ]; then start "$python" "$@"; fi

@@ -5,7 +5,8 @@ Standard library only, and run by path: it works before anything is installed. A
 its `ok` file exists, so running jobs are safe and an edited pyproject.toml simply gets another folder.
 
 Variables: LAB_ACCELERATOR (cpu, cuda12, cuda13, tpu), LAB_EXTRAS (such as tiktoken,tensorboard), LAB_ENVS (folder for
-the environments), LAB_UV (a uv executable), PYTHON (the Python to build on).
+the environments), LAB_UV (a uv executable), PYTHON (the Python to build on), LAB_PYTHON or LAB_ENV=active (an
+environment that is there already, see existing.py).
 """
 
 # ruff: noqa: E402
@@ -18,12 +19,12 @@ if __name__ == "__main__":    # held back until something hears them: no signal 
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -32,17 +33,11 @@ from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from lab import signals
+from lab import existing, signals
+from lab.accelerator import CACHE, PLATFORMS, Choice, Stop, choose_accelerator, digest
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lab"
 BASE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-PLATFORMS = {"cpu": "cpu", "cuda12": "gpu", "cuda13": "gpu", "tpu": "tpu"}    # accelerator -> LAB_PLATFORM
 LAUNCHERS = ("--slurm", "--hosts", "--tpu", "--sky")    # handled by lab/launch
-NVIDIA_PROC = Path("/proc/driver/nvidia")
-WSL_SMI = Path("/usr/lib/wsl/lib/nvidia-smi")    # not always on PATH there
-PCI_DEVICES = Path("/sys/bus/pci/devices")
-# The ids JAX itself knows. Not /dev/accel*: newer TPUs use /dev/vfio, and other makers' chips use /dev/accel.
-TPU_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 # Data sets are prepared with TensorFlow, in an environment of their own: it must never enter the one we train in.
 PREPARE = ("tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
            "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
@@ -52,87 +47,9 @@ PREPARE = ("tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine =
 WARM_UP = "import jax, flax.linen, optax, orbax.checkpoint, tensorflow_datasets, tyro, rich.console, matplotlib.pyplot"
 
 
-class Stop(Exception):
-    """Something that a person can fix; the text is all that is printed, with exit status 2."""
-
-
 def say(text: str) -> None:
     """One line for a person, on stderr: stdout belongs to the command that follows."""
     print(f"lab: {text}", file=sys.stderr, flush=True)
-
-
-# --- the accelerator ---------------------------------------------------------------------------------------------
-
-class Choice(NamedTuple):
-    """The build of JAX, and why it fits."""
-
-    accelerator: str
-    reason: str
-
-
-def choose_accelerator(environ: Mapping[str, str]) -> Choice:
-    """Which build of JAX fits this machine, and why."""
-    if wish := environ.get("LAB_ACCELERATOR"):
-        if wish not in PLATFORMS:
-            raise Stop(f"LAB_ACCELERATOR={wish} is not one of {', '.join(PLATFORMS)}.")
-        return Choice(wish, "LAB_ACCELERATOR asks for it")
-    if environ.get("TPU_WORKER_HOSTNAMES"):    # TPU slices on Kubernetes
-        return Choice("tpu", "TPU_WORKER_HOSTNAMES is set")
-    for device in PCI_DEVICES.glob("*"):
-        with contextlib.suppress(OSError):
-            # Google's network cards have the same vendor id, so the device id decides.
-            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "device"))
-            if vendor == "0x1ae0" and kind in TPU_DEVICES:
-                return Choice("tpu", "a TPU is on the PCI bus")
-    return choose_nvidia()
-
-
-def choose_nvidia() -> Choice:
-    """The choice for NVIDIA GPUs, or for none. nvidia-smi can take seconds, so its answer is noted for these GPUs."""
-    smi = shutil.which("nvidia-smi") or (str(WSL_SMI) if WSL_SMI.exists() else None)
-    driver_text = ""
-    with contextlib.suppress(OSError):
-        driver_text = (NVIDIA_PROC / "version").read_text()
-    if not smi and not driver_text:
-        return Choice("cpu", "no TPU or NVIDIA GPU was found")
-    if not driver_text:    # WSL has no such file, and no note can be trusted without it
-        return ask_nvidia_smi(smi)
-    if not smi:    # a container without the tools: CUDA 12 runs on every GPU that CUDA 13 does
-        found = re.search(r"\s(\d{3,})\.\d+", driver_text)
-        return cuda_for(int(found[1]) if found else 0, None)
-    gpus = "".join(path.read_text() for path in sorted(NVIDIA_PROC.glob("gpus/*/information")))
-    note = CACHE / "nvidia" / digest(os.uname().nodename, driver_text, gpus)
-    with contextlib.suppress(OSError, ValueError):
-        return Choice(*note.read_text().split("\t", 1))
-    choice = ask_nvidia_smi(smi)
-    with contextlib.suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text("\t".join(choice))
-    return choice
-
-
-def ask_nvidia_smi(smi: str) -> Choice:
-    """What the driver's own tool says of the driver and the oldest GPU."""
-    signals.heed()    # it can take long
-    query = [smi, "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
-        rows = [line.split(",") for line in answer.stdout.splitlines() if line.strip()]
-        if answer.returncode or not rows:
-            raise ValueError
-        return cuda_for(int(rows[0][0].split(".")[0]), min(float(row[1]) for row in rows))
-    except (OSError, ValueError, IndexError, subprocess.TimeoutExpired):
-        return Choice("cpu", "nvidia-smi is there but reports no usable GPU")
-
-
-def cuda_for(driver: int, capability: float | None) -> Choice:
-    """CUDA 13 needs driver 580 and compute capability 7.5; CUDA 12 needs 525 and 5.2. `None` means unknown."""
-    if driver < 525:
-        return Choice("cpu", f"the NVIDIA driver is version {driver}, and JAX needs 525 or newer to use the GPU")
-    if capability is not None and capability < 5.2:
-        return Choice("cpu", f"the GPU has compute capability {capability}, and JAX needs 5.2 or newer")
-    reason = f"NVIDIA driver {driver}, compute capability {capability or 'unknown'}"
-    return Choice("cuda13" if driver >= 580 and capability is not None and capability >= 7.5 else "cuda12", reason)
 
 
 # --- the environment ---------------------------------------------------------------------------------------------
@@ -144,11 +61,6 @@ class Plan(NamedTuple):
     packages: list[str]
     warm_up: str
     reason: str
-
-
-def digest(*parts: str | bytes) -> str:
-    """12 hexadecimal digits of the parts."""
-    return hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else p.encode() for p in parts)).hexdigest()[:12]
 
 
 def plan_environment(extras: list[str], reason: str) -> Plan:
@@ -357,14 +269,23 @@ def cpu_kind() -> str:
     return digest(*lines)
 
 
-def process_environ(environ: Mapping[str, str], folder: Path, accelerator: str) -> dict[str, str]:
-    """The variables that must be set before the process starts. What the user has set stays as it is."""
-    result = dict(environ)
+def built_environ(environ: Mapping[str, str], folder: Path, accelerator: str) -> dict[str, str]:
+    """`process_environ` for an environment that was built here."""
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    library = sysconfig.get_path("stdlib")
+    # Whatever PYTHONPATH holds comes last: no module of another environment there may stand in for one of ours.
+    packages = folder / f"lib/{python}/site-packages"
+    places = [ROOT, library, f"{library}/lib-dynload", packages, environ.get("PYTHONPATH")]
+    result = process_environ(environ, accelerator)
     result.pop("PYTHONHOME", None)    # it would send the environment's Python to another one's library
-    result["VIRTUAL_ENV"] = str(folder)
-    result["PATH"] = f"{folder}/bin:{environ.get('PATH', os.defpath)}"
-    result["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH")]))
+    return result | {"VIRTUAL_ENV": str(folder), "PATH": f"{folder}/bin:{environ.get('PATH', os.defpath)}",
+                     "PYTHONPATH": os.pathsep.join(str(place) for place in places if place)}    # fmt: skip
+
+
+def process_environ(environ: Mapping[str, str], accelerator: str) -> dict[str, str]:
+    """The variables that must be set before the process starts. What the user has set stays as it is."""
     defaults = {
+        "PYTHONPATH": str(ROOT),
         # Without it JAX falls back to the CPU with a warning when a GPU or TPU cannot be used.
         "JAX_PLATFORMS": {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}[PLATFORMS[accelerator]],
         # Compiled programs are kept, small and quick ones too: a study or a test run has hundreds of them. One folder
@@ -380,20 +301,26 @@ def process_environ(environ: Mapping[str, str], folder: Path, accelerator: str) 
     first = environ.get("JAX_PLATFORMS", defaults["JAX_PLATFORMS"]).split(",")[0]
     # What was chosen, for lab to compare with what JAX really uses.
     defaults["LAB_PLATFORM"] = {"cuda": "gpu", "rocm": "gpu", "": PLATFORMS[accelerator]}.get(first, first)
-    if defaults["LAB_PLATFORM"] == "cpu":
-        # YNNPACK's convolutions use one thread. Without them mnist_cnn takes 27 ms an update instead of 47, a ResNet of
-        # width 16 185 instead of 262, and toys 5-20 % more (2 cores, jax 0.10.2). Of the other flags tried (fast math,
-        # oneDNN, vector width, fusion emitters, scheduler, XNNPACK graphs) none gained anything.
-        defaults["XLA_FLAGS"] = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-    if defaults["LAB_PLATFORM"] == "cpu" and sys.platform == "linux":
+    result = defaults | dict(environ)
+    if "PYTHONPATH" in environ:
+        result["PYTHONPATH"] = os.pathsep.join([str(ROOT), environ["PYTHONPATH"]])
+    if defaults["LAB_PLATFORM"] != "cpu":
+        return result
+    # YNNPACK's convolutions use one thread. Without them mnist_cnn takes 27 ms an update instead of 47, a ResNet of
+    # width 16 185 instead of 262, and toys 5-20 % more (2 cores, jax 0.10.2). Of the other flags tried (fast math,
+    # oneDNN, vector width, fusion emitters, scheduler, XNNPACK graphs) none gained anything. Of a flag that is given
+    # twice XLA takes the second, so the user's come last.
+    ours = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+    result["XLA_FLAGS"] = f"{ours} {environ.get('XLA_FLAGS', '')}".strip()
+    if sys.platform == "linux":
         # XLA's CPU programs allocate and free their temporaries at every step. glibc gives large blocks back to the
         # kernel, and faulting them in costs a quarter of the time. Read by malloc at process start, hence here.
-        defaults |= {
+        result = {
             "MALLOC_MMAP_MAX_": "0",    # large blocks come from the heap, not from mmap
             "MALLOC_TRIM_THRESHOLD_": str(2**40),    # the heap never shrinks
             "MALLOC_TOP_PAD_": "268435456",    # and grows by 256 MiB at a time
-        }
-    return defaults | result
+        } | result
+    return result
 
 
 def describe(folder: Path, choice: Choice) -> str:
@@ -422,11 +349,19 @@ def main(arguments: list[str]) -> None:
         os.execv(folder / "bin/python", [str(folder / "bin/python"), "-I", script, *rest])
 
     choice = choose_accelerator(os.environ)
-    extras = [choice.accelerator, *(["test"] if verb in ("tests", "ruff") else []), *asked_extras(os.environ)]
-    folder = ensure(plan_environment(extras, f"accelerator {choice.accelerator}: {choice.reason}"))
-    python = str(folder / "bin/python")
+    if python := existing.find(os.environ):
+        pyproject = ROOT / "pyproject.toml"
+        found = existing.check(python, verb, pyproject, process_environ(os.environ, choice.accelerator))
+        choice = existing.accelerator_there(choice, found, python)
+        environ = process_environ(os.environ, choice.accelerator)
+        shown = existing.describe(python, choice, found, pyproject)
+    else:
+        extras = [choice.accelerator, *(["test"] if verb in ("tests", "ruff") else []), *asked_extras(os.environ)]
+        folder = ensure(plan_environment(extras, f"accelerator {choice.accelerator}: {choice.reason}"))
+        python, shown = str(folder / "bin/python"), describe(folder, choice)
+        environ = built_environ(os.environ, folder, choice.accelerator)
     if verb == "env":
-        print(python if rest == ["--python"] else describe(folder, choice))
+        print(python if rest == ["--python"] else shown)
         return
     # -P keeps the current folder out of the search path: a user's random.py there must not shadow a module.
     words = [python, "-P", "-m", "lab", *arguments]
@@ -434,10 +369,10 @@ def main(arguments: list[str]) -> None:
         os.chdir(ROOT)    # so that paths such as tests/test_step.py mean the same from everywhere
         words = [python, "-P", "-m", "pytest", *rest]
     elif verb == "ruff":
-        words = [str(folder / "bin/ruff"), *rest]
+        words = [python, "-P", "-m", "ruff", *rest]
     else:
         signals.hold()    # until lab hears them itself
-    os.execve(words[0], words, process_environ(os.environ, folder, choice.accelerator))
+    os.execve(words[0], words, environ)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import bootstrap
+from lab import bootstrap, existing
+from lab.accelerator import Choice, Stop, choose_accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +54,8 @@ class Checkout:
     def __init__(self, folder: Path):
         self.folder = folder / "my checkout"
         (self.folder / "lab").mkdir(parents=True)
-        for name in ("launch.sh", "pyproject.toml", "constraints.txt", "lab/bootstrap.py", "lab/signals.py"):
+        for name in ("launch.sh", "pyproject.toml", "constraints.txt", "lab/__init__.py", "lab/bootstrap.py",
+                     "lab/accelerator.py", "lab/existing.py", "lab/signals.py"):
             shutil.copy(ROOT / name, self.folder / name)
         self.store = self.folder / ".venvs"
         self.log = folder / "uv.log"
@@ -101,7 +103,7 @@ def checkout(tmp_path):
 def machine(tmp_path, monkeypatch):
     """A machine without accelerators; returns a function that gives it an nvidia-smi."""
     for name in ("NVIDIA_PROC", "WSL_SMI", "PCI_DEVICES", "CACHE"):
-        monkeypatch.setattr(bootstrap, name, tmp_path / name)
+        monkeypatch.setattr(f"lab.accelerator.{name}", tmp_path / name)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin")
     real = shutil.which("nvidia-smi")
     if real:    # a machine with a GPU
@@ -131,13 +133,13 @@ def machine(tmp_path, monkeypatch):
 )
 def test_the_nvidia_driver_and_gpu_decide(machine, answer, status, accelerator, reason):
     machine(answer, status)
-    choice = bootstrap.choose_accelerator({})
+    choice = choose_accelerator({})
     assert choice.accelerator == accelerator
     assert reason in choice.reason
 
 
 def test_without_any_accelerator_the_cpu_is_used(machine):
-    assert bootstrap.choose_accelerator({}).accelerator == "cpu"
+    assert choose_accelerator({}).accelerator == "cpu"
 
 
 def test_nvidia_smi_is_asked_once_for_the_same_driver(machine, tmp_path):
@@ -145,18 +147,18 @@ def test_nvidia_smi_is_asked_once_for_the_same_driver(machine, tmp_path):
     (tmp_path / "NVIDIA_PROC").mkdir()
     version = tmp_path / "NVIDIA_PROC/version"
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")
-    first, second = bootstrap.choose_accelerator({}), bootstrap.choose_accelerator({})
+    first, second = choose_accelerator({}), choose_accelerator({})
     assert first == second and first.accelerator == "cuda13"
     assert (tmp_path / "calls").read_text().count("call") == 1
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.14  Release Build\n")
     machine("550.54.14, 9.0")
-    assert bootstrap.choose_accelerator({}).accelerator == "cuda12"
+    assert choose_accelerator({}).accelerator == "cuda12"
 
 
 def test_a_driver_without_nvidia_smi_gets_the_build_that_runs_on_every_gpu(machine, tmp_path):
     (tmp_path / "NVIDIA_PROC").mkdir()
     (tmp_path / "NVIDIA_PROC/version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun\n")
-    assert bootstrap.choose_accelerator({}).accelerator == "cuda12"
+    assert choose_accelerator({}).accelerator == "cuda12"
 
 
 @pytest.mark.parametrize(
@@ -168,13 +170,13 @@ def test_a_tpu_is_known_by_its_pci_id(machine, tmp_path, vendor, device, acceler
     folder.mkdir(parents=True)
     (folder / "vendor").write_text(vendor + "\n")
     (folder / "device").write_text(device + "\n")
-    assert bootstrap.choose_accelerator({}).accelerator == accelerator
+    assert choose_accelerator({}).accelerator == accelerator
 
 
 def test_variables_come_before_the_hardware(machine):
     machine("580.65.06, 9.0")
-    assert bootstrap.choose_accelerator({"TPU_WORKER_HOSTNAMES": "a,b"}).accelerator == "tpu"
-    assert bootstrap.choose_accelerator({"LAB_ACCELERATOR": "cuda12"}).accelerator == "cuda12"
+    assert choose_accelerator({"TPU_WORKER_HOSTNAMES": "a,b"}).accelerator == "tpu"
+    assert choose_accelerator({"LAB_ACCELERATOR": "cuda12"}).accelerator == "cuda12"
 
 
 def test_a_wrong_accelerator_is_one_sentence(checkout):
@@ -326,7 +328,7 @@ def test_it_starts_lab_in_the_users_folder_with_the_users_arguments(checkout, tm
         assert result.stdout.splitlines()[:6] == [
             "arg -P", "arg -m", "arg lab", "arg two words", "arg --flag", f"cwd {here}",
         ]    # fmt: skip
-        assert f"PYTHONPATH={checkout.folder}" in result.stdout.splitlines()
+        assert any(line.startswith(f"PYTHONPATH={checkout.folder}:") for line in result.stdout.splitlines())
 
 
 def test_variables_are_set_and_those_of_the_user_are_kept(checkout):
@@ -335,6 +337,9 @@ def test_variables_are_set_and_those_of_the_user_are_kept(checkout):
     cache = f"JAX_COMPILATION_CACHE_DIR={checkout.environ['HOME']}/.cache/lab/xla/"
     assert any(line.startswith(cache) for line in plain)
     assert ("MALLOC_TOP_PAD_=268435456" in plain) == (sys.platform == "linux")
+    assert "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-individual_convolution" in plain
+    both = "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-individual_convolution --xla_dump_to=/mine"
+    assert both in checkout.run("x", XLA_FLAGS="--xla_dump_to=/mine").stdout.splitlines()
     mine = {"MALLOC_TOP_PAD_": "1", "JAX_PLATFORMS": "", "JAX_COMPILATION_CACHE_DIR": "/mine", "LAB_PLATFORM": "tpu"}
     kept = checkout.run("x", **mine).stdout.splitlines()
     assert {f"{name}={value}" for name, value in mine.items()} <= set(kept)
@@ -370,7 +375,7 @@ print(sorted(after - before for before, after in zip(counts[-20:], counts[-19:])
 
     def faults(*args: str) -> int:
         environ = {**os.environ, "PYTHONPATH": str(bootstrap.ROOT), "XLA_FLAGS": ""}  # one device, as a user has
-        ours = bootstrap.process_environ(environ, tmp_path, "cpu")
+        ours = bootstrap.process_environ(environ, "cpu")
         return int(subprocess.run([sys.executable, "-c", program, *args], env=ours, capture_output=True, text=True,
                                   check=True).stdout)
 
@@ -380,7 +385,7 @@ print(sorted(after - before for before, after in zip(counts[-20:], counts[-19:])
 
 def test_the_platform_follows_the_accelerator_and_what_the_user_asks_of_jax(tmp_path):
     def platform(accelerator: str, **environ: str) -> tuple[str, str, bool]:
-        result = bootstrap.process_environ(environ, tmp_path, accelerator)
+        result = bootstrap.process_environ(environ, accelerator)
         return result["LAB_PLATFORM"], result["JAX_PLATFORMS"], "MALLOC_MMAP_MAX_" in result
 
     linux = sys.platform == "linux"
@@ -388,6 +393,19 @@ def test_the_platform_follows_the_accelerator_and_what_the_user_asks_of_jax(tmp_
     assert platform("cuda13") == ("gpu", "cuda,cpu", False)
     assert platform("tpu") == ("tpu", "tpu,cpu", False)
     assert platform("cuda12", JAX_PLATFORMS="cpu") == ("cpu", "cpu", linux)
+
+
+def test_what_pythonpath_holds_stands_in_for_nothing_of_ours(tmp_path):
+    for name in ("numpy", "random", "lab", "mine"):
+        write_script(tmp_path / f"theirs/{name}.py", f"print('{name} of PYTHONPATH')")
+    program = "import numpy, random, lab, mine"
+    environ = {"PYTHONPATH": str(tmp_path / "theirs"), "PATH": os.defpath}
+
+    def said(environ: dict[str, str]) -> str:
+        return subprocess.run([sys.executable, "-P", "-c", program], env=environ, capture_output=True, text=True).stdout
+
+    assert said(bootstrap.built_environ(environ, Path(sys.prefix), "cpu")) == "mine of PYTHONPATH\n"
+    assert said(environ).startswith("numpy of PYTHONPATH")  # negative control
 
 
 def test_a_missing_python_is_one_sentence(checkout, tmp_path):
@@ -414,3 +432,48 @@ def test_a_ready_environment_starts_fast(checkout):
         assert checkout.run("x").returncode == 0
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 0.3, seconds    # the best of five: the machine may be busy with something else
+
+
+# --- an environment that is there already ------------------------------------------------------------------------
+
+
+def test_an_existing_environment_is_used_as_it_is(checkout):
+    """Nothing is built: uv is not called, and no folder is made."""
+    for variables in ({"LAB_PYTHON": sys.executable}, {"LAB_ENV": "active", "VIRTUAL_ENV": sys.prefix}):
+        result = checkout.run("env", **variables)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"environment  {sys.prefix}/bin/python") and " jax 0." in result.stdout
+        assert checkout.run("env", "--python", **variables).stdout.startswith(f"{sys.prefix}/bin/python")
+    assert not checkout.log.exists() and not checkout.store.exists()
+
+
+def test_what_an_existing_environment_lacks_is_one_sentence(checkout, tmp_path):
+    bare = write_script(tmp_path / "bare", f'#!/bin/sh\nexec "{bootstrap.BASE_PYTHON}" -S "$@"\n')  # no site-packages
+    result = checkout.run("x", LAB_PYTHON=str(bare))
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "no jax, no flax, no optax, no orbax-checkpoint, no numpy, no tyro" in result.stderr
+    assert f"{bare} -m pip install 'jax>=0.10,<0.13' 'flax'" in result.stderr
+    assert "no pytest" in checkout.run("tests", LAB_PYTHON=str(bare)).stderr
+    for variables, said in (({"LAB_PYTHON": "/no/python"}, "LAB_PYTHON=/no/python does not run as Python"),
+                            ({"LAB_ENV": "other"}, "LAB_ENV=active"),
+                            ({"LAB_ENV": "active", "VIRTUAL_ENV": str(tmp_path / "gone")}, "no jax")):
+        variables = {"PATH": f"{tmp_path}:{checkout.environ['PATH']}", **variables}
+        write_script(tmp_path / "python3", f'#!/bin/sh\nexec "{bootstrap.BASE_PYTHON}" -S "$@"\n')
+        result = checkout.run("x", **variables)
+        assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_versions_are_compared_as_numbers():
+    assert existing.satisfies("0.11.2", ">=0.10,<0.13") and existing.satisfies("0.10.0rc1", ">=0.10,<0.13")
+    assert not existing.satisfies("0.9.2", ">=0.10,<0.13") and not existing.satisfies("0.13.0", ">=0.10,<0.13")
+    assert existing.satisfies("1.2.dev0+local", "")
+    assert set(existing.REQUIRED) <= set(existing.dependencies(bootstrap.ROOT / "pyproject.toml"))
+
+
+def test_an_existing_environment_must_know_the_accelerator():
+    cuda13, found = Choice("cuda13", "a GPU"), {"jax-cuda12-plugin": "0.11"}
+    assert existing.accelerator_there(cuda13, found, "python").accelerator == "cuda12"
+    assert existing.accelerator_there(Choice("cpu", "none"), found, "python").accelerator == "cpu"
+    for found in ({}, {"libtpu": "0.1"}):
+        with pytest.raises(Stop, match=r"no cuda13\. Install it: python -m pip install 'jax\[cuda13\]'"):
+            existing.accelerator_there(cuda13, found, "python")

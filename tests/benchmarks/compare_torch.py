@@ -123,7 +123,7 @@ def by_torch(side: Side, job: Path, form: str, ways: Mapping[str, str]) -> dict[
     """What torch_train.py says of one form."""
     environ = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(side.caches / "inductor")}
     if "stock" not in form and side.device == "cpu":
-        launched = bootstrap.process_environ({}, ROOT, "cpu")
+        launched = bootstrap.process_environ({}, "cpu")
         environ |= {name: value for name, value in launched.items() if name.startswith("MALLOC_")}
     return last_json(run([side.torch, "-P", "-m", "tests.benchmarks.torch_train", job, form.replace("stock", "eager"),
                           json.dumps(ways), side.device], environ))
