@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -98,6 +97,8 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
 
 def _seconds_since_start() -> float:
     """Since the command was typed: launch.sh does not start this process, it becomes it."""
+    import psutil
+
     return time.time() - psutil.Process().create_time()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import sys
 from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,11 @@ _REFUSED = {
     errno.ENOMEM: "Free memory, or raise the limit on it (ulimit -v)", errno.ESTALE: "Mount the disk again",
 }
 
+# Packages that are imported where they are used, so that an environment without them can do the rest: module -> name.
+_OPTIONAL = {"grain": "grain", "tensorflow_datasets": "tensorflow-datasets", "matplotlib": "matplotlib",
+             "PIL": "pillow", "importlib_resources": "importlib_resources", "psutil": "psutil",
+             "sklearn": "scikit-learn", "tokenizers": "tokenizers", "einops": "einops"}
+
 
 def explain(error: BaseException) -> tuple[int, str] | None:
     """(exit status, sentence for a person) of an exception; None for one that is a mistake of the program's."""
@@ -34,6 +40,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return 141, ""
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, ModuleNotFoundError) and (package := _OPTIONAL.get((error.name or "").partition(".")[0])):
+        return 2, f"This needs the package {package}, which is not installed: {sys.executable} -m pip install {package}"
     if isinstance(error, OSError) and error.errno in _REFUSED:
         place = error.filename or "A file"
         done = "opened" if error.errno in (errno.EMFILE, errno.ENFILE) else "written"
