@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
     from lab.study.design import Study
 
 ROOT = Path(__file__).resolve().parent.parent
+BAD_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)  # of whatever path was typed
 
 
 def experiments() -> dict[str, str]:
@@ -67,6 +68,20 @@ def find_experiment(name: str) -> Path:
     near = difflib.get_close_matches(f"experiments/{Path(name).name}", experiments(), n=1, cutoff=0.75)
     raise UserError(f"There is no experiment {name}." + (f" Perhaps you meant {near[0]}." if near else
                                                          f" There are {', '.join(experiments())}."))
+
+
+def check_words(args: Sequence[str]) -> None:
+    """Raises UserError for a word that is no text: it could be neither shown nor written to a file."""
+    for word in args:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{_cut(ascii(word))} is not UTF-8. Rename the file or folder, or type the text again in a "
+                            f"terminal that writes UTF-8.") from None
+
+
+def _cut(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def check_run_dir(run_dir: str | None) -> None:
@@ -174,12 +189,12 @@ def train(args: Sequence[str], processes: Processes) -> int:
         return study(path, module, args[1:], processes)
     experiment, options, path = parse(path, args[1:], TrainOptions, module)
     check_run_dir(options.run_dir)
+    start_jax()
     if options.dry_run:
         from lab.dry_run import show
 
         show(experiment)
         return 0
-    start_jax()
     from lab import loop
     from lab.console import Screen
     from lab.run_folder import finished
@@ -327,6 +342,16 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 
 def run(args: Sequence[str], processes: Processes) -> int:
     """Runs a command; returns the exit status."""
+    check_words(args)
+    try:
+        return _run(args, processes)
+    except OSError as e:
+        if e.errno not in BAD_PATHS:
+            raise
+        raise UserError(f"{_cut(e.filename or 'A path')}: {e.strerror}.") from e
+
+
+def _run(args: Sequence[str], processes: Processes) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(overview())
         return 0

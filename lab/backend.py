@@ -22,8 +22,12 @@ def start_jax() -> str:
     wanted = os.environ.get("LAB_PLATFORM")
     try:
         found = jax.default_backend()
-    except RuntimeError as e:
-        found = f"nothing ({str(e).splitlines()[0][:160]})"
+    except (RuntimeError, AssertionError) as e:  # JAX asserts that there is a platform where its build lacks the one
+        asked = os.environ.get("JAX_PLATFORMS")
+        reason = (str(e).splitlines() or [f"this build of JAX has no {asked}"])[0].partition(" (set ")[0][:160]
+        raise UserError(f"JAX found no device{f' with JAX_PLATFORMS={asked}' if asked else ''}: {reason}. Check the "
+                        f"driver, or leave out JAX_PLATFORMS and say what you want: "
+                        f"LAB_ACCELERATOR=cpu|cuda12|cuda13|tpu ./launch.sh ...") from e
     if wanted and found != wanted:
         raise UserError(f"The launcher chose {wanted}, but JAX uses {found}. Check the driver, or say what you want: "
                         f"LAB_ACCELERATOR=cpu|cuda12|cuda13|tpu ./launch.sh ...")

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from lab.errors import UserError
+from lab.limits import check_devices, check_numbers
 from lab.pretrained import Pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +96,7 @@ class Mesh:
         if list(sizes.values()).count(-1) > 1:
             raise UserError("Only one of --mesh.data, --mesh.fsdp, --mesh.tensor and --mesh.sequence may be -1, all "
                             "the devices that the others leave.")
+        check_devices(sizes)
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Experiment:
           UserError: names the field and what would be right.
         """
         check_types(self)
+        check_numbers(flat(to_json(self)))
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed must be in [0, 2^32), not {self.seed}.")
         for name, least in (("steps", 1), ("batch", 1), ("microbatches", 1), ("dispatch", 1)):

@@ -265,6 +265,16 @@ def test_flags_that_tyro_refuses(typed, flag, value, words):
     (["--data.source.pattern", "", "--run-dir", "no"], "TextFiles needs a file"),
     (["--model.attention", "cudnn", "--run-dir", "no"], "cudnn runs on NVIDIA GPUs only"),
     (["--full", "--local"], "--full and --local exclude each other"),
+    (["--steps", str(2**63)], f"--steps {2**63} is too large: at most {2**31 - 1}"),
+    (["--batch", "9" * 400], "--batch 999999999999... is too large"),
+    (["--mesh.tensor", str(2**31)], f"--mesh.tensor {2**31} is too large"),
+    (["--mesh.tensor", "65536", "--mesh.fsdp", "65536"], "--mesh.fsdp 65536, --mesh.tensor 65536: a mesh has at most"),
+    (["--evaluate.records", str(2**40)], f"--evaluate.records {2**40} is too large"),
+    (["--optim.b2", "inf"], "--optim.b2 is inf: it must be a finite number"),
+    (["--seed", str(2**32)], f"--seed must be in [0, 2^32), not {2**32}"),
+    (["--seed", "-1"], "--seed must be in [0, 2^32), not -1"),
+    (["--run-dir", "x" * 5000], "File name too long"),
+    (["--run-dir", "caf\udce9"], "is not UTF-8"),
 ])
 def test_values_that_cannot_be(mistake, place, args, words):
     assert words in mistake("small.py", *args)
@@ -313,6 +323,17 @@ def test_the_platform_must_be_the_chosen_one(mistake, monkeypatch):
     monkeypatch.setenv("LAB_PLATFORM", "gpu")
     err = mistake("small.py", "--run-dir", "no")
     assert "The launcher chose gpu, but JAX uses cpu" in err and "LAB_ACCELERATOR" in err
+
+
+@pytest.mark.parametrize("platforms, words", [
+    ("cuda", ["small.py", "--dry-run"]), ("cuda,rocm", ["small.py", "--run-dir", "no"]), ("x", ["bench", "small.py"])])
+def test_a_platform_that_this_jax_has_not(monkeypatch, place, platforms, words):
+    """In a process of its own: JAX looks for its platforms once."""
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    done = start(place, *words)
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 2 and "Traceback" not in out + err
+    assert re.search(rf"^error: JAX found no device with JAX_PLATFORMS={platforms}: .*LAB_ACCELERATOR=cpu", err, re.M)
 
 
 def test_what_is_no_run(mistake, place):

@@ -442,6 +442,13 @@ def test_what_another_code_left_unfinished_begins_again(typed, copied):
     (("--vary", "optim.lr.peak=3e-2", "--vary", "optim.lr.peak=1"), "is there twice"),
     (("--vary", "optim.lr.peak=3e-2", "--seed", "3"), "say how many with --seeds"),
     (("--vary", "optim.lr.peak=3e-2", "--only", "peek=0.03"), "no arm peek=0.03. Perhaps you meant peak=0.03"),
+    (("--vary", "data=1,2"), "Arm data=1: data is Table(...), which 1 cannot replace. Vary one of its fields, such as"),
+    (("--vary", "model=None"), "model is Linear(...), which None cannot replace"),
+    (("--vary", "optim=sgd,adam"), "optim is SGD(...), which 'sgd' cannot replace"),
+    (("--vary", "evaluate=5"), "evaluate is Evaluate(...), which 5 cannot replace. Vary one of its fields"),
+    (("--vary", f"batch={2**63}"), f"Arm batch={2**63}: --batch {2**63} is too large: at most {2**31 - 1}"),
+    (("--vary", "optim.lr.peak=1e999"), "Arm peak=inf: --optim.lr.peak is inf: it must be a finite number"),
+    (("--vary", "batch=8", "--seeds", str(2**31)), "at most 10,000 seeds, not 2,147,483,648"),
 ])
 def test_mistakes_on_the_command_line(mistake, args, message):
     assert message in mistake("small.py", *args, "--studies", "none")

@@ -118,6 +118,9 @@ def _check(options: Options) -> None:
 def main(words: Sequence[str]) -> int:
     """Runs the engine that the options name; returns the exit status."""
     try:
+        from lab.__main__ import check_words
+
+        check_words(words)
         options, command = parse(words)
         if options.help:
             print(HELP, end="")

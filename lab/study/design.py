@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lab.errors import UserError
-from lab.experiment import Experiment, digest, override, to_json
+from lab.experiment import Experiment, digest, fields, override, to_json, value_at
 
 BASE = "base"
+MOST_SEEDS = 10_000
 Changes = Mapping[str, Any]
 """Dotted field of the experiment -> its other value: {"optim.lr.peak": 3e-4, "data": Text(...)}; applied in order."""
 Kind = Literal["list", "grid", "one_at_a_time", "leave_one_out", "factorial"]
@@ -100,6 +101,8 @@ class Study:
     """Those of the seeds by which the arms were tuned: they run, and are left out of the tests."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.seeds, int) and self.seeds > MOST_SEEDS:
+            raise UserError(f"A study has at most {MOST_SEEDS:,} seeds, not {self.seeds:,}.")
         seeds = tuple(range(self.seeds)) if isinstance(self.seeds, int) else tuple(self.seeds)
         object.__setattr__(self, "seeds", seeds)
         metric, evaluate = self.metric or self.base.evaluate.metric, self.base.evaluate
@@ -118,6 +121,9 @@ class Study:
             raise UserError(f"A study needs seeds, each of them once; there are {list(self.seeds)}.")
         if self.mode not in ("min", "max"):
             raise UserError(f"Say whether a small or a large {self.metric} is good: mode='min' or 'max' (--mode).")
+        for seed in self.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+                raise UserError(f"The seeds of a study are whole numbers in [0, 2^32), and {seed!r} is none.")
         if strange := set(self.tuning_seeds) - set(self.seeds):
             raise UserError(f"The tuning seeds {sorted(strange)} are not among the seeds of the study.")
         for name in self.design.arms:
@@ -147,6 +153,7 @@ class Study:
                     if path == "seed":
                         raise UserError("the seed is an axis of every study: give the study seeds instead.")
                     before, experiment = experiment, override(experiment, {path: value})
+                    _check_kind(path, value_at(before, path), value)
                     real |= {path: value} if experiment != before else {}
                 experiment.validate()
             except UserError as e:
@@ -185,6 +192,15 @@ class Study:
         """12 hexadecimal digits of what this study compares."""
         said = self.describe()
         return digest({**said, "base": said["arms"][0]["fingerprint"]})  # without how a run is carried out
+
+
+def _check_kind(path: str, before: Any, value: Any) -> None:
+    """An object may only become another object: the rest of the project calls its methods."""
+    if dataclasses.is_dataclass(before) and not dataclasses.is_dataclass(value):
+        inner = next((f.name for f in fields(before)), None)
+        such = f", such as {path}.{inner}" if inner else ""
+        raise UserError(f"{path} is {type(before).__name__}(...), which {value!r} cannot replace. Vary one of its "
+                        f"fields{such}; another object is a line of Python in a file with a `study`.")
 
 
 def _check_values(values: Mapping[str, Sequence[Any]]) -> None:

@@ -1,0 +1,40 @@
+"""How large the numbers of an experiment may be, before an array's size or a counter overflows somewhere inside."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lab.errors import UserError
+
+MOST = 2**31 - 1  # steps, records and sizes are int32 in the compiled program
+DEVICES = 2**20
+
+
+def check_numbers(values: dict[str, Any]) -> None:
+    """Checks every number among `values`: dotted field -> plain value, or list of them.
+
+    Raises:
+      UserError: an integer is too large, or a float is infinite or no number; names the field.
+    """
+    for path, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            flag = f"--{path.replace('_', '-')}"
+            if isinstance(number, list | dict):
+                check_numbers({path: number} if isinstance(number, list) else
+                              {f"{path}.{name}": inner for name, inner in number.items()})
+            elif isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{flag} is {number}: it must be a finite number.")
+            elif isinstance(number, int) and abs(number) > MOST and path != "seed":  # it has limits of its own
+                raise UserError(f"{flag} {_shortly(number)} is too large: at most {MOST}.")
+
+
+def check_devices(sizes: dict[str, int]) -> None:
+    """Raises UserError where a mesh of these sizes (axis -> devices) has more devices than anybody."""
+    if math.prod(max(size, 1) for size in sizes.values()) > DEVICES:
+        shown = ", ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items() if size > 1)
+        raise UserError(f"{shown}: a mesh has at most {DEVICES} devices.")
+
+
+def _shortly(number: int) -> str:
+    return str(number) if abs(number) < 10**20 else f"{str(number)[:12]}..."
