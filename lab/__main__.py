@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
     from lab.study.design import Study
 
 ROOT = Path(__file__).resolve().parent.parent
-BAD_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)  # of whatever path was typed
 
 
 def experiments() -> dict[str, str]:
@@ -76,12 +75,8 @@ def check_words(args: Sequence[str]) -> None:
         try:
             word.encode()
         except UnicodeEncodeError:
-            raise UserError(f"{_cut(ascii(word))} is not UTF-8. Rename the file or folder, or type the text again in a "
+            raise UserError(f"{ascii(word)[:120]} is not UTF-8. Rename the file or folder, or type the text again in a "
                             f"terminal that writes UTF-8.") from None
-
-
-def _cut(text: str, most: int = 120) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def check_run_dir(run_dir: str | None) -> None:
@@ -343,15 +338,6 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def run(args: Sequence[str], processes: Processes) -> int:
     """Runs a command; returns the exit status."""
     check_words(args)
-    try:
-        return _run(args, processes)
-    except OSError as e:
-        if e.errno not in BAD_PATHS:
-            raise
-        raise UserError(f"{_cut(e.filename or 'A path')}: {e.strerror}.") from e
-
-
-def _run(args: Sequence[str], processes: Processes) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(overview())
         return 0

@@ -26,6 +26,9 @@ _REFUSED = {
     errno.ENOMEM: "Free memory, or raise the limit on it (ulimit -v)", errno.ESTALE: "Mount the disk again",
 }
 
+# Of whatever path was typed.
+_BAD_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+
 # Packages that are imported where they are used, so that an environment without them can do the rest: module -> name.
 _OPTIONAL = {"grain": "grain", "tensorflow_datasets": "tensorflow-datasets", "matplotlib": "matplotlib",
              "PIL": "pillow", "importlib_resources": "importlib_resources", "psutil": "psutil",
@@ -47,6 +50,9 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         done = "opened" if error.errno in (errno.EMFILE, errno.ENFILE) else "written"
         return 2, (f"{place} cannot be {done}: {error.strerror}. {_REFUSED[error.errno]} and run the same command: a "
                    f"run goes on from its last checkpoint.")
+    if isinstance(error, OSError) and error.errno in _BAD_PATHS:
+        place = str(error.filename or "A path")
+        return 2, f"{place if len(place) <= 200 else f'{place[:200]}...'}: {error.strerror}. Give another path."
     if isinstance(error, MemoryError):
         return 2, ("There is not enough memory, or the limit on it is too low (ulimit -v). Raise it and run the same "
                    "command: a run goes on from its last checkpoint.")
