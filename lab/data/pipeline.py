@@ -1,6 +1,7 @@
 """Records to batches, as a function of (seed, step): no state, so resuming is exact on any number of hosts.
 
-*Records* are anything with `len(r)` and `r[indices] -> dict of arrays` (indices: int array (n,), leading axes n).
+*Records* are anything with `len(r)` and `r[indices] -> dict of arrays` (indices: int array (n,), leading axes n). Those
+that are cut otherwise in every epoch of training also have `r.in_epoch(indices, epochs, seed)` (`lab.data.text`).
 
 Speed (2-core CPU VM, busy, 2026-11-22): 512 windows of 1024 tokens, gpt_small's batch, from a memory-mapped token file
 of 559 MB: `train_batch` makes 220-350 Mtok/s, 77-280 through `Prefetch`; 8-45 when the file is not in the page cache.
@@ -108,16 +109,28 @@ def train_indices(step: int, batch: int, size: int, seed: int) -> np.ndarray:
     Row i is at place p = step * batch + i of the endless stream of epochs: each epoch has each record once, in an order
     of its own; a batch may end one epoch and begin the next.
     """
+    return _train_places(step, batch, size, seed)[0]
+
+
+def _train_places(step: int, batch: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`train_indices`, and the epoch that each belongs to."""
     if size < 1:
         raise UserError("There is no training record.")
     place, stop = step * batch, (step + 1) * batch
-    parts = []
+    parts, epochs = [], np.arange(place, stop) // size
     while place < stop:
         epoch, start = divmod(place, size)
         end = min(size, start + stop - place)
         parts.append(shuffled(np.arange(start, end), epoch, seed, size))
         place += end - start
-    return np.concatenate(parts).astype(np.int64)
+    return np.concatenate(parts).astype(np.int64), epochs
+
+
+def epoch_offsets(epochs: np.ndarray, seed: int, length: int) -> np.ndarray:
+    """A number in [0, length) for each epoch, int64 (n,): 0 in the first, then drawn by (seed, epoch)."""
+    drawn = {epoch: int(_keys(seed ^ 0x57494E44, epoch, 1)[0]) % length if epoch else 0
+             for epoch in np.unique(epochs).tolist()}
+    return np.array([drawn[epoch] for epoch in epochs.tolist()], np.int64)
 
 
 # ----------------------------------------------------------------------------------------------------- batches
@@ -125,15 +138,21 @@ def train_indices(step: int, batch: int, size: int, seed: int) -> np.ndarray:
 
 def train_batch(records: Records, step: int, batch: int, seed: int, rows: slice = ALL) -> Batch:
     """The `rows` of the training batch of `step`, with `weight` (float32 ones) and `index` (numbers of the records)."""
-    indices = train_indices(step, batch, len(records), seed)[rows]
-    return _numbered(records, indices, np.ones(len(indices), np.float32))
+    indices, epochs = (places[rows] for places in _train_places(step, batch, len(records), seed))
+    return _numbered(_in_epoch(records, indices, epochs, seed), indices, np.ones(len(indices), np.float32))
 
 
 def train_batches(records: Records, call: int, updates: int, batch: int, seed: int, rows: slice = ALL) -> Batch:
     """`train_batch` of the `updates` steps of call number `call`, as the first axis: their indices come at once."""
-    indices = train_indices(call, updates * batch, len(records), seed).reshape(updates, batch)[:, rows]
-    found = _numbered(records, indices.ravel(), np.ones(indices.size, np.float32))
+    indices, epochs = (places.reshape(updates, batch)[:, rows]
+                       for places in _train_places(call, updates * batch, len(records), seed))
+    flat = indices.ravel()
+    found = _numbered(_in_epoch(records, flat, epochs.ravel(), seed), flat, np.ones(flat.size, np.float32))
     return {name: x.reshape(*indices.shape, *x.shape[1:]) for name, x in found.items()}
+
+
+def _in_epoch(records: Records, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Batch:
+    return records.in_epoch(indices, epochs, seed) if hasattr(records, "in_epoch") else records[indices]
 
 
 def reader(program: Any) -> Callable[[int], Batch]:
@@ -161,12 +180,13 @@ def eval_batches(records: Records, batch: int, limit: int | None = None, rows: s
     for start in range(0, count, batch):
         place = np.arange(start, start + batch)[rows]
         weight = (place < count).astype(np.float32)
-        yield _numbered(records, chosen[np.minimum(place, count - 1)], weight)
+        indices = chosen[np.minimum(place, count - 1)]
+        yield _numbered(records[indices], indices, weight)
 
 
-def _numbered(records: Records, indices: np.ndarray, weight: np.ndarray) -> Batch:
+def _numbered(batch: Batch, indices: np.ndarray, weight: np.ndarray) -> Batch:
     """The records with their `weight` and their `index`, from which the step makes their random keys."""
-    return records[indices] | {"weight": weight, "index": indices.astype(np.int32)}
+    return batch | {"weight": weight, "index": indices.astype(np.int32)}
 
 
 class Prefetch(Generic[T]):

@@ -19,6 +19,7 @@ import numpy as np
 from lab.data import cache_folder, digest, log
 from lab.data.building import built
 from lab.data.dataset import Dataset
+from lab.data.pipeline import epoch_offsets
 from lab.data.saved import saved_form
 from lab.data.sources import Corpus, Documents, PythonStdlib, Survey, TextFiles, Tfds, pieces
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted
@@ -42,6 +43,9 @@ class Text:
     A record is one window: `tokens` int32 (length + 1,), whose inputs are [:-1] and targets [1:], and `bytes`, the
     number of UTF-8 bytes of its targets. Consecutive windows share one token, so each token is a target once; what is
     left of a split after its last whole window is not used. No window crosses the split.
+
+    In training all windows move along the text by some tokens in each epoch but the first, drawn by (seed, epoch): the
+    model sees what was at the end of one window in the middle of another. Evaluation's windows never move.
     """
 
     source: Source
@@ -120,29 +124,39 @@ class Windows:
         self.tokens = tokens  # the whole split, uint16 or uint32
         held = getattr(tokens.base, "obj", None)  # small files were read whole when they were checked
         self._map = held if isinstance(held, mmap.mmap) and tokens.nbytes > FULL_CHECK else None
-        self._rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+        self._length, self._from = length, np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
         self._byte_counts = byte_counts
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return -(-len(self._from) // self._length)
 
     def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """indices int (n,) -> {"tokens": int32 (n, length + 1), "bytes": int32 (n,)}."""
+        return self._at(indices * self._length)
+
+    def in_epoch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+        """The same, each moved along by what `epoch_offsets` gives its epoch, (n,); a last window that would move
+        beyond the end shows the beginning, which the others have left."""
+        begins = indices * self._length + epoch_offsets(epochs, seed, self._length)
+        return self._at(np.where(begins < len(self._from), begins, 0))
+
+    def _at(self, begins: np.ndarray) -> dict[str, np.ndarray]:
+        """The windows that begin with these tokens."""
         if self._map is not None:
-            self._announce(indices, self._map)
-        tokens = self._rows[indices]
+            self._announce(begins, self._map)
+        tokens = self._from[begins]
         sizes = self._byte_counts.take(tokens[:, 1:]).sum(1)
         return {"tokens": tokens.astype(np.int32), "bytes": sizes.astype(np.int32)}
 
-    def _announce(self, indices: np.ndarray, file: mmap.mmap) -> None:
+    def _announce(self, begins: np.ndarray, file: mmap.mmap) -> None:
         """Have the file's pages of these windows read at once and alone.
 
         Else a file that is not in memory is read a page fault at a time, each with all that the kernel reads ahead:
         the first batch of gpt_small's size read 558 MB (0.4-107 s), and now 3 MB (0.01-0.06 s); 0.6 ms more when warm.
         """
-        begins = np.clip(indices, 0, len(self) - 1) * self._rows.strides[0]
-        pages = begins // mmap.PAGESIZE * mmap.PAGESIZE
-        lengths = begins + self._rows.shape[1] * self.tokens.itemsize - pages
+        bytes_before = np.clip(begins, 0, len(self._from) - 1) * self.tokens.itemsize
+        pages = bytes_before // mmap.PAGESIZE * mmap.PAGESIZE
+        lengths = bytes_before + self._from.shape[1] * self.tokens.itemsize - pages
         for page, length in zip(pages.tolist(), lengths.tolist(), strict=True):
             file.madvise(mmap.MADV_WILLNEED, page, length)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lab.data import text as text_module
-from lab.data.pipeline import eval_batches
+from lab.data.pipeline import epoch_offsets, eval_batches, train_batch, train_batches
 from lab.data.sources import PythonStdlib, TextFiles, Tfds
 from lab.data.text import Text
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars
@@ -65,6 +65,53 @@ def test_windows_cover_each_target_once(corpus, length):
             records[np.array([n])]
     assert (data.unit, data.units_per_record) == ("tokens", length)
     assert data.facts == {"vocab": 300, "length": length}
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_windows_move_along_the_text_in_every_epoch_but_the_first(corpus, length):
+    """What is in an epoch is a function of (seed, epoch): all tokens still, once, but cut at other places."""
+    data = Text(corpus, BPE(300), length).load()
+    records, tokens = data.train, data.train.tokens
+    n, whole = len(records), np.arange(len(records))
+    plain = records[whole]
+    first = records.in_epoch(whole, np.zeros(n, int), 3)
+    assert all(np.array_equal(first[name], plain[name]) for name in plain)
+    offsets = epoch_offsets(np.arange(40), 3, length)
+    assert offsets[0] == 0 and ((offsets >= 0) & (offsets < length)).all()
+    assert (len(set(offsets.tolist())) > min(length, 40) // 3) and (length == 1 or set(offsets[1:].tolist()) != {0})
+    assert length == 1 or not np.array_equal(offsets, epoch_offsets(np.arange(40), 4, length))
+    for epoch in (1, 2, 30):
+        moved = records.in_epoch(whole, np.full(n, epoch), 3)["tokens"]
+        begins = whole * length + offsets[epoch]
+        inside = begins + length < len(tokens)
+        assert (~inside).sum() <= 1
+        assert np.array_equal(moved[inside], np.stack([tokens[b : b + length + 1] for b in begins[inside]]))
+        assert all(np.array_equal(row, tokens[: length + 1]) for row in moved[~inside])
+    mixed = records.in_epoch(np.array([0, 0]), np.array([0, 1]), 3)["tokens"]  # a batch across two epochs
+    assert np.array_equal(mixed[1], tokens[offsets[1] : offsets[1] + length + 1])
+    assert np.array_equal(mixed[0], plain["tokens"][0])
+
+
+def test_batches_of_later_epochs_are_of_moved_windows_and_those_of_evaluation_are_not(tmp_path):
+    letters = np.random.default_rng(0).integers(97, 123, 20_000).astype(np.uint8)  # no two windows are alike
+    (tmp_path / "a.txt").write_bytes(letters.tobytes())
+    records = Text(TextFiles(str(tmp_path / "a.txt")), Bytes(), 16).load().train
+    n = len(records)
+    cut = {row.tobytes() for row in records[np.arange(n)]["tokens"]}
+
+    def known(batch):
+        return np.mean([row.tobytes() in cut for row in batch["tokens"]])
+
+    assert known(train_batch(records, 0, n, seed=1)) == 1
+    later = train_batch(records, 1, n, seed=1)
+    assert known(later) < 0.5 and sorted(later["index"].tolist()) == list(range(n))
+    again = train_batch(records, 1, n, seed=1)
+    assert all(np.array_equal(later[name], again[name]) for name in later)  # a function of (seed, step)
+    both = train_batches(records, 0, 2, n, seed=1)
+    assert np.array_equal(both["tokens"][1], later["tokens"])
+    part = train_batch(records, 1, n, seed=1, rows=slice(1, None, 2))
+    assert np.array_equal(part["tokens"], later["tokens"][1::2])
+    assert all(known(batch) == 1 for batch in eval_batches(records, 16))
 
 
 def test_text_and_bytes_are_exact_and_equal_across_tokenizers(corpus):
