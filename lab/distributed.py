@@ -47,22 +47,53 @@ def find_launch(environ: Mapping[str, str]) -> Launch | None:
     """What the launcher set in `environ`; None for one process.
 
     Raises:
-      UserError: LAB_COORDINATOR, LAB_PROCESSES and LAB_PROCESS_ID do not fit together.
+      UserError: LAB_COORDINATOR, LAB_PROCESSES and LAB_PROCESS_ID do not fit together, or a launcher's own variables
+        are not all there.
     """
     if any(environ.get(name) for name in ("LAB_COORDINATOR", "LAB_PROCESSES", "LAB_PROCESS_ID")):
         return _explicit(environ)
-    if int(environ.get("SKYPILOT_NUM_NODES", 1)) > 1:  # it removes SLURM's own variables
-        host, port = environ["SKYPILOT_NODE_IPS"].split()[0], int(environ.get("JAX_COORDINATOR_PORT", 8476))
-        return Launch("SkyPilot", host, port, int(environ["SKYPILOT_NUM_NODES"]), int(environ["SKYPILOT_NODE_RANK"]))
-    if int(environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
-        return _detected("SLURM")._replace(local_devices=_slurm_devices(environ))
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    if _number(environ, "SKYPILOT_NUM_NODES") > 1:  # it removes SLURM's own variables
+        _need("SkyPilot", environ, "SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK")
+        port = _number(environ, "JAX_COORDINATOR_PORT", 8476)
+        return Launch("SkyPilot", environ["SKYPILOT_NODE_IPS"].split()[0], port,
+                      _number(environ, "SKYPILOT_NUM_NODES"), _number(environ, "SKYPILOT_NODE_RANK", least=0))
+    if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
+        # A shell that srun opened inside a larger allocation is a step of one task; SLURM_NTASKS is the allocation's.
+        tasks = _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS"))
+        if tasks > 1:
+            _need("SLURM", environ, "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID")
+            return _detected("SLURM")._replace(processes=tasks, local_devices=_slurm_devices(environ))
+    if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
+        _need("Open MPI", environ, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri")
         return _detected("Open MPI")
     several = environ.get("TPU_WORKER_HOSTNAMES", "").count(",") or environ.get("MEGASCALE_NUM_SLICES")
-    if environ.get("LAB_PLATFORM") == "tpu" or several:
+    platform = environ.get("LAB_PLATFORM")  # elsewhere the variables of a TPU are left over from something else
+    if platform == "tpu" or (several and not platform):
         found = _detected("TPU pod")
         return found if found and found.processes > 1 else None
     return None
+
+
+def _number(environ: Mapping[str, str], name: str, default: int = 1, least: int = 1) -> int:
+    """The number in a variable; `default` where it is not set. Raises UserError where it is none."""
+    text = environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text} must be a number of at least {least}. {_ALONE.format(name)}")
+    return int(text)
+
+
+def _need(launcher: str, environ: Mapping[str, str], *names: str) -> None:
+    """Raises UserError where a launcher that started several processes did not say all of who is who."""
+    if missing := [name for name in names if not environ.get(name)]:
+        set_here = ", ".join(sorted(n for n in environ if n.startswith(names[0].partition("_")[0] + "_")))
+        raise UserError(f"{launcher} seems to have started several processes, but {' and '.join(missing)} "
+                        f"{'is' if len(missing) == 1 else 'are'} not set (there are {set_here}). "
+                        f"{_ALONE.format('them')}")
+
+
+# What to do about variables that do not fit.
+_ALONE = ("If several processes were started, set LAB_COORDINATOR, LAB_PROCESSES and LAB_PROCESS_ID in each; if this "
+          "one is alone, unset {}.")
 
 
 def _explicit(environ: Mapping[str, str]) -> Launch | None:
@@ -83,8 +114,13 @@ def _detected(launcher: str) -> Launch | None:
     """What JAX itself makes of the environment; the same rules as `jax.distributed.initialize()`."""
     from jax._src.clusters import ClusterEnv  # not public; JAX would only use it where no time limit can be given
 
-    address, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, None, int(_seconds("LAB_START_SECONDS", START_SECONDS)))
+    seconds = int(_seconds("LAB_START_SECONDS", START_SECONDS))
+    try:
+        address, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, seconds)
+    except (LookupError, ValueError, RuntimeError, OSError) as e:  # its variables are another launcher's, or old
+        raise UserError(f"The variables of {launcher} cannot be used ({type(e).__name__}: {str(e)[:160]}). "
+                        f"{_ALONE.format('them')}") from e
     if address is None or processes is None or process is None:
         return None
     host, _, port = address.rpartition(":")

@@ -426,6 +426,47 @@ def test_variables_that_do_not_fit(variables):
         find_launch(variables)
 
 
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0",
+         "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+SKY = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "1"}
+TPU = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "x"}
+
+
+@pytest.mark.parametrize("left", [
+    SLURM | {"SLURM_STEP_NUM_TASKS": "1"},  # `srun --pty bash` inside `salloc -n 4`
+    {name: SLURM[name] for name in ("SLURM_JOB_ID", "SLURM_NTASKS")},  # a shell that salloc opened
+    {name: value for name, value in SLURM.items() if "STEP" not in name},  # a script that sbatch started
+    TPU | {"LAB_PLATFORM": "cpu"}, {"MEGASCALE_NUM_SLICES": "2", "LAB_PLATFORM": "gpu"},
+    {"SKYPILOT_NUM_NODES": "1"}, {"SKYPILOT_NODE_IPS": "10.0.0.1"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_NTASKS": ""},
+])
+def test_variables_that_are_left_over(monkeypatch, left):
+    """Of an interactive shell, or of another job: this process is alone."""
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert find_launch(left) is None
+
+
+@pytest.mark.parametrize("half, words", [
+    ({n: v for n, v in SKY.items() if "IPS" not in n}, "SkyPilot seems to have started several processes, but SKYPILOT_"
+     "NODE_IPS is not set .there are SKYPILOT_NODE_RANK, SKYPILOT_NUM_NODES.. If several"),
+    (SKY | {"SKYPILOT_NODE_RANK": "first"}, "SKYPILOT_NODE_RANK=first must be a number of at least 0. If several"),
+    (SKY | {"SKYPILOT_NUM_NODES": "two"}, "SKYPILOT_NUM_NODES=two must be a number"),
+    (SKY | {"JAX_COORDINATOR_PORT": "http"}, "JAX_COORDINATOR_PORT=http must be a number"),
+    ({n: v for n, v in SLURM.items() if "LOCALID" not in n}, "SLURM seems to have .* SLURM_LOCALID is not set"),
+    (SLURM | {"SLURM_NTASKS": "-4"}, "SLURM_NTASKS=-4 must be a number of at least 1"),
+    (SLURM | {"SLURM_JOB_ID": "seven"}, "The variables of SLURM cannot be used .ValueError"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_LOCAL_RANK and .* are not set"),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+      "OMPI_MCA_orte_hnp_uri": "7.0;ib://x"}, "The variables of Open MPI cannot be used .RuntimeError"),
+])
+def test_variables_that_are_half_there(monkeypatch, half, words):
+    """Several processes that each think they are alone would write into one run folder."""
+    for name, value in half.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        find_launch(half)
+
+
 def test_devices_of_local_processes():
     force = "--xla_force_host_platform_device_count"
     assert devices_of(1, 2, None, {}) == {"XLA_FLAGS": f"{force}=1"}
