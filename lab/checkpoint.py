@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
+import re
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,10 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
+def _digest(arrays: Any, beside: Any) -> str:
+    return digest(arrays if beside is None else [arrays, beside])
+
+
 _checksums = jax.jit(lambda leaves: [checksum(x) for x in leaves])
 
 
@@ -53,6 +61,21 @@ def manifest(state: Any) -> dict[str, dict[str, Any]]:
     sums = jax.device_get(_checksums(list(leaves)))
     return {path_of(p): {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": int(s)}
             for p, x, s in zip(paths, leaves, sums, strict=True)}
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """When one array of a damaged checkpoint fails, Orbax closes the event loop to which tensorstore reports all the
+    others: hundreds of lines about that loop, also after we are through. They say nothing of the damage."""
+    usual = sys.unraisablehook
+
+    def quiet(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            usual(found)
+
+    sys.unraisablehook = quiet
+    yield
+    sys.unraisablehook = usual  # not after an exception
 
 
 class _Keep:
@@ -81,6 +104,9 @@ class Checkpoints:
         settings = ({"read_only": True, "create": False} if options is None else
                     {"preservation_policy": _Keep(options, best, named), "cleanup_tmp_directories": True})
         self.remote = "://" in str(folder)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, in the place of the folder of checkpoints. Restore that folder, or "
+                            f"start afresh with --run-dir.")
         place = folder if self.remote else folder.absolute()
         self._manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(
             save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1), **settings))
@@ -89,8 +115,13 @@ class Checkpoints:
         """Steps of the committed checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any) -> None:
-        """Starts a save; the state may be donated as soon as this returns.
+    def _strays(self) -> list[int]:
+        """Steps where something stands in the place of a checkpoint that Orbax does not even list."""
+        names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
+        return sorted({int(name) for name in names if re.fullmatch(r"0|[1-9]\d{0,17}", name)} - set(self.steps()))
+
+    def save(self, step: int, state: Any, beside: Any = None) -> None:
+        """Starts a save; the state may be donated as soon as this returns. `beside`: a JSON value to keep with it.
 
         Raises:
           UserError: the disk is too full or not writable. What was saved before stays.
@@ -98,12 +129,13 @@ class Checkpoints:
         need = sum(x.nbytes for x in jax.tree.leaves(state))
         free = None if self.remote else shutil.disk_usage(self.folder).free
         if free is not None and free < need:
-            raise CannotWrite(f"The disk of {self.folder} is full: a checkpoint needs {need / 1e6:.0f} MB and "
-                              f"{free / 1e6:.0f} MB are free. Free some and run the same command: it goes on from the "
+            raise CannotWrite(f"The disk of {self.folder} is full: a checkpoint needs {need / 1e6:,.2f} MB and "
+                              f"{free / 1e6:,.2f} MB are free. Free some and run the same command: it goes on from the "
                               f"last checkpoint.")
         args = self._ocp.args
         arrays = manifest(state)
-        described = args.JsonSave({"step": step, "digest": digest(arrays), "arrays": arrays})
+        described = args.JsonSave({"step": step, "digest": _digest(arrays, beside), "arrays": arrays}
+                                  | ({} if beside is None else {"beside": beside}))
         self._guard(lambda: self._manager.save(step, force=True, args=args.Composite(
             state=args.StandardSave(state), manifest=described)))
 
@@ -119,7 +151,8 @@ class Checkpoints:
         try:
             action()
         except (OSError, ValueError) as e:  # tensorstore reports a full disk as ValueError
-            signs = ("No space left", "RESOURCE_EXHAUSTED", "Permission denied", "Read-only")
+            signs = ("No space left", "RESOURCE_EXHAUSTED", "Permission denied", "Read-only", "File too large",
+                     "Too many open files", "Disk quota")
             if any(sign in str(e) for sign in signs):
                 reason = str(e).splitlines()[0][:200]
                 raise CannotWrite(f"A checkpoint could not be written to {self.folder}: {reason}. Earlier checkpoints "
@@ -134,13 +167,17 @@ class Checkpoints:
         Raises:
           UserError: every checkpoint is damaged; or the one asked for is missing; or it is of another model.
         """
-        steps = self.steps()
+        strays = self._strays()
+        steps = sorted(self.steps() + strays)
         if step is not None and step not in steps:
             raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {steps}.")
         for candidate in reversed(steps) if step is None else [step]:
             damage = None
             try:
-                state = self._read(candidate, target)
+                if candidate in strays:
+                    raise ValueError("it is not a folder")
+                with _without_echo():
+                    state = self._read(candidate, target)
             except UserError:
                 raise
             except Exception as e:  # whatever a damaged file makes Orbax raise; it is reported
@@ -158,23 +195,35 @@ class Checkpoints:
                             f"start again, or choose another with --run-dir.")
         return None
 
+    def beside(self, step: int | None = None) -> Any:
+        """What was saved with the state of `step`, by default of the newest checkpoint; None where nothing was."""
+        step = max(self.steps(), default=None) if step is None else step
+        try:
+            return None if step is None else self._described(step).get("beside")
+        except Exception as e:  # whatever a damaged file makes Orbax raise; `restore` speaks of it
+            log.debug("no manifest of step %d: %s", step, e)
+            return None
+
     def discard_after(self, step: int) -> None:
         """Moves checkpoints later than `step` (all damaged) aside, so that their steps can be saved again."""
-        for later in [s for s in self.steps() if s > step]:
-            aside = self.folder.parent / f"damaged-checkpoint-{later}"
+        for later in [s for s in self.steps() + self._strays() if s > step]:
+            names = (f"damaged-checkpoint-{later}" + (f"-{again}" if again else "") for again in itertools.count())
+            aside = next(place for name in names if not (place := self.folder.parent / name).exists())
+            aside = self.folder.parent / self.processes.share(aside.name)
             if self.processes.first:
-                if aside.exists():
-                    aside.rmtree() if self.remote else shutil.rmtree(aside, ignore_errors=True)
                 (self.folder / str(later)).rename(aside)
             log.warning("It is now %s; the run goes on from step %d.", aside, step)
         self.processes.gather(None)
         self._manager.reload()
 
-    def _read(self, step: int, target: Any) -> Any:
+    def _described(self, step: int) -> dict[str, Any]:
         args = self._ocp.args
-        described = self._manager.restore(step, args=args.Composite(manifest=args.JsonRestore())).manifest
+        return self._manager.restore(step, args=args.Composite(manifest=args.JsonRestore())).manifest
+
+    def _read(self, step: int, target: Any) -> Any:
+        args, described = self._ocp.args, self._described(step)
         saved = described["arrays"]
-        if digest(saved) != described["digest"]:
+        if described["step"] != step or described["digest"] != _digest(saved, described.get("beside")):
             raise ValueError("its manifest was changed")
         here = {path_of(p): list(x.shape) for p, x in jax.tree.leaves_with_path(target)}
         there = {path: entry["shape"] for path, entry in saved.items()}

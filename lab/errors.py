@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
@@ -23,6 +24,8 @@ _REFUSED = {
     errno.EROFS: "Choose a place that can be written", errno.EACCES: "Unlock it", errno.EPERM: "Unlock it",
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f)", errno.EIO: "Look after the disk",
     errno.EMFILE: "Raise the limit on open files (ulimit -n)", errno.ENFILE: "Raise the limit on open files",
+    errno.EISDIR: "Delete or rename what is there", errno.ENOTDIR: "Delete or rename what is there",
+    errno.EEXIST: "Delete or rename what is there", errno.ENOTEMPTY: "Delete or rename what is there",
     errno.ENOMEM: "Free memory, or raise the limit on it (ulimit -v)", errno.ESTALE: "Mount the disk again",
 }
 
@@ -57,6 +60,16 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return 2, ("There is not enough memory, or the limit on it is too low (ulimit -v). Raise it and run the same "
                    "command: a run goes on from its last checkpoint.")
     return None
+
+
+@contextlib.contextmanager
+def naming(path: os.PathLike[str]) -> Iterator[None]:
+    """An operation on an open file fails without its name (a full disk, a limit on sizes): this puts it in."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
 
 
 @contextlib.contextmanager

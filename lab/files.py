@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from lab.errors import UserError
+from lab.errors import UserError, naming
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,11 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
     A symbolic link at `path` is replaced, not followed. Text is written as UTF-8.
     """
-    content = content.encode() if isinstance(content, str) else content
+    # A name of a file or a class that is no text (bytes of another encoding) is written with escapes.
+    content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("xb") as file:  # x: never a file or link that is there already
+        with naming(path), temporary.open("xb") as file:  # x: never a file or link that is there already
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -24,7 +24,7 @@ from lab.files import replace_file
 from lab.plan import make_plan
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
-from lab.run_folder import alone, checkpoint_folder, open_folder, shared, write_diverged, write_json
+from lab.run_folder import alone, checkpoint_folder, open_folder, shared, write_diverged, write_json, write_result
 from lab.signals import EXIT, Stop
 from lab.step import State
 from lab.tasks.base import Outcome
@@ -116,7 +116,9 @@ class _Run:
 
     def _open_rows(self) -> metrics.Rows:
         """The rows so far; in other processes than the first only its evaluations, from which decisions follow."""
-        processes, rows = self.stop.processes, metrics.Rows(self.folder / "metrics.jsonl", self.step)
+        processes, path = self.stop.processes, self.folder / "metrics.jsonl"
+        saved = self.checkpoints.beside(self.step) if self.step in self.checkpoints.steps() else None
+        rows = metrics.Rows(path, self.step, saved if processes.first else None)
         evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
         if not processes.first:
             rows.rows = evaluations
@@ -255,7 +257,7 @@ class _Run:
         self._flush()  # raises before a state that is not finite could be saved
         self.rows.sync()
         with self.clock.paused("checkpoint"):
-            self.checkpoints.save(self.step, self.state)
+            self.checkpoints.save(self.step, self.state, self.rows.mark())
 
     def _interrupted(self) -> int:
         self._save()
@@ -297,7 +299,7 @@ class _Run:
             result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
             if self.rows.rows[-1]["split"] != "test":
                 self._write(result["test"])
-        write_json(self.folder / "result.json", result)  # first: nothing that follows may cost the run its result
+        write_result(self.folder, result, self.rows.mark())  # first: nothing that follows may cost the run its result
         if self.pictures:
             self._show(outcome)
         self.screen.say(describe_result(result))

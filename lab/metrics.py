@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lab.errors import UserError
+from lab.errors import UserError, naming
 from lab.files import open_file, replace_file
 
 # Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by JAX's device_kind.
@@ -67,37 +68,82 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
       UserError: another line is damaged.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}). Restore it, or start afresh with --run-dir.") from e
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last end of a line was cut short
         try:
-            rows.append(json.loads(line))
-        except ValueError as e:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is damaged ({e}). Restore it, or start afresh with "
-                                f"--run-dir.") from e
-    return rows if not lines or lines[-1].endswith("\n") else rows[: len(lines) - 1]
+            row = json.loads(line.decode())
+            if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("split"), str):
+                raise ValueError("it is no row of metrics with a step and a split")
+            rows.append(row)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}, line {number} is damaged ({e}). Restore it, or start afresh with "
+                            f"--run-dir.") from e
+    return rows
+
+
+def marked_rows(path: Path, saved: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The rows that `saved` speaks of (see `Rows.mark`), all where it is None; none where the file is gone.
+
+    Raises:
+      UserError: they are damaged, or other ones.
+    """
+    rows = read_rows(path)
+    if saved is None:
+        return rows
+    rows = rows[: saved["rows"]]
+    found = hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()
+    if found == saved["digest"] or not path.exists():
+        return rows
+    what = (f"{saved['rows'] - len(rows)} of the {saved['rows']} rows are gone" if len(rows) < saved["rows"] else
+            f"its first {saved['rows']} rows are other ones")
+    raise UserError(f"{path} was changed: {what}, on which the best state, patience and the result rest. Restore it; "
+                    f"or delete it, and an unfinished run goes on and counts from there.")
 
 
 class Rows:
     """A JSON-lines file that is a function of the experiment alone: it holds no times, and goes back with the run."""
 
-    def __init__(self, path: Path, last_step: int):
-        """Opens for appending, without the rows after `last_step` that a crashed process may have left."""
-        # In the order of time, in which the row of the test split comes last, even if it is of an earlier, best state.
-        self.rows = list(itertools.takewhile(lambda row: row["step"] <= last_step, read_rows(path)))
-        replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+    def __init__(self, path: Path, last_step: int, saved: Mapping[str, Any] | None = None):
+        """Opens for appending, without the rows after `last_step` that a crashed process may have left. `saved`: the
+        `mark` of that step.
+
+        Raises:
+          UserError: rows are damaged, or other ones than when the state of that step was saved.
+        """
+        if saved is None:
+            # In the order of time, in which the row of the test split is last, even if it is of an earlier, best state.
+            rows = list(itertools.takewhile(lambda row: row["step"] <= last_step, read_rows(path)))
+        else:
+            rows = marked_rows(path, saved)
+        self.path, self.rows, self._digest = path, rows, hashlib.sha256()
+        lines = [self._line(row) for row in rows]
+        replace_file(path, "".join(lines))
         self._file = open_file(path)
+
+    def _line(self, row: dict[str, Any]) -> str:
+        line = json.dumps(row) + "\n"
+        self._digest.update(line.encode())
+        return line
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a row, and hands it to the operating system at once."""
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(self._line(row))
+            self._file.flush()
+
+    def mark(self) -> dict[str, Any]:
+        """What a checkpoint says of the rows up to it, so that whoever goes on from there finds the same ones."""
+        return {"rows": len(self.rows), "digest": self._digest.hexdigest()}
 
     def sync(self) -> None:
         """Makes the rows survive a power cut. Called before the checkpoint that relies on them."""
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

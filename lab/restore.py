@@ -12,7 +12,7 @@ import jax
 from lab.checkpoint import Checkpoints
 from lab.errors import UserError
 from lab.experiment import Experiment, Mesh
-from lab.metrics import best_row, read_rows
+from lab.metrics import best_row, marked_rows, read_rows
 from lab.program import Program
 from lab.run_folder import checkpoint_folder, read_folder
 from lab.sharding import path_of
@@ -34,22 +34,30 @@ def open_run(run: Path, step: int | None = None, best: bool = False) -> tuple[Ex
     experiment.validate()
     if best and step is not None:
         raise UserError("--best and --step exclude each other.")
-    if best:
-        rows = [r for r in read_rows(run / "metrics.jsonl") if r["split"] == "validation" and r["step"]]
-        step = best_row(rows, experiment.evaluate.metric, experiment.evaluate.mode)["step"]
-        if step is None:
-            raise UserError(f"{run} has no evaluation after an update yet, so no checkpoint is its best.")
     folder = checkpoint_folder(run)
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(f"{run} has no checkpoint yet.")
+    checkpoints = Checkpoints(folder)
+    if best:
+        step = _best_step(run, experiment, checkpoints)
     try:
         program = Program(experiment)
     except UserError:  # a run may be looked at on another number of devices than it was trained on
         devices = math.gcd(experiment.batch // experiment.microbatches, jax.device_count())
         program = Program(replace(experiment, mesh=Mesh(devices)))
-    checkpoints = Checkpoints(folder)
     state = checkpoints.restore(program.abstract, step)
     checkpoints.close()
     if state is None:
         raise UserError(f"{run} has no checkpoint yet.")
     return experiment, program, state
+
+
+def _best_step(run: Path, experiment: Experiment, checkpoints: Checkpoints) -> int:
+    """The step with the best validation metric. Raises UserError where there is none, or the rows were changed."""
+    path = run / "metrics.jsonl"
+    marked_rows(path, checkpoints.beside())
+    rows = [row for row in read_rows(path) if row["split"] == "validation" and row["step"]]
+    step = best_row(rows, experiment.evaluate.metric, experiment.evaluate.mode)["step"]
+    if step is None:
+        raise UserError(f"{run} has no evaluation after an update yet, so no checkpoint is its best.")
+    return step

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from lab.errors import UserError
-from lab.experiment import ROOT, Experiment, differences, from_json, load, to_json
+from lab.experiment import ROOT, Experiment, differences, digest, from_json, load, to_json
 from lab.files import make_folder, no_links, open_file, replace_file
+from lab.metrics import marked_rows
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -27,18 +28,67 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises UserError when the file is damaged."""
+NUMBER = (int, float)
+# What must be in a file: name -> the types that it may have there.
+RESULT = {"steps": int, "stopped_early": bool, "final": dict, "best": dict}
+TIMES = {"timed_updates": int} | dict.fromkeys(
+    ("seconds_per_update", "data_wait_seconds", "training_seconds", "evaluation_seconds"), NUMBER)
+DESCRIPTION = {"experiment": dict, "fingerprint": str, "data": str}
+
+
+def read_json(path: Path, shape: Mapping[str, Any] | None = None) -> Any:
+    """The value in a JSON file; with `shape` an object that has these fields.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:
+        value = json.loads(path.read_bytes().decode())
+        if shape is not None:
+            check_shape(value, shape)
+        return value
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}). Restore it, or start afresh with --run-dir.") from e
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({e}). Restore it, or start afresh with --run-dir.") from e
 
 
+def check_shape(value: Any, shape: Mapping[str, Any]) -> None:
+    """Raises ValueError where a JSON value is no object with these fields of these types."""
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {str(value)[:40]!r} instead of named fields")
+    for name, types in shape.items():
+        types = types if isinstance(types, tuple) else (types,)
+        if name not in value:
+            raise ValueError(f"it has no {name!r}")
+        if type(value[name]) not in types:
+            raise ValueError(f"{name} is {str(value[name])[:40]!r}")
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, or None. Raises UserError where it is damaged."""
+    """The result of a finished run, or None. Raises UserError where it is damaged, or no row of metrics.jsonl."""
     path = folder / "result.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    result = read_json(path, RESULT)
+    try:
+        for row in [result[name] for name in ("final", "best", "test") if name in result]:
+            check_shape(row, {"step": int, "split": str})
+            check_shape(row, dict.fromkeys(row.keys() - {"step", "split"}, NUMBER))
+        if "seconds_per_update" in result:
+            check_shape(result, TIMES)
+        if "digest" in result and result.pop("digest") != digest(result):
+            raise ValueError("it was edited")
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}). Restore it, or delete it: the same command writes it anew.") from e
+    marked_rows(folder / "metrics.jsonl", result.get("metrics"))
+    return result
+
+
+def write_result(folder: Path, result: Mapping[str, Any], mark: Mapping[str, Any]) -> None:
+    """Writes result.json, which means that the run is done. `mark`: of its rows (`lab.metrics.Rows`)."""
+    result = {**result, "metrics": mark}
+    write_json(folder / "result.json", {**result, "digest": digest(result)})
 
 
 @contextlib.contextmanager
@@ -94,7 +144,7 @@ def checkpoint_folder(folder: Path, wish: str | None = None) -> Any:
     """
     described = folder / "experiment.json"
     if wish is None and described.exists():
-        wish = read_json(described).get("checkpoints")
+        wish = read_description(folder).get("checkpoints")
     if wish is None or "://" not in wish:
         return folder / "checkpoints" if wish is None else Path(wish)
     from etils import epath
@@ -123,7 +173,8 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
     described = folder / "experiment.json"
     if described.exists():
         check_same(folder, experiment, data_fingerprint)
-    description = {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
+    value = to_json(experiment)
+    description = {"experiment": value, "digest": digest(value), "fingerprint": experiment.fingerprint(),
                    "data": data_fingerprint, "file": str(file) if file else None, "checkpoints": checkpoints}
     if checkpoints is not None:  # what is there may be older than this run folder, and of another run
         place = checkpoint_folder(folder, checkpoints)
@@ -142,9 +193,23 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
     write_json(folder / f"environment{f'-{start}' if start > 1 else ''}.json", environment())
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """What experiment.json says. Raises UserError where it is damaged or was edited."""
+    path = folder / "experiment.json"
+    found = read_json(path, DESCRIPTION)
+    for name in ("file", "checkpoints"):
+        if not isinstance(found.get(name), str | None):
+            raise UserError(f"{path} is damaged ({name} is {found[name]!r}). Restore it, or start afresh with "
+                            f"--run-dir.")
+    if "digest" in found and found["digest"] != digest(found["experiment"]):
+        raise UserError(f"{path} was edited: its experiment is not the one that was run. Restore it, or start afresh "
+                        f"with --run-dir.")
+    return found
+
+
 def check_same(folder: Path, experiment: Experiment, data_fingerprint: str) -> None:
     """Raises UserError where a run folder is of another experiment (says in what they differ) or other data."""
-    there = read_json(folder / "experiment.json")
+    there = read_description(folder)
     if there["fingerprint"] != experiment.fingerprint():
         found = list(differences(there["experiment"], to_json(experiment)))
         shown = ", ".join(f"{path} is {a} there and {b} here" for path, a, b in found[:4])
@@ -165,7 +230,7 @@ def read_folder(folder: Path) -> Experiment:
     if not described.exists():
         near = sorted(str(p.parent) for p in Path("runs").glob("*/experiment.json"))
         raise UserError(f"{folder} is no run folder" + (f"; there are {', '.join(near)}." if near else "."))
-    value = read_json(described)
+    value = read_description(folder)
     if value["file"] and Path(value["file"]).exists():
         load(Path(value["file"]))  # its classes may be part of the experiment
     return from_json(value["experiment"])

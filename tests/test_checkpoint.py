@@ -16,6 +16,7 @@ from lab.checkpoint import Checkpoints, checksum, manifest
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Mesh
 from lab.program import Program
+from lab.run_folder import finished
 from lab.sharding import make_mesh
 from tests.test_loop import (  # noqa: F401 (fixtures)
     final,
@@ -234,6 +235,118 @@ def test_a_lost_file_never_means_a_silent_restart(folder, reference, name):  # n
     else:
         assert status == 0 and "Going on after update 10" in said
         assert same(folder, reference)
+
+
+@pytest.mark.parametrize("pattern", ["state/array_metadatas/*", "state/manifest.ocdbt", "state/d/*"])
+def test_damage_is_one_sentence(folder, reference, pattern, capfd):  # noqa: F811
+    """Without the hundreds of lines that the reading of all the other arrays leaves on stderr."""
+    for path in (folder / "checkpoints" / "10").glob(pattern):
+        path.write_bytes(b"")
+    status, said = go(toy(), folder)
+    assert status == 0 and "Going on after update 8" in said
+    assert len([line for line in said.splitlines() if "damaged" in line]) == 2  # which, and where it is now
+    assert capfd.readouterr().err == ""
+    assert same(folder, reference)
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_named_and_nothing_is_overwritten(folder, reference):  # noqa: F811
+    shutil.rmtree(folder / "checkpoints" / "10")
+    (folder / "checkpoints" / "10").write_text("a file")
+    (folder / "damaged-checkpoint-10").mkdir()
+    (folder / "damaged-checkpoint-10" / "mine").write_text("kept")
+    status, said = go(toy(), folder)
+    assert status == 0 and "step 10" in said and "is damaged (it is not a folder)" in said
+    assert (folder / "damaged-checkpoint-10" / "mine").read_text() == "kept"
+    assert (folder / "damaged-checkpoint-10-1").read_text() == "a file"
+    assert same(folder, reference)
+
+
+def test_a_checkpoint_under_another_number(folder, reference):  # noqa: F811
+    (folder / "checkpoints" / "8").rename(folder / "checkpoints" / "11")
+    status, said = go(toy(), folder)
+    assert status == 0 and "step 11" in said and "its manifest was changed" in said
+    assert "Going on after update 10" in said
+    assert same(folder, reference)
+
+
+def test_checkpoints_that_are_a_file(folder):
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints is a file, in the place of the folder"):
+        go(toy(), folder)
+
+
+# ------------------------------------------------------------------------------------- the rows that go with a state
+
+
+def first_rows(lines: list[str]) -> list[str]:
+    return lines[:5]
+
+
+def without_a_middle_row(lines: list[str]) -> list[str]:
+    return lines[:4] + lines[5:]
+
+
+def another_digit(lines: list[str]) -> list[str]:
+    digit = next(c for c in lines[3].rpartition('"loss": ')[2] if c in "12345678")
+    head, _, tail = lines[3].rpartition('"loss": ')
+    return [*lines[:3], f'{head}"loss": {tail.replace(digit, str(int(digit) + 1), 1)}', *lines[4:]]
+
+
+def no_rows(lines: list[str]) -> list[str]:
+    return []
+
+
+@pytest.mark.parametrize("change, words", [
+    (first_rows, r"8 of the 13 rows are gone"), (without_a_middle_row, r"1 of the 13 rows are gone"),
+    (another_digit, r"its first 13 rows are other ones"), (no_rows, r"13 of the 13 rows are gone")])
+def test_rows_that_were_changed_since_the_checkpoint(folder, reference, change, words):  # noqa: F811
+    """Best and patience rest on them, so a run does not go on from other ones."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    changed = change(lines)
+    assert changed != lines
+    path.write_text("".join(changed))
+    with pytest.raises(UserError, match=rf"metrics.jsonl was changed: {words}.*Restore it; or delete it"):
+        go(toy(), folder)
+    assert path.read_text() == "".join(changed) and steps_of(folder) == [4, 8, 10]  # nothing was touched
+    path.write_text("".join(lines))
+    assert go(toy(), folder)[0] == 0
+    assert same(folder, reference)
+
+
+def test_rows_after_the_checkpoint_are_computed_again(folder, reference):  # noqa: F811
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "split": "validation", "loss": 0.0}\n{"step": 11, "split": "train"}\n{"st')
+    assert go(toy(), folder)[0] == 0
+    assert same(folder, reference)
+
+
+def test_rows_that_are_gone(folder):
+    (folder / "metrics.jsonl").unlink()
+    status, said = go(toy(), folder)
+    assert status == 0 and "The run folder is new: metrics, the best state and patience count from here." in said
+
+
+def test_the_result_of_a_finished_run_is_what_was_written(reference, tmp_path):  # noqa: F811
+    folder = Path(shutil.copytree(reference, tmp_path / "run"))
+    good = finished(folder)
+    assert good["steps"] == 12 and "digest" not in good
+    path = folder / "result.json"
+    text = path.read_text()
+    for old, new in (('"stopped_early": false', '"stopped_early": true'), ('"steps": 12', '"steps": 13')):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match="result.json is damaged .it was edited"):
+            finished(folder)
+    path.write_text(text)
+    rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(another_digit(rows)))
+    with pytest.raises(UserError, match="metrics.jsonl was changed"):
+        finished(folder)
+    path.unlink()  # the advice of the first sentence
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    assert go(toy(), folder)[0] == 0 and finished(folder)["final"] == good["final"]
 
 
 # ------------------------------------------------------------------------------------------- models, steps, devices

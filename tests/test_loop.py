@@ -382,16 +382,14 @@ def test_killed_before_the_result_was_written(tmp_path, reference):
 
 
 def test_the_result_is_written_before_the_pictures(tmp_path, monkeypatch):
-    real, at_result = loop.write_json, []
+    real, at_result = loop.write_result, []
 
-    def watched(path: Path, value: Any) -> None:
-        if path.name == "result.json":
-            at_result.append((steps_of(path.parent), len(read_rows(path.parent / "metrics.jsonl")),
-                              (path.parent / "plots").exists()))
-        real(path, value)
+    def watched(folder: Path, *rest: Any) -> None:
+        at_result.append((steps_of(folder), len(read_rows(folder / "metrics.jsonl")), (folder / "plots").exists()))
+        real(folder, *rest)
 
     monkeypatch.undo()  # nothing is faked here but the writer
-    monkeypatch.setattr(loop, "write_json", watched)
+    monkeypatch.setattr(loop, "write_result", watched)
     from matplotlib.figure import Figure
 
     pictures: list[Path] = []
@@ -429,7 +427,7 @@ def test_a_mistake_before_the_result_is_no_warning(tmp_path, monkeypatch):
     def fail(*args: Any) -> None:
         raise ValueError("wrong")
 
-    monkeypatch.setattr(loop, "write_json", fail)
+    monkeypatch.setattr(loop, "write_result", fail)
     with pytest.raises(ValueError, match="wrong"):
         go(toy(), tmp_path / "run")
 

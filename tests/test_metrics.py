@@ -68,6 +68,6 @@ def test_rows_keep_every_bit(tmp_path):
     values = [0.1 + 0.2, 1e-45, 3.4028234663852886e38, float(jnp.float32(1) / 3)]
     rows = Rows(tmp_path / "m.jsonl", 0)
     for value in values:
-        rows.append({"step": 1, "loss": value})
+        rows.append({"step": 1, "split": "train", "loss": value})
     rows.close()
     assert [row["loss"] for row in Rows(tmp_path / "m.jsonl", 1).rows] == values

@@ -17,7 +17,7 @@ from lab.checkpoint import Checkpoints
 from lab.errors import UserError
 from lab.experiment import Experiment, to_json
 from lab.files import replace_file
-from lab.metrics import read_rows
+from lab.metrics import marked_rows
 from lab.program import Program, abstract_state
 from lab.step import State
 
@@ -68,7 +68,8 @@ def take_over(folder: Path, after: int, experiment: Experiment, base: Experiment
     state = jax.tree.map(lambda x, target: jax.device_put(x, target.sharding), state._replace(opt_state=opt_state),
                          program.abstract)
     same = base.evaluate == experiment.evaluate and base.optim.ema == experiment.optim.ema
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["split"] == "train" and row["step"] <= after
+    found = marked_rows(folder / "metrics.jsonl", kept.beside(after))
+    rows = [row for row in found if row["split"] == "train" and row["step"] <= after
             or row["split"] == "validation" and same and row["step"] < after]
     replace_file(own / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return state

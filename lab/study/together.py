@@ -20,7 +20,7 @@ from lab.data.pipeline import Prefetch, eval_batches, train_indices
 from lab.errors import UserError
 from lab.experiment import Checkpoint
 from lab.files import replace_file
-from lab.run_folder import open_folder, write_diverged, write_json
+from lab.run_folder import open_folder, write_diverged, write_result
 from lab.signals import EXIT, Stop
 from lab.study.cells import Cell
 from lab.study.stacked import FINITE, Stacked, apart
@@ -54,7 +54,9 @@ class _Together:
                 replace_file(folder / "tokenizer.json", state)
         self.checkpoints = Checkpoints(home / "checkpoints", Checkpoint(keep=1, best=False))
         self._restore_or_init()
-        self.rows = [metrics.Rows(folder / "metrics.jsonl", self.step) for folder in folders]
+        marks = self.checkpoints.beside(self.step) if self.step in self.checkpoints.steps() else None
+        self.rows = [metrics.Rows(folder / "metrics.jsonl", self.step, marks and marks[c])
+                     for c, folder in enumerate(folders)]
         self.pending: tuple[int, Any] | None = None
         self.begun, self.first, self.evaluating = time.monotonic(), self.step, 0.0
 
@@ -170,7 +172,7 @@ class _Together:
         for rows in self.rows:
             rows.sync()
         self.checkpoints.save(self.step, {"states": self.states, "alive": self.alive}
-                              | ({} if self.best is None else {"best": self.best}))
+                              | ({} if self.best is None else {"best": self.best}), [rows.mark() for rows in self.rows])
 
     def _finish(self) -> tuple[int, list[bool]]:
         self._save()  # whoever is killed from here on only has to do this last part again
@@ -197,7 +199,7 @@ class _Together:
                 result["test"] = {"step": self.step, "split": "test", **tested[c]}
                 if self.rows[c].rows[-1]["split"] != "test":
                     self.rows[c].append(result["test"])
-            write_json(folder / "result.json", result)
+            write_result(folder, result, self.rows[c].mark())
         return 0, self.lives
 
     def _save_alone(self, folder: Path, states: Sequence[Any], best: int | None) -> None:
