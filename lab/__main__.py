@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lab.backend import start_jax
 from lab.errors import UserError, explain
+from lab.files import expand_home
 
 if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
     from lab.distributed import Processes
@@ -338,6 +339,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def run(args: Sequence[str], processes: Processes) -> int:
     """Runs a command; returns the exit status."""
     check_words(args)
+    args = expand_home(args)
     if not args or args[0] in ("-h", "--help", "help"):
         print(overview())
         return 0

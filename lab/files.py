@@ -11,12 +11,33 @@ import logging
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 from lab.errors import UserError, naming
 
 log = logging.getLogger(__name__)
+
+
+def user_path(text: str | Path) -> Path:
+    """A path that a person wrote: a leading ~ or ~name is the home folder, where there is one of that name."""
+    return Path(os.path.expanduser(text))
+
+
+def expand_home(words: Sequence[str]) -> list[str]:
+    """The words of a command line with the home folder for a leading ~, also after the = of --flag=~/file.
+
+    The shell leaves ~ alone there and within quotation marks. A --prompt is text, and stays as it is.
+    """
+    found, flag = [], ""
+    for word in words:
+        flag = word.partition("=")[0] if word.startswith("--") else flag
+        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if value.startswith("~") and flag != "--prompt":
+            word = name + equals + os.path.expanduser(value)
+        found.append(word)
+    return found
 
 
 def _link(path: Path) -> UserError:
@@ -82,7 +103,7 @@ def cache_folder(kind: str) -> Path:
     """
     env = os.environ
     wanted = env.get("LAB_CACHE") or os.path.join(env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lab")
-    folder = Path(wanted).expanduser() / kind
+    folder = user_path(wanted) / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lab.errors import UserError
+from lab.files import user_path
 
 Given = dict[str, Any]
 Report = dict[str, Any]
@@ -60,7 +61,7 @@ class Pretrained:
 
         if self.run is None:
             return {}, {}
-        folder = Path(self.run)
+        folder = user_path(self.run)
         step = int(folder.name) if folder.parent.name == "checkpoints" and folder.name.isdigit() else None
         folder = folder.parent.parent if step is not None else folder
         self._same_tokenizer(folder, data)
@@ -97,11 +98,12 @@ class Pretrained:
 class WordVectors:
     """Pretrained word vectors in GloVe's text format (a word and its numbers on each line) for an embedding.
 
-    Rows of words that the file lacks begin at random. Source of the format: Pennington et al. 2014.
+    The first line may be a header as word2vec and fastText write it: the numbers of words and of dimensions. Rows of
+    words that the file lacks begin at random. Source of the format: Pennington et al. 2014.
     """
 
     path: str
-    """The text file, such as glove.6B.100d.txt."""
+    """The text file, such as glove.6B.100d.txt or wiki.en.vec."""
     parameter: str = "embedding/embedding"
     """Path of the embedding, (vocabulary, dimension)."""
     freeze: tuple[str, ...] = ()
@@ -132,17 +134,35 @@ class WordVectors:
         place = {word: i for i, word in enumerate(words[:size])}
         # As torch.nn.Embedding would begin, and small beside GloVe's rows; a function of the file's dimension alone.
         rows = np.random.default_rng(0).normal(0, 0.1, (size, dimension)).astype(np.float32)
-        found = number = 0
+        found = self._read(place, rows)
+        if not found:
+            raise UserError(f"{self.path} has none of the {len(words)} words of this data.")
+        return {path: rows}, {"from": self.path, "loaded": [f"{path}: {found:,} of {len(words):,} words"],
+                              "random": [p for p in wanted if p != path], "not taken": []}
+
+    def _read(self, place: dict[str, int], rows: np.ndarray) -> int:
+        """Puts the file's vectors of the words of `place` into `rows` (vocabulary, dimension); returns how many."""
+        found, number, dimension = 0, 0, rows.shape[1]
         try:
-            with open(self.path, encoding="utf-8") as file:
+            with user_path(self.path).open(encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
                     first, *values = line.rstrip().split(" ")
+                    if number == 1 and len(values) == 1 and dimension > 1 and first.isdigit() and values[0].isdigit():
+                        if int(values[0]) != dimension:
+                            raise UserError(f"{self.path} has vectors of {values[0]} numbers, as its first line says, "
+                                            f"and the embedding has {dimension}.")
+                        continue
                     spaced = values[:-dimension]  # some words of glove.840B have spaces in them
                     if len(values) < dimension or (spaced and NUMBER.match(spaced[-1])):
                         raise UserError(f"{self.path}, line {number}: {len(values)} numbers after {first[:30]!r}, and "
                                         f"the embedding has {dimension}.")
                     if first in place and not spaced:
-                        rows[place[first]] = [float(v) for v in values]
+                        row = np.array(values, np.float64)
+                        if not (good := np.abs(row) < 1e30).all():  # NaN is not below anything
+                            bad = values[int(np.argmin(good))]
+                            raise UserError(f"{self.path}, line {number}: the vector of {first[:30]!r} has {bad!r} in "
+                                            f"it, which is no number to train with. Correct or delete the line.")
+                        rows[place[first]] = row
                         found += 1
         except OSError as e:
             raise UserError(f"Cannot read the word vectors {self.path}: {e.strerror}.") from None
@@ -150,7 +170,4 @@ class WordVectors:
             raise UserError(f"{self.path}, after line {number}, is not UTF-8 text.") from None
         except ValueError as e:
             raise UserError(f"{self.path}, line {number} is not a word and {dimension} numbers ({e}).") from None
-        if not found:
-            raise UserError(f"{self.path} has none of the {len(words)} words of this data.")
-        return {path: rows}, {"from": self.path, "loaded": [f"{path}: {found:,} of {len(words):,} words"],
-                              "random": [p for p in wanted if p != path], "not taken": []}
+        return found

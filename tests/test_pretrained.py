@@ -414,7 +414,10 @@ def test_rows_of_a_glove_file(colours, vectors):
     ("red 1 2 3\nold 1 2\n", "line 2: 2 numbers after 'old', and the embedding has 3"),
     ("red 1 2 3 4\n", "line 1: 4 numbers after 'red', and the embedding has 3"),
     ("the 1 2 3\nof 0.1 .5 2 3 4\n", "line 2: 5 numbers after 'of'"),
-    ("400000 3\nred 1 2 3\n", "line 1: 1 numbers after '400000'"),
+    ("400000 5\nred 1 2 3 4 5\n", "has vectors of 5 numbers, as its first line says, and the embedding has 3"),
+    ("red 1 2 3\n400000 3\n", "line 2: 1 numbers after '400000'"),
+    ("red 1 2 3\nold 1 nan 3\n", "line 2: the vector of 'old' has 'nan' in it, which is no number to train with"),
+    ("old 1 2 -inf\n", "line 1: the vector of 'old' has '-inf' in it"), ("red 1e99 2 3\n", "line 1: .*'1e99' in it"),
     ("red 1 2 3\nold 1 two 3\n", "line 2 is not a word and 3 numbers .*'two'"),
     ("the 1 2 3\nof 1 2 3\n", r"has none of the \d+ words of this data"),
     ("", "has none of the"),
@@ -423,6 +426,18 @@ def test_rows_of_a_glove_file(colours, vectors):
 def test_files_that_are_no_word_vectors(vectors, content, words):
     with pytest.raises(UserError, match=r"vectors.txt(,)? " + words):
         vectors(content)
+
+
+def test_the_header_of_word2vec_and_a_home_folder(colours, vectors, tmp_path, monkeypatch):
+    plain, _ = vectors(GLOVE)
+    headed, report = vectors("6 3\n" + GLOVE)
+    assert np.array_equal(*(given["embedding/embedding"] for given in (plain, headed)))
+    assert report["loaded"] == [f"embedding/embedding: 3 of {len(colours[1].vocabulary)} words"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    there, _ = load(WordVectors("~/vectors.txt"), *colours)
+    assert np.array_equal(there["embedding/embedding"], plain["embedding/embedding"])
+    with pytest.raises(UserError, match="Cannot read the word vectors ~nobody-here/vectors.txt"):
+        load(WordVectors("~nobody-here/vectors.txt"), *colours)
 
 
 def test_word_vectors_that_fit_nowhere(colours, vectors, tmp_path):

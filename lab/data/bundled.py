@@ -21,7 +21,7 @@ import numpy as np
 from lab.data import cache_folder
 from lab.data.columns import numbers, read_columns
 from lab.errors import UserError
-from lab.files import replace_file
+from lab.files import replace_file, user_path
 
 BUNDLED = ("iris", "wine", "breast_cancer", "diabetes", "digits")
 # name -> where its archive is, the archive's name, and the sha256 of it: the three that scikit-learn itself uses
@@ -81,7 +81,7 @@ class Sklearn:
             raise UserError(f"Sklearn({self.name!r}): {perhaps} Known: {', '.join(names)}.")
         if self.path is not None and self.name in BUNDLED:
             raise UserError(f"Sklearn({self.name!r}) is part of scikit-learn's installation: leave out the path.")
-        if self.path is not None and not Path(self.path).expanduser().exists():
+        if self.path is not None and not user_path(self.path).exists():
             raise UserError(f"Sklearn({self.name!r}, path={self.path!r}): there is no such file or folder.")
 
     def load(self) -> Bunch:
@@ -91,7 +91,7 @@ class Sklearn:
 
     def state(self) -> tuple[int, ...]:
         """Changes when the local copy changes."""
-        stat = Path(self.path).expanduser().stat() if self.path else None
+        stat = user_path(self.path).stat() if self.path else None
         return (stat.st_size, stat.st_mtime_ns) if stat else ()
 
 
@@ -100,7 +100,7 @@ def _load(source: Sklearn, _state: tuple[int, ...]) -> Bunch:
     if source.name in BUNDLED:
         return _bundled(source.name)
     read = _housing if source.name == "california_housing" else _newsgroups
-    return read(Path(source.path).expanduser() if source.path else _fetched(source.name))
+    return read(user_path(source.path) if source.path else _fetched(source.name))
 
 
 def _bundled(name: str) -> Bunch:

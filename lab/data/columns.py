@@ -14,6 +14,7 @@ import numpy as np
 from lab.data.numbers import PLAIN, Fields, NumberFormat, doubt, flags
 from lab.data.reading import check_encoding, encoding_of, read_text
 from lab.errors import UserError
+from lab.files import user_path
 
 HUGE = 1e37  # of numbers
 LONGEST = 1 << 28  # characters in one field; the csv module's own limit of 131,072 is too small for e-mails
@@ -80,7 +81,7 @@ class Csv:
         for path in (self.path, self.test):
             if path is not None:
                 try:
-                    stat = Path(path).expanduser().stat()
+                    stat = user_path(path).stat()
                 except OSError as error:
                     raise UserError(f"Cannot read {path}: {error.strerror} (looked from {Path.cwd()}).") from None
                 found += [stat.st_size, stat.st_mtime_ns]
@@ -165,7 +166,7 @@ def read_columns(path: str | Path, form: NumberFormat = PLAIN, encoding: str = "
       UserError: unreadable, not in this encoding, empty, no header, a column named twice, a broken quotation, a row
         with too few or too many fields. Empty lines are passed over.
     """
-    where = Path(path).expanduser()
+    where = user_path(path)
     if where.is_dir():
         raise UserError(f"{path} is a folder, where a CSV file is needed.")
     text = "".join(read_text(where, encoding)).removeprefix("\ufeff")  # Excel marks UTF-8 with it

@@ -11,6 +11,7 @@ import numpy as np
 
 from lab.data.image_sources import Opened, Pixels
 from lab.errors import UserError
+from lab.files import user_path
 
 IMAGES = re.compile(r"-images[-.]idx\d-ubyte(\.gz)?$")
 
@@ -32,7 +33,7 @@ class Idx:
 
     def open(self) -> Opened:
         """Read everything. UserError names the file that is missing, damaged or does not fit the others."""
-        where = Path(self.path).expanduser()
+        where = user_path(self.path)
         train = where if where.is_file() else _idx_in(where, "train")
         if train is None:
             raise UserError(f"{where} has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in it."

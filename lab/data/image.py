@@ -18,6 +18,7 @@ from lab.data.image_records import Found, Part, find
 from lab.data.image_sources import Files, ImageFolder, Opened, Pixels, Tfds, is_image
 from lab.data.pipeline import Arrays, Records, fixed_order
 from lab.errors import UserError
+from lab.files import user_path
 
 Source = Idx | ImageFolder | Tfds | Sklearn
 LOOK = 1000  # training images whose mean and standard deviation the screen shows
@@ -238,7 +239,7 @@ class ImageData(Dataset):
         Raises:
           UserError: names images that are corrupt or of another form than those of training.
         """
-        path = path.expanduser()
+        path = user_path(path)
         if path.is_file() and path.name.removesuffix(".gz").endswith("ubyte"):
             images = read_idx(path)
             images = images[..., None] if images.ndim == 3 else images

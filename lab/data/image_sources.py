@@ -22,6 +22,7 @@ from lab.data import digest
 from lab.data.folders import Splits, labelled, printable, split_folders, tree
 from lab.data.prepared import described
 from lab.errors import UserError
+from lab.files import user_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -130,7 +131,7 @@ class ImageFolder:
 
     def open(self) -> Opened:
         """List the files. UserError for a missing folder, an unclear layout, or a class without images."""
-        root = Path(self.path).expanduser()
+        root = user_path(self.path)
         if not root.is_dir():
             raise UserError(f"{root} is not a folder (looked from {Path.cwd()}).")
         found = tree(root)

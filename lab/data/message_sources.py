@@ -21,6 +21,7 @@ from lab.data.folders import Splits, labelled, printable, split_folders, tree
 from lab.data.reading import check_encoding, lines_of, read_text
 from lab.data.sources import PythonStdlib
 from lab.errors import UserError
+from lab.files import user_path
 
 SPLITS = ("train", "validation", "test")
 AT_ONCE = 1024  # records read from TFDS's files at once
@@ -124,7 +125,7 @@ class TextFolder:
           UserError: names the folder without messages, the file that is not text in this encoding, or the class that
             only another split has; an unclear layout.
         """
-        root = Path(self.path).expanduser()
+        root = user_path(self.path)
         found = tree(root)
         if not found.folders[root]:
             raise UserError(f"TextFolder finds no folder of messages in {root.absolute()}.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import UserError
+from lab.files import user_path
 
 
 def described(name: str, data_dir: str | None) -> tuple[Path, dict[str, dict[str, Any]], dict[str, Any]]:
@@ -42,7 +43,7 @@ def _foreign_classes(value: Any) -> Iterator[str]:
 
 def prepared_folder(name: str, data_dir: str | None) -> Path:
     """The folder of the newest prepared version of a data set, found without TFDS and without the network."""
-    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = user_path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     path, _, version = name.partition(":")
     found = [
         info.parent

@@ -3,10 +3,10 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, Texts, Tokenizer, Words, with_padding
 from lab.errors import UserError
+from lab.files import user_path
 
 FILE = "tokenizer.json"
 
@@ -27,7 +27,7 @@ class Saved:
     """The run's folder, or the tokenizer.json in it."""
 
     def _content(self) -> str:
-        where = Path(self.path).expanduser()
+        where = user_path(self.path)
         where = where / FILE if where.is_dir() else where
         try:
             return where.read_bytes().decode()

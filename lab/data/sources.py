@@ -33,7 +33,7 @@ from lab.data.prepared import described
 from lab.data.reading import check_encoding, encoding_of, read_text
 from lab.data.word_memory import SPACES
 from lab.errors import UserError
-from lab.files import replace_file
+from lab.files import replace_file, user_path
 
 MANY = 20  # from this many documents on, whole documents are split; below it, the text
 PIECE = 1 << 16  # characters handed to a tokenizer at once
@@ -268,7 +268,7 @@ class TextFiles:
 
     def open(self) -> Files:
         """Find the files. UserError when there is none."""
-        where = Path(self.pattern).expanduser()
+        where = user_path(self.pattern)
         if where.is_file():
             found = [where]
         elif where.is_dir():

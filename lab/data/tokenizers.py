@@ -25,6 +25,7 @@ import numpy as np
 
 from lab.data.word_memory import EncodeBatch, WordMemory
 from lab.errors import UserError
+from lab.files import user_path
 
 EOT = "<|endoftext|>"
 SAMPLE = 50_000_000  # bytes of training text that a BPE vocabulary is learned from
@@ -289,7 +290,7 @@ class GPT2:
 
 
 def _merges_file(folder: str) -> Path:
-    where = Path(folder).expanduser()
+    where = user_path(folder)
     for name in ("vocab.bpe", "merges.txt"):
         if (where / name).is_file():
             return where / name
