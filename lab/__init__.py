@@ -1,1 +1,22 @@
-"""A functional JAX research codebase: models are pure functions, experiments are values, ablations are first-class."""
+"""A functional JAX research codebase: models are pure functions, experiments are values, ablations are first-class.
+
+For notebooks and scripts: `lab.train(experiment)` and `lab.open_run(folder)`, both in lab/api.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lab.api import Run, open_run, train
+
+__all__ = ["Run", "open_run", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The API, imported when it is used: `import lab` itself takes no time."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lab import api
+
+    return getattr(api, name)
