@@ -360,7 +360,7 @@ def main(args: Sequence[str]) -> int:
     """
     from lab.distributed import ALONE, start
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax and TFDS think aloud
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and TFDS think aloud, and raise what matters
     processes = ALONE
     try:
         if "--processes" in args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
 import re
 import shutil
@@ -63,19 +64,28 @@ def manifest(state: Any) -> dict[str, dict[str, Any]]:
             for p, x, s in zip(paths, leaves, sums, strict=True)}
 
 
+def _is_object(path: Any) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 @contextlib.contextmanager
 def _without_echo() -> Iterator[None]:
     """When one array of a damaged checkpoint fails, Orbax closes the event loop to which tensorstore reports all the
-    others: hundreds of lines about that loop, also after we are through. They say nothing of the damage."""
-    usual = sys.unraisablehook
+    others: hundreds of lines about that loop and its tasks, also after we are through. They say nothing new."""
+    usual, tasks = sys.unraisablehook, logging.getLogger("asyncio")
 
     def quiet(found: Any) -> None:
         if str(found.exc_value) != "Event loop is closed":
             usual(found)
 
-    sys.unraisablehook = quiet
+    sys.unraisablehook, level = quiet, tasks.level
+    tasks.setLevel(logging.CRITICAL)
     yield
     sys.unraisablehook = usual  # not after an exception
+    tasks.setLevel(level)
 
 
 class _Keep:
@@ -108,8 +118,13 @@ class Checkpoints:
             raise UserError(f"{folder} is a file, in the place of the folder of checkpoints. Restore that folder, or "
                             f"start afresh with --run-dir.")
         place = folder if self.remote else folder.absolute()
-        self._manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(
-            save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1), **settings))
+        try:
+            self._manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(
+                save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1), **settings))
+        except (ValueError, TypeError, KeyError, AttributeError) as e:  # it reads what each checkpoint says of itself
+            bad = [p.parent.name for p in folder.glob("*/_CHECKPOINT_METADATA") if not _is_object(p)]
+            raise UserError(f"{folder} cannot be read: the checkpoint of step {', '.join(bad) or '?'} is damaged "
+                            f"({e}). Move it away, and the same command goes on from an earlier one.") from e
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
