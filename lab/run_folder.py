@@ -173,9 +173,9 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
     described = folder / "experiment.json"
     if described.exists():
         check_same(folder, experiment, data_fingerprint)
-    value = to_json(experiment)
-    description = {"experiment": value, "digest": digest(value), "fingerprint": experiment.fingerprint(),
+    description = {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
                    "data": data_fingerprint, "file": str(file) if file else None, "checkpoints": checkpoints}
+    description["digest"] = digest(description)
     if checkpoints is not None:  # what is there may be older than this run folder, and of another run
         place = checkpoint_folder(folder, checkpoints)
         if (place / "experiment.json").exists():
@@ -201,9 +201,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         if not isinstance(found.get(name), str | None):
             raise UserError(f"{path} is damaged ({name} is {found[name]!r}). Restore it, or start afresh with "
                             f"--run-dir.")
-    if "digest" in found and found["digest"] != digest(found["experiment"]):
-        raise UserError(f"{path} was edited: its experiment is not the one that was run. Restore it, or start afresh "
-                        f"with --run-dir.")
+    if "digest" in found and found.pop("digest") != digest(found):
+        raise UserError(f"{path} was edited since the run began. Restore it, or start afresh with --run-dir.")
     return found
 
 
@@ -212,7 +211,8 @@ def check_same(folder: Path, experiment: Experiment, data_fingerprint: str) -> N
     there = read_description(folder)
     if there["fingerprint"] != experiment.fingerprint():
         found = list(differences(there["experiment"], to_json(experiment)))
-        shown = ", ".join(f"{path} is {a} there and {b} here" for path, a, b in found[:4])
+        shown = ", ".join(f"{path} is {a} there and {b} here" for path, a, b in found[:4]) or (
+            f"its fingerprint is {there['fingerprint']}, not {experiment.fingerprint()}")
         raise UserError(f"{folder} is the run of another experiment: {shown}. Choose another with --run-dir or "
                         f"--checkpoint-dir.")
     if there["data"] != data_fingerprint:

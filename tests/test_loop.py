@@ -495,6 +495,22 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
+def test_an_edited_description_is_not_the_run(tmp_path):
+    go(toy(), tmp_path / "run", 5, interrupt())
+    path = tmp_path / "run" / "experiment.json"
+    value = json.loads(path.read_text())
+    value["experiment"]["steps"] = 24  # with the fingerprint left as it is
+    path.write_text(json.dumps(value))
+    for experiment in (toy(), toy(steps=24)):
+        with pytest.raises(UserError, match="experiment.json was edited since the run began"):
+            go(experiment, tmp_path / "run")
+    del value["digest"]
+    value["experiment"]["steps"], value["fingerprint"] = 12, "0" * 12  # as older versions wrote it
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match="of another experiment: its fingerprint is 0+, not [0-9a-f]{12}"):
+        go(toy(), tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["experiment.json", "metrics.jsonl"])
 def test_a_damaged_file_of_the_run_is_named(tmp_path, name):
     go(toy(), tmp_path / "run", 5, interrupt())
