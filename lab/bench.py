@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rich.table import Table
 from lab import metrics
 from lab.console import human
 from lab.data.pipeline import Prefetch, reader
+from lab.errors import UserError
 from lab.experiment import Experiment, override
 from lab.plan import make_plan
 from lab.program import Program
@@ -40,6 +41,8 @@ class BenchOptions:
     """Compile and time the forward pass and the gradient alone, too: forward, backward, optimizer."""
     profile: bool = False
     """Write a trace of 5 calls of the update, for xprof or https://ui.perfetto.dev, to profiles/."""
+    xla: tuple[str, ...] = ()
+    """Options of XLA for the compiled update, NAME=VALUE: xla_gpu_enable_latency_hiding_scheduler=true."""
     full: bool = False
     """Measure the real experiment, also without an accelerator."""
     local: bool = False
@@ -54,6 +57,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
     data = experiment.data.load()
     experiment.model.check(data.facts)
     program = Program(experiment, data.train)
+    program.options = program.options | xla_options(options.xla)
     state, update, read, n = program.init(), program.train, reader(program), experiment.dispatch
     calls = -(-options.updates // n)
     with Prefetch(lambda call: program.batch(read, call), 0, 1 + WARM + calls) as batches:
@@ -92,6 +96,21 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
                       else str(value))
     Console(highlight=False).print(table)
     print(json.dumps(found))
+    return found
+
+
+def xla_options(words: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE as the compiler takes it: truth values and whole numbers by their type.
+
+    Raises:
+      UserError: a word has no name or no value.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise UserError(f"--xla {word}: write NAME=VALUE, such as xla_gpu_autotune_level=4.")
+        found[name] = {"true": True, "false": False}.get(value.lower(), int(value) if value.isdecimal() else value)
     return found
 
 

@@ -76,7 +76,7 @@ def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
     Raises:
       UserError: the mesh or the batch does not fit the devices, or the compiler is not installed.
     """
-    experiment = replace(experiment, dispatch=1)
+    experiment = replace(experiment, dispatch=1, deterministic=False)  # the compiler needs a GPU for that
     devices = topologies.devices(topology)
     program = Program(experiment, devices=devices)
     state, placed, cost = program.abstract, program.shardings, make_plan(experiment)

@@ -131,6 +131,8 @@ class Experiment:
     """The same bits on every number of devices that divides virtual_shards, at some cost (lab/parallel.py)."""
     virtual_shards: int = 8
     """Parts of a batch that are computed alone when exact."""
+    deterministic: bool = field(default=False, metadata=HOW)
+    """The same bits every time on GPUs, at some cost; CPUs and TPUs give them anyway."""
     resident: Literal["auto", "always", "never"] = field(default="auto", metadata=HOW)
     """Keep the training records on the devices and gather batches there; auto: on accelerators, where they fit."""
 

@@ -22,6 +22,7 @@ from lab.step import State, init_state, make_eval_step, make_predict_step, make_
 
 # The algebraic simplifier works on a divided program once more than on that of one device, and then they differ.
 EXACT = {"xla_disable_hlo_passes": "algsimp"}
+DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
 
 def batch_spec(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
@@ -85,6 +86,8 @@ class Program:
         self.eval_sharding = batch_sharding(self.mesh, self.eval_batch)
         self.abstract = self.placed(experiment)
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        gpu = self.mesh.devices.flat[0].platform == "gpu"
+        self.options = DETERMINISTIC if experiment.deterministic and gpu else {}
         self._evaluate = self._with_numbers(make_eval_step)
         self._predict = self._with_numbers(make_predict_step)
         self.resident = None
@@ -120,14 +123,14 @@ class Program:
             with constrained(self.mesh):
                 return make(override(self.experiment, given))(state, batch)
 
-        return jax.jit(step, out_shardings=self.everywhere)
+        return jax.jit(step, out_shardings=self.everywhere, compiler_options=self.options)
 
     @functools.cached_property
     def _init(self) -> Callable[..., State]:
         def init(batch: Any, given: Mapping[str, jax.Array], arrays: Any) -> State:
             return init_state(override(self.experiment, given), batch, arrays)
 
-        return jax.jit(init, out_shardings=self.shardings)
+        return jax.jit(init, out_shardings=self.shardings, compiler_options=self.options)
 
     def init(self, arrays: dict[str, Any] | None = None) -> State:
         """The state before the first update, created where it lives; `arrays`: see `init_state`."""
@@ -174,7 +177,7 @@ class Program:
         second compilation. The seed is an argument of it, so that another seed finds it in the compilation cache.
         """
         start = time.monotonic()
-        found = self.lower().compile(EXACT if self.experiment.exact else None)
+        found = self.lower().compile(self.options | (EXACT if self.experiment.exact else {}))
         self.compile_seconds = time.monotonic() - start
         return found
 

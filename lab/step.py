@@ -123,8 +123,9 @@ def make_train_step(experiment: Experiment, total: Total | None = None) -> Calla
         batch = prepare(experiment, batch, True, state.step)
         grads, (weight, metrics, extra) = total(gradient, state, batch)
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):  # profiles tell its operations by this name
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
         metrics |= {"gradient_norm": (optax.tree.norm(grads), one), "update_norm": (optax.tree.norm(updates), one),
                     "parameter_norm": (optax.tree.norm(params), one), "learning_rate": (rate(state.step), one)}

@@ -1,12 +1,18 @@
-"""For the whole suite: 8 fake CPU devices, set before JAX is imported, and a cache folder that the tests share."""
+"""For the whole suite: 8 fake CPU devices, set before JAX is imported, and a cache folder that the tests share.
+
+LAB_TEST_PLATFORM=gpu is for the tests marked `gpu` only (tests/gpu/run.py starts them): they run on the first GPU.
+"""
 
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if os.environ.get("LAB_TEST_PLATFORM", "cpu") == "gpu":
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu"
+else:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("LAB_CACHE", str(Path(tempfile.gettempdir()) / f"lab-test-cache-{os.getuid()}"))
 os.environ.pop("LAB_PLATFORM", None)
 
@@ -16,6 +22,11 @@ from tests.launching import checkout, environ  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LAB_SHARED", ROOT.parent / "shared"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marks of this suite."""
+    config.addinivalue_line("markers", "gpu: needs a GPU; tests/gpu/run.py starts them")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
 
 
 @cross_entropy.defjvp
+@jax.named_scope("loss")
 def _tangents(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[tuple, tuple]:
     (logits, targets), change = primals, tangents[0]
     (nll, log_z, right), shift, log_sum = _computed(logits, targets)
@@ -28,6 +29,7 @@ def _tangents(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tu
                                  jnp.zeros_like(right))
 
 
+@jax.named_scope("loss")  # profiles tell its operations by this name
 def _computed(logits: Array, targets: Array) -> tuple[tuple[Array, Array, Array], Array, Array]:
     """(what `cross_entropy` returns, the largest logit, the log of the sum of the exponentials beside it)"""
     largest = jax.lax.stop_gradient(logits.max(-1))

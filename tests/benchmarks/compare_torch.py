@@ -44,6 +44,7 @@ from lab import bootstrap  # noqa: E402 (this file is started as a script)
 NAMES = ("gpt_char", "mnist_cnn", "fashion_cnn", "newsgroups_lstm", "linear_regression", "logistic_regression")
 WARM = 3  # calls that torch_train.py leaves out
 FORMS = ("stock", "eager", "compiled")
+MORE_FORMS = ("loader",)  # eager, and the batches come from a DataLoader; on request
 
 
 class Stop(Exception):
@@ -81,8 +82,8 @@ def parsed(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace, lis
     options, flags = parser.parse_known_args(arguments[first:])
     if options.rounds < 1 or options.updates < 1:
         raise Stop("--rounds and --updates must be at least 1.")
-    if unknown := set(options.forms.split(",")) - set(FORMS):
-        raise Stop(f"--forms has no {', '.join(unknown)}: there are {', '.join(FORMS)}.")
+    if unknown := set(options.forms.split(",")) - {*FORMS, *MORE_FORMS}:
+        raise Stop(f"--forms has no {', '.join(unknown)}: there are {', '.join([*FORMS, *MORE_FORMS])}.")
     return list(arguments[:first]) or list(NAMES), options, ["--full" if options.full else "--local", *flags]
 
 
@@ -111,11 +112,16 @@ def check_torch(python: str) -> None:
                    "LAB_EXTRAS=benchmark ./launch.sh env --python) tests/benchmarks/compare_torch.py ...")
 
 
+def file_of(name: str) -> str:
+    """The file of an experiment that is named, or given by its path."""
+    return name if name.endswith(".py") else f"experiments/{name}.py"
+
+
 def make_job(folder: Path, updates: int | None, name: str, flags: Sequence[str]) -> dict[str, Any]:
     """Writes the job and returns its description."""
     print(f"{name} {shlex.join(flags)}: writing the batches ...", file=sys.stderr, flush=True)
-    run([sys.executable, "-P", "-m", "tests.benchmarks.torch_job", folder, str(WARM), str(updates or "all"), name,
-         *flags], {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "LAB_PLATFORM": "cpu"})
+    run([sys.executable, "-P", "-m", "tests.benchmarks.torch_job", folder, str(WARM), str(updates or "all"),
+         file_of(name), *flags], {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "LAB_PLATFORM": "cpu"})
     return json.loads((folder / "job.json").read_text())
 
 
@@ -171,7 +177,7 @@ def compare_updates(name: str, options: argparse.Namespace, flags: Sequence[str]
     def measure(form: str, _: int) -> dict[str, Any]:
         if form != "lab":
             return by_torch(side, job, form, tuned["ways"])
-        return last_json(by_lab(side, ["bench", f"experiments/{name}.py", *flags, "--no-breakdown",
+        return last_json(by_lab(side, ["bench", file_of(name), *flags, "--no-breakdown",
                                        "--updates", str(options.updates)]))
 
     found = alternate(options, measure)
@@ -189,7 +195,7 @@ def compare_whole(name: str, options: argparse.Namespace, flags: Sequence[str], 
         place = side._replace(caches=side.caches / f"{form}{i}")
         start = time.monotonic()
         if form == "lab":
-            by_lab(place, [f"experiments/{name}.py", *flags, "--run-dir", str(place.caches / "run")])
+            by_lab(place, [file_of(name), *flags, "--run-dir", str(place.caches / "run")])
             seconds = time.monotonic() - start
             result = json.loads((place.caches / "run/result.json").read_text())
             return {"seconds": seconds, "loss": result["final"]["loss"], "result": result}
@@ -263,7 +269,7 @@ def plans(names: Sequence[str], options: argparse.Namespace) -> Iterator[tuple[s
     """Each name in each precision: (name, flags)."""
     for name in names:
         for precision in options.precision.split(","):
-            yield Path(name).stem, ["--precision", precision] if precision else []
+            yield name if "/" in name else Path(name).stem, ["--precision", precision] if precision else []
 
 
 if __name__ == "__main__":

@@ -105,10 +105,10 @@ def check(experiment: Experiment) -> None:
                         f"tests/benchmarks.")
 
 
-def main(folder: str, warm: str, updates: str, name: str, *flags: str) -> None:
-    """Writes the job of experiment `name` with `flags`: `updates` to measure after `warm` calls of `dispatch` updates,
-    or, if "all", the whole run with its evaluations."""
-    experiment, _, _ = parse(find_experiment(f"experiments/{name}.py"), flags, Twin)
+def main(folder: str, warm: str, updates: str, file: str, *flags: str) -> None:
+    """Writes the job of the experiment in `file` with `flags`: `updates` to measure after `warm` calls of `dispatch`
+    updates, or, if "all", the whole run with its evaluations."""
+    experiment, _, _ = parse(find_experiment(file), flags, Twin)
     n, whole = experiment.dispatch, updates == "all"
     total = experiment.steps if whole else (int(warm) + math.ceil(int(updates) / n)) * n
     write(experiment, Path(folder), total, validation=whole)

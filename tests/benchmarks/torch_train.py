@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.benchmarks.torch_models import WAYS, build, kind_of
 
@@ -53,6 +54,28 @@ class Job:
     def batch(self, update: int) -> dict[str, torch.Tensor]:
         """The rows of an update; a job that is too short begins again."""
         return {name: x[update % len(x)] for name, x in self.batches.items()}
+
+
+class LoadedJob(Job):
+    """The same through a DataLoader, as a user writes it: shuffled rows, 4 processes, pinned memory. `validation` is
+    left on the CPU."""
+
+    def __init__(self, folder: Path, device: str):
+        super().__init__(folder, "cpu")
+        self.device = device
+        rows = {name: x.flatten(0, 1) for name, x in self.batches.items()}
+        self.names, self.iterator = list(rows), iter(())
+        self.loader = DataLoader(TensorDataset(*rows.values()), self.spec["batch"], shuffle=True, drop_last=True,
+                                 num_workers=min(4, os.cpu_count() or 1), pin_memory=device == "cuda",
+                                 persistent_workers=True)
+
+    def batch(self, update: int) -> dict[str, torch.Tensor]:
+        """The next one of the loader, whatever the update."""
+        values = next(self.iterator, None)
+        if values is None:  # an epoch has ended
+            self.iterator = iter(self.loader)
+            values = next(self.iterator)
+        return {name: x.to(self.device, non_blocking=True) for name, x in zip(self.names, values, strict=True)}
 
 
 class Trainer:
@@ -186,11 +209,12 @@ def whole(job: Job, ways: Mapping[str, str], compiled: bool) -> dict[str, Any]:
 
 
 def main(folder: str, form: str, ways: str, device: str) -> None:
-    """`form`: tune, eager, compiled, whole-eager or whole-compiled. The last line of stdout is JSON."""
+    """`form`: tune, eager, compiled, loader (eager with a DataLoader), whole-eager or whole-compiled. The last
+    line of stdout is JSON."""
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, JAX's default there
-    job = Job(Path(folder), device)
+    job = (LoadedJob if form == "loader" else Job)(Path(folder), device)
     run = whole if form.startswith("whole") else measure
     found = tune(job) if form == "tune" else run(job, json.loads(ways), form.endswith("compiled"))
     print(json.dumps(found | {"torch": torch.__version__, "threads": torch.get_num_threads()}))

@@ -1,0 +1,265 @@
+"""What needs a GPU to be known: `pytest -m gpu`, started by run.py. Rehearsed on a CPU, where einsum attention and one
+CPU stand in for cuDNN and the GPU; elsewhere the tests skip.
+
+A line "FIGURE {...}" is what a test measured; run.py collects them.
+"""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lab.generate import generate
+from lab.models.bert import BERT
+from lab.models.cudnn import cudnn_attention
+from lab.models.gpt import GPT
+from lab.models.layers import einsum_attention
+from lab.models.vit import ViT
+from lab.optim import Muon
+from lab.step import init_state, make_train_step
+from lab.tasks.language import LanguageModel
+from tests.conftest import ROOT
+
+GPU = os.environ.get("LAB_TEST_PLATFORM") == "gpu"
+pytestmark = [pytest.mark.gpu,
+              pytest.mark.skipif("LAB_TEST_GPU" not in os.environ, reason="tests/gpu/run.py starts these, on a GPU")]
+BF16 = jnp.bfloat16
+FUSED = "cudnn" if GPU else "xla"
+
+
+def figure(**values):
+    """Collected by run.py."""
+    print("FIGURE " + json.dumps(values))
+
+
+def test_jax_uses_the_device_that_these_tests_are_for():
+    assert jax.default_backend() == ("gpu" if GPU else "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("padding", ["none", "right", "holes"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "all"])
+@pytest.mark.parametrize("length", [256, 197])
+def test_attention_is_einsum_attention(length, causal, padding, groups):
+    """bfloat16, forward and gradients, beside float32."""
+    rng = np.random.default_rng(length)
+    shapes = [(3, length, n, 64) for n in (4, groups, groups)]
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    mask = {"none": None, "right": np.arange(length) < np.array([[length], [100], [1]]),
+            "holes": rng.random((3, length)) < 0.7}[padding]
+    real = jnp.ones((3, length)) if mask is None else jnp.asarray(mask, jnp.float32)
+    weights = jnp.asarray(rng.normal(size=q.shape)) * real[..., None, None] / length**0.5
+
+    def results(attend, *arrays):
+        loss = lambda q, k, v: (attend(q, k, v).astype(jnp.float32) * weights).sum()
+        values = jax.jit(lambda *x: (attend(*x) * real[..., None, None], *jax.grad(loss, (0, 1, 2))(*x)))(*arrays)
+        return [np.asarray(x, np.float32) for x in values]
+
+    def visible(mask):
+        see = np.tril(np.ones((1, length, length), bool)) if causal else np.ones((1, length, length), bool)
+        return jnp.asarray(see if mask is None else see & mask[:, None])
+
+    fused = functools.partial(cudnn_attention, mask_BS=None if mask is None else jnp.asarray(mask, jnp.uint8),
+                              causal=causal, implementation=FUSED)
+    ours = results(fused, *(x.astype(BF16) for x in (q, k, v)))
+    exact = results(functools.partial(einsum_attention, visible=visible(mask)), q, k, v)
+    other = results(functools.partial(einsum_attention, visible=visible(None)), q, k, v)
+    for a, b in zip(ours, exact, strict=True):
+        assert np.isfinite(a).all()
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
+    if padding == "holes":  # negative control: attention that sees the padding
+        assert np.linalg.norm(other[0] - exact[0]) > 0.1 * np.linalg.norm(exact[0])
+
+
+def gradient_of(model, params, inputs, more):
+    loss = lambda p: jnp.square(model.apply({"params": p}, inputs, train=True, **more).astype(jnp.float32)).mean()
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    return float(value), jnp.concatenate([g.astype(jnp.float32).ravel() for g in jax.tree.leaves(gradient)])
+
+
+@pytest.mark.parametrize("name", ["GPT", "BERT", "ViT"])
+def test_a_transformer_on_fused_attention_is_the_one_on_einsum(name):
+    rng = np.random.default_rng(0)
+    sizes = {"depth": 2, "width": 128, "heads": 2}
+    model, inputs, more = {
+        "GPT": (GPT(**sizes, vocab=300, context=96), rng.integers(0, 300, (4, 95)), {}),
+        "BERT": (BERT(**sizes, vocab=300, context=96, dropout=0.0), rng.integers(0, 300, (4, 95)),
+                 {"mask": jnp.asarray(np.arange(95) < np.array([[95], [40], [1], [0]]), jnp.uint8)}),
+        "ViT": (ViT(**sizes, patch=8, classes=7), rng.normal(size=(4, 64, 64, 3)), {}),  # 65 tokens
+    }[name]
+    inputs = jnp.asarray(inputs, BF16 if name == "ViT" else jnp.int32)
+    params = model.init(jax.random.key(0), inputs, train=False)["params"]
+    params = jax.tree.map(lambda x: x.astype(BF16), params)
+    found = {kind: gradient_of(model.clone(attention=kind), params, inputs, more) for kind in (FUSED, "einsum")}
+    (value, gradient), (plain, other) = found[FUSED], found["einsum"]
+    assert value == pytest.approx(plain, rel=0.01)
+    assert jnp.linalg.norm(gradient - other) < 0.03 * jnp.linalg.norm(other)
+
+
+# ------------------------------------------------------------------------------------------------- one step, and two
+
+def experiment_of(tiny, **fields):
+    return replace(tiny, model=tiny.model.clone(width=64, heads=1), **fields)
+
+
+def trained(experiment, device=None, steps=3):
+    """(losses, norm of the parameters' change) of a few steps on a device."""
+    with jax.default_device(device or jax.devices()[0]):
+        rng = np.random.default_rng(0)
+        batch = {"tokens": rng.integers(0, 256, (8, 17)).astype(np.int32), "bytes": np.full(8, 16, np.float32),
+                 "weight": np.ones(8, np.float32), "index": np.arange(8, dtype=np.int32)}
+        state = jax.jit(functools.partial(init_state, experiment))(batch)
+        update, losses, begun = jax.jit(make_train_step(experiment)), [], state.params
+        for _ in range(steps):
+            state, metrics = update(state, batch)
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+        moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, begun)
+        return np.array(losses), np.concatenate([x.ravel() for x in jax.tree.leaves(moved)])
+
+
+@pytest.mark.parametrize("what", ["AdamW", "Muon", "chunks", "bfloat16"])
+def test_steps_here_are_those_of_the_cpu(tiny, what):
+    experiment = experiment_of(tiny, **{
+        "AdamW": {}, "Muon": {"optim": Muon(lr=1e-2)}, "chunks": {"task": LanguageModel(chunk=4)},
+        "bfloat16": {"precision": "bfloat16"}}[what])
+    here, moved = trained(experiment)
+    there, expected = trained(experiment, jax.devices("cpu")[0])
+    np.testing.assert_allclose(here, there, rtol=2e-3 if what == "bfloat16" else 5e-4)  # TF32 rounds to 11 bits
+    assert np.linalg.norm(moved - expected) < (0.2 if what == "bfloat16" else 0.05) * np.linalg.norm(expected)
+    other, _ = trained(replace(experiment, seed=1))
+    assert np.abs(other - here).max() > 0.01  # negative control: another seed
+
+
+def test_a_loss_in_chunks_is_the_whole_one(tiny):
+    whole, moved = trained(experiment_of(tiny, precision="bfloat16"))
+    parts, same = trained(experiment_of(tiny, precision="bfloat16", task=LanguageModel(chunk=4)))
+    np.testing.assert_allclose(parts, whole, rtol=1e-3)
+    assert np.linalg.norm(moved - same) < 0.1 * np.linalg.norm(moved)
+
+
+def test_dropout_is_a_function_of_the_seed(tiny):
+    experiment = experiment_of(tiny, precision="bfloat16")
+    experiment = replace(experiment, model=experiment.model.clone(dropout=0.3))
+    first, again = trained(experiment)[0], trained(experiment)[0]
+    np.testing.assert_allclose(first, again, rtol=1e-3)
+    assert np.abs(first - trained(experiment_of(tiny, precision="bfloat16"))[0]).max() > 1e-3  # without it
+
+
+def test_greedy_sampling_with_a_cache_is_the_full_forward_pass():
+    model = GPT(depth=2, width=64, heads=2, vocab=97, context=64)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (3, 8)), jnp.int32)
+    params = model.init(jax.random.key(1), tokens, train=False)["params"]
+    params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform
+    new = np.asarray(generate(model, params, tokens, np.full(3, 8, np.int32), jax.random.key(0), new_tokens=8,
+                              temperature=0.0))
+    text, forward = np.asarray(tokens), jax.jit(functools.partial(model.apply, train=False))
+    for i in range(8):
+        logits = np.asarray(forward({"params": params}, jnp.asarray(text)))[:, -1]
+        chosen = logits[np.arange(3), new[:, i]]
+        assert (logits.max(-1) - chosen < 2e-2).all()  # a tie within TF32's rounding may go either way
+        text = np.concatenate([text, new[:, i:i + 1]], axis=1)
+
+
+# --------------------------------------------------------------------------------------- whole runs, as a user starts
+
+FLAGS = ["experiments/gpt_small.py", "--local", "--steps", "60", "--evaluate.every", "0", "--evaluate.records", "32",
+         "--checkpoint.every", "10", "--model.depth", "2"]
+SMALL = [] if GPU else ["--batch", "4", "--model.width", "32"]
+
+
+def start(folder, *flags, cpu=False):
+    """A run as a process."""
+    environ = {**os.environ, "XLA_FLAGS": "", "LAB_ACCELERATOR": "cpu" if cpu or not GPU else "",
+               "LAB_PYTHON": sys.executable}
+    for name in ("LAB_PLATFORM", "JAX_PLATFORMS"):
+        environ.pop(name, None)
+    environ = {name: value for name, value in environ.items() if value or name == "XLA_FLAGS"}
+    return subprocess.Popen([ROOT / "launch.sh", *FLAGS, *SMALL, "--run-dir", str(folder), *flags], env=environ,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(process, folder):
+    """The result of a run that ends well."""
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+def killed(folder, *flags):
+    """A run that is killed after its second checkpoint."""
+    process, deadline = start(folder, *flags), time.monotonic() + 90
+    while not any((folder / "checkpoints").glob("2[0-9]")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "result.json").exists()
+
+
+def test_killed_and_resumed_is_bit_equal_when_deterministic(tmp_path):
+    whole = start(tmp_path / "whole", "--deterministic")
+    killed(tmp_path / "killed", "--deterministic")
+    result = finish(whole, tmp_path / "whole")
+    finish(start(tmp_path / "killed", "--deterministic"), tmp_path / "killed")
+    rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert rows[0] == rows[1]
+    if not GPU:
+        return  # there the flag changes nothing
+    plain = finish(start(tmp_path / "plain"), tmp_path / "plain")
+    other = finish(start(tmp_path / "other"), tmp_path / "other")
+    ms = {name: 1000 * r["seconds_per_update"] for name, r in (("deterministic", result), ("plain", plain))}
+    figure(what="deterministic", **ms, cost=ms["deterministic"] / ms["plain"],
+           plain_runs_equal=plain["final"]["loss"] == other["final"]["loss"])
+
+
+def test_a_checkpoint_goes_from_here_to_the_cpu_and_back(tmp_path):
+    folder = tmp_path / "run"
+    killed(folder)
+    process, deadline = start(folder, cpu=True), time.monotonic() + 90
+    while not any((folder / "checkpoints").glob("4[0-9]")):  # on the CPU from 20 or so to 40
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 75
+    mixed = finish(start(folder), folder)
+    straight = finish(start(tmp_path / "straight"), tmp_path / "straight")
+    assert mixed["final"]["loss"] == pytest.approx(straight["final"]["loss"], abs=0.02)
+    figure(what="GPU to CPU and back", loss=mixed["final"]["loss"], straight=straight["final"]["loss"])
+
+
+@pytest.mark.skipif(not GPU, reason="a CPU's allocator does not count")
+def test_memory_is_what_plan_predicts():
+    program = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+from dataclasses import replace
+from lab.bench import BenchOptions, measure
+from lab.compiled_plan import compile_plan
+from lab import topologies
+from lab.experiment import override
+from tests.gpu.gpt_stdlib import experiment
+experiment = override(experiment, {{"model.depth": 4, "batch": 16, "microbatches": 1, "steps": 1000}})
+import jax
+kind = jax.devices()[0].device_kind.lower()
+name = next(n for n in ("a100", "h200", "h100") if n in kind)
+found = measure(experiment, BenchOptions(updates=3, breakdown=False))
+plan = compile_plan(experiment, topologies.find(name + ":1"))
+print(json.dumps([found["peak_device_bytes"], plan.memory.total]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "JAX_PLATFORMS": "cuda,cpu"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    peak, predicted = json.loads(done.stdout.strip().splitlines()[-1])
+    figure(what="memory", peak=peak, predicted=predicted, ratio=peak / predicted)
+    assert peak == pytest.approx(predicted, rel=0.1)
