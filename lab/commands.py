@@ -13,6 +13,7 @@ from lab import report
 from lab.data.pipeline import Arrays
 from lab.errors import UserError
 from lab.files import make_folder, no_links
+from lab.fitted import data_of
 from lab.restore import open_run
 from lab.run_folder import check_same, write_json
 from lab.step import eval_params
@@ -47,8 +48,7 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
         if not good:
             raise UserError(f"--{name} {value} is out of range.")
     experiment, _, state = open_run(run, step, best)
-    data = experiment.data.load()
-    check_same(run, experiment, data.fingerprint)
+    data = data_of(run, experiment)
     if not hasattr(data, "decode"):
         raise UserError(f"{run} is not a language model: there is no text to sample.")
     texts = sample_texts(experiment.model, eval_params(experiment, state), data, list(prompt), seed=seed,
@@ -108,30 +108,43 @@ def _judged(outcome: Outcome, judge: Path, number: int = 2000) -> dict[str, Any]
     return {f"judge_{name}": value for name, value in judge_scores(labelled["probabilities"]).items()}
 
 
-def predict(run: Run, input: Path, output: Path = Path("predictions.csv"), step: int | None = None,
-            best: bool = False) -> None:
-    """Writes the predictions of a run for new records as CSV.
+def predict(run: Run, input: Path | None = None, output: Path = Path("predictions.csv"),
+            split: Literal["test", "validation", "train"] | None = None, id: str | None = None, strict: bool = False,
+            step: int | None = None, best: bool = False) -> None:
+    """Writes the predictions of a run as CSV: for new records, or for those of one of its own splits.
 
     Args:
       run: the run folder.
       input: a CSV with the columns of the training data, a text file with one message a line, an image, a folder of
         images: what the run's data reads.
-      output: the CSV to write: a row per record, with the prediction and, for classes, their probabilities.
+      output: the CSV to write: a row per record with `record` (its number in the input, from 0), the prediction, for
+        classes their probabilities p_<class>, and `truth` where the input has the target.
+      split: predict this split of the run's own data instead of an input; for this the data must be there.
+      id: a column of the input to keep beside the predictions.
+      strict: a blank row or line is an error; by default it is skipped, and counted.
       step: the checkpoint after this many updates; by default the latest.
       best: the checkpoint with the best validation metric.
     """
-    if not input.exists():
+    if (input is None) == (split is None):
+        raise UserError("Say what to predict: --input FILE, or --split test for the run's own data, and not both.")
+    if input is not None and not input.exists():
         raise UserError(f"{input} does not exist.")
     experiment, program, state = open_run(run, step, best)
-    data = experiment.data.load()
-    check_same(run, experiment, data.fingerprint)
-    names, records = data.read(input)
-    columns = experiment.task.columns(report.predict(program, state, records), data)
+    if split is None:
+        data = data_of(run, experiment)
+        found = data.read(input, id, strict)
+    else:
+        data = experiment.data.load()
+        check_same(run, experiment, data.fingerprint)
+        found = data.own(split, id)
+    columns = experiment.task.columns(report.predict(program, state, found.records), data)
+    columns = {"record": found.numbers, **found.beside, **columns}
+    columns |= {} if found.truth is None else {"truth": found.truth}
     try:
-        with output.open("w", newline="") as file:
+        with output.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["record", *columns])
-            writer.writerows(zip(names, *columns.values(), strict=True))
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
     except OSError as e:
         raise UserError(f"--output {output} cannot be written: {e.strerror}.") from None
-    print(f"{len(names):,} predictions are in {output}")
+    print(f"{len(found.numbers):,} predictions are in {output}")

@@ -20,7 +20,7 @@ from lab.data.pipeline import Prefetch, eval_batches, reader, train_indices
 from lab.distributed import ALONE, Processes
 from lab.errors import UserError, forgiving
 from lab.experiment import Experiment
-from lab.files import replace_file
+from lab.fitted import write_fitted
 from lab.plan import make_plan
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
@@ -68,8 +68,7 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
         if processes.first:
             remote = None if place == folder / "checkpoints" else str(place)
             open_folder(folder, experiment, file, data.fingerprint, remote)
-            if state := getattr(data, "tokenizer_state", None):
-                replace_file(folder / "tokenizer.json", state)
+            write_fitted(folder, experiment, data)
         processes.gather(None)  # now the folder is there
         if checkpoints is None:
             shared(folder)

@@ -12,6 +12,7 @@ import jax
 from lab.checkpoint import Checkpoints
 from lab.errors import UserError
 from lab.experiment import Experiment, Mesh
+from lab.fitted import without_data
 from lab.metrics import best_row, marked_rows, read_rows
 from lab.program import Program
 from lab.run_folder import checkpoint_folder, read_folder
@@ -34,7 +35,8 @@ def open_run(run: Path, step: int | None = None, best: bool = False,
       UserError: there is no run, no such checkpoint, or only damaged ones.
     """
     experiment = experiment or read_folder(run)
-    experiment.validate()
+    opened = without_data(run, experiment)
+    opened.validate()
     if best and step is not None:
         raise UserError("--best and --step exclude each other.")
     folder = checkpoint_folder(run)
@@ -44,10 +46,10 @@ def open_run(run: Path, step: int | None = None, best: bool = False,
     if best:
         step = _best_step(run, experiment, checkpoints)
     try:
-        program = Program(experiment)
+        program = Program(opened)
     except UserError:  # a run may be looked at on another number of devices than it was trained on
         devices = math.gcd(experiment.batch // experiment.microbatches, jax.device_count())
-        program = Program(replace(experiment, mesh=Mesh(devices)))
+        program = Program(replace(opened, mesh=Mesh(devices)))
     state = checkpoints.restore(program.abstract, step)
     checkpoints.close()
     if state is None:

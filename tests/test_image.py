@@ -320,8 +320,7 @@ def test_images_are_turned_as_exif_says(tmp_path, form):
     found = np.concatenate([everything(r)["inputs"] for r in (data.train, data.validation)]).astype(int)
     assert (np.abs(found - picture).max((1, 2, 3)) < 60).sum() == 8
     assert data.summary["train images, turned upright by their EXIF orientation"] == 7
-    names, records = data.read(tmp_path / "data" / "dog")
-    read = everything(records)["inputs"].astype(int)
+    read = everything(data.read(tmp_path / "data" / "dog").records)["inputs"].astype(int)
     assert (np.abs(read - picture).max((1, 2, 3)) < 60).sum() == 8
 
 
@@ -642,10 +641,12 @@ def test_new_images_are_read_for_predictions(tmp_path):
     train = tmp_path / "train"
     written = write_images(train, 6)
     data = folder_data(train).load()
-    names, records = data.read(train)
+    found = data.read(train)
+    names, records = found.names, found.records
     assert names == sorted(written) and set(everything(records)) == {"inputs"}
     assert np.array_equal(everything(records)["inputs"], np.stack([written[name] for name in names]))
-    names, records = data.read(train / "cat" / "3.png")
+    found = data.read(train / "cat" / "3.png")
+    names, records = found.names, found.records
     assert names == ["3.png"] and np.array_equal(everything(records)["inputs"][0], written["cat/3.png"])
     (tmp_path / "new").mkdir()
     for name, raw, message in (("a.png", b"?", "1 image is corrupt: .*a.png .no PNG"),
@@ -664,7 +665,8 @@ def test_an_idx_file_is_read_for_predictions(tmp_path):
     folder = write_idx(tmp_path)
     data = Images(Idx(str(folder)), (6, 5, 1)).load()
     path = folder / "train-images-idx3-ubyte"
-    names, records = data.read(path)
+    found = data.read(path)
+    names, records = found.names, found.records
     assert names[:2] == [f"{path.name} 0", f"{path.name} 1"] and set(everything(records)) == {"inputs"}
     assert np.array_equal(everything(records)["inputs"][..., 0], read_idx(path))
     with pytest.raises(UserError, match="no images"):

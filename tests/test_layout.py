@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "lab").rglob("*.py"))
 INGREDIENTS = {"data", "models", "tasks", "optim", "schedules", "generate"}
-KITCHEN = {"step", "sharding", "checkpoint", "metrics", "plan", "program", "run_folder", "restore", "pretrained",
-           "channel", "distributed", "local", "topologies", "hlo", "roofline", "compiled_plan"}
+KITCHEN = {"step", "sharding", "checkpoint", "metrics", "plan", "program", "run_folder", "restore", "fitted",
+           "pretrained", "channel", "distributed", "local", "topologies", "hlo", "roofline", "compiled_plan"}
 
 
 @functools.cache

@@ -298,7 +298,7 @@ def test_text_folder_errors(tmp_path):
     (root / "train" / "b" / "0").rename(root / "spare")
     fails("class folder .*/train/b has no message", TextFolder(str(root)).load)
     (root / "train" / "b" / "9").write_bytes(b"caf\xe9!")
-    fails(r'train/b/9 is not utf-8 text: byte 3 .*latin-1', TextFolder(str(root)).load)
+    fails(r'train/b/9 is not UTF-8 text: byte 3 .*latin-1', TextFolder(str(root)).load)
     TextFolder(str(root), encoding="latin-1").load()
     write_folder(root, {"test/c": ["4"]})
     fails("test/c is a class that the training folder lacks", TextFolder(str(root), encoding="latin-1").load)
@@ -452,11 +452,13 @@ def test_python_without_the_source_text(monkeypatch):
 def test_new_messages_are_encoded_as_in_training(mail, tmp_path):
     data = Messages(mail, length=3).load()
     (tmp_path / "new.txt").write_bytes("\ufeffcheap pills now at noon\nlunch\r\n".encode())
-    names, records = data.read(tmp_path / "new.txt")
+    found = data.read(tmp_path / "new.txt")
+    names, records = found.names, found.records
     assert names == ["line 1", "line 2"] and set(records.arrays) == {"inputs", "mask"}
     assert [data.decode(ids) for ids in records.arrays["inputs"]] == ["cheap pills now", "lunch"]
     (tmp_path / "new.csv").write_text('id,text\n7,"cheap, cheap"\n\n8,"noon\nlunch"\n')
-    names, records = data.read(tmp_path / "new.csv")
+    found = data.read(tmp_path / "new.csv")
+    names, records = found.names, found.records
     assert names == ["line 2", "line 4"]
     assert [data.decode(ids) for ids in records.arrays["inputs"]] == ["cheap cheap", "noon lunch"]
 
@@ -470,7 +472,7 @@ def test_new_messages_errors(mail, tmp_path, name, content, match):
     data = Messages(mail, length=3).load()
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    fails(match, data.read, tmp_path / name)
+    fails(match, data.read, tmp_path / name, None, True)
 
 
 def test_reference_is_scikit_learn_on_the_same_split(mail):

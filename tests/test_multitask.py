@@ -152,10 +152,10 @@ def test_evaluation_predictions_and_report(tmp_path):
     for name, value in TASK.predict(MODEL, variables(), new).items():
         np.testing.assert_allclose(value, predictions[name], rtol=1e-3, atol=1e-3)
     columns = TASK.columns(predictions, Data())
-    assert list(columns) == ["class prediction", *(f"class p({c})" for c in Data.classes), "group prediction",
-                             "group p(top)", "group p(shoe)", "group p(bag)", "image error"]
-    assert columns["class prediction"] == [Data.classes[i] for i in predictions["class_prediction"]]
-    np.testing.assert_allclose(columns["image error"], np.square(want[0] - want[1]).mean(1), rtol=2e-2)
+    assert list(columns) == ["class_prediction", *(f"class_p_{c}" for c in Data.classes), "group_prediction",
+                             "group_p_top", "group_p_shoe", "group_p_bag", "image_error"]
+    assert columns["class_prediction"] == [Data.classes[i] for i in predictions["class_prediction"]]
+    np.testing.assert_allclose(columns["image_error"], np.square(want[0] - want[1]).mean(1), rtol=2e-2)
 
     lines = TASK.artifacts(Outcome(MODEL, variables, Data(), RECORDS, "validation", found, counts,
                                    lambda: predictions, 1, 0, tmp_path))

@@ -333,8 +333,8 @@ def test_predict_a_table(place, typed):
     status, out, err = typed("predict", "tumours", "--input", path, "--output", "answers.csv")
     assert (status, out, err) == (0, "100 predictions are in answers.csv\n", "")
     head, lines = read_csv(place / "answers.csv")
-    assert head == ["record", "prediction", "p(malignant)", "p(benign)"]
-    assert [line[0] for line in lines] == [f"line {i}" for i in range(2, 102)]
+    assert head == ["record", "prediction", "p_malignant", "p_benign"]
+    assert [line[0] for line in lines] == [str(i) for i in range(100)]
     found = np.array([line[2:] for line in lines], np.float64)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
     assert [line[1] for line in lines] == [bunch.class_names[i] for i in found.argmax(1)]
@@ -342,13 +342,13 @@ def test_predict_a_table(place, typed):
     experiment, program, state = open_run(place / "tumours")
     data = experiment.data.load()
     head = jax.device_get(state.params)["head"]
-    used = data.read(path)[1].arrays["inputs"]
+    used = data.read(path).records.arrays["inputs"]
     logits = used @ head["kernel"] + head["bias"]
     np.testing.assert_allclose(found[:, 1], 1 / (1 + np.exp(logits[:, 0] - logits[:, 1])), atol=1e-5)
-    assert np.array_equal(found, np.float64(predict(program, state, data.read(path)[1])["probabilities"]))
+    assert np.array_equal(found, np.float64(predict(program, state, data.read(path).records)["probabilities"]))
     assert np.mean(found.argmax(1) == bunch.targets[:100]) > 0.85
     # Each record by itself: batches and their padding change nothing.
-    single = predict(program, state, data.read(table_in(place / "one.csv", rows[41:42], names))[1])
+    single = predict(program, state, data.read(table_in(place / "one.csv", rows[41:42], names)).records)
     np.testing.assert_allclose(single["probabilities"][0], found[41], atol=1e-6)
     # Those of another checkpoint are others.
     assert typed("predict", "tumours", "--input", path, "--output", "early.csv", "--step", "10")[0] == 0
@@ -360,18 +360,19 @@ def test_predict_images(place, typed):
     status, out, _ = typed("predict", "digits", "--input", images_in(place, 12))
     assert status == 0 and "12 predictions are in predictions.csv" in out
     head, lines = read_csv(place / "predictions.csv")
-    assert head == ["record", "prediction", *(f"p({i})" for i in range(10))]
-    assert sorted(line[0] for line in lines) == sorted([f"{i:03d}.png" for i in range(12) if i != 1] + ["sub/001.png"])
+    assert head == ["record", "file", "prediction", *(f"p_{i}" for i in range(10))]
+    assert [line[0] for line in lines] == [str(i) for i in range(12)]
+    assert sorted(line[1] for line in lines) == sorted([f"{i:03d}.png" for i in range(12) if i != 1] + ["sub/001.png"])
     experiment, program, state = open_run(place / "digits")
     everything = predict(program, state, _digits(12))
     for line in lines:
-        i = int(line[0][-7:-4])
-        np.testing.assert_array_equal(np.array(line[2:], np.float64), everything["probabilities"][i])
-        assert line[1] == str(everything["prediction"][i])
-    assert len({line[1] for line in lines}) > 4
+        i = int(line[1][-7:-4])
+        np.testing.assert_array_equal(np.array(line[3:], np.float64), everything["probabilities"][i])
+        assert line[2] == str(everything["prediction"][i])
+    assert len({line[2] for line in lines}) > 4
     alone = place / "images-12" / "sub" / "001.png"
     assert typed("predict", "digits", "--input", alone, "--output", "one.csv")[0] == 0
-    assert [line[:2] for line in read_csv(place / "one.csv")[1]] == [["001.png", str(everything["prediction"][1])]]
+    assert [line[:3] for line in read_csv(place / "one.csv")[1]] == [["0", "001.png", str(everything["prediction"][1])]]
 
 
 def _digits(number: int) -> Any:

@@ -372,8 +372,8 @@ def test_predictions_are_in_units_of_the_target():
 def test_columns_have_names_of_classes():
     predictions = {"probabilities": np.array([[0.25, 0.75], [1, 0]]), "prediction": np.array([1, 0])}
     assert Classify().columns(predictions, Data(classes=("cat", "dog"))) == {
-        "prediction": ["dog", "cat"], "p(cat)": [0.25, 1.0], "p(dog)": [0.75, 0.0]}
-    assert list(Classify().columns(predictions, Data(classes=()))) == ["prediction", "p(0)", "p(1)"]
+        "prediction": ["dog", "cat"], "p_cat": [0.25, 1.0], "p_dog": [0.75, 0.0]}
+    assert list(Classify().columns(predictions, Data(classes=()))) == ["prediction", "p_0", "p_1"]
 
 
 @pytest.mark.parametrize("task, text", [

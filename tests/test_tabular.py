@@ -271,7 +271,8 @@ def test_reading_gives_the_features_of_training_for_the_same_rows(tmp_path, hous
     train = split(N, 0.2, 0.1)["train"]
     columns = ["town", "unknown", "constant", "far", "rooms", "size"]  # another order, one more, and no target
     fresh = write(tmp_path / "new.csv", [{c: rows[row].get(c, "?") for c in columns} for row in train])
-    names, records = data.read(Path(fresh))
+    found = data.read(Path(fresh))
+    names, records = found.names, found.records
     np.testing.assert_array_equal(records.arrays["inputs"], data.train.arrays["inputs"])
     assert set(records.arrays) == {"inputs", "scale", "offset"} and names[:2] == ["line 2", "line 3"]
     np.testing.assert_array_equal(records.arrays["scale"], data.train.arrays["scale"])
@@ -285,7 +286,7 @@ def test_reading_for_a_data_set_of_scikit_learn(tmp_path):
     path = tmp_path / "iris.csv"
     table = [raw.feature_names] + [[repr(float(x)) for x in raw.data[row]] for row in rows]
     path.write_text("\n".join(",".join(row) for row in table))
-    _, records = data.read(path)
+    records = data.read(path).records
     np.testing.assert_array_equal(records.arrays["inputs"], data.test.arrays["inputs"])
     assert set(records.arrays) == {"inputs"}
 
@@ -297,7 +298,7 @@ def test_a_gap_at_prediction_is_filled_as_in_training_and_said(tmp_path, houses,
     header = "size,rooms,far,constant,town\n"
     (tmp_path / "gap.csv").write_text(header + ",3,1000000,0.1,Uri\n")
     (tmp_path / "full.csv").write_text(header + f"{float(median)!r},3,1000000,0.1,Uri\n")
-    (_, gap), (_, full) = data.read(tmp_path / "gap.csv"), data.read(tmp_path / "full.csv")
+    gap, full = (data.read(tmp_path / f"{name}.csv").records for name in ("gap", "full"))
     np.testing.assert_allclose(gap.arrays["inputs"], full.arrays["inputs"], rtol=1e-6)
     assert "gap.csv: 1 of 1 values are missing in column 'size': set to the training median" in caplog.text
     assert "full.csv" not in caplog.text
@@ -309,7 +310,7 @@ def test_an_unseen_category_at_prediction(tmp_path, houses):
     with pytest.raises(UserError, match="new.csv, line 3, column 'town': no training row has the category 'Chur', only "
                                         "'Bern', 'Uri', 'Zug'"):
         Table(houses).load().read(path)
-    _, records = Table(houses, unseen="zeros").load().read(path)
+    records = Table(houses, unseen="zeros").load().read(path).records
     np.testing.assert_array_equal(records.arrays["inputs"][:, 4:], [[0, 0, 1], [0, 0, 0]])
 
 

@@ -5,7 +5,7 @@ import difflib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +97,8 @@ class Csv:
             for name in (self.target, *self.categorical, *([self.text] if self.text is not None else [])):
                 table.column(name)
             for name in drop:
-                table.cells.pop(name, None)
+                if name in table.cells:
+                    table.dropped[name] = table.cells.pop(name)
             for name in table.unnamed:
                 if name in table.cells:
                     begin = _some(table.cells[name][:3])
@@ -121,6 +122,8 @@ class Columns:
     encoding: str = "UTF-8"
     unnamed: tuple[str, ...] = ()
     """Those of `names` that stand for columns without one."""
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    """The cells of columns that are no features."""
     notes: dict[str, str] = field(default_factory=dict)
     """What people should know about how the file was read."""
 
@@ -153,6 +156,11 @@ class Columns:
         known = [n for lower in near for n in self.names if n.lower() == lower] or self.names
         some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
         raise UserError(f"{self.title} has no column {name!r}; {'near it are' if near else 'it has'} {some}.")
+
+    def rows(self, rows: Sequence[int]) -> "Columns":
+        """Some of the rows."""
+        cells = {name: [column[row] for row in rows] for name, column in self.cells.items()}
+        return replace(self, cells=cells, lines=[self.lines[row] for row in rows])
 
     def where(self, row: int, name: str) -> str:
         """A cell, for people."""
@@ -193,7 +201,7 @@ def read_columns(path: str | Path, form: NumberFormat = PLAIN, encoding: str = "
     if not cells:
         raise UserError(f"{path} has no column with a name or a value.")
     return Columns(str(path), cells, lines[1:], form, found, tuple(n for n in unnamed if n not in empty),
-                   notes | form.lines())
+                   notes=notes | form.lines())
 
 
 def _rows(path: str | Path, text: str, separator: str, skipped: int) -> tuple[list[list[str]], list[int]]:
@@ -298,10 +306,16 @@ def class_targets(tables: "list[Columns]", name: str) -> tuple[tuple[str, ...], 
 
 
 def _labels(table: Columns, name: str) -> list[str]:
-    for row, value in enumerate(cells := [str(value) for value in table.column(name)]):
-        if table.form.is_missing(value):
+    for row, label in enumerate(found := labels(table, name)):
+        if not label:
             raise UserError(f"{table.where(row, name)}: the target is missing; give it, or delete the row.")
-    return [re.sub(r"^([+-]?\d+)\.0+$", r"\1", value.strip()) for value in cells]
+    return found
+
+
+def labels(table: Columns, name: str) -> list[str]:
+    """A column of classes, where "3.0" is "3"; "" where there is none."""
+    return ["" if table.form.is_missing(value) else re.sub(r"^([+-]?\d+)\.0+$", r"\1", value.strip())
+            for value in map(str, table.column(name))]
 
 
 def _some(values: Sequence[str]) -> str:

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from lab.data.pipeline import Records
+import numpy as np
+
+from lab.data import log
+from lab.data.pipeline import Arrays, Records
 from lab.errors import UserError
 
 NAMED = 20  # class names that are shown
@@ -32,9 +36,69 @@ class Dataset:
         """Lines: what a simple, well-known method reaches on the same split."""
         return []
 
-    def read(self, path: Path) -> tuple[list[str], Records]:
-        """New records to predict: a name for each, and the records, without targets. Raises UserError."""
+    def saved(self) -> dict[str, Any]:
+        """A JSON value from which the `restored` of the data ingredient makes this again, without its records."""
+        return {"fingerprint": self.fingerprint, "facts": self.facts, "unit": self.unit,
+                "units_per_record": self.units_per_record, "classes": list(self.classes)}
+
+    def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> "Incoming":
+        """New records to predict. `id_column`: to be kept beside them; `strict`: a blank one is an error. UserError."""
         raise UserError("This data has no reader for new records.")
+
+    def own(self, split: str, id_column: str | None = None) -> "Incoming":
+        """The records of a split, to predict. UserError where there is no such split or column."""
+        records = getattr(self, split)
+        if records is None:
+            raise UserError(f"This data has no {split} split.")
+        if id_column is not None:
+            raise no_ids(id_column)
+        targets = records.arrays.get("targets") if isinstance(records, Arrays) else None
+        truth = None if targets is None or targets.ndim != 1 else self.in_words(targets)
+        numbers = list(range(len(records)))
+        return Incoming(records, numbers, [f"record {i}" for i in numbers], {}, truth)
+
+    def in_words(self, targets: np.ndarray) -> list[Any]:
+        """Targets (n,) of records as people know them: names of classes, or numbers."""
+        return [self.classes[i] for i in targets] if self.classes else targets.tolist()
+
+
+def restored(saved: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `Dataset` without records."""
+    known = {name: saved[name] for name in ("fingerprint", "facts", "unit", "units_per_record")}
+    return known | {"train": None, "validation": None, "test": None, "summary": {}, "classes": tuple(saved["classes"])}
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Records to predict, with what their predictions can be joined by."""
+
+    records: Records
+    numbers: list[int]
+    """Of each record its number in the input, from 0; what was skipped counts."""
+    names: list[str]
+    """What each is called, for people: "line 3"."""
+    beside: dict[str, list[Any]] = field(default_factory=dict)
+    """More columns: an id, the file."""
+    truth: list[Any] | None = None
+    """What is right, where the input says so; "" where it does not."""
+
+
+def no_ids(column: str) -> UserError:
+    """What is said of an id column where there are no columns."""
+    return UserError(f"--id {column} is for tables and messages in CSV files: there are no columns here.")
+
+
+def without_blanks(path: Path, blank: Sequence[str], total: int, strict: bool) -> None:
+    """Says which records hold nothing and are skipped. UserError where they are all, or with `strict`."""
+    if not blank:
+        return
+    some = ", ".join(blank[:5]) + (", ..." if len(blank) > 5 else "")
+    if strict or len(blank) == total:
+        one = len(blank) == 1
+        raise UserError(f"{path}, {some} {'has' if one else 'have'} no message or value; write one, or remove "
+                        f"{'the line' if one else 'the lines'}.")
+    log.warning("%s: %d of %d records have no message or value and are skipped: %s (--strict makes that an error)",
+                path, len(blank), total, some)
 
 
 def class_names(names: Sequence[str]) -> dict[str, str]:

@@ -27,6 +27,10 @@ class Number:
         values = numbers(table, self.name)
         return ((np.where(np.isnan(values), self.fill, values) - self.mean) / self.scale)[:, None]
 
+    def decode(self, inputs: np.ndarray) -> list[float]:
+        """The column of (n, 1) inputs, in its units: about what it was, since inputs are float32."""
+        return [float(f"{x:.6g}") for x in inputs[:, 0].astype(np.float64) * self.scale + self.mean]
+
     def __str__(self) -> str:
         return f"the training median {self.fill:.6g}"
 
@@ -59,6 +63,10 @@ class Category:
                     f'{some(self.values)}; correct it, or train with unseen="zeros" to let it count as none of them.'
                 )
         return out
+
+    def decode(self, inputs: np.ndarray) -> list[str]:
+        """The categories of (n, width) inputs; "" where none of them was known."""
+        return [self.values[int(row.argmax())] if row.any() else "" for row in inputs]
 
     def __str__(self) -> str:
         return f"the most frequent in training, {self.fill!r}"

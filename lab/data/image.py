@@ -1,7 +1,7 @@
 """Labelled images: decoded and split on the host, normalised and augmented inside the compiled step."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 from lab.data import digest
 from lab.data.augment import Augment, draw, middle
 from lab.data.bundled import Sklearn
-from lab.data.dataset import Dataset, class_names
-from lab.data.folders import tree
+from lab.data.dataset import Dataset, Incoming, class_names, no_ids, restored
+from lab.data.folders import printable, tree
 from lab.data.idx import Idx, read_idx
 from lab.data.image_decode import MODES, Form, decoded, reshaped
 from lab.data.image_records import Found, Part, find
@@ -154,6 +154,10 @@ class Images:
             summary=self._summary(source, found, records, rule),
         )
 
+    def restored(self, saved: dict[str, Any], tokenizer: str) -> "ImageData":
+        """What `load` gave to a run, without records; see `Dataset.saved`."""
+        return ImageData(**restored(saved), form=Form(**saved["form"]))
+
     def _open(self) -> Opened:
         """The source; UserError when it is not there or has another number of classes than `classes`."""
         source = _digits(self.source) if isinstance(self.source, Sklearn) else self.source.open()
@@ -233,12 +237,19 @@ class ImageData(Dataset):
 
     form: Form = field(default=Form(0, 0, 0), kw_only=True)
 
-    def read(self, path: Path) -> tuple[list[str], Records]:
-        """An image, all images below a folder, or an IDX file of images.
+    def saved(self) -> dict[str, Any]:
+        """See `Dataset.saved`."""
+        return super().saved() | {"form": asdict(self.form)}
+
+    def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> Incoming:
+        """An image, all images below a folder, or an IDX file of images. In a folder of classes' folders, these are the
+        truth.
 
         Raises:
           UserError: names images that are corrupt or of another form than those of training.
         """
+        if id_column is not None:
+            raise no_ids(id_column)
         path = user_path(path)
         if path.is_file() and path.name.removesuffix(".gz").endswith("ubyte"):
             images = read_idx(path)
@@ -246,10 +257,14 @@ class ImageData(Dataset):
             if images.ndim != 4:
                 raise UserError(f"{path} holds an array of shape {images.shape}, which are no images.")
             pixels = Pixels(path.name, images, np.zeros(len(images), np.int32))
-            return [f"{path.name} {i}" for i in range(len(images))], Arrays({"inputs": reshaped(pixels, self.form)})
+            return Incoming(Arrays({"inputs": reshaped(pixels, self.form)}), list(range(len(images))),
+                            [f"{path.name} {i}" for i in range(len(images))])
         paths = [p for p in tree(path).below(path) if is_image(p.name)] if path.is_dir() else [path]
         if not paths or not path.exists():
             raise UserError(f"{path} " + ("has no PNG or JPEG file in it." if paths == [] else "does not exist."))
         root = path if path.is_dir() else path.parent
         files = Files(root, paths, np.zeros(len(paths), np.int32))
-        return ([p.relative_to(root).as_posix() for p in paths], Arrays({"inputs": decoded(files, self.form)}))
+        names = [printable(p.relative_to(root).as_posix()) for p in paths]
+        known = [next((part for part in name.split("/")[:-1] if part in self.classes), "") for name in names]
+        return Incoming(Arrays({"inputs": decoded(files, self.form)}), list(range(len(names))), names, {"file": names},
+                        known if any(known) else None)

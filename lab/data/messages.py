@@ -10,12 +10,12 @@ import numpy as np
 
 from lab.data import digest, log
 from lab.data.bundled import Sklearn
-from lab.data.columns import Csv, read_columns
-from lab.data.dataset import Dataset, class_names
+from lab.data.columns import Csv, labels, read_columns
+from lab.data.dataset import Dataset, Incoming, class_names, no_ids, restored, without_blanks
 from lab.data.message_sources import SPLITS, Labelled, PythonPackages, TextFolder, Tfds, check_classes, load
 from lab.data.pipeline import Arrays, fixed_order
 from lab.data.reading import lines_of, read_text
-from lab.data.saved import Saved, saved_form
+from lab.data.saved import Saved, revived, saved_form
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, FittedWords, Words, with_padding
 from lab.errors import UserError
 
@@ -108,9 +108,9 @@ class Messages:
         records: dict[str, Arrays] = {}
         summary = {"source": found.title, "split": found.rule, "tokenizer": repr(self.tokenizer),
                    "vocabulary": fitted.size, "classes": len(found.classes), **class_names(found.classes)}
-        for split, (own, labels) in found.splits.items():
+        for split, (own, targets) in found.splits.items():
             arrays, lines = encode_rows(fitted, own, self.length, self.truncate)
-            records[split] = Arrays(arrays | {"targets": labels})
+            records[split] = Arrays(arrays | {"targets": targets})
             summary |= {f"{split} {what}": value for what, value in lines.items()}
         known = set(texts["train"])
         summary |= {f"{split} also in training": sum(text in known for text in own)
@@ -123,8 +123,15 @@ class Messages:
             facts={"vocab": fitted.size, "length": self.length, "classes": len(found.classes)},
             unit=self.unit, units_per_record=self.units_per_record, summary=summary, classes=found.classes,
             texts=texts, fitted=fitted, tokenizer_state=saved_form(self.tokenizer, fitted), column=found.column,
-            truncate=self.truncate,
+            truncate=self.truncate, target=getattr(self.source, "target", ""),
+            encoding=getattr(self.source, "encoding", "UTF-8"),
         )
+
+    def restored(self, saved: dict[str, Any], tokenizer: str) -> "MessageData":
+        """What `load` gave to a run, without records; see `Dataset.saved`."""
+        fitted = with_padding(revived(tokenizer, "tokenizer.json"))
+        return MessageData(**restored(saved), texts={}, fitted=fitted, tokenizer_state=tokenizer,
+                           truncate=self.truncate, **{name: saved[name] for name in ("column", "target", "encoding")})
 
     def _fit(self, title: str, texts: list[str]) -> Fitted:
         """The tokenizer, which sees the training texts only, with an id 0 that is free for padding."""
@@ -237,6 +244,10 @@ class MessageData(Dataset):
     """The column of a CSV file in which `read` finds messages."""
     truncate: str
     """Which side of a longer message is cut off."""
+    target: str = ""
+    """The column of a CSV file in which `read` finds classes, if it is there."""
+    encoding: str = "UTF-8"
+    """How the files are encoded."""
 
     def encode(self, text: str) -> np.ndarray:
         """Text -> ids, int32 (n,), neither cut nor padded."""
@@ -252,26 +263,36 @@ class MessageData(Dataset):
         """The words in the order of their ids, where the tokenizer is `Words`; the first is "", padding. Else []."""
         return [piece.decode() for piece in self.fitted.pieces] if isinstance(self.fitted, FittedWords) else []
 
-    def read(self, path: Path) -> tuple[list[str], Arrays]:
+    def saved(self) -> dict[str, Any]:
+        """See `Dataset.saved`; the tokenizer is `tokenizer_state`."""
+        return super().saved() | {"column": self.column, "target": self.target, "encoding": self.encoding}
+
+    def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> Incoming:
         """New messages: each line of a .txt file, or the text column of a .csv file (of which other columns are passed
-        over). Names are line numbers. Raises UserError."""
-        path = Path(path)
+        over). One without any text is skipped. Raises UserError."""
+        path, beside, truth = Path(path), {}, None
         if path.suffix == ".csv":
-            table = read_columns(path)
-            texts, numbers = [str(cell) for cell in table.column(self.column)], table.lines
+            table = read_columns(path, encoding=self.encoding)
+            texts, lines, numbers = list(map(str, table.column(self.column))), table.lines, range(len(table))
+            beside = {} if id_column is None else {id_column: table.column(id_column)}
+            truth = labels(table, self.target) if self.target in table.cells else None
         elif path.suffix == ".txt":
-            texts = lines_of("".join(read_text(path)).removeprefix("\ufeff"))
-            numbers = range(1, len(texts) + 1)
+            if id_column is not None:
+                raise no_ids(id_column)
+            texts = lines_of("".join(read_text(path, self.encoding)).removeprefix("\ufeff"))
+            lines, numbers = range(1, len(texts) + 1), range(len(texts))
             if not texts:
                 raise UserError(f"{path} is empty: it needs one message a line.")
         else:
             raise UserError(f"{path} is no file of messages: give a .txt file with one message a line, or a .csv file "
                             f"with the column {self.column!r}.")
-        for text, number in zip(texts, numbers, strict=True):
-            if not text.strip():
-                raise UserError(f"{path}, line {number} has no message: write one, or remove the line.")
-        arrays, _ = encode_rows(self.fitted, texts, self.facts["length"], self.truncate)
-        return [f"line {number}" for number in numbers], Arrays(arrays)
+        kept = [i for i, text in enumerate(texts) if text.strip()]
+        without_blanks(path, [f"line {n}" for n, text in zip(lines, texts, strict=True) if not text.strip()],
+                       len(texts), strict)
+        arrays, _ = encode_rows(self.fitted, [texts[i] for i in kept], self.facts["length"], self.truncate)
+        return Incoming(Arrays(arrays), [numbers[i] for i in kept], [f"line {lines[i]}" for i in kept],
+                        {name: [column[i] for i in kept] for name, column in beside.items()},
+                        None if truth is None else [truth[i] for i in kept])
 
     def reference(self) -> list[str]:
         """TF-IDF and logistic regression on the whole messages of the same split, the usual baseline.

@@ -53,6 +53,7 @@ def read_text(path: Path, encoding: str = "UTF-8") -> Iterator[str]:
       UserError: it cannot be read, or is not text in this encoding; says which it may be.
     """
     chosen = encoding_of(path, encoding)
+    chosen = "UTF-8" if chosen == "utf-8" else chosen
     decoder = codecs.getincrementaldecoder(chosen)()
     wide = codecs.lookup(chosen).name.startswith(("utf-16", "utf-32"))  # where zeros are the half of plain text
     done = pending = 0
@@ -63,7 +64,7 @@ def read_text(path: Path, encoding: str = "UTF-8") -> Iterator[str]:
                 block = file.read(BLOCK)
                 pending = len(decoder.getstate()[0])
                 if not done and not wide and block.count(0) * 10 > len(block):
-                    raise UserError(f"{path} is not {encoding} text: every tenth byte or more is 0.{_advice(block)}")
+                    raise UserError(f"{path} is not {chosen} text: every tenth byte or more is 0.{_advice(block)}")
                 text = decoder.decode(block, final=not block)
                 done += len(block)
                 if text:

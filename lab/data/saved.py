@@ -56,12 +56,17 @@ class Saved:
 
     def restore(self, state: str) -> Fitted:
         """`state` is the whole file."""
-        kinds = {cls.__name__: cls for cls in (Bytes, Chars, BPE, GPT2, Words)}
-        try:
-            found = json.loads(state)
-            fitted = kinds[found["kind"]](**found["fields"]).restore(found["state"])
-            fitted = with_padding(fitted) if found["padding"] else fitted
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path} holds no tokenizer that a run of this project wrote.") from None
-        fitted.state = state
-        return fitted
+        return revived(state, self.path)
+
+
+def revived(state: str, where: str) -> Fitted:
+    """The tokenizer that `saved_form` wrote. UserError, naming `where`, for anything else."""
+    kinds = {cls.__name__: cls for cls in (Bytes, Chars, BPE, GPT2, Words)}
+    try:
+        found = json.loads(state)
+        fitted = kinds[found["kind"]](**found["fields"]).restore(found["state"])
+        fitted = with_padding(fitted) if found["padding"] else fitted
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where} holds no tokenizer that a run of this project wrote.") from None
+    fitted.state = state
+    return fitted

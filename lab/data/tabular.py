@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ import numpy as np
 
 from lab.data import digest, log
 from lab.data.bundled import Sklearn
-from lab.data.columns import Columns, Csv, class_targets, is_numeric, read_columns, refuse_doubts
-from lab.data.dataset import Dataset, class_names
-from lab.data.features import Category, Feature, Target, encode, fit, gaps, known_numbers, moments, some
+from lab.data.columns import Columns, Csv, class_targets, is_numeric, labels, read_columns, refuse_doubts
+from lab.data.dataset import Dataset, Incoming, class_names, restored, without_blanks
+from lab.data.features import Category, Feature, Number, Target, encode, fit, gaps, known_numbers, moments, some
 from lab.data.numbers import NumberFormat
 from lab.data.pipeline import Arrays, fixed_order
 from lab.errors import UserError
@@ -95,6 +95,16 @@ class Table:
         """
         self.validate()
         return _load(self, self.source.state())
+
+    def restored(self, saved: dict[str, Any], tokenizer: str) -> "TableData":
+        """What `load` gave to a run, without records; see `Dataset.saved`."""
+        kinds = {kind.__name__: kind for kind in (Number, Category)}
+        features = tuple(kinds[kind](**fields | ({"values": tuple(fields["values"])} if "values" in fields else {}))
+                         for kind, fields in saved["features"])
+        target = Target(**saved["target"] | {"names": tuple(saved["target"]["names"])})
+        tuples = {name: tuple(saved["form"][name]) for name in ("units", "missing")}
+        return TableData(**restored(saved), features=features, target=target, standardised=self.standardise,
+                         form=NumberFormat(**saved["form"] | tuples), encoding=saved["encoding"])
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -183,8 +193,17 @@ def _load(options: Table, _state: tuple[int, ...]) -> "TableData":
         summary=_summary(parts, features, target, main.values[train])
         | {f"{name} rows": len(array) for name, array in records.items() if array} | {"split": _rule(options, parts)},
         features=features, target=target, standardised=options.standardise, form=main.table.form,
-        encoding=getattr(options.source, "encoding", "UTF-8"),
+        encoding=getattr(options.source, "encoding", "UTF-8"), dropped=_dropped(parts, rows),
     )
+
+
+def _dropped(parts: list[_Part], rows: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, dict[str, list[str]]]]:
+    """Split -> its rows in the file, and their cells in the columns that are no features."""
+    where = {name: (parts[0].table, at) for name, at in rows.items()}
+    if len(parts) == 2:
+        where["test"] = parts[1].table, np.arange(len(parts[1].table))
+    return {name: (at, {column: [cells[i] for i in at] for column, cells in table.dropped.items()})
+            for name, (table, at) in where.items()}
 
 
 def _fingerprint(options: Table, parts: list[_Part], rows: dict[str, np.ndarray]) -> str:
@@ -251,6 +270,8 @@ class TableData(Dataset):
     standardised: bool = field(default=True, kw_only=True)
     form: NumberFormat = field(default=NumberFormat(), kw_only=True)
     encoding: str = field(default="UTF-8", kw_only=True)
+    dropped: dict[str, tuple[np.ndarray, dict[str, list[str]]]] = field(default_factory=dict, kw_only=True)
+    """Split -> the rows of the file in it, and their cells in the columns that are no features."""
 
     @property
     def feature_names(self) -> list[str]:
@@ -258,17 +279,64 @@ class TableData(Dataset):
         return [name for f in self.features
                 for name in ([f"{f.name}={value}" for value in f.values] if isinstance(f, Category) else [f.name])]
 
-    def read(self, path: Path) -> tuple[list[str], Arrays]:
+    def saved(self) -> dict[str, Any]:
+        """See `Dataset.saved`."""
+        features = [[type(feature).__name__, asdict(feature)] for feature in self.features]
+        return super().saved() | {"features": features, "target": asdict(self.target), "form": asdict(self.form),
+                                  "encoding": self.encoding}
+
+    def in_words(self, targets: np.ndarray) -> list[Any]:
+        """See `Dataset.in_words`; numbers in the units of the file."""
+        if self.classes:
+            return super().in_words(targets)
+        return (targets.astype(np.float64) * self.target.scale + self.target.mean).tolist()
+
+    def in_units(self, inputs: np.ndarray) -> dict[str, list[Any]]:
+        """Inputs (n, F) as a file would have them: column -> numbers in its units, or categories."""
+        found, at = {}, 0
+        for feature in self.features:
+            found[feature.name] = feature.decode(inputs[:, at : at + feature.width])
+            at += feature.width
+        return found
+
+    def own(self, split: str, id_column: str | None = None) -> Incoming:
+        """See `Dataset.own`; records are numbered by their rows in the file."""
+        found = super().own(split)
+        rows, cells = self.dropped[split]
+        if id_column is not None and id_column not in cells:
+            raise UserError(f"--id {id_column}: the columns that are no features (--data.source.drop) are "
+                            f"{', '.join(cells) or 'none'}.")
+        beside = {} if id_column is None else {id_column: cells[id_column]}
+        return replace(found, numbers=rows.tolist(), beside=beside)
+
+    def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> Incoming:
         """The rows of a CSV file that has the columns of the features (in any order; others are passed over).
 
-        Missing values get what stood in for them in training. Raises UserError, with line and column.
+        Missing values get what stood in for them in training; a row without any value is skipped. Raises UserError,
+        with line and column.
         """
         table = read_columns(path, self.form, self.encoding)
+        ids = [] if id_column is None else [id_column]
+        cells = [table.column(name) for name in (*ids, *(feature.name for feature in self.features))][len(ids):]
+        blank = [row for row in range(len(table)) if all(map(self.form.is_missing, (column[row] for column in cells)))]
+        without_blanks(path, [f"line {table.lines[row]}" for row in blank], len(table), strict)
+        kept = [row for row in range(len(table)) if row not in set(blank)]
+        table = table.rows(kept)
         for feature, n in gaps(self.features, table).items():
             log.warning("%s: %d of %d values are missing in column %r: set to %s", path, n, len(table), feature.name,
                         feature)
         inputs = {"inputs": encode(self.features, table)}
-        return [f"line {line}" for line in table.lines], Arrays(inputs | self.target.arrays(len(table)))
+        return Incoming(Arrays(inputs | self.target.arrays(len(table))), kept, [f"line {n}" for n in table.lines],
+                        {name: list(table.column(name)) for name in ids}, self._truth(table))
+
+    def _truth(self, table: Columns) -> list[Any] | None:
+        """The column of the target, where there is one: classes as they are called here, numbers as numbers."""
+        if self.target.column not in table.cells:
+            return None
+        if self.target.names:
+            return labels(table, self.target.column)
+        values, _ = self.form.parse(table.column(self.target.column))
+        return ["" if np.isnan(value) else value for value in values.tolist()]
 
     def reference(self) -> list[str]:
         """What scikit-learn's linear models reach on the same rows, after training on the same rows."""

@@ -18,9 +18,9 @@ import numpy as np
 
 from lab.data import cache_folder, digest, log
 from lab.data.building import built
-from lab.data.dataset import Dataset
+from lab.data.dataset import Dataset, restored
 from lab.data.pipeline import epoch_offsets
-from lab.data.saved import saved_form
+from lab.data.saved import revived, saved_form
 from lab.data.sources import Corpus, Documents, PythonStdlib, Survey, TextFiles, Tfds, pieces
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted
 from lab.errors import UserError
@@ -115,6 +115,10 @@ class Text:
             units_per_record=self.length,
             summary=_summary(corpus.title, meta, self.tokenizer, train, validation),
         )
+
+    def restored(self, saved: dict[str, Any], tokenizer: str) -> "TextData":
+        """What `load` gave to a run, without records; see `Dataset.saved`."""
+        return TextData(**restored(saved), fitted=revived(tokenizer, "tokenizer.json"), tokenizer_state=tokenizer)
 
 
 class Windows:

@@ -19,7 +19,7 @@ from lab.console import Screen, clock
 from lab.data.pipeline import Prefetch, eval_batches, train_indices
 from lab.errors import UserError
 from lab.experiment import Checkpoint
-from lab.files import replace_file
+from lab.fitted import write_fitted
 from lab.run_folder import open_folder, write_diverged, write_result
 from lab.signals import EXIT, Stop
 from lab.study.cells import Cell
@@ -50,8 +50,7 @@ class _Together:
         for cell, folder in zip(cells, folders, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
             open_folder(folder, cell.experiment, file, data.fingerprint)
-            if state := getattr(data, "tokenizer_state", None):
-                replace_file(folder / "tokenizer.json", state)
+            write_fitted(folder, cell.experiment, data)
         self.checkpoints = Checkpoints(home / "checkpoints", Checkpoint(keep=1, best=False))
         self._restore_or_init()
         marks = self.checkpoints.beside(self.step) if self.step in self.checkpoints.steps() else None

@@ -148,16 +148,16 @@ class MultiTask(Task):
         return found
 
     def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
-        """"<part> prediction" and so on; of a reconstruction "<part> error", the mean squared error of the record."""
+        """<part>_prediction and so on; of a reconstruction <part>_error, the mean squared error of the record."""
         found: dict[str, list[Any]] = {}
         for part in self.parts:
             own = part.own(predictions)
             if part.target == "inputs":
-                found |= part.named({"error": _errors(own).tolist()}, " ")
+                found |= part.named({"error": _errors(own).tolist()})
             elif isinstance(part.task, Classify):
-                found |= part.named(part.task.named(own, part.classes(data)), " ")
+                found |= part.named(part.task.named(own, part.classes(data)))
             else:
-                found |= part.named(part.task.columns(own, data), " ")
+                found |= part.named(part.task.columns(own, data))
         return found
 
     def artifacts(self, outcome: Outcome) -> list[str]:

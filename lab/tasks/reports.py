@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,6 +106,15 @@ def class_names(classes: Sequence[str], count: int) -> Sequence[str]:
     return classes if len(classes) == count else tuple(str(i) for i in range(count))
 
 
+def column_names(prefix: str, names: Sequence[str]) -> list[str]:
+    """prefix_<name> for each, of letters, digits and _ only, each once: names that pandas takes as attributes."""
+    found: list[str] = []
+    for name in names:
+        column = re.sub(r"\W+", "_", f"{prefix}_{name}")
+        found.append(column if column not in found else f"{column}_{len(found)}")
+    return found
+
+
 def headline(title: str, confusion: np.ndarray) -> str:
     """One line: accuracy and the macro averages."""
     figures = macro(confusion)
@@ -144,7 +154,8 @@ def write_worst(outcome: Outcome, chosen: np.ndarray, facts: Mapping[str, Sequen
     """Writes the `chosen` records, worst first, each with its `facts` (name -> one text for each), as people see them.
 
     Images: plots/worst.png. Texts (integers, where the data can decode them): worst.txt. Tables: worst.csv, with the
-    inputs as the model gets them. What an earlier call wrote is gone if nothing is chosen.
+    inputs in the units of the file where the data knows them, else as the model gets them. What
+    an earlier call wrote is gone if nothing is chosen.
     """
     folder = outcome.folder
     pictures, texts, table = (folder / "plots" / f"{prefix}worst.png", folder / f"{prefix}worst.txt",
@@ -165,8 +176,9 @@ def write_worst(outcome: Outcome, chosen: np.ndarray, facts: Mapping[str, Sequen
                                     for i, lines, text in zip(chosen, said, shown, strict=True)))
     elif inputs.ndim == 2:
         names = getattr(outcome.data, "feature_names", None) or [f"input {i}" for i in range(inputs.shape[1])]
+        columns = ({name: [f"{x:.6g}" for x in inputs[:, i]] for i, name in enumerate(names)}
+                   if not hasattr(outcome.data, "in_units") else outcome.data.in_units(inputs))
         writer = csv.writer(buffer := io.StringIO())
-        writer.writerow(["record", *facts, *names])
-        writer.writerows([i, *(values[n] for values in facts.values()), *(f"{x:.6g}" for x in row)]
-                         for n, (i, row) in enumerate(zip(chosen, inputs, strict=True)))
+        writer.writerow(["record", *facts, *columns])
+        writer.writerows(zip(chosen, *facts.values(), *columns.values(), strict=True))
         replace_file(table, buffer.getvalue())

@@ -150,7 +150,7 @@ class Classify(Supervised):
         return {"probabilities": jnp.exp(logp_BC), "prediction": jnp.argmax(logp_BC, -1).astype(jnp.int32)}
 
     def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
-        """The predicted class by its name, and the probability of each: p(name)."""
+        """The predicted class by its name, and the probability of each: p_<name>."""
         return self.named(predictions, data.classes)
 
     def named(self, predictions: Mapping[str, np.ndarray], classes: Sequence[str]) -> dict[str, list[Any]]:
@@ -158,7 +158,7 @@ class Classify(Supervised):
         probabilities = predictions["probabilities"]
         names = reports.class_names(classes, probabilities.shape[1])
         return {"prediction": [names[i] for i in predictions["prediction"]],
-                **{f"p({name})": probabilities[:, i].tolist() for i, name in enumerate(names)}}
+                **{name: probabilities[:, i].tolist() for i, name in enumerate(reports.column_names("p", names))}}
 
     def artifacts(self, outcome: Outcome) -> list[str]:
         """Writes plots/confusion.png, report.txt and the worst mistakes; returns a table for the screen."""

@@ -150,7 +150,7 @@ def test_all_doubtful_columns_are_in_one_message(tmp_path):
 def test_new_records_are_read_as_training_was(tmp_path):
     data = table(tmp_path, written(grouped(",", ".")), thousands=",").load()
     (tmp_path / "new.csv").write_text('x\n"1,234.50"\n1234.50\n')
-    _, records = data.read(tmp_path / "new.csv")
+    records = data.read(tmp_path / "new.csv").records
     assert records.arrays["inputs"][0, 0] == records.arrays["inputs"][1, 0]
     plain = table(tmp_path, written(lambda x: f"{x:.2f}")).load()
     with pytest.raises(UserError, match=r"line 2, column 'x': '1,234.50' is not a number.*--data.source.thousands ,"):
@@ -202,7 +202,7 @@ def test_columns_without_a_name(tmp_path):
     for drop in ("column 1", "1"):
         assert Table(Csv(str(path), "y", drop=(drop,))).load().facts == {"features": 1}
     data = Table(Csv(str(path), "y", drop=("1",))).load()
-    assert len(data.read(path)[0]) == N  # at prediction an index column without a name is passed over
+    assert len(data.read(path).names) == N  # at prediction an index column without a name is passed over
     path.write_text("x,y,\n" + "".join(f"{i * i},{i / 7:.2f},\n" for i in range(N)))
     data = Table(Csv(str(path), "y")).load()
     assert data.facts == {"features": 1} and data.summary["left out, empty and without a name"] == "column 3"
