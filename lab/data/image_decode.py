@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lab.data import log
 from lab.data.image_sources import Encoded, Pixels
 from lab.errors import UserError
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF, which is passed over
 
 T, R = TypeVar("T"), TypeVar("R")
 BLOCK = 32  # images handed to a thread at once: small ones take less time than the handing over
