@@ -20,6 +20,8 @@ STAND_IN = '''
 import os, pathlib, signal, sys, time
 rank = os.environ.get("SLURM_PROCID") or os.environ.get("LAB_PROCESS_ID") or os.uname().nodename[-1]
 words = sys.argv[sys.argv.index("lab") + 1:]
+if "--dry-run" in words:    # lab/launch looks at the flags
+    sys.exit("error: " + words[words.index("--wrong") + 1] if "--wrong" in words else 0)
 folder = pathlib.Path(words[words.index("--run-dir") + 1])
 place = pathlib.Path(words[words.index("--checkpoint-dir") + 1]) if "--checkpoint-dir" in words else folder
 saved = place / f"saved-{rank}"

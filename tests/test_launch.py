@@ -140,6 +140,82 @@ def test_slurm_leaves_the_number_of_tasks_to_the_user_and_refuses_line_breaks(ch
     assert "line break" in fails(checkout, environ, "--slurm", "-n1\nrm x", "--dry-run", "experiments/tiny.py")
 
 
+def test_slurm_looks_at_the_flags_before_anything_waits_in_a_queue(checkout, environ, tmp_path):
+    """By --dry-run of the experiment, in an environment that is there; the stand-in refuses --wrong."""
+    text = dry(checkout, environ, "--slurm", "-n1", "--dry-run", "experiments/tiny.py")
+    assert "# The flags of the experiment were not checked: no environment is built here yet" in text
+    assert "# The options of sbatch were not checked: " in text
+    assert run(checkout, environ, "env").returncode == 0
+    text = dry(checkout, environ, "--slurm", "-n1", "--dry-run", "experiments/tiny.py")
+    assert "# The flags of the experiment are right." in text
+    for words in (["--dry-run"], []):
+        said = fails(checkout, environ | {"PATH": sbatch(tmp_path)}, "--slurm", "-n1", *words, "experiments/tiny.py",
+                     "--wrong", "There is no --stepz.")
+        assert said == "error: There is no --stepz.\n" and not (tmp_path / "submitted").exists()
+
+
+def test_slurm_asks_sbatch_about_its_options(checkout, environ, tmp_path):
+    path = {"PATH": sbatch(tmp_path)}
+    said = fails(checkout, environ | path, "--slurm", "-n1 --partition=none", "--dry-run", "experiments/tiny.py")
+    assert said == "error: sbatch would not take the job: invalid partition specified: none\n"
+    done = run(checkout, environ | path, "--slurm", "-n1", "--dry-run", "experiments/tiny.py")
+    assert "# The options of sbatch are right." in done.stdout and not (tmp_path / "submitted").exists()
+
+
+def sbatch(folder: Path) -> str:
+    """PATH with a stand-in for sbatch, that refuses a partition and notes what is submitted."""
+    write_script(folder / "sbatch", f"""#!/bin/sh
+[ "$1" = --test-only ] || {{ touch {folder}/submitted; exit 1; }}
+grep -q partition=none && {{ echo "sbatch: error: invalid partition specified: none" >&2; exit 1; }}
+echo "sbatch: Job 1 to start at 2026-01-01T00:00:00" >&2
+""")
+    return f"{folder}:/usr/bin:/bin"
+
+
+@pytest.mark.parametrize("options, array, rest", [
+    ("-N 2 -n3 --gpus=1", "0-5", "--gpus=1"), ("--nodes=4 --time 5", "0-3", "--time 5"),
+    ("--time=5", "0-0", "--time=5"), ("--array=1-7%2 --ntasks 1", "1-7%2", "")])
+def test_a_study_becomes_a_job_array_of_workers(checkout, environ, options, array, rest):
+    """Each is a process of its own: a study refuses several processes of one run. No --run-dir, which it has not."""
+    text = dry(checkout, environ, "--slurm", options, "--dry-run", "experiments/tiny.py", "--vary", "batch=16")
+    lines = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert lines[-2:] == [f"#SBATCH --array={array}", f"#SBATCH --nodes=1 --ntasks=1 {rest}".rstrip()]
+    assert "slurm-%A_%a.log" in text and "srun --kill-on-bad-exit=0" in text and "--run-dir" not in text
+    file, name = checkout / "experiments/tiny_study.py", "experiments/tiny_study.py"
+    file.write_text("from lab.study.design import Study\nstudy = local = Study(3)\n")
+    try:
+        assert f"--array={array}" in dry(checkout, environ, "--slurm", options, "--dry-run", name)
+    finally:
+        file.unlink()
+
+
+def test_a_study_elsewhere(checkout, environ):
+    study = ("experiments/tiny.py", "--vary", "batch=16")
+    assert "a study has a worker for each" in fails(checkout, environ, "--slurm", "--nodes=2-4", *study)
+    assert "A study runs in one process at a time" in fails(checkout, environ, "--hosts", "a,b", "--dry-run", *study)
+    text = dry(checkout, environ, "--tpu", "pod", "--dry-run", *study)
+    assert re.search(r"tiny.py --vary batch=16 --studies runs/tiny-\w{8}$", text, re.M) and "--run-dir" not in text
+
+
+@pytest.mark.parametrize("extras, wanted", [(None, "bucket"), ("plan", "plan,bucket"), ("bucket, plan", "bucket,plan")])
+def test_a_bucket_brings_its_packages(checkout, environ, extras, wanted):
+    variables = environ | ({"LAB_EXTRAS": extras} if extras else {})
+    bucket = ("--dry-run", "experiments/tiny.py", "--checkpoint-dir", "gs://b/x")
+    text = dry(checkout, variables, "--tpu", "pod", *bucket)
+    assert text.count(f"export LAB_EXTRAS={wanted}") == 2  # where it is built, and where it starts
+    for engine in (("--slurm", "-n1"), ("--hosts", "a,b")):
+        assert f"export LAB_EXTRAS={wanted}" in dry(checkout, variables, *engine, *bucket)
+    text = dry(checkout, variables, "--sky", "--cpus 4", *bucket)
+    assert json.loads(text[text.index("{"):text.rindex("}") + 1])["envs"]["LAB_EXTRAS"] == wanted
+    text = dry(checkout, variables, "--tpu", "pod", "--dry-run", "experiments/tiny.py")
+    assert ("LAB_EXTRAS" in text) == bool(extras)
+
+
+def test_an_open_quote_is_a_sentence(checkout, environ):
+    for engine in (["--slurm", "--comment='x"], ["--sky", "--cpus '4"], ["--tpu", "pod", "--gcloud-flags", "'"]):
+        assert "No closing quotation" in fails(checkout, environ, *engine, "--dry-run", "experiments/tiny.py")
+
+
 def test_dry_run_after_the_experiment_submits_nothing_either(checkout, environ):
     text = dry(checkout, environ, "--slurm", "-n1", "experiments/tiny.py", "--dry-run")
     assert "+ sbatch" in text and "tiny.py --run-dir" in text

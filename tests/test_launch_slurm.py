@@ -148,6 +148,18 @@ def test_slurm_ctrl_c_stops_following_and_not_the_job(checkout, environ, slurm):
     subprocess.run(["scancel", number], env=slurm, check=True)
 
 
+def test_slurm_a_study_is_an_array_of_workers(checkout, environ, slurm):
+    """Two workers on two nodes share four cells: each runs once."""
+    done = run(checkout, environ | slurm | {"STAND_IN": ""}, "--slurm", "--nodes=2", "experiments/tiny.py", "--vary",
+               "batch=16", "--seeds", "2", "--execution", "loop")
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = sorted((checkout / "runs").glob("tiny-*/launch/slurm-*_[01].log"))
+    ran = [line.partition(":")[0] for log in logs for line in log.read_text().splitlines() if " seed " in line]
+    assert len(logs) == 2 and sorted(n for n in ran if n.startswith(("base seed", "batch=16 seed"))) == [
+        "base seed 0", "base seed 1", "batch=16 seed 0", "batch=16 seed 1"], done.stdout
+    assert len(list((checkout / "studies").glob("*/report.html"))) == 1
+
+
 def test_slurm_says_what_sbatch_refuses(checkout, environ, slurm):
     done = run(checkout, environ | slurm, "--slurm", "--nodes=2 --partition=none", "experiments/tiny.py")
     assert done.returncode == 2 and "partition" in done.stderr and "Traceback" not in done.stderr

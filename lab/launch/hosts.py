@@ -41,7 +41,7 @@ def parse_hosts(text: str) -> list[str]:
 def task(job: Job, folder: str, copied: bool, coordinator: str) -> str:
     """What each process runs, as text for bash; `folder` is quoted already."""
     words = job.elsewhere() if copied else job.words
-    return (f"cd -- {folder} || exit 2\n{exports()}" +
+    return (f"cd -- {folder} || exit 2\n{exports(job)}" +
             (f'export LAB_ENVS="$HOME/.cache/lab/venvs" LAB_COMMIT={commit()}\n' if copied else "") +
             f"export PYTHONUNBUFFERED=1 LAB_COORDINATOR={shlex.quote(coordinator)}\n"
             "export LAB_PROCESSES=$OMPI_COMM_WORLD_SIZE LAB_PROCESS_ID=$OMPI_COMM_WORLD_RANK\n"
@@ -57,7 +57,10 @@ def mpirun(hosts: list[str], text: str) -> list[str]:
 def launch(options: Options, job: Job) -> int:
     """Copies what is needed, sets up, starts, waits; returns mpirun's status, or 130 after Ctrl-C."""
     hosts = parse_hosts(options.hosts)
-    home, setup = f".cache/lab/checkouts/{job.name}", f"{exports('; ')}./launch.sh env"
+    if job.study and len(hosts) > 1:
+        raise UserError("A study runs in one process at a time. Start the same command on every host instead: where "
+                        "they share a disk, they share the cells.")
+    home, setup = f".cache/lab/checkouts/{job.name}", f"{exports(job, '; ')}./launch.sh env"
     copy = f"mkdir -p {home} && tar -xzf - -C {home}"
     port = 20000 + int(job.name[-8:], 16) % 10000
     if options.dry_run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -39,6 +40,8 @@ class Job:
     """The run folder here: the same path, to which it is brought if it was another machine's."""
     file: Path | None
     """The experiment's file."""
+    study: bool = False
+    """Whether it is a study, whose processes work on cells and not on one run together."""
 
     @property
     def folder(self) -> Path:
@@ -94,10 +97,15 @@ def make_job(words: Sequence[str], engine: str) -> Job:
     name, run_dir = f"{stem}-{digest}", _value(words, "--run-dir")
     check_run_dir(run_dir)
     trains = words[0].endswith(".py")
+    study = trains and (_value(words, "--vary") is not None or bool(re.search(rb"^study\b.*=", content, re.M)))
     if run_dir is None:
         run_dir = f"runs/{name}"
-        words = [*words, "--run-dir", run_dir] if trains else words
-    return Job(tuple(words), run_dir, _value(words, "--checkpoint-dir"), name, Path(run_dir).absolute(), file)
+        if study and engine != "--slurm" and _value(words, "--studies") is None:  # what is fetched at the end
+            words = [*words, "--studies", run_dir]
+        elif trains and not study:
+            words = [*words, "--run-dir", run_dir]
+    checkpoints = _value(words, "--checkpoint-dir")
+    return Job(tuple(words), run_dir, checkpoints, name, Path(run_dir).absolute(), file, study)
 
 
 def _value(words: Sequence[str], flag: str) -> str | None:
@@ -128,9 +136,26 @@ def show(*commands: Sequence[str]) -> None:
         print("+", shlex.join(command))
 
 
-def exports(end: str = "\n") -> str:
-    """`export` of the variables that go along, each with `end`; empty where none is set."""
-    return "".join(f"export {name}={shlex.quote(os.environ[name])}{end}" for name in FORWARDED if name in os.environ)
+def forwarded(job: Job) -> dict[str, str]:
+    """The variables that go along. A bucket for checkpoints needs its packages, which are easily forgotten."""
+    found = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    if job.bucket:
+        extras = re.findall(r"[^,\s]+", found.get("LAB_EXTRAS", ""))
+        found["LAB_EXTRAS"] = ",".join(dict.fromkeys([*extras, "bucket"]))
+    return found
+
+
+def exports(job: Job, end: str = "\n") -> str:
+    """`export` of the variables that go along, each with `end`; empty where there is none."""
+    return "".join(f"export {name}={shlex.quote(value)}{end}" for name, value in forwarded(job).items())
+
+
+def split(text: str, flag: str) -> list[str]:
+    """The words of an option's value, as a shell would see them. Raises UserError where a quote is left open."""
+    try:
+        return shlex.split(text)
+    except ValueError as e:
+        raise UserError(f"{flag} {text!r}: {e}.") from None
 
 
 def tracked_files(job: Job) -> list[str]:

@@ -8,7 +8,6 @@ a machine's own disk goes with the machine; the checkpoints in a bucket stay.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.errors import UserError
 from lab.files import replace_file
-from lab.launch.job import BIN, FORWARDED, PREPARE, ROOT, Job, show, tool
+from lab.launch.job import BIN, PREPARE, ROOT, Job, forwarded, show, split, tool
 
 if TYPE_CHECKING:
     from lab.launch import Options
@@ -33,7 +32,7 @@ def task(job: Job, options: str) -> dict[str, Any]:
     Raises:
       UserError: an option is unknown or lacks its value.
     """
-    words, resources, nodes = shlex.split(options), {}, 1
+    words, resources, nodes = split(options, "--sky"), {}, 1
     while words:
         flag, equals, value = words.pop(0).partition("=")
         if flag == "--use-spot":
@@ -55,7 +54,7 @@ def task(job: Job, options: str) -> dict[str, Any]:
         resources["job_recovery"] = {"recover_on_exit_codes": [75]}
     if str(resources.get("accelerators", "")).startswith("tpu-"):
         resources.setdefault("infra", "gcp")
-    environ = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    environ = forwarded(job)
     return {"name": job.name, "num_nodes": nodes, "workdir": str(ROOT), "resources": resources,
             **({"envs": environ} if environ else {}), "setup": PREPARE,
             "run": f"{BIN} PYTHONUNBUFFERED=1\n./launch.sh {shlex.join(job.elsewhere())}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from lab.errors import UserError
 from lab.files import replace_file
-from lab.launch.job import ROOT, Job, exports, say, show, tool
+from lab.launch.check import check_flags
+from lab.launch.job import ROOT, Job, exports, forwarded, say, show, split, tool
 
 if TYPE_CHECKING:
     from lab.launch import Options
@@ -30,7 +32,7 @@ SCRIPT = """\
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
-{tasks}#SBATCH {options}
+{tasks}{array}#SBATCH {options}
 {exports}export PYTHONUNBUFFERED=1 SLURM_WAIT="${{SLURM_WAIT:-30}}"
 if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 cd -- {cwd} || exit 2
@@ -55,43 +57,98 @@ def script(job: Job, options: str) -> str:
     """
     if "\n" in options or "\r" in options:
         raise UserError("The options of --slurm hold a line break; put them on one line.")
+    words, array = split(options, "--slurm"), ""
+    if job.study:
+        array, words = workers(words)
+        options = shlex.join(words)
     if found := re.search(r"(^|\s)(-[oea]|--output|--error|--array)(?![a-z-])", options):
         raise UserError(f"{found[2]} does not go with --slurm: there is one job, and its output goes to the "
                         f"run folder.")
     asked = re.search(r"(^|\s)(-n|--ntasks|--gpus-per-task|--tasks-per-node)", options)
-    log = str(job.folder).replace("%", "%%") + "/slurm-%j.log"    # sbatch replaces %x and the like
+    log = str(job.folder).replace("%", "%%") + f"/slurm-{'%A_%a' if array else '%j'}.log"    # sbatch replaces %j
     return SCRIPT.format(
-        name=job.name, log=log, options=options.strip(), cwd=shlex.quote(os.getcwd()),
-        tasks="" if asked else "#SBATCH --ntasks-per-node=1\n",
-        exports=exports(), command=shlex.join([str(ROOT / "launch.sh"), *job.words]),
+        name=job.name, log=log, options=options.strip() or "--nodes=1", cwd=shlex.quote(os.getcwd()),
+        tasks="" if asked else "#SBATCH --ntasks-per-node=1\n", array=f"#SBATCH --array={array}\n" if array else "",
+        exports=exports(job), command=shlex.join([str(ROOT / "launch.sh"), *job.words]),
     )  # fmt: skip
 
 
+def workers(words: list[str]) -> tuple[str, list[str]]:
+    """How many workers a study gets, as a job array of single processes, and sbatch's other options.
+
+    Each node or task that is asked for is one: the workers share the cells of the study among themselves. An --array
+    that is given stays.
+
+    Raises:
+      UserError: a number is none.
+    """
+    array, number, rest, left = "", 1, [], list(words)
+    names = {"-N": "nodes", "--nodes": "nodes", "-n": "tasks", "--ntasks": "tasks", "-a": "array", "--array": "array"}
+    while left:
+        word = left.pop(0)
+        flag, equals, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
+        if flag not in names:
+            rest.append(word)
+            continue
+        value = value if equals else left.pop(0) if left else ""
+        if names[flag] == "array":
+            array = value
+        elif value.isdecimal() and int(value):
+            number *= int(value)
+        else:
+            raise UserError(f"{flag} {value} in --slurm: a study has a worker for each node or task, so this must be a "
+                            f"number.")
+    return array or f"0-{number - 1}", ["--nodes=1", "--ntasks=1", *rest]
+
+
+def test_only(text: str) -> str:
+    """What sbatch says against the script without submitting it; empty where it has nothing to say. Raises UserError
+    where sbatch refuses it."""
+    if shutil.which("sbatch") is None:
+        return "sbatch is not on this machine"
+    done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True)
+    if re.search(r"contact|config|connect|resolve|plugin", done.stderr, re.I):
+        return f"there is no SLURM to ask ({_reason(done)})"
+    if done.returncode:
+        raise UserError(f"sbatch would not take the job: {_reason(done)}")
+    return ""
+
+
+def _reason(done: subprocess.CompletedProcess) -> str:
+    lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+    return re.sub("^(sbatch: |allocation failure: )?(error: |fatal: )?", "", lines[-1])
+
+
 def launch(options: Options, job: Job) -> int:
-    """Builds the environment here, submits, follows; returns the job's exit status."""
-    if re.search("gpu|gres", options.slurm) and "LAB_ACCELERATOR" not in os.environ:
+    """Builds the environment here, checks the flags, submits, follows; returns the job's exit status."""
+    gpus = bool(re.search("gpu|gres", options.slurm))
+    if gpus and "LAB_ACCELERATOR" not in os.environ:
         # The submitting node has no GPU to ask. CUDA 12 runs on every driver that CUDA 13 runs on.
         os.environ["LAB_ACCELERATOR"] = "cuda12"
     os.environ.setdefault("LAB_ACCELERATOR", "cpu")
     text, path = script(job, options.slurm), job.folder / "slurm.sh"
     submit, build = ["sbatch", "--parsable", str(path)], [str(ROOT / "launch.sh"), "env"]
     if options.dry_run:
+        unchecked = {"The flags of the experiment": check_flags(job, gpus), "The options of sbatch": test_only(text)}
         print(f"# {path}\n{text}")
         show(build, submit)
+        for what, why in unchecked.items():
+            print(f"# {what} {f'were not checked: {why}' if why else 'are right'}.")
         return 0
     tool("sbatch", "start this on a login node of the SLURM cluster (Debian: apt install slurm-client).")
-    done = subprocess.run(build, stdout=subprocess.DEVNULL)
+    done = subprocess.run(build, stdout=subprocess.DEVNULL, env=os.environ | forwarded(job))
     if done.returncode:
         return done.returncode
+    check_flags(job, gpus)  # a typo must not wait in the queue first
     job.make_folder()
     replace_file(path, text)
     done = subprocess.run(submit, capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise UserError(f"sbatch did not take the job: {re.sub('^sbatch: (error: |fatal: )?', '', reason)} ({path})")
+        raise UserError(f"sbatch did not take the job: {_reason(done)} ({path})")
     number = done.stdout.strip().partition(";")[0]
-    log = job.folder / f"slurm-{number}.log"
-    say(f"job {number} is submitted; its output goes to {log}")
+    first = re.search(r"--array=(\d+)", text)
+    log = job.folder / f"slurm-{number}{f'_{first[1]}' if first else ''}.log"
+    say(f"job {number} is submitted; its output goes to {log}" + (" and beside it" if first else ""))
     return 0 if options.detach else follow(number, log)
 
 
@@ -122,14 +179,17 @@ def follow(number: str, log: Path, pause: float = 1.0) -> int:
 
 
 def look(number: str) -> tuple[str, str, int]:
-    """State, reason and exit status of a job as SLURM's controller has them."""
+    """State, reason and exit status of a job, or of all jobs of an array, as SLURM's controller has them."""
     done = subprocess.run(["scontrol", "--oneliner", "show", "job", number], capture_output=True, text=True)
     if done.returncode:
         if "Invalid job id" in done.stderr:  # forgotten, some minutes after its end
             return "REVOKED", "None", 1
         return "UNKNOWN", "SLURM's controller does not answer", 1
-    fields = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
-    return fields["JobState"], fields.get("Reason", "None"), int(fields.get("ExitCode", "0:0").split(":")[0])
+    jobs = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in done.stdout.splitlines()]
+    found = [(job["JobState"], job.get("Reason", "None"), int(job.get("ExitCode", "0:0").split(":")[0]))
+             for job in jobs if "JobState" in job]
+    going = [job for job in found if job[0] not in ENDED]  # of an array: one that still goes on, else the worst
+    return going[0] if going else max(found, key=lambda job: (job[2], job[0] != "COMPLETED"))
 
 
 def copy_new(path: Path, position: int) -> int:

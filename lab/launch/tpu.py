@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from lab.errors import UserError
 from lab.files import replace_file
-from lab.launch.job import PREPARE, Job, commit, exports, pack, say, show, tool
+from lab.launch.job import PREPARE, Job, commit, exports, pack, say, show, split, tool
 
 if TYPE_CHECKING:
     from lab.launch import Options
@@ -105,12 +105,12 @@ def home(job: Job) -> str:
 def unpack(job: Job) -> str:
     """What sets a worker up, once the archive is there."""
     return (f"mkdir -p {home(job)} && cd {home(job)} && tar -xzf ~/{job.name}.tar.gz && rm ~/{job.name}.tar.gz && "
-            f'export LAB_ENVS="$HOME/.cache/lab/venvs" && {{ {exports("; ")}{PREPARE} }}')
+            f'export LAB_ENVS="$HOME/.cache/lab/venvs" && {{ {exports(job, "; ")}{PREPARE} }}')
 
 
 def script(job: Job) -> str:
     """What every worker runs in its copy of the checkout."""
-    return START.format(commit=commit(), exports=exports(), command=shlex.join(["./launch.sh", *job.elsewhere()]))
+    return START.format(commit=commit(), exports=exports(job), command=shlex.join(["./launch.sh", *job.elsewhere()]))
 
 
 def begin(job: Job) -> str:
@@ -140,7 +140,7 @@ def launch(options: Options, job: Job) -> int:
     """Requests, copies, sets up, starts, follows, and starts again as long as the run asks for it."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", options.tpu):
         raise UserError(f"--tpu {options.tpu!r} is no name of a TPU VM: small letters, digits and hyphens.")
-    pod = Pod(options.tpu, options.zone, tuple(shlex.split(options.gcloud_flags)))
+    pod = Pod(options.tpu, options.zone, tuple(split(options.gcloud_flags, "--gcloud-flags")))
     job.elsewhere()
     check_bucket(options, job)
     if options.dry_run:

@@ -1,0 +1,56 @@
+"""Before a command is sent elsewhere: do its flags fit the experiment? Asked of the command itself, by --dry-run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from lab.errors import UserError
+from lab.launch.job import ROOT, Job, forwarded
+
+
+def python(job: Job) -> Path | None:
+    """The Python of an environment that is built here already, for this accelerator or for the CPU; else None."""
+    from lab import accelerator, bootstrap
+
+    environ = os.environ | forwarded(job)
+    for kind in (environ.get("LAB_ACCELERATOR"), "cpu"):
+        if kind not in accelerator.PLATFORMS:
+            continue
+        try:
+            asked = bootstrap.asked_extras(environ)
+        except accelerator.Stop as e:
+            raise UserError(str(e)) from None
+        for extras in (asked, []):
+            name = bootstrap.plan_environment([kind, *extras], "").name
+            for store in bootstrap.stores():
+                if bootstrap.finished(store / name):
+                    return store / name / "bin/python"
+    return None
+
+
+def check_flags(job: Job, accelerator: bool) -> str:
+    """What the flags of an experiment or a study were found to be: "" for right ones, else why they were not looked at.
+
+    `accelerator`: whether it will run on one, where the real experiment is the default. Runs on this machine's CPU.
+
+    Raises:
+      UserError: a flag or a value is wrong; says what `EXPERIMENT --dry-run` says.
+    """
+    if not job.words[0].endswith(".py"):
+        return "only those of experiments can be looked at"
+    interpreter = python(job)
+    if interpreter is None:
+        return "no environment is built here yet (./launch.sh env)"
+    full = ["--full"] if accelerator and not {"--full", "--local"} & set(job.words) else []
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "LAB_PLATFORM": "cpu", "COLUMNS": "100"}
+    done = subprocess.run([str(interpreter), "-P", "-m", "lab", *job.words, *full, "--dry-run"], env=environ,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip("│╭╰─╮╯ ") for line in done.stderr.splitlines()]  # of a box, where a flag is unknown
+    lines = [line for line in lines if line]
+    said = " ".join(line for line, after in zip(lines, [*lines[1:], ""], strict=True) if not after.startswith(line))
+    said = said.removeprefix("error: ")
+    raise UserError(said[:600] or f"--dry-run of this command ends with status {done.returncode}.")
