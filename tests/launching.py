@@ -32,6 +32,7 @@ def save(*_):
     os._exit(75)
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGUSR1, save)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())    # as lab does, once it hears them: lab/bootstrap.py blocks them
 print("rank", rank, "of", os.environ.get("SLURM_NTASKS") or os.environ.get("LAB_PROCESSES"), "arguments", words,
       "restored" if saved.exists() else "fresh", os.environ.get("LAB_COORDINATOR", ""), flush=True)
 folder.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ usage: ./launch.sh --slurm "SBATCH OPTIONS" [--detach] [--dry-run] experiments/x
   --slurm OPTIONS   write an sbatch script and submit it; OPTIONS are sbatch's, such as
                     "--nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=4:00:00". One process per node, unless they say
                     otherwise. Before the time limit and on preemption the run saves, and the job is queued again.
+                    A study becomes a job array: a worker for each node or task, which share the cells.
   --hosts HOSTS     one process per host by Open MPI's mpirun over ssh. A checkout that the hosts do not see is copied.
   --tpu NAME        one process per worker of the Cloud TPU VM of that name, by gcloud
     --zone ZONE     its zone (default: that of `gcloud config`)
@@ -35,7 +36,8 @@ usage: ./launch.sh --slurm "SBATCH OPTIONS" [--detach] [--dry-run] experiments/x
   --sky OPTIONS     write a SkyPilot task and launch it; OPTIONS are sky's, such as "--gpus tpu-v6e-8 --use-spot",
                     "--gpus H100:8 --num-nodes 2 --infra k8s", "--infra slurm/mycluster --cpus 8+"
   --detach          return once the job is submitted, without following its output (--slurm, --tpu, --sky)
-  --dry-run         print every file and command, and do nothing
+  --dry-run         print every file and command, and do nothing (--slurm: the experiment's flags and sbatch's options
+                    are checked as well, where an environment and SLURM are here)
 
 Without --detach the output is followed. Ctrl-C then stops following and not the job (--hosts: it saves and stops).
 The exit status is the run's: 0 finished, 75 saved and to be started again, 2 a mistake to mend.
