@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 
 from lab import bootstrap  # noqa: E402 (this file is started as a script)
 
+SEARCH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 NAMES = ("gpt_char", "mnist_cnn", "fashion_cnn", "newsgroups_lstm", "linear_regression", "logistic_regression")
 WARM = 3  # calls that torch_train.py leaves out
 FORMS = ("stock", "eager", "compiled")
@@ -121,13 +122,13 @@ def make_job(folder: Path, updates: int | None, name: str, flags: Sequence[str])
     """Writes the job and returns its description."""
     print(f"{name} {shlex.join(flags)}: writing the batches ...", file=sys.stderr, flush=True)
     run([sys.executable, "-P", "-m", "tests.benchmarks.torch_job", folder, str(WARM), str(updates or "all"),
-         file_of(name), *flags], {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "LAB_PLATFORM": "cpu"})
+         file_of(name), *flags], {"PYTHONPATH": SEARCH, "JAX_PLATFORMS": "cpu", "LAB_PLATFORM": "cpu"})
     return json.loads((folder / "job.json").read_text())
 
 
 def by_torch(side: Side, job: Path, form: str, ways: Mapping[str, str]) -> dict[str, Any]:
     """What torch_train.py says of one form."""
-    environ = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(side.caches / "inductor")}
+    environ = {"PYTHONPATH": SEARCH, "TORCHINDUCTOR_CACHE_DIR": str(side.caches / "inductor")}
     if "stock" not in form and side.device == "cpu":
         launched = bootstrap.process_environ({}, "cpu")
         environ |= {name: value for name, value in launched.items() if name.startswith("MALLOC_")}

@@ -6,7 +6,7 @@
 from dataclasses import replace
 
 from experiments import fashion_cnn
-from lab.data.image_sources import Idx
+from lab.data.idx import Idx
 
 experiment = replace(fashion_cnn.experiment, data=replace(fashion_cnn.experiment.data, source=Idx("idx")))
 local = fashion_cnn.local
