@@ -24,6 +24,7 @@ from lab.fitted import write_fitted
 from lab.plan import make_plan
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
+from lab.run_copy import bring_back, copied
 from lab.run_folder import alone, checkpoint_folder, open_folder, shared, write_diverged, write_json, write_result
 from lab.signals import EXIT, Stop
 from lab.step import State
@@ -65,15 +66,18 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
     processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
     with alone(folder) if processes.first else contextlib.nullcontext():
         place = checkpoint_folder(folder, checkpoints)
+        remote = None if place == folder / "checkpoints" else str(place)
         if processes.first:
-            remote = None if place == folder / "checkpoints" else str(place)
+            if remote:
+                bring_back(folder, place, experiment, data.fingerprint)
             open_folder(folder, experiment, file, data.fingerprint, remote)
             write_fitted(folder, experiment, data)
         processes.gather(None)  # now the folder is there
         if checkpoints is None:
             shared(folder)
         screen.record(processes.log(folder))
-        return _train(experiment, folder, place, screen, data, tensorboard, processes, prepared)
+        with copied(folder, place) if remote and processes.first else contextlib.nullcontext():
+            return _train(experiment, folder, place, screen, data, tensorboard, processes, prepared)
 
 
 def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from lab import loop
+from lab import loop, run_copy
 from lab.checkpoint import Checkpoints
 from lab.console import Screen
 from lab.data import pipeline
@@ -580,20 +580,38 @@ def test_checkpoints_elsewhere(tmp_path):
     assert (elsewhere / "12").is_dir() and not (folder / "checkpoints").exists()
 
 
-def test_a_lost_run_folder_goes_on_from_checkpoints_elsewhere(tmp_path, reference):
-    """As on a new machine: the updates from there on are the same, and so is the end."""
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_lost_run_folder_goes_on_from_checkpoints_elsewhere(tmp_path, reference, copy):
+    """As on a new machine: the updates from there on are the same, and so is the end. Its rows are in the copy that
+    stands beside the checkpoints."""
     elsewhere = str(tmp_path / "elsewhere")
     assert go(toy(), tmp_path / "lost", 6, interrupt(), checkpoints=elsewhere)[0] == 75
-    last = max(int(p.name) for p in Path(elsewhere).iterdir() if p.is_dir())
+    last = max(int(p.name) for p in Path(elsewhere).iterdir() if p.name.isdigit())
     shutil.rmtree(tmp_path / "lost")
+    if not copy:
+        shutil.rmtree(tmp_path / "elsewhere" / "run")
     status, said = go(toy(), tmp_path / "new", checkpoints=elsewhere)
-    assert status == 0 and f"Going on after update {last}" in said and "The run folder is new" in said
+    assert status == 0 and f"Going on after update {last}" in said and ("The run folder is new" in said) != copy
     assert 0 < last < 12 and last % 4, "not where it is evaluated anyway"
     assert read_rows(tmp_path / "new/metrics.jsonl") == [r for r in read_rows(reference / "metrics.jsonl")
-                                                         if r["step"] > last]
+                                                         if copy or r["step"] > last]
+    kept = tmp_path / "elsewhere" / "run"
+    for name in ("metrics.jsonl", "result.json", "experiment.json"):
+        assert (kept / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+    assert not (kept / "lock").exists() and len(list(kept.glob("environment*.json"))) == 1 + copy
     assert finished(tmp_path / "new")["final"] == finished(reference)["final"]
     with pytest.raises(UserError, match="elsewhere is the run of another experiment: batch is 8 there and 4 here"):
         go(toy(batch=4), tmp_path / "other", checkpoints=elsewhere)
     shutil.rmtree(tmp_path / "new")  # lost after its end, too: only the last evaluation is done again
     assert go(toy(), tmp_path / "new", checkpoints=elsewhere)[0] == 0
     assert finished(tmp_path / "new")["final"] == finished(reference)["final"]
+
+
+def test_a_copy_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, caplog):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with run_copy.copied(tmp_path, tmp_path / "elsewhere"):
+        (tmp_path / "metrics.jsonl").write_text("{}")
+    assert "The copy of the run folder in" in caplog.text and "No space left" in caplog.text

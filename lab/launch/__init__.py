@@ -43,7 +43,8 @@ Without --detach the output is followed. Ctrl-C then stops following and not the
 The exit status is the run's: 0 finished, 75 saved and to be started again, 2 a mistake to mend.
 What is written is kept in the folder launch/ of the run folder, which is runs/NAME-HASH (of the experiment's file and
 the flags) without --run-dir. Machines that share no disk, or may be taken away, need a bucket for checkpoints:
---checkpoint-dir gs://mine/x. The run folder is then process 0's; --hosts and --tpu bring it here at the end.
+--checkpoint-dir gs://mine/x (LAB_EXTRAS=bucket is added). The run folder is then process 0's, which copies it to run/
+in that bucket once a minute and at the end; --hosts and --tpu also bring it here at the end.
 Variables that go along: LAB_ACCELERATOR, LAB_EXTRAS, JAX_PLATFORMS, XLA_FLAGS.
 """
 

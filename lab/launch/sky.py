@@ -2,7 +2,7 @@
 
 SkyPilot finds the machines, copies the checkout, starts one process per node (lab/distributed.py knows its variables).
 Spot machines become a managed job, which SkyPilot recovers after preemption and after exit status 75. A run folder on
-a machine's own disk goes with the machine; the checkpoints in a bucket stay.
+a machine's own disk goes with the machine; what stays is in the bucket: checkpoints, and the run folder's copy in run/.
 """
 
 from __future__ import annotations
