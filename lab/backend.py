@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from lab.compile_cache import prune_ours
 from lab.errors import UserError
 
 
@@ -19,6 +20,7 @@ def start_jax() -> str:
     # large. Temporaries above 64 MiB from another one were mapped and faulted in anew at every update (twin of
     # gpt_small: 142 ms, now 123), and one heap for all threads is locked too often (gpt_char, bfloat16: 34 ms, now 28).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    prune_ours()
     wanted = os.environ.get("LAB_PLATFORM")
     try:
         found = jax.default_backend()

@@ -114,6 +114,23 @@ def test_times_are_of_a_program_and_have_an_interval_and_no_ratio(study):
     assert "not timed in turns" in markdown and "not timed in turns" in page
 
 
+def test_results_csv_has_all_metrics_whole_changes_and_folders(study):
+    long = {"class": "lab.optim.Muon", "lr": {"class": "lab.schedules.Cosine", "peak": 1e-3}, "note": "x" * 100}
+    arms = json.loads((study / "study.json").read_text())["arms"]
+    arms[1]["changes"] = {"optim": long}
+    rewrite(study / "study.json", arms=arms)
+    row = {"step": 40, "split": "validation", "loss": 1.25, "accuracy": 0.5}
+    rewrite(study / "cells/rms/2/result.json", final=row, best=row | {"step": 30})
+    (study / "cells/slow/4/cell.json").unlink()
+    rows = {(r["arm"], r["seed"]): r for r in made(study)[2]}
+    found = rows["rms", "2"]
+    assert json.loads(found["changes"]) == {"optim": long} and json.loads(rows["base", "0"]["changes"]) == {}
+    assert [float(found[n]) for n in ("loss", "final.loss", "final.accuracy", "best.step", "test.loss")] == [
+        1.25, 1.25, 0.5, 30, 9]
+    assert rows["rms", "1"]["final.accuracy"] == "" and float(found["seconds_per_update"]) == 0.25
+    assert found["folder"] == str(study / "cells/rms/2") and rows["slow", "4"]["status"] == "missing"
+
+
 def test_html_needs_no_other_file_and_pictures_show_something(study, drawn):
     _, page, _ = made(study)
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)

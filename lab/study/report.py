@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -318,12 +319,24 @@ def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
 
 
 def cells_csv(results: Results) -> str:
-    """A row for every planned cell: what anyone needs to do the statistics again."""
+    """A row for every planned cell: what anyone needs to do the statistics again.
+
+    `changes`: all of them, as JSON. Then the study's metric, every number that result.json has of the end of the run
+    ("final.loss"), its best evaluation and the test split, and the run folder.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["arm", "changes", "seed", "tuning", "status", results.metric, "seconds", "environment", "error"])
-    changes = {arm.name: arm.difference for arm in results.arms}
+    numbers = {id(c): {f"{part}.{name}": value for part in ("final", "best", "test")
+                       if isinstance(c.result.get(part), dict)
+                       for name, value in c.result[part].items() if isinstance(value, int | float)}
+               for c in results.cells}
+    names = list(dict.fromkeys(name for found in numbers.values() for name in found))
+    writer.writerow(["arm", "changes", "seed", "tuning", "status", results.metric, "seconds", "seconds_per_update",
+                     *names, "environment", "folder", "error"])
+    changes = {arm.name: json.dumps(arm.changes | ({"fork after update": arm.fork} if arm.fork else {}))
+               for arm in results.arms}
     for c in results.cells:
-        row: list[Any] = [c.arm, changes[c.arm], c.seed, c.seed in results.tuning_seeds, c.status, c.value, c.seconds]
-        writer.writerow([*row, c.environment if c.status != "missing" else "", c.error])
+        row: list[Any] = [c.arm, changes[c.arm], c.seed, c.seed in results.tuning_seeds, c.status, c.value, c.seconds,
+                          c.result.get("seconds_per_update"), *(numbers[id(c)].get(name) for name in names)]
+        writer.writerow([*row, c.environment if c.status != "missing" else "", c.folder, c.error])
     return buffer.getvalue()
