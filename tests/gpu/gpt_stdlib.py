@@ -19,4 +19,4 @@ def on_stdlib(experiment: Experiment) -> Experiment:
 
 experiment = on_stdlib(gpt_small.experiment)
 small = gpt_small.local
-local = replace(small, optim=experiment.optim, model=small.model.clone(position="learned"))
+local = replace(small, optim=replace(experiment.optim, lr=small.optim.lr), model=small.model.clone(position="learned"))

@@ -143,7 +143,7 @@ def checks() -> None:
     """2. `pytest -m gpu`."""
     more = {"LAB_TEST_PLATFORM": "cpu" if TINY else "gpu", "LAB_TEST_GPU": "1",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    words = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "tests/gpu", "-n", "2" if TINY else "4", "-q",
+    words = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "tests/gpu", "-n", "2" if TINY else "4",
              "--dist", "load", "-rA", "--durations", "5", "-p", "no:cacheprovider"]
     if TINY:
         words += ["-k", "uses_the_device or 197-all-holes-2 or BERT or bfloat16 or greedy or killed"]
@@ -270,7 +270,8 @@ def fashion() -> None:
     experiment = load(ROOT / "experiments/fashion_cnn.py").experiment
     data = replace(experiment.data, source=Idx(str(folder)), validation=32 if TINY else 1000)
     n = 2 if TINY else 92  # five calls are an epoch
-    fields = {"dispatch": n, "steps": n * 1000, "resident": "always", "evaluate.every": 0, "checkpoint.every": 0,
+    small = {"model.channels": (4, 8, 8), "model.dense": 16} if TINY else {}
+    fields = {**small, "dispatch": n, "steps": n * 1000, "resident": "always", "evaluate.every": 0, "checkpoint.every": 0,
               "batch": 16 if TINY else 128}
     experiment = override(replace(experiment, data=data), fields)
     figures = bench(f"fashion_cnn on the device, {n} steps a call", experiment, n * 10)
@@ -279,6 +280,7 @@ def fashion() -> None:
     flags = ["--data.source.path", str(folder), "--data.validation", str(data.validation), "--resident", "always",
              "--batch", str(experiment.batch), "--dispatch", str(n), "--steps", str(n * 1000), "--evaluate.every", "0",
              "--checkpoint.every", "0"]
+    flags += ["--model.channels", "4", "8", "8", "--model.dense", "16"] if TINY else []
     compare([str(ROOT / "tests/gpu/fashion_idx.py"), "--full", *flags], "loader" if TINY else "loader,compiled",
             {"optimizer": "fused", "layout": "channels_last"}, rounds=1, updates=2 * n)
 
