@@ -7,8 +7,10 @@
 #   ./launch.sh prepare NAME [--data-dir D]         download and prepare a TensorFlow Datasets data set
 #   ./launch.sh env [--python]                      say which environment is used (or only its Python)
 set -euo pipefail
-trap 'exit 130' INT    # until Python hears them
+trap 'exit 130' INT    # until Python hears them, which they must not interrupt while it starts
 trap 'exit 75' TERM USR1 HUP
+hold=
+if env --block-signal=INT true 2>/dev/null; then hold='env --block-signal=INT,TERM,USR1,HUP'; fi    # GNU's
 
 self=${BASH_SOURCE[0]}
 while [ -L "$self" ]; do    # a loop, because `readlink -f` is missing on older macOS
@@ -23,9 +25,9 @@ root=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd -P)
 suitable() {    # by running it: a pyenv shim can be on PATH for a version that is not switched on
   "$1" -ISc 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1
 }
-start() {       # -I: whatever PYTHONPATH or the current folder holds cannot shadow the standard library
+start() {       # -I, -S: whatever PYTHONPATH, the current folder or this Python's packages hold is not looked at
   python=$1; shift
-  exec "$python" -I "$root/lab/bootstrap.py" "$@"
+  exec $hold "$python" -IS "$root/lab/bootstrap.py" "$@"
 }
 
 for name in LAB_PYTHON PYTHON; do    # an environment that is there already; a Python to build one on

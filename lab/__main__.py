@@ -373,8 +373,7 @@ def main(args: Sequence[str]) -> int:
         processes.close()
         return status
     except BaseException as e:
-        ending = signals.obeyed()
-        explained = explain(e) if ending is None else (ending, "")
+        explained = explain(e)
         if explained is None:
             processes.leave_by(e)
             raise

@@ -1,8 +1,9 @@
 """Signals: heard from the first line of a process on, answered at once, and always ending in the same exit status.
 
-Python runs a signal handler only when the main thread is back in Python, not while XLA compiles or a library is
-imported. Here a thread hears each signal as well: it says at once what happens, and ends a process that does not end by
-itself. Imports nothing slow.
+Python runs a signal handler only when the main thread is back in Python, not while XLA compiles; and an exception that
+a handler raises while a library is imported, or in a callback from C++, is a traceback or aborts the process. Here a
+thread hears each signal. It says at once what follows; where there is nothing to save it ends the process, else it
+tells the loop. Imports nothing slow.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ EXIT = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGINT
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 URGENT = (signal.SIGTERM, signal.SIGINT)  # a second one of these stops at once; the others may come twice by themselves
 TWICE = 0.2  # seconds; what comes sooner is the same signal, sent to a process and to its group
-UNWIND = 3.0  # seconds that the main thread gets to end by itself when there is nothing to save
+FLUSH = 0.5  # seconds for what was printed and not written yet
 
 
 class _Process:
     """What this process knows of the signals it got. `listening` only for a command, not where lab is a library."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # a handler may run in the thread that holds it
-        self.listening = self.raised = False
+        self.lock = threading.Lock()
+        self.listening = False
         self.first: int | None = None
         self.answered: float | None = None
         self.note: Callable[[int], None] | None = None
@@ -43,7 +44,7 @@ class _Process:
         self.quiet = False
 
     def begin(self, number: int) -> None:
-        """Decides once, for the handler and the thread alike, who obeys the first signal: the loop, or nobody yet."""
+        """Decides once who obeys the first signal, or the loss of the output: the loop, or nobody yet."""
         with self.lock:
             if self.first is None:
                 self.first, self.noted = number, self.note is not None
@@ -51,13 +52,7 @@ class _Process:
                     self.note(number)
 
     def handle(self, number: int, frame: Any) -> None:
-        """Python's handler, in the main thread."""
-        if self.status is not None:
-            return
-        self.begin(number)
-        if not self.noted and not self.raised:
-            self.raised = True
-            raise SystemExit(EXIT[self.first])
+        """Python's handler, in the main thread. The thread does the work."""
 
     def watch(self, pipe: int) -> None:
         """The thread. It gets a byte as soon as the operating system delivers a signal."""
@@ -73,12 +68,10 @@ class _Process:
         if self.answered is None:
             self.answered = now
             self.begin(number)
-            self.say(f"{name}: stopping after this step; again to stop at once." if self.noted else
-                     f"{name}: stopping.")
             if not self.noted:
-                late = threading.Timer(UNWIND, self.leave, (EXIT[self.first],))
-                late.daemon = True
-                late.start()
+                self.say(f"{name}: stopped; nothing had to be saved.")
+                self.leave(EXIT[number])
+            self.say(f"{name}: stopping after this step; again to stop at once.")
         elif number in URGENT and now - self.answered > TWICE:
             self.say(f"{name} again: stopped at once. The same command goes on from the last checkpoint.")
             self.leave(EXIT[number])
@@ -92,6 +85,9 @@ class _Process:
 
 
 def _leave(status: int) -> None:
+    flushing = threading.Thread(target=sys.stdout.flush, daemon=True)  # the main thread may hold its lock
+    flushing.start()
+    flushing.join(FLUSH)
     with contextlib.suppress(OSError):
         if os.isatty(1):
             os.write(1, b"\033[?25h")  # the live line hides the cursor
@@ -171,15 +167,6 @@ def _forget() -> None:
 def _ignore() -> None:
     for number in HEARD:
         signal.signal(number, signal.SIG_IGN)
-
-
-def obeyed() -> int | None:
-    """The exit status of a signal for which this process is ending with nothing to save; None while there is none.
-
-    Whatever exception arrives then, the signal is its cause: libraries turn one that is raised in an import into
-    theirs.
-    """
-    return EXIT[_process.first] if _process.first is not None and not _process.noted else None
 
 
 def done(status: int) -> int:

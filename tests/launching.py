@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from lab.signals import HEARD
 
 ROOT = Path(__file__).resolve().parent.parent
 SBIN = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -139,3 +144,20 @@ def run(checkout: Path, environ: dict[str, str], *words: str) -> subprocess.Comp
         out, err = process.communicate()
         err += "(killed after 150 s)"
     return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def children_hear(ignored: tuple[int, ...] = (), held: bool = False) -> Iterator[None]:
+    """Processes that are started inside hear all signals but the `ignored` ones, whatever these tests were started by:
+    nohup ignores SIGHUP, a shell SIGINT in the background. `held`: they come once the process lets them, as launch.sh
+    arranges it. Without `preexec_fn`, which could deadlock beside JAX's threads."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+    handlers = {n: signal.signal(n, signal.SIG_IGN if n in ignored else signal.SIG_DFL) for n in HEARD}
+    if not held:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

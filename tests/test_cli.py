@@ -1,6 +1,6 @@
 """The command line: processes that are killed and told to stop, what is printed, and a sentence for every mistake.
 
-LAB_KILLS=20 kills twenty times instead of three.
+LAB_KILLS=20 kills twenty times instead of three, and sends as many signals.
 """
 
 import json
@@ -23,7 +23,9 @@ from lab.__main__ import experiments
 from lab.checkpoint import Checkpoints
 from lab.experiment import load
 from lab.program import Program
+from lab.signals import EXIT, HEARD
 from tests.conftest import ROOT
+from tests.launching import children_hear
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 KILLS = int(os.environ.get("LAB_KILLS", 3))
@@ -71,13 +73,15 @@ def place(tmp_path_factory) -> Path:
 
 
 def start(place: Path, *args: str, devices: int = 1) -> subprocess.Popen:
-    """`python -m lab args` in `place`, piped, with compiled programs kept for the next one."""
+    """`python -m lab args` in `place`, piped, with compiled programs kept for the next one. Signals are held back until
+    it hears them, as the launcher does, and none is ignored, whatever these tests were started by."""
     env = os.environ | {
         "PYTHONPATH": str(ROOT), "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "lab", *args], cwd=place, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with children_hear(held=True):
+        return subprocess.Popen([sys.executable, "-m", "lab", *args], cwd=place, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -149,6 +153,48 @@ def test_killed_at_random_moments(place, reference):
         assert (folder / "metrics.jsonl").read_bytes() == (reference[0] / "metrics.jsonl").read_bytes()
         assert bits(weights(folder, place)) == bits(whole)
     assert kills >= KILLS
+
+
+def test_told_to_stop_at_random_moments(place, reference):
+    """Any signal at any moment of a process's life: its status, one line at once, and in the end the same bytes."""
+    chance, told, runs = random.Random(int(os.environ.get("LAB_KILLS_SEED", 7))), 0, 0
+    while told < KILLS:
+        folder, runs, status = place / f"told-{runs}", runs + 1, None
+        while status != 0:
+            process, number = start(place, "small.py", "--run-dir", folder.name), chance.choice(HEARD)
+            end = time.monotonic() + chance.uniform(0, reference[2])
+            if told < KILLS and wait_for(process, lambda end=end: time.monotonic() > end):
+                process.send_signal(number)
+                told += 1
+            else:
+                number = None
+            status, out, err = finish(process)
+            if number is None or status == 0:  # it was through already
+                assert status == 0 and err == "", err
+            else:
+                assert status == EXIT[number] and err.startswith(f"{signal.Signals(number).name}: stop"), err
+                assert err.count("\n") == 1, err
+        assert (folder / "metrics.jsonl").read_bytes() == (reference[0] / "metrics.jsonl").read_bytes()
+        assert bits(weights(folder, place)) == bits(weights(reference[0], place))
+
+
+def test_a_lost_terminal_and_a_reader_that_goes_away_save(place, reference):
+    """SIGHUP as SIGTERM; `| head -1` ends with 141; both go on from where they were."""
+    process, rows = start(place, "small.py", "--run-dir", "lost"), place / "lost" / "metrics.jsonl"
+    assert wait_for(process, lambda: lines_in(rows) >= 3)
+    process.send_signal(signal.SIGHUP)
+    status, out, err = finish(process)
+    assert status == 75 and re.search(r"SIGHUP: saved after update \d+ of 20", out), (out, err)
+    process = start(place, "small.py", "--run-dir", "lost")
+    while "Compiled" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=240) == 141, err
+    assert err == "Nobody reads the output any more: stopping after this step.\n"
+    status, out, err = finish(start(place, "small.py", "--run-dir", "lost"))
+    assert status == 0, err
+    assert rows.read_bytes() == (reference[0] / "metrics.jsonl").read_bytes()
 
 
 def test_sigterm_saves_and_another_machine_goes_on(place, reference):
