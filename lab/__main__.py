@@ -129,7 +129,8 @@ def parse(path: Path, args: Sequence[str], options: type, module: Any = None) ->
     for flag, value in unchanged(args, default, command.experiment):
         print(f"Note: {flag} was {value} already; it changes nothing.", flush=True)
     command.experiment.validate()
-    return command.experiment, command.options, path
+    study = hasattr(module, "study") or hasattr(command.options, "vary")  # whose arms may have other tokenizers
+    return command.experiment if study else command.experiment.filled(), command.options, path
 
 
 def unchanged(args: Sequence[str], before: Any, after: Any) -> list[tuple[str, Any]]:

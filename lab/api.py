@@ -165,6 +165,7 @@ def train(experiment: Experiment, folder: str | Path | None = None, *, quiet: bo
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     experiment.validate()
+    experiment = experiment.filled()
     start_jax()
     place = Path(folder or f"runs/notebook-{experiment.fingerprint()}").expanduser()
     run = Run(place, experiment)

@@ -142,6 +142,18 @@ class Experiment:
         frozen = tuple((rule, 0.0) for rule in self.init_from.freeze)
         return dataclasses.replace(self.optim, groups=frozen + self.optim.groups) if frozen else self.optim
 
+    def filled(self) -> Experiment:
+        """The same with what follows from other fields: `model.vocab`, where it is None, is the tokenizer's.
+
+        Reads the data where the tokenizer's size is not known without (`Chars`). Raises UserError where there is none.
+        """
+        if getattr(self.model, "vocab", 0) is not None:
+            return self
+        size = self.data.hints().get("vocab") or self.data.load().facts.get("vocab")
+        if not size:
+            raise UserError("--model.vocab follows the tokenizer where it is left out, but this data has none.")
+        return dataclasses.replace(self, model=self.model.clone(vocab=size + getattr(self.model, "reserved_ids", 0)))
+
     def validate(self) -> None:
         """Checks all that can be checked without data and devices.
 

@@ -256,7 +256,7 @@ def test_padding_changes_nothing(model):
 def test_bert_base_has_the_parameters_of_the_paper():
     """The paper's code has 108,891,648 without its pooling layer; here one more norm after the last block."""
     count = lambda params: sum(x.size for x in jax.tree.leaves(params))
-    params = shapes_of(BERT())
+    params = shapes_of(BERT(vocab=30522))
     trunk = {name: part for name, part in params.items() if not name.startswith("mlm_")}
     D, norm = 768, 2 * 768
     embeddings = (30522 + 512 + 2) * D + norm

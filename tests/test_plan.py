@@ -134,7 +134,7 @@ def test_branches_loops_and_wrappers():
 # ---------------------------------------------------------------------------------------------------------- plans
 
 # Unrolled: small; scanned: medium, which would take long to trace otherwise. The next test: they are equal.
-@pytest.mark.parametrize("model,batch", [(GPT(), 2), (GPT(depth=24, width=1024, heads=16, scan=True), 3)],
+@pytest.mark.parametrize("model,batch", [(GPT(vocab=50257), 2), (GPT(24, 1024, 16, vocab=50257, scan=True), 3)],
                          ids=["small", "medium"])
 def test_gpt2_is_within_1_percent_of_the_rule(model, batch):
     """6 N D (Kaplan et al. 2020), N without the position table, which multiplies nothing, plus attention's products:

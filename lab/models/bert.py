@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -36,8 +37,8 @@ class BERT(Transformer):
     """The longest sequence, in tokens."""
     dropout: float = 0.1
     """Dropout rate on embeddings, attention probabilities, both residual branches and before the classifier."""
-    vocab: int = 30522
-    """Vocabulary size V: at least the tokenizer's, and for masked LM one more, as its last id is [MASK]."""
+    vocab: int | None = None
+    """Vocabulary size V: at least the tokenizer's, and for masked LM one more, as its last id is [MASK]; None: that."""
     segments: int = 2
     """Kinds of segment (the sentences of a pair) that have an embedding; 0: none."""
     classes: int | None = None
@@ -52,10 +53,15 @@ class BERT(Transformer):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UserError(f"--model.{name} must be at least {least}, not {getattr(self, name)}.")
 
+    @property
+    def reserved_ids(self) -> int:
+        """Ids beyond the tokenizer's: [MASK]."""
+        return int(self.classes is None)
+
     def check(self, facts: Mapping[str, int]) -> None:
         """Raises UserError if data with these facts (vocab, length, classes) does not fit the model."""
         vocab, length = facts.get("vocab", 0), facts.get("length", 0)
-        if vocab > self.vocab:
+        if vocab > (self.vocab or math.inf):
             raise UserError(f"The vocabulary is too small: the tokenizer has {vocab} tokens and the model "
                             f"{self.vocab}. Use --model.vocab {vocab + (self.classes is None)}.")
         if self.classes is None and vocab == self.vocab:

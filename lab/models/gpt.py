@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +18,8 @@ from lab.models.precision import add_broadcast, project
 class GPT(Transformer):
     """Decoder-only language model: token ids (B, L) -> float32 logits (B, L, V)."""
 
-    vocab: int = 50257
-    """Vocabulary size V; at least the tokenizer's."""
+    vocab: int | None = None
+    """Vocabulary size V, at least the tokenizer's; None: the tokenizer's."""
     tied: bool = True
     """The output projection is the transpose of the token embedding."""
     softcap: float | None = None
@@ -27,14 +28,14 @@ class GPT(Transformer):
     def validate(self) -> None:
         """Raises UserError where the fields contradict each other."""
         super().validate()
-        if self.vocab < 1:
+        if self.vocab is not None and self.vocab < 1:
             raise UserError(f"--model.vocab must be at least 1, not {self.vocab}.")
         if self.softcap is not None and self.softcap <= 0:
             raise UserError(f"--model.softcap must be above 0, or None, not {self.softcap}.")
 
     def check(self, facts: Mapping[str, int]) -> None:
         """Raises UserError if data with these facts (vocab, length) does not fit the model."""
-        if facts["vocab"] > self.vocab:
+        if facts["vocab"] > (self.vocab or math.inf):
             raise UserError(f"The vocabulary is too small: the tokenizer has {facts['vocab']} tokens and the model "
                             f"{self.vocab}. Use --model.vocab {facts['vocab']}.")
         if facts["length"] > self.context:

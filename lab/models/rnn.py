@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -28,8 +29,8 @@ class LSTM(nn.Module):
     pooled to zeros. Word vectors go into the parameter `embedding/embedding` (V, D).
     """
 
-    vocab: int = 10_000
-    """Vocabulary size V; at least the tokenizer's."""
+    vocab: int | None = None
+    """Vocabulary size V, at least the tokenizer's; None: the tokenizer's."""
     width: int = 100
     """Width D of the token embedding."""
     hidden: int = 128
@@ -52,7 +53,7 @@ class LSTM(nn.Module):
 
     def check(self, facts: Mapping[str, int]) -> None:
         """Raises UserError if data with these facts (vocab, classes) does not fit the model."""
-        if facts.get("vocab", 0) > self.vocab:
+        if facts.get("vocab", 0) > (self.vocab or math.inf):
             raise UserError(f"The vocabulary is too small: the tokenizer has {facts['vocab']} tokens and the model "
                             f"{self.vocab}. Use --model.vocab {facts['vocab']}.")
         check_classes(self.classes, facts)

@@ -142,13 +142,14 @@ class Study:
           UserError: a field or value is wrong, an arm equals the base, or two arms are the same; names the arm.
         """
         self.validate()
-        base = replace(self.base, seed=0)
+        left = replace(self.base, seed=0)  # what is left out follows each arm's own fields
+        base = left.filled()
         found = {BASE: ({}, base)}
         names = {(base.fingerprint(), 0): BASE}
         for name, arm in self.design.arms.items():
             changes, after = (arm.changes, arm.after) if isinstance(arm, Fork) else (arm, 0)
             try:
-                real, experiment = {}, base
+                real, experiment = {}, left
                 for path, value in changes.items():
                     if path == "seed":
                         raise UserError("the seed is an axis of every study: give the study seeds instead.")
@@ -156,6 +157,7 @@ class Study:
                     _check_kind(path, value_at(before, path), value)
                     real |= {path: value} if experiment != before else {}
                 experiment.validate()
+                experiment = experiment.filled()
             except UserError as e:
                 raise UserError(f"Arm {name}: {e}") from e
             after = after if experiment.fingerprint() != base.fingerprint() else 0
