@@ -112,11 +112,12 @@ def parse(path: Path, args: Sequence[str], options: type, module: Any = None) ->
     """
     import tyro
 
-    from lab.experiment import load
+    from lab.experiment import check_types, load
 
     module = module or load(path)
     default, line = choose_twin(module, args)
     default = getattr(default, "base", default)
+    check_types(default)  # tyro would say less
     if line:
         print(line, flush=True)
     flat = tyro.conf.arg(name="")
@@ -166,6 +167,10 @@ class TrainOptions:
     checkpoint_dir: str | None = None
     """Folder or bucket (gs://BUCKET/RUN, LAB_EXTRAS=bucket) for checkpoints; by default they are in the run folder.
     With a bucket, machines need not share a disk: the run folder is process 0's."""
+    accept: bool = False
+    """Go on with a run, or take its result as it is, though code or data changed since it began."""
+    rerun: bool = False
+    """Delete a run whose code or data changed since it began, and run it again."""
     tensorboard: bool = False
     """Also write TensorBoard event files to tensorboard/ in the run folder (needs LAB_EXTRAS=tensorboard)."""
     dry_run: bool = False
@@ -186,6 +191,9 @@ def train(args: Sequence[str], processes: Processes) -> int:
         return study(path, module, args[1:], processes)
     experiment, options, path = parse(path, args[1:], TrainOptions, module)
     check_run_dir(options.run_dir)
+    if options.accept and options.rerun:
+        raise UserError("--accept and --rerun exclude each other.")
+    on_change = "accept" if options.accept else "rerun" if options.rerun else "refuse"
     start_jax()
     if options.dry_run:
         from lab.dry_run import show
@@ -194,23 +202,19 @@ def train(args: Sequence[str], processes: Processes) -> int:
         return 0
     from lab import loop
     from lab.console import Screen
-    from lab.run_folder import finished
+    from lab.run_folder import finished, run_again
 
     folder = Path(options.run_dir or f"runs/{path.stem}-{experiment.fingerprint()}")
     compare(processes, experiment, options, folder, path)
     result = processes.share(finished(folder) if processes.first else None)
     with Screen(quiet=not processes.first) as screen:
         screen.say(f"Run folder: {folder}")
-        if result is not None:
-            from lab.run_folder import check_same
-
-            if processes.first:
-                check_same(folder, experiment, experiment.data.load().fingerprint)
+        if result is not None and not processes.share(processes.first and run_again(folder, experiment, on_change)):
             screen.say("This run is finished already. Delete its folder, or change the seed, to run it again.")
             screen.say(loop.describe_result(result))
             return 0
         return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes,
-                          checkpoints=options.checkpoint_dir)
+                          checkpoints=options.checkpoint_dir, on_change=on_change)
 
 
 def study(path: Path, module: Any, args: Sequence[str], processes: Processes) -> int:

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from lab.compile_cache import prune_ours
 from lab.errors import UserError
 
+# JAX's settings that decide numbers and that no experiment knows of, each as an experiment means it.
+NUMBERS = {"jax_enable_x64": False, "jax_default_matmul_precision": None, "jax_default_prng_impl": "threefry2x32",
+           "jax_threefry_partitionable": True, "jax_random_seed_offset": 0, "jax_legacy_prng_key": "allow",
+           "jax_numpy_dtype_promotion": "standard"}
+
+
+def fix_numbers() -> list[str]:
+    """Sets what would give other numbers under the same fingerprint as JAX has it by default; returns what was not."""
+    import jax
+
+    known = {name: value for name, value in NUMBERS.items() if hasattr(jax.config, name)}
+    other = [name.upper() for name, value in known.items() if getattr(jax.config, name) != value]
+    for name in other:
+        jax.config.update(name.lower(), known[name.lower()])
+    return other
+
 
 def start_jax() -> str:
-    """Starts JAX and returns its platform, which must be the one that the launcher chose.
+    """Starts JAX and returns its platform, which must be the one that the launcher chose. Says which of JAX's settings
+    it does not take from the environment: see `fix_numbers`.
 
     Raises:
       UserError: it is another one; a silent fall to the CPU would cost days.
@@ -21,6 +39,9 @@ def start_jax() -> str:
     # gpt_small: 142 ms, now 123), and one heap for all threads is locked too often (gpt_char, bfloat16: 34 ms, now 28).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     prune_ours()
+    if other := fix_numbers():
+        print(f"note: {', '.join(other)} would change the numbers of an experiment without its fingerprint, and is not "
+              f"used. --precision says in which type it computes.", file=sys.stderr, flush=True)
     wanted = os.environ.get("LAB_PLATFORM")
     try:
         found = jax.default_backend()

@@ -3,7 +3,7 @@
 JAX ends the survivors of a dead process with SIGABRT once its own time-outs have passed, and no Python code gets a
 word in. Here process 0 keeps one TCP connection to each process. The operating system closes it when a process dies,
 so that the others know within a second which one it was, and say so; a machine that vanishes is missed by its silence.
-A message is one line of JSON.
+A message is one line of JSON. A connection begins with each side's proof that it has the secret of the run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
+import select
 import socket
 import sys
 import threading
@@ -22,10 +24,12 @@ from typing import Any
 
 from lab.errors import UserError
 from lab.files import open_file
+from lab.shared_secret import proof, proves, shared_secret
 
 GRACE = 1.0  # seconds in which process 0 may come to say the same mistake itself
 LEAVE = 3.0  # seconds in which the others end before process 0 does: JAX aborts them when its service is gone
 LONGEST = 1 << 26  # bytes of one message
+LONGEST_HELLO = 4096  # from somebody of whom nothing is known yet
 TOLD = (0, 75, 130, 141)  # exit statuses that are no error
 
 
@@ -33,20 +37,50 @@ def _encoded(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def _loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.")
+def own_addresses(host: str) -> list[tuple[int, Any]]:
+    """(family, socket address without a port) of this machine under the name by which others reach it.
+
+    Empty where that is not known: the name leads to loopback here only (/etc/hosts of Debian), or to a router.
+    """
+    if host == "localhost" or host.startswith("127."):
+        return [(socket.AF_INET, ("127.0.0.1",))]
+    try:
+        found = {(family, address) for family, *_, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
+    except OSError:
+        return []
+    here = []
+    for family, (address, _, *scope) in sorted(found):
+        if address.startswith("127.") or address == "::1":
+            return []
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.bind((address, 0, *scope))
+            here.append((family, (address, *scope)))
+    return here if len(here) == len(found) else []
+
+
+def _servers(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen where the others look for process 0: there only, or where that is not known everywhere."""
+    if addresses := own_addresses(host):
+        return [socket.create_server((address, port, *scope), family=family) for family, (address, *scope) in addresses]
+    if socket.has_dualstack_ipv6():
+        return [socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)]
+    return [socket.create_server(("", port))]
 
 
 class Hub:
     """Process 0's side: waits for everyone, then passes on what arrives. All of it in daemon threads."""
 
-    def __init__(self, host: str, port: int, processes: int, seconds: float, silence: float):
-        """Listens at once; `seconds`: until when all must have arrived; `silence`: after which a process is lost.
+    def __init__(self, host: str, port: int, processes: int, seconds: float, silence: float,
+                 secret: bytes | None = None):
+        """Listens at once; `seconds`: until when all must have arrived; `silence`: after which a process is lost;
+        `secret`: by default `shared_secret()`.
 
         Raises:
           UserError: the port is taken.
         """
         self.place, self.processes, self.seconds, self.silence = f"{host}:{port}", processes, seconds, silence
+        self._secret = secret or shared_secret()
+        self._refused = 0
         self._sockets: dict[int, socket.socket] = {}
         self._names: dict[int, str] = {}
         self._gathered: dict[int, dict[int, Any]] = defaultdict(dict)
@@ -55,12 +89,7 @@ class Hub:
         self._stopping = self._over = False
         self._lock = threading.RLock()
         try:
-            if _loopback(host):
-                self._server = socket.create_server(("127.0.0.1", port))
-            elif socket.has_dualstack_ipv6():
-                self._server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-            else:
-                self._server = socket.create_server(("", port))
+            self._servers = _servers(host, port)
         except OSError as e:
             raise UserError(f"Process 0 cannot listen at {self.place} ({e.strerror}). Is another run using it? "
                             f"Choose another port in LAB_COORDINATOR.") from e
@@ -69,17 +98,19 @@ class Hub:
 
     def _accept(self) -> None:
         limit = time.monotonic() + self.seconds
-        self._server.settimeout(0.1)
         while len(self._sockets) < self.processes and not (self._over and 0 in self._sockets):
-            with contextlib.suppress(TimeoutError):
-                connection, _ = self._server.accept()
+            for server in select.select(self._servers, [], [], 0.1)[0]:
+                connection, _ = server.accept()
                 threading.Thread(target=self._listen, args=(connection,), name="hub", daemon=True).start()
             if time.monotonic() > limit and len(self._sockets) < self.processes:
                 missing = [str(k) for k in range(self.processes) if k not in self._sockets]
                 which = f"Process {missing[0]}" if len(missing) == 1 else f"Processes {', '.join(missing)}"
+                strange = f" {self._refused} connections had another LAB_SECRET." if self._refused else ""
                 self._end(2, f"{which} of {self.processes} did not arrive at {self.place} within {self.seconds:g} s "
-                             f"(LAB_START_SECONDS). Look at what they printed, and whether they reach that address.")
-        self._server.close()
+                             f"(LAB_START_SECONDS).{strange} Look at what they printed, and whether they reach that "
+                             f"address.")
+        for server in self._servers:
+            server.close()
         if not self._over:
             self._send({"kind": "start"})
 
@@ -87,10 +118,8 @@ class Hub:
         connection.settimeout(self.silence)
         lines = connection.makefile("rb")
         try:
-            hello = json.loads(lines.readline(LONGEST))
+            hello = self._greet(connection, lines)
             process, name = int(hello["process"]), str(hello["name"])
-            if hello["kind"] != "hello":
-                raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             connection.close()  # a stranger
             return
@@ -114,6 +143,20 @@ class Hub:
         self._gone.add(process)
         self._end(1, f"Process {process} ({name}) {how}. All processes stop; the same command goes on from the last "
                      f"checkpoint.")
+
+    def _greet(self, connection: socket.socket, lines: Any) -> dict[str, Any]:
+        """What a process says of itself, once both sides have proved that they belong to this run. ValueError, OSError
+        and the like for a stranger.
+        """
+        hello, nonce = json.loads(lines.readline(LONGEST_HELLO)), secrets.token_hex(16)
+        if hello["kind"] != "hello":
+            raise ValueError
+        said = hello["nonce"], nonce, hello["process"], hello["processes"], hello["name"]
+        connection.sendall(_encoded({"kind": "hub", "nonce": nonce, "proof": proof(self._secret, "hub", *said)}))
+        if not proves(json.loads(lines.readline(LONGEST_HELLO))["proof"], self._secret, "process", *said):
+            self._refused += 1
+            raise ValueError
+        return hello
 
     def _handle(self, process: int, message: dict[str, Any]) -> None:
         kind = message["kind"]
@@ -173,12 +216,14 @@ class Hub:
 class Channel:
     """One process's connection to the hub. Its thread ends this process as soon as another one has ended."""
 
-    def __init__(self, host: str, port: int, process: int, processes: int, seconds: float, silence: float):
-        """Returns when all processes have arrived.
+    def __init__(self, host: str, port: int, process: int, processes: int, seconds: float, silence: float,
+                 secret: bytes | None = None):
+        """Returns when all processes have arrived. `secret`: by default `shared_secret()`.
 
         Raises:
-          UserError: process 0 is not reached within `seconds`.
+          UserError: process 0 is not reached within `seconds`, or has another secret.
         """
+        self._secret = secret or shared_secret()
         self.process, self.processes, self.place = process, processes, f"{host}:{port}"
         self.log: Path | None = None
         self.at_exit: Callable[[], None] = lambda: None
@@ -205,8 +250,7 @@ class Channel:
                 connection = socket.create_connection((host, port), timeout=min(left, 5))
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.settimeout(max(self.silence, self.seconds))
-                connection.sendall(_encoded({"kind": "hello", "process": self.process, "processes": self.processes,
-                                             "name": f"{socket.gethostname()}, pid {os.getpid()}"}))
+                self._greet(connection)
                 return connection
             except OSError as e:
                 reason = e.strerror or str(e)
@@ -214,6 +258,27 @@ class Channel:
         raise UserError(f"Process {self.process} did not reach process 0 at {self.place} within {self.seconds:g} s "
                         f"({reason}). Is process 0 running, and does this machine reach that address? "
                         f"LAB_START_SECONDS changes the limit.")
+
+    def _greet(self, connection: socket.socket) -> None:
+        """Proves that this process belongs to the run, if the other side does. Raises UserError where it does not."""
+        said = secrets.token_hex(16), f"{socket.gethostname()}, pid {os.getpid()}"
+        hello = {"kind": "hello", "process": self.process, "processes": self.processes, "name": said[1],
+                 "nonce": said[0]}
+        connection.sendall(_encoded(hello))
+        self._lines = connection.makefile("rb")
+        if not (line := self._lines.readline(LONGEST_HELLO)):
+            raise ConnectionResetError("it closed the connection")
+        try:
+            answer = json.loads(line)
+            all_said = said[0], answer["nonce"], self.process, self.processes, said[1]
+            good = proves(answer["proof"], self._secret, "hub", *all_said)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"Something answers at {self.place}, but it is not process 0 of this run.") from None
+        mine = proof(self._secret, "process", *all_said) if good else ""
+        connection.sendall(_encoded({"kind": "proof", "proof": mine}))
+        if not good:
+            raise UserError(f"What answers at {self.place} has another secret. If it is process 0 of this run, the "
+                            f"machines share no home folder: set LAB_SECRET to the same random text in all processes.")
 
     # ------------------------------------------------------------------------------------------- for the main thread
 
@@ -265,8 +330,7 @@ class Channel:
     def _listen(self) -> None:
         how = "ended without a word (killed, out of memory, or its machine went down)"
         try:
-            lines = self._socket.makefile("rb")
-            while line := lines.readline(LONGEST):
+            while line := self._lines.readline(LONGEST):
                 self._handle(json.loads(line))
         except TimeoutError:
             how = f"has not been heard of for {self.silence:g} s"

@@ -25,7 +25,7 @@ Run = Annotated[Path, tyro.conf.Positional]
 
 def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, temperature: float = 0.8,
            top_k: int | None = None, top_p: float = 1.0, greedy: bool = False, seed: int = 0, step: int | None = None,
-           best: bool = False) -> None:
+           best: bool = False, experiment: Path | None = None) -> None:
     """Continues texts with a trained language model.
 
     Args:
@@ -39,6 +39,7 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
       seed: another seed, another text.
       step: sample from the checkpoint after this many updates; by default the latest.
       best: sample from the checkpoint with the best validation metric.
+      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
     """
     from lab.generate import sample_texts
 
@@ -47,11 +48,11 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
                               ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1)):
         if not good:
             raise UserError(f"--{name} {value} is out of range.")
-    experiment, _, state = open_run(run, step, best)
-    data = data_of(run, experiment)
+    found, _, state = open_run(run, step, best, file=experiment)
+    data = data_of(run, found)
     if not hasattr(data, "decode"):
         raise UserError(f"{run} is not a language model: there is no text to sample.")
-    texts = sample_texts(experiment.model, eval_params(experiment, state), data, list(prompt), seed=seed,
+    texts = sample_texts(found.model, eval_params(found, state), data, list(prompt), seed=seed,
                          new_tokens=new_tokens, temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
     for text, continuation in zip(prompt, texts, strict=True):
         print(text + continuation)
@@ -60,7 +61,8 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
 
 
 def evaluate(run: Run, step: int | None = None, best: bool = False, records: int | None = None,
-             split: Literal["test", "validation"] | None = None, judge: Path | None = None) -> None:
+             split: Literal["test", "validation"] | None = None, judge: Path | None = None,
+             experiment: Path | None = None) -> None:
     """Evaluates a checkpoint of a run, and writes the task's whole report to evaluation-<split>-<step>/ in its folder.
 
     Args:
@@ -70,12 +72,14 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
       records: use that many evenly spaced records; by default all.
       split: by default the test split, where the data has one.
       judge: for a GAN, the run folder of a classifier of such images, which labels the samples.
+      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
     """
-    experiment, program, state = open_run(run, step, best)
-    data = experiment.data.load()
-    check_same(run, experiment, data.fingerprint)
+    no_links(run)
+    found, program, state = open_run(run, step, best, file=experiment)
+    data = found.data.load()
+    check_same(run, found, data.fingerprint)
     split = split or ("validation" if data.test is None else "test")
-    if judge is not None and not isinstance(experiment.task, Adversarial):
+    if judge is not None and not isinstance(found.task, Adversarial):
         raise UserError("--judge is for a GAN: this run makes no images.")
     name = f"evaluation-{split}-{int(jax.device_get(state.step))}"
     folder = run / name
@@ -87,9 +91,8 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
         row |= _judged(outcome, judge)
     for key, value in row.items():
         print(f"{key:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
-    no_links(run)
     make_folder(folder)
-    for line in experiment.task.artifacts(outcome):
+    for line in found.task.artifacts(outcome):
         print(line)
     write_json(run / f"{name}.json", row)
     print(f"Written to {run / name}.json and {folder}")
@@ -110,7 +113,7 @@ def _judged(outcome: Outcome, judge: Path, number: int = 2000) -> dict[str, Any]
 
 def predict(run: Run, input: Path | None = None, output: Path = Path("predictions.csv"),
             split: Literal["test", "validation", "train"] | None = None, id: str | None = None, strict: bool = False,
-            step: int | None = None, best: bool = False) -> None:
+            step: int | None = None, best: bool = False, experiment: Path | None = None) -> None:
     """Writes the predictions of a run as CSV: for new records, or for those of one of its own splits.
 
     Args:
@@ -124,20 +127,21 @@ def predict(run: Run, input: Path | None = None, output: Path = Path("prediction
       strict: a blank row or line is an error; by default it is skipped, and counted.
       step: the checkpoint after this many updates; by default the latest.
       best: the checkpoint with the best validation metric.
+      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
     """
     if (input is None) == (split is None):
         raise UserError("Say what to predict: --input FILE, or --split test for the run's own data, and not both.")
     if input is not None and not input.exists():
         raise UserError(f"{input} does not exist.")
-    experiment, program, state = open_run(run, step, best)
+    trained, program, state = open_run(run, step, best, file=experiment)
     if split is None:
-        data = data_of(run, experiment)
+        data = data_of(run, trained)
         found = data.read(input, id, strict)
     else:
-        data = experiment.data.load()
-        check_same(run, experiment, data.fingerprint)
+        data = trained.data.load()
+        check_same(run, trained, data.fingerprint)
         found = data.own(split, id)
-    columns = experiment.task.columns(report.predict(program, state, found.records), data)
+    columns = trained.task.columns(report.predict(program, state, found.records), data)
     columns = {"record": found.numbers, **found.beside, **columns}
     columns |= {} if found.truth is None else {"truth": found.truth}
     try:

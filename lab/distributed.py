@@ -2,6 +2,7 @@
 
 A launcher says who is who by LAB_COORDINATOR (host:port of process 0), LAB_PROCESSES and LAB_PROCESS_ID, or is one that
 is recognised: SLURM's srun, Open MPI's mpirun, SkyPilot, a TPU pod. The port after the coordinator's is used, too.
+LAB_SECRET is the same random text in all processes; without it they must share a home folder (lab/shared_secret.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lab import signals
-from lab.channel import TOLD, Channel, Hub
+from lab.channel import TOLD, Channel, Hub, own_addresses
 from lab.errors import UserError
 from lab.files import make_folder
 
@@ -274,7 +275,9 @@ def _initialize(launch: Launch, processes: Processes, seconds: float, silence: f
     import jax
 
     address = f"[{launch.host}]:{launch.port}" if ":" in launch.host else f"{launch.host}:{launch.port}"
-    bind = address if launch.host in ("localhost", "127.0.0.1") else None
+    bind = None  # JAX's way: all addresses of this machine
+    if len(here := own_addresses(launch.host)) == 1:
+        bind = f"[{here[0][1][0]}]:{launch.port}" if ":" in here[0][1][0] else f"{here[0][1][0]}:{launch.port}"
     if any("_proxy" in name.lower() for name in os.environ):
         os.environ.setdefault("no_grpc_proxy", launch.host)  # a company's proxy would not reach it
     late = threading.Timer(seconds, processes.leave, (2, f"JAX's runtime at {address} was not reached within "

@@ -10,23 +10,24 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import importlib
 import importlib.util
 import json
 import sys
 import traceback
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from lab.errors import UserError
+from lab.field_types import check_types, fields
 from lab.limits import check_devices, check_numbers
 from lab.pretrained import Pretrained
+from lab.rebuild import from_json
 
+__all__ = ["Checkpoint", "Evaluate", "Experiment", "Log", "Mesh", "check_types", "differences", "digest", "fields",
+           "flat", "from_json", "load", "override", "to_json", "value_at"]
 ROOT = Path(__file__).resolve().parent.parent
 HOW = {"fingerprint": False}  # marks fields that say how a run is carried out, not what it computes
 
@@ -99,38 +100,87 @@ class Mesh:
         check_devices(sizes)
 
 
+@runtime_checkable
+class DataPart(Protocol):
+    """Data such as Text(...). Here is what nothing works without; see lab/data/messages.py."""
+
+    def record_spec(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
+        """name -> shape and type of one record."""
+
+    def load(self) -> Any:
+        """The data: see lab/data/dataset.py."""
+
+
+@runtime_checkable
+class ModelPart(Protocol):
+    """A Linen module such as GPT(...)."""
+
+    def init(self, rngs: Any, *args: Any) -> Any:
+        """Its variables."""
+
+    def apply(self, variables: Any, *args: Any) -> Any:
+        """What it computes."""
+
+
+@runtime_checkable
+class TaskPart(Protocol):
+    """A task such as Classify(). See lab/tasks/base.py."""
+
+    def loss(self, model: Any, variables: Any, batch: Any, rngs: Any, train: bool) -> tuple[Any, Any, Any, Any]:
+        """(loss sum, weight, metrics, mutable collections) of a batch."""
+
+
+@runtime_checkable
+class OptimPart(Protocol):
+    """An optimizer such as AdamW(...). See lab/optim.py."""
+
+    def build(self, steps: int) -> Any:
+        """The optax transformation for a run of so many updates."""
+
+
+@runtime_checkable
+class StartPart(Protocol):
+    """A beginning such as Pretrained(...). See lab/pretrained.py."""
+
+    def load(self, state: Any, data: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arrays by path, and a report for people."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One training run, completely."""
 
-    data: Any
-    model: Any
-    task: Any
-    optim: Any
+    data: DataPart
+    model: ModelPart
+    task: TaskPart
+    optim: OptimPart
     steps: int
     """Updates of the parameters; a run makes exactly this many."""
     batch: int
     """Records in an update, over all devices and microbatches."""
     microbatches: int = 1
-    """Parts that the batch is computed in, one after another, to save memory; the result is the same."""
-    dispatch: int = 1
+    """Parts that the batch is computed in, one after another, to save memory. The result is the same up to rounding,
+    and a run may go on with another number; except with dropout or batch statistics (BatchNorm), which belong to a
+    part: there another number is another experiment."""
+    dispatch: int = field(default=1, metadata=HOW)
     """Updates in one compiled call (a scan); more than 1 helps models so small that starting a step costs."""
     seed: int = 0
     """Decides initial weights, order of the data and dropout."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Compute type; parameters and optimizer state stay float32."""
     evaluate: Evaluate = Evaluate()
-    init_from: Any = Pretrained()
+    init_from: StartPart = Pretrained()
     """Parameters to begin with instead of random ones, and which of them stay as they are."""
     checkpoint: Checkpoint = field(default=Checkpoint(), metadata=HOW)
     log: Log = field(default=Log(), metadata=HOW)
     mesh: Mesh = field(default=Mesh(), metadata=HOW)
-    parallel: Literal["jit", "pmap"] = field(default="jit", metadata=HOW)
-    """How an update is spread over devices: by the compiler, or as plain data parallelism by jax.pmap."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How an update is spread over devices: by the compiler, or as plain data parallelism by jax.pmap. Where results
+    depend on `microbatches` they depend on this, too."""
     exact: bool = False
     """The same bits on every number of devices that divides virtual_shards, at some cost (lab/parallel.py)."""
     virtual_shards: int = 8
-    """Parts of a batch that are computed alone when exact."""
+    """Parts of a batch that are computed alone when exact; without, nothing reads it."""
     deterministic: bool = field(default=False, metadata=HOW)
     """The same bits every time on GPUs, at some cost; CPUs and TPUs give them anyway."""
     resident: Literal["auto", "always", "never"] = field(default="auto", metadata=HOW)
@@ -196,9 +246,23 @@ class Experiment:
         if self.exact and self.batch % self.virtual_shards:
             raise UserError(f"--batch {self.batch} is not divisible by --virtual-shards {self.virtual_shards}.")
 
+    def identity(self) -> dict[str, Any]:
+        """JSON of what decides the result. How the work is divided does not, unless what is drawn or normalised in a
+        part of the batch belongs to that part: see `lab.parallel.mixes_rows`.
+        """
+        value = to_json(self, identity=True)
+        if not self.exact:
+            del value["virtual_shards"]
+        divided = {name for name, alone in (("microbatches", 1), ("parallel", "jit")) if getattr(self, name) != alone}
+        if divided:
+            from lab.parallel import mixes_rows
+
+            divided = divided if mixes_rows(self) else set()
+        return {name: item for name, item in value.items() if name not in {"microbatches", "parallel"} - divided}
+
     def fingerprint(self) -> str:
         """12 hexadecimal digits of what this run computes: the same in every process and on every Python version."""
-        return digest(to_json(self, identity=True))
+        return digest(self.identity())
 
 
 def _at_least(flag: str, value: int | None, least: int) -> None:
@@ -206,47 +270,9 @@ def _at_least(flag: str, value: int | None, least: int) -> None:
         raise UserError(f"{flag} must be at least {least}, not {value}.")
 
 
-def check_types(value: Any, flag: str = "") -> None:
-    """Compares the plain fields of nested dataclasses with their annotations: Python itself would let a typo pass.
-
-    Raises:
-      UserError: names the field and what it may be. Traced numbers pass as floats.
-    """
-    hints = typing.get_type_hints(type(value))
-    for f in fields(value):
-        item, name = getattr(value, f.name), f"{flag}.{f.name}" if flag else f.name
-        if dataclasses.is_dataclass(item):
-            check_types(item, name)
-            continue
-        options = [hints[f.name]]
-        if isinstance(hints[f.name], types.UnionType) or typing.get_origin(hints[f.name]) is typing.Union:
-            options = list(typing.get_args(hints[f.name]))
-        if not any(_fits(item, option) for option in options):
-            allowed = [", ".join(map(repr, typing.get_args(o))) if typing.get_origin(o) is Literal
-                       else getattr(o, "__name__", str(o)) for o in options]
-            raise UserError(f"--{name.replace('_', '-')} must be {' or '.join(allowed)}, not {item!r}.")
-
-
-def _fits(value: Any, option: Any) -> bool:
-    """Whether a value is of a plain type; every other annotation is not looked at."""
-    if typing.get_origin(option) is Literal:
-        return value in typing.get_args(option)
-    if option is float:
-        return not isinstance(value, bool | str) and value is not None
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, option) if option in (bool, str, types.NoneType) else True
-
-
 def digest(value: Any) -> str:
     """12 hexadecimal digits of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def fields(value: Any) -> list[dataclasses.Field]:
-    """The fields of a dataclass or Linen module that are its configuration."""
-    of_linen = {"parent", "name"} if hasattr(value, "parent") else set()
-    return [f for f in dataclasses.fields(value) if f.init and f.name not in of_linen]
 
 
 def to_json(value: Any, *, identity: bool = False) -> Any:
@@ -265,20 +291,6 @@ def to_json(value: Any, *, identity: bool = False) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise UserError(f"An experiment holds plain values and dataclasses; {value!r} is a {type(value).__name__}.")
-
-
-def from_json(value: Any) -> Any:
-    """The inverse of `to_json`. Raises UserError when a class is no longer where it was, or has other fields."""
-    if isinstance(value, list):
-        return tuple(from_json(v) for v in value)
-    if not isinstance(value, dict):
-        return value
-    module, _, name = value["class"].rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-        return cls(**{k: from_json(v) for k, v in value.items() if k != "class"})
-    except (ImportError, AttributeError, TypeError) as e:
-        raise UserError(f"This run was made by other code: {value['class']} cannot be built again ({e}).") from e
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -337,16 +349,22 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]
         yield path, a, b
 
 
-def load(path: Path) -> ModuleType:
-    """Imports an experiment file. Its module name is its place in the repository, else one that shadows nothing."""
+def load(path: Path, content: bytes | None = None, name: str | None = None) -> ModuleType:
+    """Imports an experiment file, or `content` in its place.
+
+    Its module name is by default its place in the repository, else one that shadows nothing.
+
+    Raises:
+      UserError: it cannot be read or run (names the line), or defines no experiment.
+    """
     path = path.resolve()
     inside = path.is_relative_to(ROOT)
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts) if inside else f"user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
+    name = name or (".".join(path.relative_to(ROOT).with_suffix("").parts) if inside else f"user_{path.stem}")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        module.__experiment_source__ = path.read_bytes() if content is None else content
+        exec(compile(module.__experiment_source__, str(path), "exec"), vars(module))
     except UserError:
         raise
     except SyntaxError as e:

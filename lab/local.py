@@ -16,6 +16,7 @@ from typing import Any
 
 from lab import signals
 from lab.errors import UserError
+from lab.shared_secret import new_secret
 
 ENDING_SECONDS = 20.0  # what the others get to end by themselves after one has ended
 FORCE = "--xla_force_host_platform_device_count"
@@ -81,11 +82,11 @@ class _Family:
 
     def __init__(self, args: Sequence[str], processes: int, each: int | None):
         self.signal: int | None = None
-        port, self.children = _free_ports(), []
+        port, self.children, secret = _free_ports(), [], new_secret()
         environs = [devices_of(k, processes, each, os.environ) for k in range(processes)]
         for k, environ in enumerate(environs):
             environ |= {"LAB_COORDINATOR": f"127.0.0.1:{port}", "LAB_PROCESSES": str(processes),
-                        "LAB_PROCESS_ID": str(k), "LAB_PARENT": str(os.getpid())}
+                        "LAB_PROCESS_ID": str(k), "LAB_PARENT": str(os.getpid()), "LAB_SECRET": secret}
             # A session of its own: Ctrl-C reaches it through this process, once.
             self.children.append(subprocess.Popen(
                 [sys.executable, "-P", "-m", "lab", *args], env=os.environ | environ, start_new_session=True,

@@ -22,10 +22,20 @@ from lab.errors import UserError, forgiving
 from lab.experiment import Experiment
 from lab.fitted import write_fitted
 from lab.plan import make_plan
+from lab.pretrained import describe
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
 from lab.run_copy import bring_back, copied
-from lab.run_folder import alone, checkpoint_folder, open_folder, shared, write_diverged, write_json, write_result
+from lab.run_folder import (
+    OnChange,
+    alone,
+    checkpoint_folder,
+    open_folder,
+    shared,
+    write_diverged,
+    write_json,
+    write_result,
+)
 from lab.signals import EXIT, Stop
 from lab.step import State
 from lab.tasks.base import Outcome
@@ -51,10 +61,10 @@ class Prepared:
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
           tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None,
-          prepared: Prepared | None = None) -> int:
+          prepared: Prepared | None = None, on_change: OnChange = "refuse") -> int:
     """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status, in each process.
 
-    `checkpoints`: another place for them than the run folder, see `checkpoint_folder`.
+    `checkpoints`: another place for them than the run folder, see `checkpoint_folder`. `on_change`: see `open_folder`.
 
     0: finished. 75 / 130 / 141: told to stop, state saved, the same command goes on (`lab.signals`). 1: diverged.
 
@@ -70,7 +80,8 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
         if processes.first:
             if remote:
                 bring_back(folder, place, experiment, data.fingerprint)
-            open_folder(folder, experiment, file, data.fingerprint, remote)
+            for line in open_folder(folder, experiment, file, data.fingerprint, remote, on_change):
+                screen.say(line)
             write_fitted(folder, experiment, data)
         processes.gather(None)  # now the folder is there
         if checkpoints is None:
@@ -107,8 +118,12 @@ class _Run:
         self.prepared, self.pictures = prepared or Prepared(data, Program(experiment, data.train)), prepared is None
         self.program, keep = self.prepared.program, self.prepared.keep
         self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes, keep)
+        self.begun_at = 0
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
+        if self.step % self.program.experiment.dispatch:
+            raise UserError(f"The run stands after update {self.step}, which is no multiple of --dispatch "
+                            f"{self.program.experiment.dispatch}: go on with --dispatch 1.")
         self.rows = self._open_rows()
         self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
         self.board = _tensorboard(folder) if tensorboard else None
@@ -138,21 +153,21 @@ class _Run:
                 self.screen.say(f"There is no checkpoint in {self.folder} yet: starting again from update 0.")
             given, report = self.experiment.init_from.load(self.program.abstract, self.data)
             self._say_pretrained(report)
-            return self.program.init(given)
+            state = self.program.init(given)
+            self.begun_at = int(state.step)  # not 0 where another run goes on
+            if self.begun_at >= self.experiment.steps:
+                raise UserError(f"--steps {self.experiment.steps} counts all updates, and {report['from']} made "
+                                f"{self.begun_at} of them: give more.")
+            return state
         self.checkpoints.discard_after(int(state.step))
         self.screen.say(f"Going on after update {int(state.step)} of {self.experiment.steps}.")
         return state
 
     def _say_pretrained(self, report: dict[str, Any]) -> None:
         frozen = frozen_paths(self.experiment, self.program.abstract.params)
-        if not report and not frozen:
-            return
-        write_json(self.folder / "pretrained.json", {**report, "frozen": frozen})
-        if report:
-            self.screen.say(f"Parameters from {report['from']}: {len(report['loaded'])} loaded "
-                            f"({_shortly(report['loaded'])}); at random: {_shortly(report['random'])}; not taken: "
-                            f"{_shortly(report['not taken'])}.")
-        self.screen.say(f"Frozen: {_shortly(frozen)}. The whole list is in {self.folder / 'pretrained.json'}.")
+        if report or frozen:
+            write_json(self.folder / "pretrained.json", {**report, "frozen": frozen})
+            self.screen.say(describe(report, frozen, self.folder / "pretrained.json"))
 
     def go(self) -> int:
         """Evaluate and save whatever is due at this step, then update; until the last step or a reason to stop."""
@@ -209,7 +224,8 @@ class _Run:
 
     def _evaluate_if_due(self) -> None:
         settings = self.experiment.evaluate
-        due = self.step in (0, self.experiment.steps) or (settings.every and self.step % settings.every == 0)
+        ends = self.step in (self.begun_at, self.experiment.steps)
+        due = ends or (settings.every and self.step % settings.every == 0)
         if not due or (self.evaluations and self.evaluations[-1]["step"] == self.step):
             return
         self._flush()
@@ -409,10 +425,6 @@ def _shown(row: dict[str, Any], most: int = 6) -> str:
     """The first few metrics of a row; metrics.jsonl has all of them."""
     values = [(name, value) for name, value in row.items() if name not in ("step", "split")]
     return "  ".join([f"{name} {value:.4f}" for name, value in values[:most]] + ["..."] * (len(values) > most))
-
-
-def _shortly(paths: list[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "") if paths else "nothing"
 
 
 def describe_result(result: dict[str, Any]) -> str:

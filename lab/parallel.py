@@ -5,7 +5,10 @@ Each is a `Total` (see lab/step.py); the step around it stays the same.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,9 +17,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import PartitionSpec
 
 from lab.errors import UserError
-from lab.experiment import Experiment
+from lab.experiment import Experiment, to_json
 from lab.sharding import ROWS
-from lab.step import Gradient, State, Total, make_train_step, microbatched
+from lab.step import Gradient, State, Total, init_state, make_loss, make_train_step, microbatched, prepare
 
 
 def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) -> Total:
@@ -61,6 +64,43 @@ def draws(gradient: Gradient, state: State, batch: Any) -> bool:
         return any(eqn.primitive.name == "random_bits" for eqn in eqns) or any(map(drawn, inner))
 
     return drawn(jax.make_jaxpr(gradient)(state.params, state.extra, batch, state.step, 0))
+
+
+def mixes_rows(experiment: Experiment) -> bool:
+    """Whether the result depends on which rows are computed together: with batch statistics, or random numbers that
+    are drawn for the rows of a part at once (dropout). Traced for abstract arrays; True where that fails, of which
+    others have more to say.
+    """
+    return _mixes_rows(json.dumps(to_json(replace(experiment, seed=0, steps=1)), sort_keys=True), _Held(experiment))
+
+
+class _Held:
+    """An experiment beside its JSON in the key of a cache: equal to every other one."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.lru_cache(64)
+def _mixes_rows(key: str, held: _Held) -> bool:
+    experiment = held.experiment
+    try:
+        record = {name: jax.ShapeDtypeStruct((2, *shape), dtype)
+                  for name, (shape, dtype) in experiment.data.record_spec().items()}
+        batch = record | {"weight": jax.ShapeDtypeStruct((2,), jnp.float32),
+                          "index": jax.ShapeDtypeStruct((2,), jnp.int32)}
+        state = jax.eval_shape(lambda batch: init_state(experiment, batch), batch)
+        batch = jax.eval_shape(lambda batch: prepare(experiment, batch, True, 0), batch)
+        return bool(jax.tree.leaves(state.extra)) or draws(
+            jax.grad(make_loss(experiment), has_aux=True), state, batch)
+    except Exception:  # of a model that cannot be built; whoever builds it says so
+        return True
 
 
 def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ collections: ``block_0/attn/query/kernel``, ``batch_stats/stem_norm/mean``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,36 @@ def _check_rules(**rules: tuple[str, ...]) -> None:
                 raise UserError(f"--init-from.{name}: {rule!r} is not a regular expression ({e}).") from None
 
 
+def describe(report: Report, frozen: list[str], file: Path) -> str:
+    """What a run begins with, in a line or two. `file` has the whole lists."""
+    lines = [f"Frozen: {_shortly(frozen)}. The whole list is in {file}."]
+    if report:
+        lines.insert(0, f"Parameters from {report['from']}: {len(report['loaded'])} loaded "
+                        f"({_shortly(report['loaded'])}); at random: {_shortly(report['random'])}; not taken: "
+                        f"{_shortly(report['not taken'])}.")
+    return "\n".join(lines)
+
+
+def _shortly(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "") if paths else "nothing"
+
+
+def _place(run: str) -> tuple[Path, int | None]:
+    """The run folder, and the step of the checkpoint where one is named."""
+    folder = user_path(run)
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        return folder.parent.parent, int(folder.name)
+    return folder, None
+
+
+def _same_tokenizer(folder: Path, data: Any) -> None:
+    """Ids must mean the same there and here; nothing else would ever say so."""
+    saved, here = folder / "tokenizer.json", getattr(data, "tokenizer_state", None)
+    if here is not None and saved.exists() and saved.read_text() != here:
+        raise UserError(f"The tokenizer of {folder} is another one, so its parameters would be read with wrong "
+                        f"ids. Use its own: tokenizer=Saved({str(folder)!r}) in the experiment's data.")
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """The parameters of another run, where paths agree; what that run lacks begins at random.
@@ -46,6 +76,8 @@ class Pretrained:
     """Regular expressions searched in the paths: what not to take after all (an output layer for other classes)."""
     freeze: tuple[str, ...] = ()
     """Regular expressions searched in the paths of parameters that training leaves as they are."""
+    experiment: str | None = field(default=None, metadata={"fingerprint": False})
+    """That run's experiment file, if it defines classes of its own and was not run on this machine."""
 
     def validate(self) -> None:
         """Raises UserError for what is not a regular expression."""
@@ -61,11 +93,9 @@ class Pretrained:
 
         if self.run is None:
             return {}, {}
-        folder = user_path(self.run)
-        step = int(folder.name) if folder.parent.name == "checkpoints" and folder.name.isdigit() else None
-        folder = folder.parent.parent if step is not None else folder
-        self._same_tokenizer(folder, data)
-        experiment, _, found = open_run(folder, step)
+        folder, step = _place(self.run)
+        _same_tokenizer(folder, data)
+        experiment, _, found = open_run(folder, step, file=user_path(self.experiment) if self.experiment else None)
         averaged = experiment.optim.eval_params(found.opt_state, found.params)
         there, wanted = leaves(averaged) | leaves(found.extra), leaves(state.params) | leaves(state.extra)
         given, new = {}, []
@@ -86,12 +116,61 @@ class Pretrained:
                   "loaded": list(given), "random": new, "not taken": [p for p in there if p not in given]}
         return given, report
 
-    def _same_tokenizer(self, folder: Path, data: Any) -> None:
-        """Ids must mean the same there and here; nothing else would ever say so."""
-        saved, here = folder / "tokenizer.json", getattr(data, "tokenizer_state", None)
-        if here is not None and saved.exists() and saved.read_text() != here:
-            raise UserError(f"The tokenizer of {folder} is another one, so its parameters would be read with wrong "
-                            f"ids. Use its own: tokenizer=Saved({str(folder)!r}) in the experiment's data.")
+
+@dataclass(frozen=True)
+class Continue:
+    """Another run at one of its checkpoints, to go on from under other settings: its parameters, the state of its
+    optimizer, and its number of updates. That run stays as it is; this is a new one.
+
+    `steps` counts all updates, those of the other run too, and the schedule is evaluated anew for that number. The data
+    goes on with the batch of the next update. What does not fit (a new layer, another optimizer's moments) begins
+    afresh and is named.
+    """
+
+    run: str
+    """A run folder, or one of its checkpoints, RUN/checkpoints/STEP."""
+    step: int | None = None
+    """The checkpoint after this many updates; None: the latest."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions searched in the paths of parameters that training leaves as they are."""
+    experiment: str | None = field(default=None, metadata={"fingerprint": False})
+    """That run's experiment file, if it defines classes of its own and was not run on this machine."""
+
+    def validate(self) -> None:
+        """Raises UserError for a step below 1, and for what is not a regular expression."""
+        if self.step is not None and self.step < 1:
+            raise UserError(f"--init-from.step must be at least 1, not {self.step}.")
+        _check_rules(freeze=self.freeze)
+
+    def load(self, state: Any, data: Any) -> tuple[Given, Report]:
+        """The arrays for this (abstract) state, those of its optimizer and its step too (see `lab.step.init_state`),
+        and what was taken and what was not.
+
+        Raises:
+          UserError: there is no such run or checkpoint, shapes differ (names the path), or the tokenizers differ.
+        """
+        from lab.continued import take_over
+        from lab.restore import leaves, open_run
+
+        folder, step = _place(self.run)
+        if step is not None and self.step not in (None, step):
+            raise UserError(f"--init-from.step {self.step} and --init-from.run {self.run} name two checkpoints.")
+        _same_tokenizer(folder, data)
+        file = user_path(self.experiment) if self.experiment else None
+        experiment, _, found = open_run(folder, self.step if step is None else step, file=file)
+        there, wanted = leaves(found.params) | leaves(found.extra), leaves(state.params) | leaves(state.extra)
+        if wrong := [path for path, x in wanted.items() if path in there and there[path].shape != x.shape]:
+            raise UserError(f"{wrong[0]} is {there[wrong[0]].shape} in {self.run} and {wanted[wrong[0]].shape} here: a "
+                            f"run goes on with the model that it has.")
+        given: Given = {path: np.asarray(there[path]) for path in wanted if path in there}
+        updates = int(found.step)
+        moments, fresh, left = take_over(found.opt_state, state.opt_state, updates)
+        given |= {f"state/opt_state/{path}": x for path, x in moments.items()}
+        given["state/step"] = np.asarray(updates, np.int32)
+        report = {"from": str(folder), "step": updates, "fingerprint": experiment.fingerprint(), "loaded": list(given),
+                  "random": [p for p in wanted if p not in there] + [f"opt_state/{path}" for path in fresh],
+                  "not taken": [p for p in there if p not in wanted] + [f"opt_state/{path}" for path in left]}
+        return given, report
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,17 @@ def leaves(tree: Any) -> dict[str, Any]:
     return {path_of(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def open_run(run: Path, step: int | None = None, best: bool = False,
-             experiment: Experiment | None = None) -> tuple[Experiment, Program, State]:
+def open_run(run: Path, step: int | None = None, best: bool = False, experiment: Experiment | None = None,
+             file: Path | None = None) -> tuple[Experiment, Program, State]:
     """The program of a run and the state of its checkpoint: the latest, the best, or that of `step`.
 
-    `experiment`: that of the run, where the caller has it; by default it is built again from the folder.
+    `experiment`: that of the run, where the caller has it; by default it is built again from the folder. `file`: the
+    experiment's file, where the user named it.
 
     Raises:
       UserError: there is no run, no such checkpoint, or only damaged ones.
     """
-    experiment = experiment or read_folder(run)
+    experiment = experiment or read_folder(run, file)
     opened = without_data(run, experiment)
     opened.validate()
     if best and step is not None:

@@ -6,21 +6,29 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lab.errors import UserError
-from lab.experiment import ROOT, Experiment, differences, digest, from_json, load, to_json
+from lab.experiment import ROOT, Experiment, differences, digest, from_json, to_json
 from lab.files import make_folder, no_links, open_file, replace_file
 from lab.metrics import marked_rows
+from lab.own_file import keep_copy, load_own
+from lab.source_code import changed, code_of
+
+log = logging.getLogger(__name__)
+OURS = ("lock", "launch", "logs", "begun.json")  # what is in a run folder before its description
+OnChange = Literal["refuse", "accept", "rerun"]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,8 +109,7 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         no_links(folder)
-        ours = ("lock", "launch", "logs", "begun.json")
-        strange = [p.name for p in folder.iterdir() if p.name not in ours and p.suffix != ".tmp"]
+        strange = [p.name for p in folder.iterdir() if p.name not in OURS and p.suffix != ".tmp"]
         if strange and "experiment.json" not in strange:
             raise UserError(f"{folder} is not empty and is no run folder. Choose another with --run-dir.")
         lock = open_file(folder / "lock")
@@ -162,24 +169,32 @@ def checkpoint_folder(folder: Path, wish: str | None = None) -> Any:
 
 
 def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fingerprint: str,
-                checkpoints: str | None = None) -> None:
-    """Describes the run in its folder, or checks that the folder belongs to this experiment and data.
+                checkpoints: str | None = None, on_change: OnChange = "refuse") -> list[str]:
+    """Describes the run in its folder, or checks that the folder belongs to this experiment, data and code.
 
-    Every start adds an environment file, environment.json, environment-2.json, ...: a run may change machines.
+    Every start adds an environment file, environment.json, environment-2.json, ...: a run may change machines. What an
+    earlier start left is deleted where code or data changed and `on_change` is "rerun". Returns lines for a person.
 
     Raises:
-      UserError: it belongs to another run (says in what they differ).
+      UserError: it belongs to another run (says in what they differ), or see `changes`.
     """
-    described = folder / "experiment.json"
+    described, lines, names = folder / "experiment.json", [], []
     if described.exists():
-        check_same(folder, experiment, data_fingerprint)
-    description = {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
-                   "data": data_fingerprint, "file": str(file) if file else None, "checkpoints": checkpoints}
-    description["digest"] = digest(description)
+        names = changes(folder, experiment, data_fingerprint, on_change)
+        lines += carried_out_otherwise(read_description(folder)["experiment"], experiment)
+        if names and on_change == "rerun":
+            clear(folder)
+            lines = [f"{', '.join(names)} changed: the run begins again."]
+        elif names:
+            lines.append(f"Going on though {', '.join(names)} changed since the run began (--accept).")
+    description = sealed({"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
+                          "data": data_fingerprint, "code": code_of(experiment), "file": str(file) if file else None,
+                          "checkpoints": checkpoints})
     if checkpoints is not None:  # what is there may be older than this run folder, and of another run
         place = checkpoint_folder(folder, checkpoints)
-        if (place / "experiment.json").exists():
-            check_same(place, experiment, data_fingerprint)
+        older = (place / "experiment.json").exists() and changes(place, experiment, data_fingerprint, on_change)
+        if older and on_change == "rerun":
+            _clear_checkpoints(place)
         text = json.dumps(description, indent=2) + "\n"
         if isinstance(place, Path):
             make_folder(place)
@@ -189,16 +204,102 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
             place.mkdir(parents=True, exist_ok=True)
             (place / "experiment.json").write_text(text)
     write_json(described, description)
+    if file is not None:
+        keep_copy(folder, file)
     start = 1 + sum(1 for _ in folder.glob("environment*.json"))
-    write_json(folder / f"environment{f'-{start}' if start > 1 else ''}.json", environment())
+    found = environment() | {"how": how(to_json(experiment)), "accepted": names if on_change == "accept" else []}
+    write_json(folder / f"environment{f'-{start}' if start > 1 else ''}.json", found)
+    return lines
+
+
+def sealed(description: Mapping[str, Any]) -> dict[str, Any]:
+    """A description with the digest that tells whether it was edited."""
+    return {**description, "digest": digest(description)}
+
+
+def run_again(folder: Path, experiment: Experiment, on_change: OnChange) -> bool:
+    """Whether a finished run is to be run again. What is accepted is noted, and not asked for a second time.
+
+    Raises:
+      UserError: see `changes`.
+    """
+    data = experiment.data.load().fingerprint
+    names = changes(folder, experiment, data, on_change)
+    if names and on_change == "accept":
+        now = {"data": data, "code": code_of(experiment), "accepted": names}
+        write_json(folder / "experiment.json", sealed(read_description(folder) | now))
+    return bool(names) and on_change == "rerun"
+
+
+def clear(folder: Path) -> None:
+    """Deletes what a run wrote, its description last: a start that is killed here is asked again."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "experiment.json"):
+        if path.name not in OURS:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _clear_checkpoints(place: Any) -> None:
+    """Deletes the checkpoints in another place than the run folder, where there may be other things, too."""
+    for path in [p for p in place.iterdir() if p.name.isdigit()]:
+        shutil.rmtree(path) if isinstance(path, Path) else path.rmtree()
+    (place / "experiment.json").unlink()
+
+
+def how(experiment: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an experiment, as JSON, that say how it is carried out and may change from start to start."""
+    return {name: experiment.get(name) for name in ("microbatches", "dispatch", "mesh", "parallel", "resident")}
+
+
+def carried_out_otherwise(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
+    """A line where the number of microbatches is another one than at the last start."""
+    then, now = before.get("microbatches"), experiment.microbatches
+    return [f"Going on with --microbatches {now} instead of {then}: the same sums in another order."] * (then != now)
+
+
+def changes(folder: Path, experiment: Experiment, data_fingerprint: str, on_change: OnChange) -> list[str]:
+    """What changed since the run in a folder began: files, packages, "the data".
+
+    Raises:
+      UserError: it is the run of another experiment; or something changed, and it was not said what to do.
+    """
+    check_experiment(folder, experiment)
+    there = read_description(folder)
+    names = changed(there["code"], code_of(experiment)) if there.get("code") else ["code of an unknown version"]
+    names += ["the data"] * (there["data"] != data_fingerprint)
+    if names and on_change == "refuse":
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        raise UserError(f"{shown} changed since the run in {folder} began. --accept goes on with it as it is, --rerun "
+                        f"deletes it and runs it again, --run-dir chooses another folder.")
+    return names
+
+
+def check_experiment(folder: Path, experiment: Experiment) -> None:
+    """Raises UserError where a run folder is of another experiment (says in what they differ), or was edited."""
+    there = read_description(folder)
+    try:
+        then = from_json(there["experiment"], Experiment)
+    except UserError:  # made by code that is gone: its fingerprint is all that is known
+        then = None
+    if then is not None and then.fingerprint() != there["fingerprint"]:
+        raise UserError(f"{folder / 'experiment.json'} was edited, or another version of lab wrote it: its fingerprint "
+                        f"is {there['fingerprint']}, and its experiment's is {then.fingerprint()}. Bring it back, or "
+                        f"choose another folder with --run-dir.")
+    if there["fingerprint"] == experiment.fingerprint():
+        return
+    before = then.identity() if then is not None else there["experiment"]
+    found = list(differences(before, experiment.identity()))
+    shown = ", ".join(f"{path} is {a if path in before else there['experiment'].get(path, a)} there and "
+                      f"{b if b is not None else getattr(experiment, path, b)} here" for path, a, b in found[:4])
+    raise UserError(f"{folder} is the run of another experiment: {shown}. Choose another with --run-dir or "
+                    f"--checkpoint-dir.")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
     """What experiment.json says. Raises UserError where it is damaged or was edited."""
     path = folder / "experiment.json"
     found = read_json(path, DESCRIPTION)
-    for name in ("file", "checkpoints"):
-        if not isinstance(found.get(name), str | None):
+    for name, kind in (("file", str | None), ("checkpoints", str | None), ("code", dict | None)):
+        if not isinstance(found.get(name), kind):
             raise UserError(f"{path} is damaged ({name} is {found[name]!r}). Restore it, or start afresh with "
                             f"--run-dir.")
     if "digest" in found and found.pop("digest") != digest(found):
@@ -208,32 +309,30 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def check_same(folder: Path, experiment: Experiment, data_fingerprint: str) -> None:
     """Raises UserError where a run folder is of another experiment (says in what they differ) or other data."""
+    check_experiment(folder, experiment)
     there = read_description(folder)
-    if there["fingerprint"] != experiment.fingerprint():
-        found = list(differences(there["experiment"], to_json(experiment)))
-        shown = ", ".join(f"{path} is {a} there and {b} here" for path, a, b in found[:4]) or (
-            f"its fingerprint is {there['fingerprint']}, not {experiment.fingerprint()}")
-        raise UserError(f"{folder} is the run of another experiment: {shown}. Choose another with --run-dir or "
-                        f"--checkpoint-dir.")
     if there["data"] != data_fingerprint:
         raise UserError(f"The data changed since the run in {folder} began (fingerprint {there['data']} then, "
                         f"{data_fingerprint} now). Bring it back, or start afresh with --run-dir.")
 
 
-def read_folder(folder: Path) -> Experiment:
-    """The experiment of a run folder, built again.
+def read_folder(folder: Path, file: Path | None = None) -> Experiment:
+    """The experiment of a run folder, built again. `file`: see `load_own`.
 
     Raises:
-      UserError: there is no run there, or it was made by code that is gone.
+      UserError: there is no run there, it was made by code that is gone, or by a file that is not known here.
     """
     described = folder / "experiment.json"
     if not described.exists():
         near = sorted(str(p.parent) for p in Path("runs").glob("*/experiment.json"))
         raise UserError(f"{folder} is no run folder" + (f"; there are {', '.join(near)}." if near else "."))
     value = read_description(folder)
-    if value["file"] and Path(value["file"]).exists():
-        load(Path(value["file"]))  # its classes may be part of the experiment
-    return from_json(value["experiment"])
+    load_own(folder, value, file)
+    experiment = from_json(value["experiment"], Experiment)
+    check_experiment(folder, experiment)
+    if names := changed(value.get("code") or {}, code_of(experiment)):
+        log.warning("note: %s changed since this run was made; numbers may differ.", ", ".join(names))
+    return experiment
 
 
 def write_diverged(folder: Path, step: int, indices: np.ndarray, means: Mapping[str, float],
@@ -270,4 +369,4 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(), "machine": platform.platform(), "cpus": os.cpu_count(),
             "versions": versions, "devices": [d.device_kind for d in jax.devices()], "platform": jax.default_backend(),
             "processes": jax.process_count(),
-            "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(settings)}}
+            "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(settings) and k != "LAB_SECRET"}}

@@ -59,14 +59,16 @@ def prepare(experiment: Experiment, batch: Batch, train: bool, *counts: int | Ar
 def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] | None = None) -> State:
     """The state before the first update, for batches shaped like `batch`.
 
-    `given`: arrays that replace those just drawn, by their path in `params` or `extra`: pretrained ones.
+    `given`: arrays that replace those just drawn, by their path in `params` or `extra`: pretrained ones. Those of the
+    optimizer's state and the step of a run that goes on are there as "state/opt_state/..." and "state/step".
     """
     batch = prepare(experiment, batch, False)
     variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), batch)
     extra = {name: value for name, value in variables.items() if name != "params"}
     fresh = State(jnp.zeros((), jnp.int32), variables["params"], extra, ())
     state = jax.tree.map_with_path(lambda path, x: (given or {}).get(path_of(path[1:]), x), fresh)
-    return state._replace(opt_state=experiment.optimizer.build(experiment.steps).init(state.params))
+    state = state._replace(opt_state=experiment.optimizer.build(experiment.steps).init(state.params))
+    return jax.tree.map_with_path(lambda path, x: (given or {}).get(f"state/{path_of(path)}", x), state)
 
 
 Gradient = Callable[..., Any]

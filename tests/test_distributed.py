@@ -3,6 +3,7 @@
 What needs no JAX runs on `lab.channel` alone, in processes that start in 0.1 s.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -21,13 +22,14 @@ from pathlib import Path
 import pytest
 
 from lab import loop
-from lab.channel import Hub
+from lab.channel import Hub, _servers
 from lab.distributed import Launch, find_launch
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Mesh, flat, load
 from lab.local import devices_of
 from lab.metrics import read_rows
 from lab.run_folder import checkpoint_folder
+from lab.shared_secret import new_secret, proof, shared_secret
 from lab.tasks.language import LanguageModel
 from tests.conftest import ROOT
 from tests.test_cli import furnished
@@ -363,15 +365,129 @@ def test_strangers_and_wrong_numbers():
     assert "each with a number of its own" in ends([*processes, twin])
 
 
+def greet(connection: socket.socket, process: int, processes: int, secret: bytes) -> dict:
+    """What the hub answers to a process that says it has this secret."""
+    name, nonce = f"number {process}", "0123"
+    hello = {"kind": "hello", "process": process, "processes": processes, "name": name, "nonce": nonce}
+    connection.sendall(json.dumps(hello).encode() + b"\n")
+    answer = json.loads(connection.makefile("rb", buffering=0).readline())
+    mine = proof(secret, "process", nonce, answer["nonce"], process, processes, name)
+    connection.sendall(json.dumps({"kind": "proof", "proof": mine}).encode() + b"\n")
+    return answer
+
+
+def test_whoever_has_not_the_secret_is_a_stranger():
+    """It may say that it is process 1, and what it says is not heard; nor does it learn anything."""
+    port, ours, theirs = free_port(), b"the secret of our run", b"the secret of another"
+    hub = Hub("127.0.0.1", port, 2, 20, 20, ours)
+    for secret in (theirs, b"", ours[:-1]):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            answer = greet(connection, 1, 2, secret)
+            connection.sendall(b'{"kind": "end", "status": 0, "sentence": "stop"}\n')
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(100) == b""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:  # one proof is no other one
+        answer = greet(connection, 1, 2, theirs)
+        again = {"kind": "proof", "proof": answer["proof"]}
+        connection.sendall(json.dumps(again).encode() + b"\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(100) == b""
+    assert not hub._sockets and not hub._over and hub._refused == 4
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"x" * 10_000)  # more than a hello may have
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(100) == b""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:  # negative control
+        answer = greet(connection, 1, 2, ours)
+        wait_for(lambda: 1 in hub._sockets)
+        assert ours.decode() not in str(answer) and len(answer["proof"]) == 64
+    wait_for(lambda: hub._over)
+
+
+def test_another_secret_is_a_sentence(tmp_path):
+    """Machines without a common home folder; and a hub that is not ours learns nothing and is believed nothing."""
+    start = dict(os.environ)
+    processes = []
+    for k, secret in enumerate(("a" * 16, "b" * 16)):
+        os.environ["LAB_SECRET"] = secret
+        processes += talk("", count=2, absent=(1 - k,), seconds=3)
+        if k == 0:
+            port = processes[0].args[3]
+        else:
+            processes[1].kill()
+            words = [*processes[1].args[:3], port, *processes[1].args[4:]]
+            processes[1] = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    os.environ.clear()
+    os.environ.update(start)
+    first, second = map(finish, processes)
+    assert second[0] == 1 and "has another secret" in second[2] and "set LAB_SECRET to the same" in second[2]
+    assert "Process 1 of 2 did not arrive" in first[2] and "1 connections had another LAB_SECRET" in first[2]
+
+
+def test_where_the_secret_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path))
+    assert shared_secret({"LAB_SECRET": "0123456789abcdef"}) == b"0123456789abcdef"
+    with pytest.raises(UserError, match="LAB_SECRET has 5 characters"):
+        shared_secret({"LAB_SECRET": "short"})
+    own = shared_secret({})
+    assert own == shared_secret({}) and len(own) == 64 and (tmp_path / "secret/key").stat().st_mode & 0o777 == 0o600
+    assert new_secret({}) != new_secret({}) and new_secret({"LAB_SECRET": "mine"}) == "mine"
+    (tmp_path / "secret/key").chmod(0o644)
+    with pytest.raises(UserError, match="is not a file that only you can read"):
+        shared_secret({})
+    assert devices_and_secret("2") and devices_and_secret("2") != devices_and_secret("2")
+
+
+def devices_and_secret(many: str) -> str:
+    """LAB_SECRET as the processes of `--processes` get it: one for all of a run."""
+    from lab import local
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local.subprocess, "Popen", lambda *_, env, **__: found.append(env["LAB_SECRET"]) or FakeChild())
+        patch.setattr(local.signal, "signal", lambda *_: None)
+        local._Family(["x.py"], int(many), None)
+    assert len(set(found)) == 1 and len(found) == int(many)
+    return found[0]
+
+
+class FakeChild:
+    """Stands for a process whose errors have ended."""
+
+    stderr = ()
+
+
+def test_listens_where_the_others_look_only():
+    """At the coordinator's address; at all of this machine only where its own name says nothing of it."""
+    def addresses(host: str) -> set[str]:
+        found = _servers(host, 0)
+        names = {server.getsockname()[0] for server in found}
+        for server in found:
+            server.close()
+        return names
+
+    assert addresses("127.0.0.1") == addresses("localhost") == {"127.0.0.1"}
+    everywhere = {"::"} if socket.has_dualstack_ipv6() else {"0.0.0.0"}
+    assert addresses("198.51.100.7") == everywhere  # not here: a router's
+    assert addresses("no-such-name.invalid") == everywhere
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; asks which address leads out
+        try:
+            probe.connect(("198.51.100.7", 9))
+        except OSError:
+            return
+        here = probe.getsockname()[0]
+    assert addresses(here) == {here}
+
+
 def test_process_0_is_told_though_it_comes_last():
     """The others may end the run before process 0's own connection is there; only it says why."""
     port = free_port()
     hub = Hub("127.0.0.1", port, 3, 20, 20)
 
     def connected(process: int) -> socket.socket:
-        hello = {"kind": "hello", "process": process, "processes": 3, "name": f"number {process}"}
         connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-        connection.sendall(json.dumps(hello).encode() + b"\n")
+        greet(connection, process, 3, shared_secret())
         return connection
 
     connections = [connected(1), connected(1)]

@@ -1,12 +1,15 @@
 """Folders that somebody else made: no code of theirs runs, and nothing is written through their links."""
 
+import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from lab.files import make_folder, open_file, replace_file
+from lab.run_folder import sealed
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 from tests.test_study import FILE
 
@@ -86,3 +89,169 @@ def test_the_writers_follow_no_link(tmp_path):
     with open_file(tmp_path / "new") as file:
         file.write("è")
     assert (tmp_path / "new").read_bytes() == "éè".encode()
+
+
+# ------------------------------------------------------------------------------------------------------------- code
+
+
+OWN = FILE.replace("from lab.models.linear import Linear\n", "import flax.linen as nn\n").replace(
+    "Linear(classes=2)", "Net(classes=2)").replace("\nexperiment =", '''
+
+class Net(nn.Module):
+    """A classifier of our own."""
+
+    classes: int = 2
+
+    @nn.compact
+    def __call__(self, inputs, *, train, mask=None):
+        return nn.Dense(self.classes, name="head")(inputs)
+
+    def validate(self):
+        pass
+
+    def check(self, facts):
+        pass
+
+
+experiment =''')
+
+
+@pytest.fixture(scope="module")
+def own(place) -> Path:
+    """own.py, which has a model of its own, and run-own/, where it was trained."""
+    from lab.__main__ import main
+
+    before = os.getcwd()
+    (place / "own.py").write_text(OWN)
+    os.chdir(place)
+    try:
+        assert main(["own.py", "--run-dir", "run-own"]) == 0
+    finally:
+        os.chdir(before)
+    return place / "run-own"
+
+
+def forge(run: Path, fits: bool = True, **changes) -> None:
+    """Other values in experiment.json, with a digest that `fits` them or that is kept; `a__b` is b of a."""
+    value = json.loads((run / "experiment.json").read_text())
+    for path, new in changes.items():
+        part, names = value, path.split("__")
+        for name in names[:-1]:
+            part = part[name]
+        part[names[-1]] = new
+    kept = value.pop("digest")
+    (run / "experiment.json").write_text(json.dumps(sealed(value) if fits else value | {"digest": kept}))
+
+
+FORGED = {
+    "Popen": {"experiment__init_from": {"class": "subprocess.Popen", "args": ["touch", "MARKER"]}},
+    "system": {"experiment__mesh__rules": [{"class": "os.system", "command": "touch MARKER"}]},
+    "deep": {"experiment__mesh__rules": [["a", {"class": "os.system", "command": "touch MARKER"}]]},
+    "exec": {"experiment__optim__lr": {"class": "builtins.exec", "source": "open('MARKER', 'w')"}},
+    "plain field": {"experiment__steps": {"class": "os.system", "command": "touch MARKER"}},
+    "the whole": {"experiment": {"class": "subprocess.Popen", "args": ["touch", "MARKER"]}},
+    "main": {"experiment__model": {"class": "lab.__main__.TrainOptions"}},
+    "workers": {"experiment__model": {"class": "lab.study.workers.pin"}},
+    "not a part": {"experiment__model": {"class": "lab.launch.tpu.Pod", "name": "x"}},
+    "another part": {"experiment__init_from": {"class": "lab.optim.SGD", "lr": 0.1}},
+    "of its own file": {"experiment__model": {"class": "user_small.Net", "classes": 2}},
+    "a path": {"experiment__model": {"class": "../samples/x.Net"}},
+    "no class": {"experiment__model": {"classes": 2}},
+    "class of another type": {"experiment__model": {"class": 5}},
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_forged_experiment_runs_nothing(run, tmp_path, mistake, monkeypatch, kind):
+    """Whatever it says, with the attacker's file in every place where a file of the run could be."""
+    import importlib
+
+    marker, imported = tmp_path / "marker", []
+    monkeypatch.setattr(importlib, "import_module", lambda name: imported.append(name) or sys.modules[name])
+    forge(run, **json.loads(json.dumps(FORGED[kind]).replace("MARKER", str(marker))))
+    (run / "samples").mkdir(exist_ok=True)
+    for path in (run / "samples" / "x.py", run / "experiment.py"):
+        path.write_text(f"open({str(marker)!r}, 'w')\n" + OWN)
+    forge(run, file=str(run / "samples" / "x.py"))
+    for command in (("eval", run), ("sample", run), ("predict", run, "--input", run / "experiment.json"),
+                    ("small.py", "--run-dir", tmp_path / "new", "--init-from.run", run)):
+        mistake(*command)
+        assert not marker.exists(), command
+    assert all(name.split(".")[1] in ("data", "models", "tasks", "optim", "schedules", "experiment", "pretrained")
+               for name in imported)
+
+
+def test_the_file_that_a_run_names_is_not_run(run, tmp_path, typed):
+    """All its classes are lab's: there is nothing to run."""
+    marker = tmp_path / "marker"
+    (run / "x.py").write_text(f"open({str(marker)!r}, 'w')\n" + FILE)
+    shutil.copy(run / "x.py", run / "experiment.py")
+    forge(run, file=str(run / "x.py"))
+    status, out, err = typed("eval", run)
+    assert status == 0 and "accuracy" in out, err
+    assert not marker.exists()
+    assert typed("eval", run, "--experiment", run / "x.py")[0] == 0 and marker.exists()  # negative control
+
+
+def test_a_run_of_a_file_of_ones_own(place, own, tmp_path, typed, mistake, monkeypatch):
+    """Its copy is run where it was made; elsewhere, and where it was edited, the user must name a file."""
+    run, marker = Path(shutil.copytree(own, tmp_path / "run")), tmp_path / "marker"
+    sys.modules.pop("user_own", None)
+    (place / "own.py").rename(place / "hidden.py")
+    try:
+        assert typed("eval", run)[0] == 0
+        sys.modules.pop("user_own", None)
+        edited = f"open({str(marker)!r}, 'w')\n" + (run / "experiment.py").read_text()
+        (run / "experiment.py").write_text(edited)
+        for command in (("eval", run), ("predict", run, "--input", "small.py"),
+                        ("small.py", "--run-dir", tmp_path / "new", "--init-from.run", run)):
+            assert "user_own.Net is no class of lab" in (said := mistake(*command)) and "--experiment FILE" in said
+        assert not marker.exists()
+        assert "there is no such file" in mistake("eval", run, "--experiment", "gone.py")
+        assert typed("eval", run, "--experiment", "hidden.py")[0] == 0  # under another name
+        sys.modules.pop("user_own", None)
+        shutil.copy(place / "hidden.py", run / "experiment.py")
+        assert typed("eval", run)[0] == 0
+        sys.modules.pop("user_own", None)
+        monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))  # another machine
+        assert "user_own.Net is no class of lab" in mistake("eval", run)
+        words = ("small.py", "--run-dir", tmp_path / "new", "--init-from.run", run)
+        assert "user_own.Net is no class of lab" in mistake(*words)
+        assert typed(*words, "--init-from.experiment", "hidden.py")[0] == 0
+    finally:
+        (place / "hidden.py").rename(place / "own.py")
+
+
+def test_a_known_copy_does_not_import_the_folders_other_files(place, tmp_path, typed, monkeypatch):
+    """An experiment that imports a file beside it imports the one that was there, not one in a foreign run folder."""
+    home, marker = tmp_path / "home", tmp_path / "marker"
+    home.mkdir()
+    (home / "beside_it.py").write_text("CLASSES = 2\n")
+    (home / "with_import.py").write_text(OWN.replace('"""A linear', '"""A', 1).replace(
+        "import flax", "import sys\nfrom pathlib import Path\nsys.path.insert(0, str(Path(__file__).parent))\n"
+        "from beside_it import CLASSES\nimport flax", 1))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert typed(home / "with_import.py", "--run-dir", tmp_path / "run")[0] == 0
+    sys.modules.pop("user_with_import")
+    sys.modules.pop("beside_it")
+    (tmp_path / "run" / "beside_it.py").write_text(f"open({str(marker)!r}, 'w')\nCLASSES = 2\n")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(home)])
+    status, _, err = typed("eval", tmp_path / "run")
+    assert status == 0, err
+    assert not marker.exists() and sys.modules.pop("beside_it").__file__ == str(home / "beside_it.py")
+
+
+def test_a_forged_study_runs_nothing(run, tmp_path, typed):
+    """The report of a study reads numbers only."""
+    from tests.studies import make_study
+
+    marker = tmp_path / "marker"
+    forged = {"class": "os.system", "command": f"touch {marker}"}
+    study = make_study(tmp_path / "study", {"rms": {"model.norm": forged}}, seeds=range(2))
+    for cell in study.glob("cells/*/*"):
+        shutil.copy(run / "experiment.json", cell)
+        (cell / "experiment.py").write_text(f"open({str(marker)!r}, 'w')\n")
+        forge(cell, experiment__init_from={"class": "subprocess.Popen", "args": ["touch", str(marker)]},
+              file=str(cell / "experiment.py"))
+    assert typed("report", study)[0] == 0
+    assert not marker.exists()

@@ -15,7 +15,8 @@ from tests.conftest import ROOT
 FILES = sorted((ROOT / "lab").rglob("*.py"))
 INGREDIENTS = {"data", "models", "tasks", "optim", "schedules", "generate"}
 KITCHEN = {"step", "sharding", "checkpoint", "metrics", "plan", "program", "run_folder", "restore", "fitted",
-           "pretrained", "channel", "distributed", "local", "topologies", "hlo", "roofline", "compiled_plan"}
+           "pretrained", "channel", "distributed", "local", "topologies", "hlo", "roofline", "compiled_plan", "files",
+           "field_types", "rebuild", "own_file", "shared_secret", "source_code", "continued"}
 
 
 @functools.cache

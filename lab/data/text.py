@@ -20,13 +20,13 @@ from lab.data import cache_folder, digest, log
 from lab.data.building import built
 from lab.data.dataset import Dataset, restored
 from lab.data.pipeline import epoch_offsets
-from lab.data.saved import revived, saved_form
+from lab.data.saved import Saved, revived, saved_form
 from lab.data.sources import Corpus, Documents, PythonStdlib, Survey, TextFiles, Tfds, pieces
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted
 from lab.errors import UserError
 
 Source = PythonStdlib | TextFiles | Tfds
-Tokenizer = Bytes | Chars | BPE | GPT2
+Tokenizer = Bytes | Chars | BPE | GPT2 | Saved
 
 FORMAT = 2  # of the token folder and its tokens; a new number makes every corpus be tokenised again
 SPLITS = ("train", "validation")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab.errors import UserError
 from lab.launch.job import ROOT, Job, commit, exports, pack, say, show, tool
+from lab.shared_secret import new_secret
 
 if TYPE_CHECKING:
     from lab.launch import Options
@@ -50,7 +51,7 @@ def task(job: Job, folder: str, copied: bool, coordinator: str) -> str:
 
 def mpirun(hosts: list[str], text: str) -> list[str]:
     """The mpirun command. It binds a process to one core unless told not to, and JAX wants them all."""
-    return ["mpirun", "--quiet", "--bind-to", "none", "--mca", "plm_rsh_args", " ".join(SSH[1:]),
+    return ["mpirun", "--quiet", "-x", "LAB_SECRET", "--bind-to", "none", "--mca", "plm_rsh_args", " ".join(SSH[1:]),
             "-np", str(len(hosts)), "-H", ",".join(f"{host}:1" for host in hosts), "bash", "-c", text]
 
 
@@ -156,7 +157,7 @@ def wait(command: list[str]) -> int:
 
     mpirun kills its processes a second after SIGINT or SIGTERM, before they have saved, but hands SIGUSR1 on to them.
     """
-    environ = dict(os.environ)
+    environ = os.environ | {"LAB_SECRET": new_secret()}
     if os.getuid() == 0:
         environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lab.errors import UserError
 from lab.files import replace_file
 from lab.launch.job import BIN, PREPARE, ROOT, Job, forwarded, show, split, tool
+from lab.shared_secret import new_secret
 
 if TYPE_CHECKING:
     from lab.launch import Options
@@ -71,7 +72,7 @@ def launch(options: Options, job: Job) -> int:
     text = json.dumps(found, indent=2) + "\n"
     managed = found["resources"].get("use_spot", False)
     command = ["sky", *(["jobs", "launch"] if managed else ["launch", "--cluster", job.name, "--down"]), "--yes",
-               *(["--detach-run"] if options.detach else []), str(path)]
+               "--env", "LAB_SECRET", *(["--detach-run"] if options.detach else []), str(path)]
     if options.dry_run:
         print(f"# {path}\n{text}")
         show(command)
@@ -79,4 +80,4 @@ def launch(options: Options, job: Job) -> int:
     tool("sky", HOW)
     job.make_folder()
     replace_file(path, text)
-    return subprocess.run(command).returncode
+    return subprocess.run(command, env=os.environ | {"LAB_SECRET": new_secret()}).returncode

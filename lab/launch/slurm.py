@@ -33,7 +33,8 @@ SCRIPT = """\
 #SBATCH --requeue
 #SBATCH --signal=TERM@120
 {tasks}{array}#SBATCH {options}
-{exports}export PYTHONUNBUFFERED=1 SLURM_WAIT="${{SLURM_WAIT:-30}}"
+{exports}export LAB_SECRET="${{LAB_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')}}"
+export PYTHONUNBUFFERED=1 SLURM_WAIT="${{SLURM_WAIT:-30}}"
 if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 cd -- {cwd} || exit 2
 trap : TERM

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from lab.errors import UserError
 from lab.files import replace_file
 from lab.launch.job import PREPARE, Job, commit, exports, pack, say, show, split, tool
+from lab.shared_secret import new_secret
 
 if TYPE_CHECKING:
     from lab.launch import Options
@@ -39,7 +40,7 @@ START = """\
 # Written by ./launch.sh --tpu: every worker runs it in its copy of the checkout.
 trap : TERM
 export PATH="$HOME/.local/bin:$PATH" LAB_ENVS="$HOME/.cache/lab/venvs" LAB_COMMIT={commit}
-export PYTHONUNBUFFERED=1 JAX_COORDINATOR_PORT=8476
+export PYTHONUNBUFFERED=1 JAX_COORDINATOR_PORT=8476 LAB_SECRET=$(cat launch/secret)
 {exports}{command}
 echo $? >launch/status
 """
@@ -274,7 +275,11 @@ def setup(pod: Pod, job: Job) -> None:
     say(f"copying the tracked files to all workers of {pod.name}, and building the environment there (once).")
     job.make_folder()
     replace_file(job.folder / "start.sh", script(job))
-    must(pod.scp("all", str(pack(job, "start.sh")), f"{pod.name}:{job.name}.tar.gz"), "copying the files")
+    secret = job.folder / "secret"
+    secret.unlink(missing_ok=True)
+    with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(new_secret())
+    must(pod.scp("all", str(pack(job, "start.sh", "secret")), f"{pod.name}:{job.name}.tar.gz"), "copying the files")
     must(pod.ssh("all", unpack(job)), "setting up")
 
 

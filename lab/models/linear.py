@@ -108,7 +108,7 @@ class Ensemble(nn.Module):
     must be trained on its own loss, and predictions are means of probabilities: that is the task's part.
     """
 
-    member: Any
+    member: nn.Module
     """The classifier that is repeated."""
     members: int = 5
     """How many members M."""

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
-import importlib.metadata
-import importlib.util
 import os
-import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lab import source_code
 from lab.errors import UserError
-from lab.experiment import ROOT, Experiment, digest, flat, to_json
+from lab.experiment import Experiment, digest
 from lab.files import no_links
 from lab.run_folder import read_json, write_json
+from lab.source_code import changed
 from lab.study.preflight import Arm
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-# Every run goes through these, besides the classes that its experiment names.
-KITCHEN = ("lab.loop", "lab.program", "lab.report", "lab.study.stacked", "lab.study.together", "lab.study.forks")
-# Imported along the way, and without influence on any number: a change of theirs makes no cell another one.
-WITHOUT_NUMBERS = {"lab.console", "lab.plots", "lab.errors", "lab.run_folder", "lab.checkpoint", "lab.distributed",
-                   "lab.channel", "lab.plan", "lab.study.cells", "lab.study.preflight", "lab.study.design"}
+STUDY = ("lab.study.stacked", "lab.study.together", "lab.study.forks")  # cells go through these, besides the loop
+__all__ = ["Cell", "cells_of", "changed", "code_of", "finished_elsewhere", "finished_folders", "link", "read_cell"]
 FINISHED = ("done", "diverged", "failed")
 
 
@@ -134,69 +127,6 @@ def _hard_link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-# ------------------------------------------------------------------------------------------------------------ code
-
-
 def code_of(experiment: Experiment) -> dict[str, str]:
-    """What a run is a function of besides its experiment and data: file or package -> digest or version.
-
-    The files are those of the classes in the experiment and of the kitchen, and what they import from lab: a change of
-    one model does not make the cells of another one others.
-    """
-    classes = {value for path, value in flat(to_json(experiment)).items() if path.rpartition(".")[2] == "class"}
-    modules = _closure({name.rpartition(".")[0] for name in classes} | set(KITCHEN))
-    found = {name: digest_of for name, digest_of in map(_file_digest, sorted(modules)) if digest_of}
-    found |= {package: importlib.metadata.version(package) for package in PACKAGES}
-    return found | {"Python": platform.python_version()}
-
-
-def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The files and packages that two results of `code_of` do not share."""
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-
-
-def _closure(modules: set[str]) -> set[str]:
-    """These modules and what they import from lab, directly or not."""
-    found, open_ = set(), set(modules)
-    while open_:
-        module = open_.pop()
-        found.add(module)
-        open_ |= set(_imports(module)) - found - WITHOUT_NUMBERS
-    return found
-
-
-def _file_of(module: str) -> Path | None:
-    """The file of a module of the project, or of a user's experiment."""
-    inside = ROOT.joinpath(*module.split("."))
-    for path in (inside.with_suffix(".py"), inside / "__init__.py"):
-        if path.exists():
-            return path
-    spec = importlib.util.find_spec(module) if not module.startswith("lab.") else None
-    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).exists() else None
-
-
-@functools.cache
-def _imports(module: str) -> tuple[str, ...]:
-    path = _file_of(module)
-    if path is None or not module.startswith("lab"):
-        return ()
-    return tuple(name for name in _named(ast.parse(path.read_bytes())) if _file_of(name))
-
-
-def _named(tree: ast.Module) -> Iterator[str]:
-    """The modules of lab that a source imports anywhere; of ``from a import b`` both a and a.b."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lab":
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "lab")
-
-
-@functools.cache
-def _file_digest(module: str) -> tuple[str, str | None]:
-    path = _file_of(module)
-    if path is None:
-        return module, None
-    name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-    return name, hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    """What a cell is a function of besides its experiment and data, see `lab.source_code`."""
+    return source_code.code_of(experiment, STUDY)

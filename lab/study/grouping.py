@@ -15,7 +15,7 @@ import numpy as np
 from flax.errors import FlaxError
 
 from lab.errors import UserError
-from lab.experiment import Experiment, digest, flat, override, to_json
+from lab.experiment import Checkpoint, Experiment, Log, digest, flat, override, to_json
 from lab.program import abstract_state, batch_spec, one_record
 from lab.step import init_state, make_train_step
 
@@ -89,7 +89,7 @@ def _floats(experiment: Experiment) -> list[str]:
 
 def _without(experiment: Experiment, numbers: Sequence[str]) -> dict[str, Any]:
     """All that identifies an experiment but the seed and these numbers."""
-    whole = flat(to_json(replace(experiment, seed=0), identity=True))
+    whole = flat(to_json(replace(experiment, seed=0, checkpoint=Checkpoint(), log=Log())))
     return whole | dict.fromkeys(numbers, "a number")
 
 
