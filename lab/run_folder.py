@@ -268,8 +268,9 @@ def changes(folder: Path, experiment: Experiment, data_fingerprint: str, on_chan
     names += ["the data"] * (there["data"] != data_fingerprint)
     if names and on_change == "refuse":
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        raise UserError(f"{shown} changed since the run in {folder} began. --accept goes on with it as it is, --rerun "
-                        f"deletes it and runs it again, --run-dir chooses another folder.")
+        data = f" (fingerprint {there['data']} then, {data_fingerprint} now)" if "the data" in names else ""
+        raise UserError(f"{shown} changed since the run in {folder} began{data}. --accept goes on with it as it is, "
+                        f"--rerun deletes it and runs it again, --run-dir chooses another folder.")
     return names
 
 
@@ -281,9 +282,9 @@ def check_experiment(folder: Path, experiment: Experiment) -> None:
     except UserError:  # made by code that is gone: its fingerprint is all that is known
         then = None
     if then is not None and then.fingerprint() != there["fingerprint"]:
-        raise UserError(f"{folder / 'experiment.json'} was edited, or another version of lab wrote it: its fingerprint "
-                        f"is {there['fingerprint']}, and its experiment's is {then.fingerprint()}. Bring it back, or "
-                        f"choose another folder with --run-dir.")
+        raise UserError(f"{folder / 'experiment.json'} is of another experiment: its fingerprint is "
+                        f"{there['fingerprint']}, not {then.fingerprint()}. It was edited, or another version of lab "
+                        f"wrote it: bring it back, or choose another folder with --run-dir.")
     if there["fingerprint"] == experiment.fingerprint():
         return
     before = then.identity() if then is not None else there["experiment"]

@@ -207,12 +207,12 @@ def test_an_edited_description_is_not_accepted(run, mistake):
     forge(run, experiment__steps=8)  # and a digest that fits
     for words in (("own.py", "--run-dir", run), ("own.py", "--run-dir", run, "--steps", "8"),
                   ("eval", run, "--experiment", "own.py")):
-        assert "experiment.json was edited, or another version of lab wrote it" in mistake(*words)
+        assert "experiment.json is of another experiment: its fingerprint is" in mistake(*words)
     forge(run, experiment__steps=4)
     assert "is the run of another experiment: steps is 4 there and 8 here." in mistake(
         "own.py", "--run-dir", run, "--steps", "8")
     forge(run, fingerprint="0123456789ab")
-    assert "was edited" in mistake("own.py", "--run-dir", run)
+    assert "It was edited, or another version" in mistake("own.py", "--run-dir", run)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "5", "null", '{"experiment": []}', "", "\x00", '{"experiment": {}}'])
