@@ -250,15 +250,25 @@ class Experiment:
         """JSON of what decides the result. How the work is divided does not, unless what is drawn or normalised in a
         part of the batch belongs to that part: see `lab.parallel.mixes_rows`.
         """
+        whole, undivided = self._identities()
+        if whole != undivided:
+            from lab.parallel import mixes_rows
+
+            return whole if mixes_rows(self) else undivided
+        return whole
+
+    def _identities(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`identity` where how the batch is divided decides the result, and where it does not."""
         value = to_json(self, identity=True)
         if not self.exact:
             del value["virtual_shards"]
-        divided = {name for name, alone in (("microbatches", 1), ("parallel", "jit")) if getattr(self, name) != alone}
-        if divided:
-            from lab.parallel import mixes_rows
+        alone = {name for name, one in (("microbatches", 1), ("parallel", "jit")) if getattr(self, name) == one}
+        return tuple({name: item for name, item in value.items() if name not in left_out}
+                     for left_out in (alone, {"microbatches", "parallel"}))
 
-            divided = divided if mixes_rows(self) else set()
-        return {name: item for name, item in value.items() if name not in {"microbatches", "parallel"} - divided}
+    def may_be(self, fingerprint: str) -> bool:
+        """Whether this experiment can have a fingerprint, as far as can be said without tracing its model."""
+        return fingerprint in map(digest, self._identities())
 
     def fingerprint(self) -> str:
         """12 hexadecimal digits of what this run computes: the same in every process and on every Python version."""

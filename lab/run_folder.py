@@ -281,11 +281,12 @@ def check_experiment(folder: Path, experiment: Experiment) -> None:
         then = from_json(there["experiment"], Experiment)
     except UserError:  # made by code that is gone: its fingerprint is all that is known
         then = None
-    if then is not None and then.fingerprint() != there["fingerprint"]:
+    if then is not None and not then.may_be(there["fingerprint"]):
         raise UserError(f"{folder / 'experiment.json'} is of another experiment: its fingerprint is "
                         f"{there['fingerprint']}, not {then.fingerprint()}. It was edited, or another version of lab "
                         f"wrote it: bring it back, or choose another folder with --run-dir.")
-    if there["fingerprint"] == experiment.fingerprint():
+    same = then is not None and to_json(then) == to_json(experiment)
+    if same or there["fingerprint"] == experiment.fingerprint():
         return
     before = then.identity() if then is not None else there["experiment"]
     found = list(differences(before, experiment.identity()))
