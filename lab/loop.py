@@ -26,16 +26,7 @@ from lab.pretrained import describe
 from lab.program import Program
 from lab.report import evaluate, frozen_paths, make_outcome
 from lab.run_copy import bring_back, copied
-from lab.run_folder import (
-    OnChange,
-    alone,
-    checkpoint_folder,
-    open_folder,
-    shared,
-    write_diverged,
-    write_json,
-    write_result,
-)
+from lab.run_folder import alone, checkpoint_folder, open_folder, shared, write_diverged, write_json, write_result
 from lab.signals import EXIT, Stop
 from lab.step import State
 from lab.tasks.base import Outcome
@@ -61,7 +52,7 @@ class Prepared:
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
           tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None,
-          prepared: Prepared | None = None, on_change: OnChange = "refuse") -> int:
+          prepared: Prepared | None = None, on_change: str = "refuse") -> int:
     """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status, in each process.
 
     `checkpoints`: another place for them than the run folder, see `checkpoint_folder`. `on_change`: see `open_folder`.

@@ -8,6 +8,7 @@ a machine's own disk goes with the machine; what stays is in the bucket: checkpo
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 from pathlib import Path
