@@ -452,10 +452,33 @@ def devices_and_secret(many: str) -> str:
     return found[0]
 
 
+def test_every_launcher_hands_a_secret_on(tmp_path, monkeypatch):
+    """By the environment or a file that only its owner reads, never on a command line."""
+    from lab.launch import Options, hosts, job, sky, slurm, tpu
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LAB_SECRET", raising=False)
+    made = job.make_job(["experiments/gpt_char.py", "--checkpoint-dir", "gs://mine/x"], "--slurm")
+    line = next(line for line in slurm.script(made, "--nodes=2").splitlines() if "LAB_SECRET" in line)
+    found = [subprocess.run(["bash", "-c", f"{line.partition('; ')[2] or line}\nprintf %s \"$LAB_SECRET\""],
+                            capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert all(re.fullmatch("[0-9a-f]{32}", secret) for secret in found) and found[0] != found[1]
+    words = hosts.mpirun(["h1", "h2"], "true")
+    assert words[words.index("-x") + 1] == "LAB_SECRET"
+    assert "LAB_SECRET=$(cat launch/secret)" in tpu.script(made)
+    runs = []
+    monkeypatch.setattr(sky, "tool", lambda *_: "sky")
+    monkeypatch.setattr(sky.subprocess, "run", lambda words, env: runs.append((words, env)) or FakeChild())
+    sky.launch(Options(sky="--num-nodes 2 --gpus H100:8"), made)
+    (words, env), = runs
+    assert words[words.index("--env") + 1] == "LAB_SECRET" and len(env["LAB_SECRET"]) == 32
+    assert env["LAB_SECRET"] not in " ".join(words) + (made.folder / "sky.yaml").read_text()
+
+
 class FakeChild:
     """Stands for a process whose errors have ended."""
 
-    stderr = ()
+    stderr, returncode = (), 0
 
 
 def test_listens_where_the_others_look_only():

@@ -307,3 +307,25 @@ def test_a_step_between_two_calls(lone, tmp_path):
             shutil.rmtree(path)
     with Quiet() as screen, pytest.raises(UserError, match="after update 3, .* go on with --dispatch 1"):
         loop.train(replace(every, dispatch=2, checkpoint=Checkpoint(every=2)), tmp_path / "run", screen)
+
+
+def test_settings_of_jax_that_change_numbers_are_not_taken(place, tmp_path):
+    """JAX_ENABLE_X64=1 and the like: the same losses under the same fingerprint, and a line that says so."""
+    import subprocess
+
+    def losses_with(**variables):
+        folder = tmp_path / "-".join(["run", *variables])
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "lab", "own.py", "--run-dir", str(folder), "--steps", "2"], cwd=place,
+            capture_output=True, text=True, env=os.environ | {
+                "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=1"} | variables)
+        assert done.returncode == 0, done.stderr
+        return losses(folder), done.stderr
+
+    plain, said = losses_with()
+    assert "note:" not in said
+    names = {"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0",
+             "JAX_RANDOM_SEED_OFFSET": "7"}
+    found, said = losses_with(**names)
+    assert found == plain and all(name in said for name in names) and said.count("would change the numbers") == 1
