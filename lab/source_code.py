@@ -25,7 +25,8 @@ CORE = ("lab.loop", "lab.program", "lab.report")
 # Imported along the way, and without influence on any number: a change of theirs makes no run another one.
 WITHOUT_NUMBERS = {
     "lab.backend", "lab.channel", "lab.checkpoint", "lab.console", "lab.distributed", "lab.errors", "lab.field_types",
-    "lab.files", "lab.limits", "lab.own_file", "lab.plan", "lab.plots", "lab.rebuild", "lab.run_folder",
+    "lab.files", "lab.fitted", "lab.limits", "lab.own_file", "lab.plan", "lab.plots", "lab.rebuild", "lab.run_copy",
+    "lab.run_folder",
     "lab.shared_secret", "lab.signals", "lab.source_code", "lab.study.cells", "lab.study.design", "lab.study.preflight"}
 VALUES = {"experiment", "local", "study"}  # in the user's files: what they hold is in the experiment's JSON
 
