@@ -7,6 +7,10 @@ from dataclasses import replace
 
 from experiments import fashion_cnn
 from lab.data.idx import Idx
+from lab.experiment import Checkpoint, Evaluate
 
-experiment = replace(fashion_cnn.experiment, data=replace(fashion_cnn.experiment.data, source=Idx("idx")))
+experiment = replace(
+    fashion_cnn.experiment, data=replace(fashion_cnn.experiment.data, source=Idx("idx")),
+    steps=92_000, evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0),    # so that a call may make many of them
+)
 local = fashion_cnn.local

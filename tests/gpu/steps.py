@@ -271,15 +271,14 @@ def fashion() -> None:
     data = replace(experiment.data, source=Idx(str(folder)), validation=32 if TINY else 1000)
     n = 2 if TINY else 92  # five calls are an epoch
     small = {"model.channels": (4, 8, 8), "model.dense": 16} if TINY else {}
-    fields = {**small, "dispatch": n, "steps": n * 1000, "resident": "always", "evaluate.every": 0, "checkpoint.every": 0,
-              "batch": 16 if TINY else 128}
+    fields = {**small, "batch": 16 if TINY else 128, "dispatch": n, "steps": n * 1000, "resident": "always",
+              "evaluate.every": 0, "checkpoint.every": 0}
     experiment = override(replace(experiment, data=data), fields)
     figures = bench(f"fashion_cnn on the device, {n} steps a call", experiment, n * 10)
     if figures:
         found("fashion_cnn", epoch_seconds=len(experiment.data.load().train) / figures["images_per_second"])
     flags = ["--data.source.path", str(folder), "--data.validation", str(data.validation), "--resident", "always",
-             "--batch", str(experiment.batch), "--dispatch", str(n), "--steps", str(n * 1000), "--evaluate.every", "0",
-             "--checkpoint.every", "0"]
+             "--batch", str(experiment.batch), "--dispatch", str(n)]
     flags += ["--model.channels", "4", "8", "8", "--model.dense", "16"] if TINY else []
     compare([str(ROOT / "tests/gpu/fashion_idx.py"), "--full", *flags], "loader" if TINY else "loader,compiled",
             {"optimizer": "fused", "layout": "channels_last"}, rounds=1, updates=2 * n)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lab.experiment import Mesh
 from lab.generate import generate
 from lab.models.bert import BERT
 from lab.models.cudnn import cudnn_attention
@@ -25,6 +26,7 @@ from lab.models.gpt import GPT
 from lab.models.layers import einsum_attention
 from lab.models.vit import ViT
 from lab.optim import Muon
+from lab.sharding import make_mesh
 from lab.step import init_state, make_train_step
 from lab.tasks.language import LanguageModel
 from tests.conftest import ROOT
@@ -115,7 +117,9 @@ def experiment_of(tiny, **fields):
 
 def trained(experiment, device=None, steps=3):
     """(losses, norm of the parameters' change) of a few steps on a device."""
-    with jax.default_device(device or jax.devices()[0]):
+    device = device or jax.devices()[0]
+    mesh = make_mesh(Mesh(), [device]).abstract_mesh  # which says what platform is traced for
+    with jax.default_device(device), jax.sharding.use_abstract_mesh(mesh):
         rng = np.random.default_rng(0)
         batch = {"tokens": rng.integers(0, 256, (8, 17)).astype(np.int32), "bytes": np.full(8, 16, np.float32),
                  "weight": np.ones(8, np.float32), "index": np.arange(8, dtype=np.int32)}
@@ -173,8 +177,9 @@ def test_greedy_sampling_with_a_cache_is_the_full_forward_pass():
 
 # --------------------------------------------------------------------------------------- whole runs, as a user starts
 
-FLAGS = ["experiments/gpt_small.py", "--local", "--steps", "60", "--evaluate.every", "0", "--evaluate.records", "32",
-         "--checkpoint.every", "10", "--model.depth", "2"]
+STEPS, EVERY = (2000, 200) if GPU else (60, 10)  # long enough to be killed in time
+FLAGS = ["experiments/gpt_small.py", "--local", "--steps", str(STEPS), "--evaluate.every", "0", "--evaluate.records",
+         "32", "--checkpoint.every", str(EVERY), "--model.depth", "2"]
 SMALL = [] if GPU else ["--batch", "4", "--model.width", "32"]
 
 
@@ -196,20 +201,22 @@ def finish(process, folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def killed(folder, *flags):
-    """A run that is killed after its second checkpoint."""
-    process, deadline = start(folder, *flags), time.monotonic() + 90
-    while not any((folder / "checkpoints").glob("2[0-9]")):
+def stopped(process, folder, number, by):
+    """Stops a run with a signal after its `number`-th checkpoint; returns its exit status."""
+    deadline = time.monotonic() + 90
+    while not any(int(path.name) >= number * EVERY for path in (folder / "checkpoints").glob("[0-9]*")
+                  if path.name.isdigit()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, by)
     process.communicate()
     assert not (folder / "result.json").exists()
+    return process.returncode
 
 
 def test_killed_and_resumed_is_bit_equal_when_deterministic(tmp_path):
     whole = start(tmp_path / "whole", "--deterministic")
-    killed(tmp_path / "killed", "--deterministic")
+    stopped(start(tmp_path / "killed", "--deterministic"), tmp_path / "killed", 2, signal.SIGKILL)
     result = finish(whole, tmp_path / "whole")
     finish(start(tmp_path / "killed", "--deterministic"), tmp_path / "killed")
     rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
@@ -225,16 +232,11 @@ def test_killed_and_resumed_is_bit_equal_when_deterministic(tmp_path):
 
 def test_a_checkpoint_goes_from_here_to_the_cpu_and_back(tmp_path):
     folder = tmp_path / "run"
-    killed(folder)
-    process, deadline = start(folder, cpu=True), time.monotonic() + 90
-    while not any((folder / "checkpoints").glob("4[0-9]")):  # on the CPU from 20 or so to 40
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 75
+    stopped(start(folder), folder, 2, signal.SIGKILL)
+    assert stopped(start(folder, cpu=True), folder, 4, signal.SIGTERM) == 75
     mixed = finish(start(folder), folder)
     straight = finish(start(tmp_path / "straight"), tmp_path / "straight")
-    assert mixed["final"]["loss"] == pytest.approx(straight["final"]["loss"], abs=0.02)
+    assert mixed["final"]["loss"] == pytest.approx(straight["final"]["loss"], abs=0.05)
     figure(what="GPU to CPU and back", loss=mixed["final"]["loss"], straight=straight["final"]["loss"])
 
 
