@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -11,10 +13,12 @@ from rich.table import Table
 from lab.console import facts, human
 from lab.errors import UserError
 from lab.experiment import Experiment
-from lab.plan import make_plan, optimizer_flops, size_of
+from lab.plan import Plan, make_plan, optimizer_flops, size_of
 from lab.program import batch_spec
 from lab.sharding import AXES, describe_state, mesh_sizes, state_shardings
 from lab.step import State
+
+RECORDS = [f"validation {unit}" for unit in ("rows", "windows", "images", "messages", "images, as stored")]
 
 
 def show(experiment: Experiment) -> None:
@@ -56,9 +60,26 @@ def show(experiment: Experiment) -> None:
         described = experiment.data.describe()
     except UserError as e:
         described = {"data": str(e)}
+    console.print(_evaluation(experiment, plan, described), soft_wrap=True)
     console.print("Data", style="italic")
     for line in facts(described):
         console.print(line, soft_wrap=True)
+
+
+def _evaluation(experiment: Experiment, plan: Plan, described: Mapping[str, Any]) -> str:
+    """What all evaluations cost beside the training: forward passes, a third of an update for as many records."""
+    settings = experiment.evaluate
+    times = 2 + (experiment.steps - 1) // settings.every if settings.every else 2
+    counts = [count for name, count in described.items() if name in RECORDS and isinstance(count, int)]
+    records = min((n for n in (*counts[:1], settings.records) if n is not None), default=None)
+    if records is None:
+        return (f"Evaluation: {times} times, on all records of the validation split, whose number is known once they "
+                f"are read; 1,000 of them cost as much as {1000 / 3 / experiment.batch:.3g} updates.")
+    updates = times * records / 3 / experiment.batch
+    share = updates / experiment.steps
+    advice = " Less: --evaluate.records N, or a larger --evaluate.every." if share > 0.25 else ""
+    return (f"Evaluation: {times} times {records:,} records of the validation split, "
+            f"{human(plan.flops * updates)} FLOPs: {share:.0%} of the training's time, if those took as long.{advice}")
 
 
 def _placement(console: Console, experiment: Experiment, state: State) -> None:
@@ -74,9 +95,9 @@ def _placement(console: Console, experiment: Experiment, state: State) -> None:
     spread = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     rows = describe_state(state, shardings)
     table = Table(title=f"The state on each device ({spread})", title_justify="left")
-    table.add_column("parameter, with moments", no_wrap=True)
+    table.add_column("parameter, with moments", overflow="fold")  # whatever is left of 80 columns
     for column in ("shape", "divided along", "arrays", "bytes"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=True)
     for path, shape, axes, arrays, size in rows:
         table.add_row(path, " x ".join(map(str, shape)), axes, str(arrays), human(size) + "B")
     table.add_section()

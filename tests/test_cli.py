@@ -371,6 +371,23 @@ def test_the_platform_must_be_the_chosen_one(mistake, monkeypatch):
     assert "The launcher chose gpu, but JAX uses cpu" in err and "LAB_ACCELERATOR" in err
 
 
+def test_a_dry_run_prices_the_evaluations(typed):
+    """3 times 16 records, a third of an update's work for as many: 2 updates beside 20."""
+    out = typed("small.py", "--dry-run")[1]
+    assert re.search(r"Evaluation: 3 times 16 records of the validation split, .* 10% of the training's time", out)
+    assert "--evaluate.records N" not in out
+    out = typed("small.py", "--dry-run", "--evaluate.every", "1")[1]
+    assert "Evaluation: 21 times 16 records" in out and ": 70% of the training's time" in out
+    assert "Less: --evaluate.records N, or a larger --evaluate.every." in out
+
+
+def test_a_dry_run_fits_80_columns(typed, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    tables = [line for line in typed("small.py", "--dry-run")[1].splitlines() if line[:1] in "│┃┏└"]
+    assert len(tables) > 40 and max(map(len, tables)) <= 80
+    assert any("block_*/attn/query/kernel" in line and "on every device" in line for line in tables)
+
+
 @pytest.mark.parametrize("platforms, words", [
     ("cuda", ["small.py", "--dry-run"]), ("cuda,rocm", ["small.py", "--run-dir", "no"]), ("x", ["bench", "small.py"])])
 def test_a_platform_that_this_jax_has_not(monkeypatch, place, platforms, words):

@@ -1,5 +1,6 @@
 """The report in a real browser, where there is one: text and pictures are seen, and nothing comes from elsewhere."""
 
+import re
 import shutil
 import subprocess
 
@@ -11,6 +12,29 @@ from lab.study.report import report
 from tests.studies import make_study
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+# What a table lacks in width, of the one that lacks most.
+MEASURE = """<script>document.title = "lacks " + Math.max(...[...document.querySelectorAll(".wide")].map(
+    box => box.scrollWidth - box.clientWidth))</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+def test_no_table_is_cut_at_1200_pixels(tmp_path):
+    """The table of comparisons has 14 columns. Where its cells may not wrap, it does not fit."""
+    arms = {f"peak={peak:g},width={width}": {"optim.lr.peak": peak, "model.width": width}
+            for peak in (1e-4, 3e-4, 3e-3) for width in (64, 128)}
+    page = (report([make_study(tmp_path / "sweep-1", arms)], quiet=True) / "report.html").read_text()
+    unwrapped = page.replace("</style>", "td, th { white-space: nowrap; }</style>")
+    lacks = []
+    for name, text in (("page", page), ("unwrapped", unwrapped)):
+        (tmp_path / f"{name}.html").write_text(text.replace("</body>", f"{MEASURE}</body>"))
+        done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,800",
+                               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+                               (tmp_path / f"{name}.html").as_uri()],
+                              check=True, timeout=120, capture_output=True, text=True)
+        lacks.append(int(re.search(r"<title>lacks (\d+)</title>", done.stdout)[1]))
+    assert lacks[0] == 0 and lacks[1] > 100, lacks
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")

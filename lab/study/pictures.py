@@ -16,6 +16,7 @@ from lab.study.stats import ALPHA, Comparison, interval, spread_out
 BASE = "#222222"
 COLOURS = ("#1f5a96", "#c8501e", "#3f7d3a", "#8a4fa3", "#b8860b", "#1a8a8a", "#c2407a", "#6b6b2b", "#5b7fd6", "#8c3b2a")
 STYLES = ("-", "--", ":", "-.")  # with 10 colours: 40 arms that can be told apart
+FEW = 6  # arms whose bands can be told apart
 WIDE = 3  # a bootstrap interval this many times as wide as the t interval is drawn to the edge
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -61,7 +62,8 @@ def learning_curves(arms: Mapping[str, Curve], scales: Mapping[str, Mapping[str,
     The range of the vertical axis leaves out the first fifth of each curve, which would hide the rest.
     """
     columns, rows = (1, 1) if len(scales) == 1 else (2, math.ceil(len(scales) / 2))
-    figure = new_figure(6.2 * columns + 1.6, 3.9 * rows)
+    beside = max(1, min(len(arms), int(9.4 / (1.3 + 0.085 * max(map(len, arms), default=0)))))  # in the legend
+    figure = new_figure(9.4, 3.4 * rows + 0.2 * math.ceil(len(arms) / beside) + 0.2)  # as wide as the page
     late = [values[:, steps >= 0.2 * steps[-1]].ravel() for steps, values in arms.values() if len(steps)]
     seen = np.concatenate(late) if late else np.zeros(0)
     seen = seen[np.isfinite(seen)]
@@ -74,11 +76,12 @@ def learning_curves(arms: Mapping[str, Curve], scales: Mapping[str, Mapping[str,
                 line, = axes.plot(x, values.mean(0), lw=1.6, zorder=3 if number == 0 else 2, **style)
                 handles.setdefault(f"{name} (n = {len(values)})", line)
                 if len(values) > 1:
-                    axes.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.15, lw=0)
+                    axes.fill_between(x, values.min(0), values.max(0), color=style["color"], lw=0,
+                                      alpha=0.15 if len(arms) <= FEW else 0.04)
         _plain(axes, xlabel=unit, ylabel=metric.replace("_", " "))
         if len(seen) and np.ptp(seen) > 0:
             axes.set_ylim(seen.min() - 0.05 * np.ptp(seen), seen.max() + 0.05 * np.ptp(seen))
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=beside, frameon=False, fontsize=9)
     return figure
 
 
@@ -135,16 +138,19 @@ def sweep(lines: Mapping[str, tuple[Sequence[float], Sequence[np.ndarray]]], opt
     """The metric over a numeric axis: line -> (x ascending (m,), values of the seeds at each x); optima are marked."""
     figure = new_figure(7.5, 4.4)
     axes = figure.add_subplot()
-    if spread_out(np.concatenate([np.asarray(x, float) for x, _ in lines.values()])):
+    everywhere = np.concatenate([np.asarray(x, float) for x, _ in lines.values()])
+    if logarithmic := spread_out(everywhere):
         axes.set_xscale("log")
     for number, (name, (x, values)) in enumerate(lines.items()):
-        style = _style(number + 1)
-        _bars(axes, x, values, style["color"], name, style["ls"])
+        style, aside = _style(number + 1), number - (len(lines) - 1) / 2  # so that bars do not hide each other
+        places = np.asarray(x, float)
+        places = places * 1.03**aside if logarithmic else places + 0.008 * aside * np.ptp(everywhere)
+        _bars(axes, places, values, style["color"], name, style["ls"])
         if name in optima:
             axes.axvline(optima[name], color=style["color"], lw=1, ls=":")
     _plain(axes, xlabel=axis, ylabel=metric.replace("_", " "))
     if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -174,5 +180,5 @@ def interactions(levels: Mapping[str, Sequence[str]], values: np.ndarray, metric
         _plain(axes, xlabel=names[i], ylabel=metric.replace("_", " "))
         axes.set_xticks(range(len(levels[names[i]])), levels[names[i]])
         axes.margins(x=0.2)
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=9)
     return figure

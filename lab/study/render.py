@@ -13,12 +13,12 @@ from rich.markup import escape as escape_markup
 from rich.table import Table as RichTable
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .6em 0 .3em; }
-th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child, td.words { text-align: left; }
-td.words { white-space: normal; min-width: 11em; }
+th, td { padding: .25em .5em; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
+th:first-child, td:first-child, td.words { text-align: left; overflow-wrap: break-word; }
+td:first-child { min-width: 7em; } td.words { min-width: 11em; } td span { white-space: nowrap; }
 .wide { overflow-x: auto; margin: 1em 0; }
 figure { margin: 1.5em 0; } img { max-width: 100%; } figcaption { font-size: 13px; color: #555; }
 p.warning { background: #fff3e6; border-left: 4px solid #c8501e; padding: .5em 1em; }
@@ -109,8 +109,15 @@ def html(blocks: Sequence[Block]) -> str:
 def _html_table(table: Table) -> str:
     wordy = {i for i, name in enumerate(table.headers) if name in ("change", "is", "environment")}
     head = "".join(f"<th>{escape(name)}</th>" for name in table.headers)
-    rows = ["".join(f'<td{" class=words" if i in wordy else ""}>{escape(str(c))}</td>' for i, c in enumerate(row))
-            for row in table.rows]
+
+    def cell(i: int, text: str) -> str:
+        if i in wordy or i == 0:
+            shown = escape(text).replace(",", ",<wbr>").replace("+", "+<wbr>")
+            return f'<td{" class=words" if i in wordy else ""}>{shown}</td>'
+        # An interval may go on in the next line, a number may not: a browser breaks one at its minus sign.
+        return f"<td>{' '.join(f'<span>{escape(word)}</span>' for word in text.split())}</td>"
+
+    rows = ["".join(cell(i, str(c)) for i, c in enumerate(row)) for row in table.rows]
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return f'<div class="wide"><table><caption>{escape(table.title)}</caption><tr>{head}</tr>\n{body}</table></div>'
 
