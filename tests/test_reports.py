@@ -110,20 +110,18 @@ def test_without_a_test_split_there_is_no_such_row(tmp_path, quick):
 
 
 def test_stopped_between_the_row_of_the_test_split_and_the_result(tmp_path, quick, monkeypatch):
-    experiment, write_json = toy(data=WithTest()), loop.write_json
+    experiment, write_result = toy(data=WithTest()), loop.write_result
     go(experiment, tmp_path / "whole")
 
-    def crash(path: Path, value: Any) -> None:
-        if path.name == "result.json":
-            raise RuntimeError("fire")
-        write_json(path, value)
+    def crash(*_: Any) -> None:
+        raise RuntimeError("fire")
 
-    monkeypatch.setattr(loop, "write_json", crash)
+    monkeypatch.setattr(loop, "write_result", crash)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="fire"):
             go(experiment, tmp_path / "run")
     assert len(rows_of(tmp_path / "run", "test")) == 1 and not (tmp_path / "run" / "result.json").exists()
-    monkeypatch.setattr(loop, "write_json", write_json)
+    monkeypatch.setattr(loop, "write_result", write_result)
     assert go(experiment, tmp_path / "run")[0] == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert result_of(tmp_path / "run")["test"] == result_of(tmp_path / "whole")["test"]
@@ -279,7 +277,7 @@ def test_what_cannot_be_evaluated(place, mistake):
     assert "no record to evaluate" in mistake("eval", "tumours", "--step", "20", "--records", "0")
 
 
-def test_a_gan_and_its_judge(place, typed, mistake):
+def test_a_gan_and_its_judge(place, typed, mistake, monkeypatch):
     status, out, _ = typed("eval", "gan", "--judge", "digits")
     found = written(place, "gan/evaluation-validation-2.json")
     assert status == 0 and found["judge_samples"] == 2000 and f"{found['judge_entropy']:.6f}" in out
@@ -291,9 +289,11 @@ def test_a_gan_and_its_judge(place, typed, mistake):
     assert "Adversarial makes no predictions" in mistake("predict", "gan", "--input", images_in(place, 1))
     # A judge of larger images is refused; it would see the middle of them without a word.
     shutil.copytree(place / "digits", place / "larger", dirs_exist_ok=True)
-    described = written(place, "larger/experiment.json")
-    described["experiment"]["data"]["border"] = 1
-    (place / "larger" / "experiment.json").write_text(json.dumps(described))
+    (place / "larger" / "fitted.json").unlink()
+    real = restore.read_folder
+    larger = real(place / "larger")
+    larger = replace(larger, data=replace(larger.data, border=1))
+    monkeypatch.setattr(restore, "read_folder", lambda run: larger if run.name == "larger" else real(run))
     assert "cannot judge images of shape (8, 8, 1): its own inputs are (10, 10, 1)" in mistake(
         "eval", "gan", "--judge", "larger")
 
