@@ -8,6 +8,7 @@ no split has a class that training lacks.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lab.data import digest, sources
 from lab.data.bundled import Sklearn
 from lab.data.columns import Csv, class_targets
 from lab.data.folders import Splits, labelled, printable, split_folders, tree
-from lab.data.reading import check_encoding, lines_of, read_text
+from lab.data.reading import check_encoding, encoding_of, lines_of, read_text
 from lab.data.sources import PythonStdlib
 from lab.errors import UserError
 from lab.files import user_path
@@ -81,7 +82,8 @@ def _from_csv(source: Csv) -> Labelled:
     texts = [[str(cell) for cell in table.column(source.text)] for table in tables]
     splits = dict(zip(("train", "test"), zip(texts, targets, strict=True), strict=False))
     title = f"{source.path}, {source.text} -> {source.target}"
-    return Labelled(title, names, splits, f"test is {source.test}" if source.test else "", source.text)
+    rule = ([f"test is {source.test}"] if source.test else []) + [f"{k}: {v}" for k, v in tables[0].notes.items()]
+    return Labelled(title, names, splits, ", ".join(rule), source.text)
 
 
 def _from_sklearn(source: Sklearn) -> Labelled:
@@ -136,10 +138,12 @@ class TextFolder:
         names = found.folders[chosen["train"]]
         if not names:
             raise UserError(f"{chosen['train']} has no folder of messages in it.")
-        splits = {}
+        splits, encodings = {}, Counter()
         for split in (split for split in SPLITS if split in chosen):
             paths, labels, _ = labelled(found, chosen[split], names, bool, "message")
             splits[split] = [self._text(path) for path in paths], labels
+            encodings.update(encoding_of(path, self.encoding) for path in paths)
+        rule += [f"{n} files are {name}" for name, n in sorted(encodings.items()) if name != self.encoding]
         return Labelled(f"folder {self.path}", tuple(map(printable, names)), splits, ", ".join(rule))
 
     def _text(self, file: Path) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lab.data.columns import Csv
-from lab.data.message_sources import TextFolder
+from lab.data.message_sources import TextFolder, load
 from lab.data.reading import check_encoding, lines_of, read_text
 from lab.data.sources import TextFiles
 from lab.data.text import Text
@@ -83,3 +83,15 @@ def test_lines_are_those_of_the_file():
                               "six"]
     assert len(text.splitlines()) == 14  # negative control
     assert lines_of("") == [] and lines_of("a\n") == ["a"] and lines_of("a\n\n") == ["a", ""] and lines_of("\n") == [""]
+
+
+def test_messages_in_utf16_are_read_and_said(tmp_path):
+    for name in ("spam", "ham"):
+        (tmp_path / "mail" / name).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "mail" / name / f"{i}").write_bytes(f"é{name} {i}".encode("utf-16" if i else "utf-8"))
+    found = TextFolder(str(tmp_path / "mail")).load()
+    assert found.splits["train"][0][:2] == ["éham 0", "éham 1"] and found.rule == "4 files are UTF-16"
+    (tmp_path / "m.csv").write_bytes("text,kind\né,a\nö,b\né,a\nö,b\n".encode("utf-16"))
+    found = load(Csv(str(tmp_path / "m.csv"), "kind", text="text"))
+    assert found.splits["train"][0] == ["é", "ö", "é", "ö"] and found.rule == "encoding: UTF-16"
