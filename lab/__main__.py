@@ -36,7 +36,7 @@ def experiments() -> dict[str, str]:
     found = {}
     for path in sorted((ROOT / "experiments").glob("*.py")):
         try:
-            doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+            doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
         except SyntaxError as e:
             doc = f"(line {e.lineno}: {e.msg})"
         found[f"experiments/{path.name}"] = doc.partition("\n")[0]

@@ -50,7 +50,7 @@ def choose_accelerator(environ: Mapping[str, str]) -> Choice:
     for device in PCI_DEVICES.glob("*"):
         with contextlib.suppress(OSError):
             # Google's network cards have the same vendor id, so the device id decides.
-            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "device"))
+            vendor, kind = ((device / name).read_text("utf-8").strip() for name in ("vendor", "device"))
             if vendor == "0x1ae0" and kind in TPU_DEVICES:
                 return Choice("tpu", "a TPU is on the PCI bus")
     return choose_nvidia()
@@ -61,7 +61,7 @@ def choose_nvidia() -> Choice:
     smi = shutil.which("nvidia-smi") or (str(WSL_SMI) if WSL_SMI.exists() else None)
     driver_text = ""
     with contextlib.suppress(OSError):
-        driver_text = (NVIDIA_PROC / "version").read_text()
+        driver_text = (NVIDIA_PROC / "version").read_text("utf-8")
     if not smi and not driver_text:
         return Choice("cpu", "no TPU or NVIDIA GPU was found")
     if not driver_text:    # WSL has no such file, and no note can be trusted without it
@@ -69,14 +69,14 @@ def choose_nvidia() -> Choice:
     if not smi:    # a container without the tools: CUDA 12 runs on every GPU that CUDA 13 does
         found = re.search(r"\s(\d{3,})\.\d+", driver_text)
         return cuda_for(int(found[1]) if found else 0, None)
-    gpus = "".join(path.read_text() for path in sorted(NVIDIA_PROC.glob("gpus/*/information")))
+    gpus = "".join(path.read_text("utf-8") for path in sorted(NVIDIA_PROC.glob("gpus/*/information")))
     note = CACHE / "nvidia" / digest(os.uname().nodename, driver_text, gpus)
     with contextlib.suppress(OSError, ValueError):
-        return Choice(*note.read_text().split("\t", 1))
+        return Choice(*note.read_text("utf-8").split("\t", 1))
     choice = ask_nvidia_smi(smi)
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text("\t".join(choice))
+        note.write_text("\t".join(choice), "utf-8")
     return choice
 
 

@@ -118,7 +118,7 @@ def ensure(plan: Plan) -> Path:
     for store in stores():
         try:
             store.mkdir(parents=True, exist_ok=True)
-            lock = open(store / "lock", "a")    # noqa: SIM115 (closed by the `with` below)
+            lock = open(store / "lock", "a", encoding="utf-8")    # noqa: SIM115 (closed by the `with` below)
         except OSError:
             continue
         with lock:
@@ -154,12 +154,12 @@ def build(folder: Path, plan: Plan, lock: int) -> None:
         command([uv, "pip", "install", "--python", python, *plan.packages], environ, lock)
         environ = {**environ, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg", "PYTHONDONTWRITEBYTECODE": ""}
         command([python, "-I", "-c", plan.warm_up], environ, lock, "it does not start")
-        (folder / "ok").write_text(f"{plan.reason}\n")
+        (folder / "ok").write_text(f"{plan.reason}\n", "utf-8")
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     if not os.environ.get("PYTHON"):    # a Python named for one call does not become the default
-        (folder.parent / "python").write_text(f"{BASE_PYTHON}\n")
+        (folder.parent / "python").write_text(f"{BASE_PYTHON}\n", "utf-8")
     say(f"environment built in {time.monotonic() - began:.1f} s.")
 
 
@@ -260,7 +260,7 @@ def cpu_kind() -> str:
     """A short name for this kind of CPU, from the first entry of /proc/cpuinfo, and the cores that may be used."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lines = [os.uname().machine, str(cores)]
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
             if not line.strip():
                 break

@@ -82,7 +82,7 @@ class Screen:
     def say(self, line: str) -> None:
         """A line that stays."""
         if self._record:
-            with self._record.open("a") as file:
+            with self._record.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         self.console.print(line, markup=False)
 

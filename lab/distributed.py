@@ -220,10 +220,9 @@ class Processes:
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
             self.leave(status, "" if status in TOLD else f"It ended with exit status {status}; see what it printed.")
-        import jax
-
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            threading.Event().wait(5)  # a collective that failed because another process died: the channel will say so
+        # Whatever went wrong may be a collective's answer to the death of another process, in the words of any of three
+        # libraries (JAX, Gloo, gRPC). The channel then ends this process with a sentence that says which one it was.
+        threading.Event().wait(5)
         traceback.print_exception(error)
         self.leave(1, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 

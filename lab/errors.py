@@ -29,6 +29,9 @@ _REFUSED = {
     errno.ENOMEM: "Free memory, or raise the limit on it (ulimit -v)", errno.ESTALE: "Mount the disk again",
 }
 
+# How libraries say that there is no memory: while they are loaded, started, or at work in C++.
+_NO_MEMORY = ("failed to map segment", "can't start new thread", "Cannot allocate memory", "std::bad_alloc")
+
 # Of whatever path was typed.
 _BAD_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
@@ -56,7 +59,12 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in _BAD_PATHS:
         place = str(error.filename or "A path")
         return 2, f"{place if len(place) <= 200 else f'{place[:200]}...'}: {error.strerror}. Give another path."
-    if isinstance(error, MemoryError):
+    text = str(error)
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:  # JAX's, of a device
+        return 2, (f"The memory of the device does not hold this ({text.splitlines()[0][:200]}). A larger "
+                   f"--microbatches or a smaller --batch needs less.")
+    if isinstance(error, MemoryError) or (isinstance(error, ImportError | RuntimeError)
+                                          and any(sign in text for sign in _NO_MEMORY)):
         return 2, ("There is not enough memory, or the limit on it is too low (ulimit -v). Raise it and run the same "
                    "command: a run goes on from its last checkpoint.")
     return None

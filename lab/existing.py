@@ -62,7 +62,7 @@ def check(python: str, verb: str, pyproject: Path, environ: Mapping[str, str]) -
       Stop: it is no Python that lab runs on, or a package that this command needs is missing or of a wrong version; the
         text has the command that installs it.
     """
-    project, ranges = tomllib.loads(pyproject.read_text())["project"], dependencies(pyproject)
+    project, ranges = tomllib.loads(pyproject.read_text("utf-8"))["project"], dependencies(pyproject)
     needed = [*REQUIRED, *FOR_VERB.get(verb, ())]
     words = [python, "-P", "-c", PROBE, *ranges, *needed, *BACKENDS.values()]
     done = subprocess.run(words, env=dict(environ), capture_output=True, text=True)
@@ -81,7 +81,7 @@ def check(python: str, verb: str, pyproject: Path, environ: Mapping[str, str]) -
 
 def dependencies(pyproject: Path) -> dict[str, str]:
     """The project's packages, and the versions that it runs with."""
-    entries = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    entries = tomllib.loads(pyproject.read_text("utf-8"))["project"]["dependencies"]
     return dict(re.match(r"([\w-]+)([^\s;]*)", entry).groups() for entry in entries)
 
 

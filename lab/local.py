@@ -19,6 +19,9 @@ from lab.errors import UserError
 from lab.shared_secret import new_secret
 
 ENDING_SECONDS = 20.0  # what the others get to end by themselves after one has ended
+# What JAX's service says in C++ when a process has died: four lines, none of which says which one. Ours does.
+ECHO = re.compile(rb"[EF]\d{4} [\d:.]+ +\d+ (coordination_service_agent\.cc|client\.h):"
+                  rb"|Additional GRPC error information|:UNKNOWN:Error received from peer")
 FORCE = "--xla_force_host_platform_device_count"
 
 
@@ -133,5 +136,7 @@ class _Family:
 
 def _prefix(k: int, child: subprocess.Popen) -> None:
     for line in child.stderr:
+        if ECHO.match(line):
+            continue
         sys.stderr.write(f"[{k}] {line.decode(errors='replace')}")
         sys.stderr.flush()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lab.errors import forgiving
 from lab.files import make_folder, replace_file
 
 COLOURS = {"train": "#9ab8d9", "smooth": "#1f5a96", "validation": "#c8501e", "test": "#3f7d3a"}
@@ -34,9 +35,10 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    make_folder(path.parent)
-    figure.savefig(buffer := io.BytesIO(), format="png")
-    replace_file(path, buffer.getvalue())
+    with forgiving(f"The picture {path.name}"):
+        make_folder(path.parent)
+        figure.savefig(buffer := io.BytesIO(), format="png")
+        replace_file(path, buffer.getvalue())
     return path
 
 

@@ -56,7 +56,7 @@ def _place(run: str) -> tuple[Path, int | None]:
 def _same_tokenizer(folder: Path, data: Any) -> None:
     """Ids must mean the same there and here; nothing else would ever say so."""
     saved, here = folder / "tokenizer.json", getattr(data, "tokenizer_state", None)
-    if here is not None and saved.exists() and saved.read_text() != here:
+    if here is not None and saved.exists() and saved.read_text("utf-8") != here:
         raise UserError(f"The tokenizer of {folder} is another one, so its parameters would be read with wrong "
                         f"ids. Use its own: tokenizer=Saved({str(folder)!r}) in the experiment's data.")
 

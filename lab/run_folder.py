@@ -202,7 +202,7 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
             replace_file(place / "experiment.json", text)
         else:  # a bucket, which knows no links
             place.mkdir(parents=True, exist_ok=True)
-            (place / "experiment.json").write_text(text)
+            (place / "experiment.json").write_text(text, "utf-8")
     write_json(described, description)
     if file is not None:
         keep_copy(folder, file)

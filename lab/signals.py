@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -177,6 +178,9 @@ def done(status: int) -> int:
     except SystemExit:  # nobody reads
         status = EXIT[signal.SIGPIPE]
     _process.status = status
+    if status:  # what libraries say of themselves while they are torn down would bury the reason
+        sys.unraisablehook = lambda *_: None
+        warnings.simplefilter("ignore")
     return status
 
 

@@ -180,6 +180,21 @@ def test_killed(place):
     assert log.exists()
 
 
+def test_process_0_is_killed(place):
+    """The one that coordinates: Gloo, gRPC and JAX all fail in the survivor, which says one sentence."""
+    folder = place / "killed-0"
+    parent = start(place, "--processes", "2", "small.py", "--run-dir", str(folder), "--steps", "2000", devices=2)
+    wait_for(lambda: last_step(folder) >= 3, parent)
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)], capture_output=True, text=True).stdout
+    environs = {int(pid): Path(f"/proc/{int(pid)}/environ").read_bytes() for pid in found.split()}
+    os.kill(next(pid for pid, environ in environs.items() if b"LAB_PROCESS_ID=0" in environ), signal.SIGKILL)
+    status, _, err = finish(parent)
+    assert status == 1
+    survivor, own = err.splitlines()
+    assert re.match(r"\[1\] error: Process 0 \(.*\) ended without a word .* goes on from the last checkpoint", survivor)
+    assert own == "error: Process 0 was ended by SIGKILL."
+
+
 def ends(processes: list[subprocess.Popen], status: int = 2) -> str:
     """All end with the status and without a traceback; returns what they printed to stderr."""
     ended = [finish(p) for p in processes]

@@ -84,8 +84,8 @@ def test_a_second_one(first, second, ends):
         import ctypes
         with signals.Stop(Alone()).listening():
             print("here", flush=True)
-            ctypes.CDLL(None).sleep(3)
-            ctypes.CDLL(None).sleep(3)
+            for _ in range(40):
+                ctypes.CDLL(None).usleep(100_000)
         print("went on", flush=True)
         sys.exit(signals.done(0))
     """))

@@ -49,7 +49,7 @@ def _alone(folder: Path, task: str) -> Iterator[None]:
     """One process of this machine at a time; the operating system lets go of the lock when a process dies."""
     import fcntl
 
-    with (cache_folder("locks") / f"{folder.parent.name}-{folder.name}").open("a") as file:
+    with (cache_folder("locks") / f"{folder.parent.name}-{folder.name}").open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

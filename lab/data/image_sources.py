@@ -201,7 +201,7 @@ class Tfds:
         if not self.validation:  # what is asked for by name stays the validation split
             splits, notes = _with_test(splits)
         labels = folder / f"{self.label_key}.labels.txt"
-        names = tuple(labels.read_text().split("\n")) if labels.is_file() else ()
+        names = tuple(labels.read_text("utf-8").split("\n")) if labels.is_file() else ()
         names = tuple(name for name in names if name)
         return Opened(f"TFDS {self.name}", {k: Shards(self, folder, e, own) for k, e in splits.items()},
                       int(features[self.label_key]["classLabel"]["numClasses"]), names, notes)

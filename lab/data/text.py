@@ -296,7 +296,7 @@ def _write(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -
             os.fsync(file.fileno())
     meta["files"] = {name: _sums(folder / name) for name in ("train.bin", "validation.bin", "tokenizer.json")}
     meta["check"] = digest(meta)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     return meta
 
 

@@ -28,7 +28,7 @@ def process_identity() -> dict[str, Any]:
     """What tells this process from every other one, and its machine (or container) from every other one."""
     machine, started = platform.node(), None
     with contextlib.suppress(OSError):  # Linux; elsewhere another process is only known by its heartbeat
-        machine += ":" + Path("/proc/sys/kernel/random/boot_id").read_text().strip() + ":" + os.readlink(
+        machine += ":" + Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip() + ":" + os.readlink(
             "/proc/self/ns/pid")
         started = _started(os.getpid())
     return {"machine": machine, "pid": os.getpid(), "started": started}
@@ -37,7 +37,7 @@ def process_identity() -> dict[str, Any]:
 def _started(pid: int) -> str | None:
     """When a process of this machine was started, in clock ticks: the same number may be another process by now."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
 
@@ -87,7 +87,7 @@ def claim(folder: Path, name: str) -> Lease | None:
     number = _number(before[-1]) + 1 if before else 0
     path = folder / f"{name}.json{f'.{number}' if number else ''}"
     try:
-        with path.open("x") as file:
+        with path.open("x", encoding="utf-8") as file:
             json.dump(process_identity(), file)
     except FileExistsError:
         return None
@@ -106,7 +106,7 @@ def alive(path: Path) -> bool:
     """Whether the holder of a lease file still works."""
     try:
         age = _now(path.parent) - path.stat().st_mtime
-        holder = json.loads(path.read_text())
+        holder = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return False  # given back this moment
     except ValueError:

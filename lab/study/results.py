@@ -120,7 +120,7 @@ def short(value: Any) -> str:
 
 def _json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing. {remedy}") from None
     except (ValueError, IsADirectoryError) as e:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lab.errors import UserError
+from lab.errors import UserError, forgiving
 from lab.files import make_folder, replace_file
 from lab.tasks.base import Loss, Outcome, Task, apply
 from lab.tasks.chunks import over_chunks
@@ -91,6 +91,18 @@ class LanguageModel(Task):
 
     def artifacts(self, outcome: Outcome) -> list[str]:
         """Writes sampled texts to samples/; returns lines for a person."""
+        lines = []
+        with forgiving("The comparison with gzip and xz"):
+            raw = outcome.data.validation_bytes(COMPRESSED)
+            others = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}
+            beside = ", ".join(f"{name} {8 * len(packed) / len(raw):.3f}" for name, packed in others.items())
+            lines.append(f"Validation text in bits per byte: this model {outcome.means['bits_per_byte']:.3f}; {beside} "
+                         f"(of {len(raw) / 1e3:,.0f} kB)")
+        with forgiving("The samples"):
+            lines += self._samples(outcome)
+        return lines
+
+    def _samples(self, outcome: Outcome) -> list[str]:
         from lab.generate import sample_texts
 
         model, data, folder = outcome.model, outcome.data, outcome.folder
@@ -103,12 +115,7 @@ class LanguageModel(Task):
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             replace_file(samples / f"{i}.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
         shown = [prompt + text for prompt, text in zip(prompts, texts, strict=True)][:1]
-        raw = data.validation_bytes(COMPRESSED)
-        others = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}
-        beside = ", ".join(f"{name} {8 * len(packed) / len(raw):.3f}" for name, packed in others.items())
-        return [f"Validation text in bits per byte: this model {outcome.means['bits_per_byte']:.3f}; {beside} "
-                f"(of {len(raw) / 1e3:,.0f} kB)",
-                *(f"Sample (more in {folder / 'samples'}):" for _ in shown),
+        return [*(f"Sample (more in {folder / 'samples'}):" for _ in shown),
                 *(f"  | {line}" for text in shown for line in text.splitlines())]
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lab import plots
+from lab.errors import forgiving
 from lab.files import replace_file
 from lab.tasks.base import Outcome
 
@@ -34,7 +35,10 @@ def read(records: Any, *names: str) -> dict[str, np.ndarray]:
 def beside(outcome: Outcome) -> list[str]:
     """Lines for the screen: what simple methods reach on the test split, or validation where there is none."""
     same = outcome.split == ("validation" if outcome.data.test is None else "test")
-    return [f"Beside it{', on the same split' if same else ''}: {line}" for line in outcome.data.reference()]
+    lines: list[str] = []
+    with forgiving("The comparison with simple methods"):
+        lines += [f"Beside it{', on the same split' if same else ''}: {line}" for line in outcome.data.reference()]
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------- figures
