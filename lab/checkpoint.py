@@ -73,8 +73,8 @@ def _is_object(path: Any) -> bool:
 
 @contextlib.contextmanager
 def _without_echo() -> Iterator[None]:
-    """When one array of a damaged checkpoint fails, Orbax closes the event loop to which tensorstore reports all the
-    others: hundreds of lines about that loop and its tasks, also after we are through. They say nothing new."""
+    """When one array of a checkpoint fails, Orbax closes the event loop to which tensorstore reports all the others:
+    hundreds of lines about that loop and its tasks, also after we are through. They say nothing new."""
     usual, tasks = sys.unraisablehook, logging.getLogger("asyncio")
 
     def quiet(found: Any) -> None:
@@ -164,7 +164,8 @@ class Checkpoints:
 
     def _guard(self, action: Callable[[], Any]) -> None:
         try:
-            action()
+            with _without_echo():
+                action()
         except (OSError, ValueError) as e:  # tensorstore reports a full disk as ValueError
             signs = ("No space left", "RESOURCE_EXHAUSTED", "Permission denied", "Read-only", "File too large",
                      "Too many open files", "Disk quota")

@@ -25,7 +25,7 @@ def keep_copy(folder: Path, file: Path) -> None:
     content = file.read_bytes()
     replace_file(folder / COPY, content)
     known = cache_folder(KNOWN) / hashlib.sha256(content).hexdigest()
-    if not known.exists() or known.read_text() != f"{file.resolve()}\n":
+    if not known.exists() or known.read_text("utf-8") != f"{file.resolve()}\n":
         replace_file(known, f"{file.resolve()}\n")
 
 
@@ -53,7 +53,7 @@ def _own_copy(folder: Path) -> tuple[Path, bytes] | None:
     try:
         content = (folder / COPY).read_bytes()
         known = cache_folder(KNOWN) / hashlib.sha256(content).hexdigest()
-        return Path(known.read_text().rstrip("\n")), content
+        return Path(known.read_text("utf-8").rstrip("\n")), content
     except (OSError, UnicodeDecodeError):
         return None
 

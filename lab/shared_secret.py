@@ -51,7 +51,7 @@ def shared_secret(environ: Mapping[str, str] = os.environ) -> bytes:
 def _create(path: Path) -> None:
     """Of several who come at once one wins, and all read its secret."""
     own = path.with_name(f"{secrets.token_hex(8)}.tmp")
-    with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(secrets.token_hex(32))
     with contextlib.suppress(FileExistsError):
         os.link(own, path)

@@ -277,7 +277,7 @@ def setup(pod: Pod, job: Job) -> None:
     replace_file(job.folder / "start.sh", script(job))
     secret = job.folder / "secret"
     secret.unlink(missing_ok=True)
-    with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with open(os.open(secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(new_secret())
     must(pod.scp("all", str(pack(job, "start.sh", "secret")), f"{pod.name}:{job.name}.tar.gz"), "copying the files")
     must(pod.ssh("all", unpack(job)), "setting up")
