@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lab.experiment import Mesh
+from lab.data.pipeline import reader
 from lab.generate import generate
 from lab.models.bert import BERT
 from lab.models.cudnn import cudnn_attention
@@ -26,8 +26,7 @@ from lab.models.gpt import GPT
 from lab.models.layers import einsum_attention
 from lab.models.vit import ViT
 from lab.optim import Muon
-from lab.sharding import make_mesh
-from lab.step import init_state, make_train_step
+from lab.program import Program
 from lab.tasks.language import LanguageModel
 from tests.conftest import ROOT
 
@@ -116,20 +115,15 @@ def experiment_of(tiny, **fields):
 
 
 def trained(experiment, device=None, steps=3):
-    """(losses, norm of the parameters' change) of a few steps on a device."""
-    device = device or jax.devices()[0]
-    mesh = make_mesh(Mesh(), [device]).abstract_mesh  # which says what platform is traced for
-    with jax.default_device(device), jax.sharding.use_abstract_mesh(mesh):
-        rng = np.random.default_rng(0)
-        batch = {"tokens": rng.integers(0, 256, (8, 17)).astype(np.int32), "bytes": np.full(8, 16, np.float32),
-                 "weight": np.ones(8, np.float32), "index": np.arange(8, dtype=np.int32)}
-        state = jax.jit(functools.partial(init_state, experiment))(batch)
-        update, losses, begun = jax.jit(make_train_step(experiment)), [], state.params
-        for _ in range(steps):
-            state, metrics = update(state, batch)
-            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
-        moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), state.params, begun)
-        return np.array(losses), np.concatenate([x.ravel() for x in jax.tree.leaves(moved)])
+    """(losses, change of the parameters) of a few steps on a device."""
+    program = Program(experiment, experiment.data.load().train, [device or jax.devices()[0]])
+    read, state, losses = reader(program), program.init(), []
+    begun = jax.device_get(state.params)
+    for step in range(steps):
+        state, metrics = program.train(state, program.batch(read, step))
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    moved = jax.tree.map(lambda a, b: a - b, jax.device_get(state.params), begun)
+    return np.array(losses), np.concatenate([x.ravel() for x in jax.tree.leaves(moved)])
 
 
 @pytest.mark.parametrize("what", ["AdamW", "Muon", "chunks", "bfloat16"])
