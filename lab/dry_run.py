@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.console import facts, human
-from lab.errors import UserError
+from lab.errors import Absent
 from lab.experiment import Experiment
 from lab.plan import Plan, make_plan, optimizer_flops, size_of
 from lab.program import batch_spec
@@ -58,7 +58,7 @@ def show(experiment: Experiment) -> None:
     _placement(console, experiment, plan.state)
     try:
         described = experiment.data.describe()
-    except UserError as e:
+    except Absent as e:
         described = {"data": str(e)}
     console.print(_evaluation(experiment, plan, described), soft_wrap=True)
     console.print("Data", style="italic")

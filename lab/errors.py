@@ -14,6 +14,10 @@ class UserError(Exception):
     """A mistake in an experiment, a flag, a file or a machine. The text says what is wrong, where, and what to do."""
 
 
+class Absent(UserError):
+    """Data that is not on this machine; a dry run says so and goes on, since the run may be meant for another one."""
+
+
 class CannotWrite(UserError):
     """A disk is full or not writable: it is no use to try another run of a study."""
 

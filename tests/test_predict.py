@@ -221,3 +221,21 @@ def test_blank_messages_are_skipped_by_their_lines(tmp_path, monkeypatch, caplog
     assert found.numbers == [0, 2] and found.beside == {"n": ["7", "9"]} and found.truth == ["a", ""]
     with pytest.raises(UserError, match="--id n is for tables and messages in CSV files"):
         data.read(tmp_path / "new.txt", "n")
+
+
+PICTURES = """
+from lab.data.image import Images
+from lab.data.image_sources import ImageFolder
+experiment = Experiment(Images(ImageFolder("pictures"), (6, 5, 3)), Linear(classes=2), Classify(),
+                        SGD(lr=Constant(0.1)), **usual)
+"""
+
+
+def test_a_dry_run_refuses_data_that_is_there_and_wrong_and_goes_on_without_data(place, typed, mistake):
+    (place / "pictures.py").write_text(HEAD + PICTURES)
+    status, out, err = typed("pictures.py", "--dry-run")  # meant for another machine
+    assert status == 0 and "pictures is not a folder" in " ".join(out.split()), err
+    for name in ("Training/cat", "Training/dog", "Train/cat"):
+        pictures(place / "pictures" / name)
+    status, out, err = typed("pictures.py", "--dry-run")
+    assert status == 2 and err.count("\n") == 1 and "--data.source.splits" in err

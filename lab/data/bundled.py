@@ -20,7 +20,7 @@ import numpy as np
 
 from lab.data import cache_folder
 from lab.data.columns import numbers, read_columns
-from lab.errors import UserError
+from lab.errors import Absent, UserError
 from lab.files import replace_file, user_path
 
 BUNDLED = ("iris", "wine", "breast_cancer", "diabetes", "digits")
@@ -134,8 +134,8 @@ def _fetched(name: str) -> Path:
             trouble = "the download has a wrong checksum"
         except Exception as error:  # network or disk: in every case a local copy is the way out
             trouble = f"the download failed ({error})"
-    raise UserError(f"Sklearn({name!r}) is not on this machine and {trouble}: give path=, a copy of it "
-                    f"({_LAYOUTS[name]}), or run once where there is a network.") from None
+    raise Absent(f"Sklearn({name!r}) is not on this machine and {trouble}: give path=, a copy of it "
+                 f"({_LAYOUTS[name]}), or run once where there is a network.") from None
 
 
 def _download(url: str) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.data.image_sources import Opened, Pixels
-from lab.errors import UserError
+from lab.errors import Absent, UserError
 from lab.files import user_path
 
 IMAGES = re.compile(r"-images[-.]idx\d-ubyte(\.gz)?$")
@@ -36,8 +36,8 @@ class Idx:
         where = user_path(self.path)
         train = where if where.is_file() else _idx_in(where, "train")
         if train is None:
-            raise UserError(f"{where} has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in it."
-                            if where.is_dir() else f"{where} does not exist (looked from {Path.cwd()}).")
+            raise Absent(f"{where} has no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in it."
+                         if where.is_dir() else f"{where} does not exist (looked from {Path.cwd()}).")
         if not where.is_file():
             test = _idx_in(where, "t10k")
         else:

@@ -21,7 +21,7 @@ import numpy as np
 from lab.data import digest
 from lab.data.folders import Splits, labelled, printable, split_folders, tree
 from lab.data.prepared import described
-from lab.errors import UserError
+from lab.errors import Absent, UserError
 from lab.files import user_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -133,7 +133,7 @@ class ImageFolder:
         """List the files. UserError for a missing folder, an unclear layout, or a class without images."""
         root = user_path(self.path)
         if not root.is_dir():
-            raise UserError(f"{root} is not a folder (looked from {Path.cwd()}).")
+            raise Absent(f"{root} is not a folder (looked from {Path.cwd()}).")
         found = tree(root)
         folders, left_out = split_folders(found, self.splits)
         names = found.folders[folders["train"]]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lab.errors import UserError
+from lab.errors import Absent, UserError
 from lab.files import user_path
 
 
@@ -51,7 +51,7 @@ def prepared_folder(name: str, data_dir: str | None) -> Path:
         if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name) and version in ("", info.parent.name)
     ]
     if not found:
-        raise UserError(f"The data set {name} is not prepared under {root}: run ./launch.sh prepare {name}")
+        raise Absent(f"The data set {name} is not prepared under {root}: run ./launch.sh prepare {name}")
     kinds = sorted({folder.parent.relative_to(root).as_posix() for folder in found})
     if len(kinds) > 1:
         raise UserError(f"{name} is prepared in several configurations under {root}: name one of {', '.join(kinds)}.")

@@ -32,7 +32,7 @@ from lab.data import cache_folder, digest
 from lab.data.prepared import described
 from lab.data.reading import check_encoding, encoding_of, read_text
 from lab.data.word_memory import SPACES
-from lab.errors import UserError
+from lab.errors import Absent, UserError
 from lab.files import replace_file, user_path
 
 MANY = 20  # from this many documents on, whole documents are split; below it, the text
@@ -277,7 +277,7 @@ class TextFiles:
             found = [Path(p) for p in glob.glob(str(where), recursive=True) if os.path.isfile(p)]
         if not found:
             what = "has no *.txt file in it" if where.is_dir() else "does not exist, nor does it match a file"
-            raise UserError(f"{self.pattern} {what} (looked from {Path.cwd()}).")
+            raise Absent(f"{self.pattern} {what} (looked from {Path.cwd()}).")
         found = sorted({p.absolute() for p in found})
         base = os.path.commonpath([p.parent for p in found])
         return Files(f"files {self.pattern}", {p.relative_to(base).as_posix(): p for p in found},
