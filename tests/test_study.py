@@ -432,6 +432,10 @@ def test_what_another_code_left_unfinished_begins_again(typed, copied):
         assert ran(typed(*copied)[1]) == ["base seed 0"]
         assert len(list(folder.glob("environment*.json"))) == starts
         assert (json.loads((folder / "cell.json").read_text())["seconds"] is None) == (starts == 2)
+    for damaged in ("[1]", "{"):  # of a cell that is not finished: it begins anew
+        (folder / "cell.json").unlink()
+        (folder / "begun.json").write_text(damaged)
+        assert ran(typed(*copied)[1]) == ["base seed 0"] and len(list(folder.glob("environment*.json"))) == 1
 
 
 @pytest.mark.parametrize(("args", "message"), [

@@ -306,7 +306,7 @@ class Engine:
     def _run_together(self, unit: Unit, cells: Sequence[Cell]) -> int:
         """Runs the cells of a unit at once, from wherever they were, and writes their cell.json; returns the status."""
         home, start = self.folder / "together" / unit.name, time.monotonic()
-        begun = read_json(home / "begun.json") if (home / "begun.json").exists() else {}
+        begun = _begun(home)
         members = {c.name: c for c in self.cells}
         if begun and all(n in members and members[n].fingerprint == f for n, f in begun.items()):
             cells = [members[name] for name in begun]  # also those that finished while others were still written
@@ -337,12 +337,11 @@ class Engine:
 
     def _begin(self, cell: Cell, folder: Path, anew: bool = False) -> bool:
         """Whether an earlier process began this very cell. What other code or data left there is deleted."""
-        begun = folder / "begun.json"
-        if not anew and begun.exists() and read_json(begun)["fingerprint"] == cell.fingerprint:
+        if not anew and _begun(folder).get("fingerprint") == cell.fingerprint:
             return True
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_json(begun, cell.identity)
+        write_json(folder / "begun.json", cell.identity)
         return False
 
     def _end(self, cell: Cell, said: str, errors: Sequence[str], seconds: float | None, shown: str) -> None:
@@ -366,6 +365,15 @@ class Engine:
         found = Counter(cell["status"] for c in self.cells if (cell := read_cell(c.folder(self.folder))))
         assert sum(found.values()) == len(self.cells), (found, len(self.cells))
         return {status: found[status] for status in ("done", "diverged", "failed")}
+
+
+def _begun(folder: Path) -> dict[str, str]:
+    """What begun.json says of whoever began here; nothing where it is not there, or damaged: then it begins anew."""
+    try:
+        found = read_json(folder / "begun.json") if (folder / "begun.json").exists() else {}
+    except UserError:
+        found = {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager

@@ -301,11 +301,13 @@ def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
         curves[arm.name] = pictures.together(found)
         scales["update"][arm.name] = 1.0
         seconds = update_seconds(section, arm.name)[0]
-        unit = next((k.removesuffix("_per_second") for k in cells[0].result if k.endswith("_per_second")), None)
+        unit = next((name.removesuffix("_per_second") for name, value in cells[0].result.items()
+                     if name.endswith("_per_second") and isinstance(value, int | float)), None)
         if unit and seconds > 0:
             first = cells[0].result
-            made = round(first[f"{unit}_per_second"] * first.get("seconds_per_update", math.nan))
-            scales.setdefault(unit, {})[arm.name] = made
+            made = first[f"{unit}_per_second"] * first.get("seconds_per_update", math.nan)
+            if math.isfinite(made):
+                scales.setdefault(unit, {})[arm.name] = round(made)
         if arm.flops:
             scales.setdefault("FLOPs", {})[arm.name] = arm.flops
         if seconds > 0:

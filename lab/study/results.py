@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import typeguard
+
 from lab.errors import UserError
 from lab.metrics import read_rows
 
@@ -118,15 +120,40 @@ def short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _json(path: Path, remedy: str) -> dict[str, Any]:
+Number = int | float
+# What the files of a study must hold where they hold it: name -> type.
+STUDY = {"name": str, "metric": str, "mode": str, "split": str, "design": dict[str, Any], "base": dict[str, Any],
+         "arms": list[dict[str, Any]], "seeds": list[int], "tuning_seeds": list[int] | None}
+DESIGN = {"kind": str, "factors": dict[str, Any] | None}
+ARM = {"name": str, "changes": dict[str, Any], "fingerprint": str, "fork": int | None, "forked_after": int | None,
+       **dict.fromkeys(("parameters", "flops_per_update", "memory_bytes"), Number | None)}
+CELL = {"arm": str, "seed": int, "status": str, "mode": str | None, "seconds": Number | None, "error": str | None,
+        "fingerprint": str | None, "code": dict[str, str] | None}
+RESULT = {"final": dict[str, Any], "best": dict[str, Any], "test": dict[str, Any], "seconds_per_update": Number}
+ENVIRONMENT = {"devices": list[str] | None, "versions": dict[str, Any] | None, "settings": dict[str, Any] | None}
+UNIT = {"name": str, "cells": list[str], "group": int}
+
+
+def _json(path: Path, remedy: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where there is none, or a field is not of its kind."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing. {remedy}") from None
     except (ValueError, IsADirectoryError) as e:
         raise UserError(f"{path} is damaged ({e}). {remedy}") from None
+    return _checked(value, path, remedy, kinds)
+
+
+def _checked(value: Any, path: Path, remedy: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (no JSON object). {remedy}")
+    for name in kinds.keys() & value.keys():
+        try:
+            typeguard.check_type(value[name], kinds[name],
+                                 collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+        except typeguard.TypeCheckError:
+            raise UserError(f"{path} is damaged ({name} is {str(value[name])[:60]}). {remedy}") from None
     return value
 
 
@@ -140,8 +167,11 @@ def read_study(folder: Path) -> Results:
         near = sorted(str(p.parent) for p in (Path("studies"), folder) for p in p.glob("*/study.json"))
         what = "is no study folder: it has no study.json" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}." + (f" There are {', '.join(near[:5])}." if near else ""))
-    study = _json(folder / "study.json", "Run the study again; finished cells are kept.")
+    path, remedy = folder / "study.json", "Run the study again; finished cells are kept."
+    study = _json(path, remedy, STUDY)
     try:
+        for part, kinds in ((study["design"], DESIGN), *((arm, ARM) for arm in study["arms"])):
+            _checked(part, path, remedy, kinds)
         arms = [Arm(a["name"], a["changes"], a["fingerprint"], a.get("parameters"), a.get("flops_per_update"),
                     a.get("memory_bytes"), a.get("fork") or 0, a.get("forked_after") or 0)
                 for a in study["arms"]]
@@ -169,8 +199,10 @@ def _units(folder: Path) -> dict[str, tuple[str, str]]:
     if not (folder / "plan.json").exists():
         return {}
     remedy = "Run the study again; finished cells are kept."
-    plan = _json(folder / "plan.json", remedy)
+    plan = _json(folder / "plan.json", remedy, {"units": list[dict[str, Any]]})
     try:
+        for unit in plan["units"]:
+            _checked(unit, folder / "plan.json", remedy, UNIT)
         return {name: (unit["name"], f"program {unit['group']}") for unit in plan["units"] for name in unit["cells"]}
     except (KeyError, TypeError) as e:
         raise UserError(f"{folder / 'plan.json'} is damaged (it lacks {e}). {remedy}") from None
@@ -188,7 +220,7 @@ def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dic
         lease = units.get(f"{arm}-{seed}", (f"{arm}-{seed}", ""))[0]
         return Cell(arm, seed, folder, running=(study_folder / "leases" / f"{lease}.json").exists())
     remedy = f"Delete {folder} and run the study again: it makes this cell anew."
-    cell = _json(folder / "cell.json", remedy)
+    cell = _json(folder / "cell.json", remedy, CELL)
     status = cell.get("status")
     # A cell that is a link to one of another study may have another arm's name there.
     if status not in STATUSES[:3] or (cell.get("arm"), cell.get("seed")) != (arm, seed) and not folder.is_symlink():
@@ -201,7 +233,7 @@ def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dic
                 program=f"{study_folder}: {program}")
     if status != "done":
         return made
-    result = _json(folder / "result.json", remedy)
+    result = _json(folder / "result.json", remedy, RESULT)
     value = _metric(result, study, folder)
     status = "done" if math.isfinite(value) else "diverged"
     return replace(made, status=status, value=value if status == "done" else None, result=result)
@@ -221,7 +253,7 @@ def _environment(folder: Path, mode: str | None, remedy: str) -> str:
     """Device kind, versions, compiler settings and execution mode; of a run that moved, of all its machines."""
     found = []
     for path in sorted(folder.glob("environment*.json")):
-        there = _json(path, remedy)
+        there = _json(path, remedy, ENVIRONMENT)
         kinds = sorted(set(there.get("devices") or ["unknown device"]))
         versions = [f"{p} {(there.get('versions') or {}).get(p)}" for p in PACKAGES]
         settings = [f"{k}={v}" for k, v in sorted((there.get("settings") or {}).items())
