@@ -33,6 +33,7 @@ PARTS = 4  # tests, so that several processes share the work
 # Whatever costs more than a moment: a line that comes so far is a good one.
 ENDS = ("lab.loop.train", "lab.bench.measure", "lab.plan_command.show", "lab.local._Family",
         "lab.study.bench.Bench.prepared", "lab.study.command.Engine", "lab.launch.slurm.tool", "lab.launch.hosts.tool",
+        "lab.launch.slurm.check_flags",
         "lab.launch.tpu.tool", "lab.launch.sky.tool")
 
 
