@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lab.errors import UserError
+from lab.files import user_path
 
 if TYPE_CHECKING:
     from lab.experiment import Experiment
@@ -30,7 +31,7 @@ class Run:
     def __init__(self, folder: str | Path, experiment: Experiment | None = None, step: int | None = None,
                  best: bool = False):
         """`experiment`: the value that was trained, where its classes cannot be imported (those of a notebook)."""
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self._experiment, self._step, self._best = experiment, step, best
 
     def __repr__(self) -> str:
@@ -167,7 +168,7 @@ def train(experiment: Experiment, folder: str | Path | None = None, *, quiet: bo
     experiment.validate()
     experiment = experiment.filled()
     start_jax()
-    place = Path(folder or f"runs/notebook-{experiment.fingerprint()}").expanduser()
+    place = user_path(folder or f"runs/notebook-{experiment.fingerprint()}")
     run = Run(place, experiment)
     with Screen(quiet=quiet) as screen:
         if run.result is not None:
