@@ -19,8 +19,8 @@ from lab.errors import UserError
 from lab.shared_secret import new_secret
 
 ENDING_SECONDS = 20.0  # what the others get to end by themselves after one has ended
-# What JAX's service says in C++ when a process has died: four lines, none of which says which one. Ours does.
-ECHO = re.compile(rb"[EF]\d{4} [\d:.]+ +\d+ (coordination_service_agent\.cc|client\.h):"
+# What JAX's services say in C++ when a process has died: lines of which none says which one it was. Ours does.
+ECHO = re.compile(rb"[EF]\d{4} [\d:.]+ +\d+ (coordination_service\w*\.cc|preemption_\w+\.cc|client\.h):"
                   rb"|Additional GRPC error information|:UNKNOWN:Error received from peer")
 FORCE = "--xla_force_host_platform_device_count"
 

@@ -190,6 +190,7 @@ def test_process_0_is_killed(place):
     os.kill(next(pid for pid, environ in environs.items() if b"LAB_PROCESS_ID=0" in environ), signal.SIGKILL)
     status, _, err = finish(parent)
     assert status == 1
+    assert err.count("\n") == 2, err
     survivor, own = err.splitlines()
     assert re.match(r"\[1\] error: Process 0 \(.*\) ended without a word .* goes on from the last checkpoint", survivor)
     assert own == "error: Process 0 was ended by SIGKILL."
