@@ -80,7 +80,8 @@ class Run:
         Of a `batch()` that is `batch["inputs"]`, for language models `batch["tokens"][:, :-1]`. `params`: others than
         the run's own. `named`: further arguments of the model, such as `mask`.
         """
-        variables = {"params": self.params if params is None else params, **self.state.extra}
+        extra = self.experiment.optim.eval_extra(self.state.opt_state, self.state.extra)
+        variables = {"params": self.params if params is None else params, **extra}
         return self.experiment.model.apply(variables, inputs, train=False, **named)
 
     @functools.cached_property

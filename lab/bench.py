@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lab import metrics
+from lab.check import load_data
 from lab.console import human
 from lab.data.pipeline import Prefetch, reader
 from lab.errors import UserError
@@ -54,8 +55,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
 
     The updates are timed as the training loop runs them: the metrics of one are fetched when the next has been called.
     """
-    data = experiment.data.load()
-    experiment.model.check(data.facts)
+    data = load_data(experiment)
     program = Program(experiment, data.train)
     program.options = program.options | xla_options(options.xla)
     state, update, read, n = program.init(), program.train, reader(program), experiment.dispatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,6 @@ from lab.files import make_folder, no_links
 from lab.fitted import data_of
 from lab.restore import open_run
 from lab.run_folder import check_same, write_json
-from lab.step import eval_params
 from lab.tasks.adversarial import Adversarial, generate_images, judge_scores
 from lab.tasks.base import Outcome
 
@@ -31,7 +31,7 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
     Args:
       run: the run folder.
       prompt: one text or several to continue; empty starts a new text.
-      new_tokens: how many tokens to add at most; prompt and new tokens together fit the model's context.
+      new_tokens: how many tokens to add at most. Beyond the model's context a window slides along.
       temperature: divides the logits; small is safe, 1 is the model's own distribution.
       top_k: choose among the k most likely tokens only.
       top_p: choose among the smallest set of tokens with this probability only.
@@ -48,12 +48,14 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
                               ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1)):
         if not good:
             raise UserError(f"--{name} {value} is out of range.")
-    found, _, state = open_run(run, step, best, file=experiment)
+    found, program, state = open_run(run, step, best, file=experiment)
     data = data_of(run, found)
     if not hasattr(data, "decode"):
         raise UserError(f"{run} is not a language model: there is no text to sample.")
-    texts = sample_texts(found.model, eval_params(found, state), data, list(prompt), seed=seed,
-                         new_tokens=new_tokens, temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
+    prompt = prompt or ("",)
+    compute = functools.partial(program.compute, state)
+    texts = sample_texts(compute, found.model.context, data, list(prompt), seed=seed, new_tokens=new_tokens,
+                         temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
     for text, continuation in zip(prompt, texts, strict=True):
         print(text + continuation)
         if len(prompt) > 1:
@@ -61,7 +63,7 @@ def sample(run: Run, prompt: tuple[str, ...] = ("",), new_tokens: int = 200, tem
 
 
 def evaluate(run: Run, step: int | None = None, best: bool = False, records: int | None = None,
-             split: Literal["test", "validation"] | None = None, judge: Path | None = None,
+             split: Literal["test", "validation"] = "validation", judge: Path | None = None,
              experiment: Path | None = None) -> None:
     """Evaluates a checkpoint of a run, and writes the task's whole report to evaluation-<split>-<step>/ in its folder.
 
@@ -70,7 +72,7 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
       step: the checkpoint after this many updates; by default the latest.
       best: the checkpoint with the best validation metric.
       records: use that many evenly spaced records; by default all.
-      split: by default the test split, where the data has one.
+      split: by default validation: the test split is evaluated once, when a run ends.
       judge: for a GAN, the run folder of a classifier of such images, which labels the samples.
       experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
     """
@@ -78,7 +80,6 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
     found, program, state = open_run(run, step, best, file=experiment)
     data = found.data.load()
     check_same(run, found, data.fingerprint)
-    split = split or ("validation" if data.test is None else "test")
     if judge is not None and not isinstance(found.task, Adversarial):
         raise UserError("--judge is for a GAN: this run makes no images.")
     name = f"evaluation-{split}-{int(jax.device_get(state.step))}"
@@ -101,7 +102,7 @@ def evaluate(run: Run, step: int | None = None, best: bool = False, records: int
 def _judged(outcome: Outcome, judge: Path, number: int = 2000) -> dict[str, Any]:
     """How a classifier of the same images labels `number` samples of a GAN."""
     _, program, state = open_run(judge)
-    images = generate_images(outcome.model, outcome.variables, number, outcome.seed)
+    images = generate_images(outcome.compute, number, outcome.seed)
     wanted = program.spec["inputs"].shape[1:] if "inputs" in program.spec else None
     if wanted != images.shape[1:]:  # as stored: larger ones would lose their borders without a word
         raise UserError(f"{judge} cannot judge images of shape {images.shape[1:]}: its own inputs are {wanted}.")

@@ -10,6 +10,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from lab.check import load_data, model_outputs
 from lab.console import facts, human
 from lab.errors import Absent
 from lab.experiment import Experiment
@@ -22,8 +23,14 @@ RECORDS = [f"validation {unit}" for unit in ("rows", "windows", "images", "messa
 
 
 def show(experiment: Experiment) -> None:
-    """Prints parameters per module, FLOPs, tokens and bytes. Reads no data and runs nothing on a device."""
+    """Prints parameters per module, FLOPs, tokens and bytes. Runs nothing on a device, and reads data only where that
+    takes no time; whether model, task and data fit is checked as before a run.
+    """
     console = Console(highlight=False)
+    if getattr(experiment.data, "slow", False):
+        model_outputs(experiment)
+    else:
+        load_data(experiment)
     plan = make_plan(experiment)
     units = experiment.batch * experiment.data.units_per_record
 
@@ -57,7 +64,7 @@ def show(experiment: Experiment) -> None:
     console.print(memory)
     _placement(console, experiment, plan.state)
     try:
-        described = experiment.data.describe()
+        described = experiment.data.describe() if hasattr(experiment.data, "describe") else {}
     except Absent as e:
         described = {"data": str(e)}
     console.print(_evaluation(experiment, plan, described), soft_wrap=True)

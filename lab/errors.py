@@ -2,12 +2,17 @@
 
 import contextlib
 import errno
+import inspect
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
+LAB = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
@@ -71,6 +76,32 @@ def explain(error: BaseException) -> tuple[int, str] | None:
                                           and any(sign in text for sign in _NO_MEMORY)):
         return 2, ("There is not enough memory, or the limit on it is too low (ulimit -v). Raise it and run the same "
                    "command: a run goes on from its last checkpoint.")
+    if isinstance(error, Exception) and (line := authors_line(error)):
+        return 2, line
+    return None
+
+
+def where(thing: Any) -> str:
+    """"FILE, line N: " of a class or function outside lab, else ""."""
+    try:
+        file, line = inspect.getsourcefile(thing), inspect.getsourcelines(thing)[1]
+    except (OSError, TypeError):
+        return ""
+    return "" if file is None or LAB in Path(file).resolve().parents else f"{file}, line {line}: "
+
+
+def authors_line(error: BaseException) -> str | None:
+    """The author's exception in their words, "FILE, line N: Type: text": of the innermost frame that is neither lab's
+    nor a library's. None where there is no such frame, so the error is not theirs.
+    """
+    libraries = {str(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix)} | {str(LAB)}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if frame.filename.startswith("<") or "site-packages" in file.parts or any(
+                str(path).startswith(tuple(libraries)) for path in (file, file.resolve())):
+            continue
+        text = str(error).strip().partition("\n\n")[0]
+        return f"{frame.filename}, line {frame.lineno}: {type(error).__name__}{': ' if text else ''}{text}"
     return None
 
 

@@ -6,6 +6,7 @@ Here are that value, what it must satisfy before any device is touched, its fing
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
@@ -23,6 +24,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from lab.errors import UserError
 from lab.field_types import check_types, fields
 from lab.limits import check_devices, check_numbers
+from lab.parts import check_parts
 from lab.pretrained import Pretrained
 from lab.rebuild import from_json
 
@@ -210,6 +212,7 @@ class Experiment:
         Raises:
           UserError: names the field and what would be right.
         """
+        check_parts(self)
         check_types(self)
         check_numbers(flat(to_json(self)))
         if not 0 <= self.seed < 2**32:
@@ -233,8 +236,9 @@ class Experiment:
                 raise UserError(f"{flag} {value} is not a multiple of --dispatch {self.dispatch}.")
         self.optim.validate(self.steps)
         for part in (self.data, self.model, self.task, self.init_from):
-            part.validate()
-        self.model.check(self.data.hints())
+            if hasattr(part, "validate"):  # a user's model need not have it
+                part.validate()
+        check_model(self.model, self.data.hints())
 
     def _validate_parallel(self) -> None:
         self.mesh.validate()
@@ -275,6 +279,12 @@ class Experiment:
         return digest(self.identity())
 
 
+def check_model(model: Any, facts: Mapping[str, Any]) -> None:
+    """Raises UserError where a model that can tell does not fit data with these facts."""
+    if hasattr(model, "check"):
+        model.check(facts)
+
+
 def _at_least(flag: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise UserError(f"{flag} must be at least {least}, not {value}.")
@@ -292,7 +302,7 @@ def to_json(value: Any, *, identity: bool = False) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own = {f.name: to_json(getattr(value, f.name), identity=identity) for f in fields(value)
-               if not (identity and f.metadata.get("fingerprint") is False)}
+               if f.metadata.get("json", True) and not (identity and f.metadata.get("fingerprint") is False)}
         return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **own}
     if isinstance(value, list | tuple):
         return [to_json(v, identity=identity) for v in value]
@@ -378,11 +388,27 @@ def load(path: Path, content: bytes | None = None, name: str | None = None) -> M
     except UserError:
         raise
     except SyntaxError as e:
-        raise UserError(f"{e.filename}, line {e.lineno}: {e.msg}.") from e
-    except Exception as e:  # whatever the file does wrong; its line is what its author needs
+        place = f"{e.filename}, line {e.lineno}" if e.filename else path  # of a NUL byte no place is told
+        raise UserError(f"{place}: {e.msg}.") from e
+    except (Exception, SystemExit) as e:  # whatever the file does wrong; its line is what its author needs
         line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}.") from e
+    for name in ("experiment", "local", "study"):
+        value = getattr(module, name, None)
+        if isinstance(value := getattr(value, "base", value), Experiment):
+            try:
+                check_parts(value)
+            except UserError as e:
+                place = "" if str(e).startswith("/") else f"{path}, line {_line_of(name, path)}: "
+                raise UserError(f"{place}{e}") from None
     base = getattr(getattr(module, "study", None), "base", None)
     if not isinstance(getattr(module, "experiment", base), Experiment):
         raise UserError(f"{path} defines no `experiment = Experiment(...)`, and no `study = Study(...)`.")
     return module
+
+
+def _line_of(name: str, path: Path) -> int:
+    """The line of a file where this name gets its (last) value."""
+    nodes = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    return max((n.lineno for n in nodes if f"'{name}'" in ast.dump(n, annotate_fields=False).partition(", Call")[0]),
+               default=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+from lab.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def pick(logits_BV: Array, key: Array, temperature: float | Array, top_k: int | None, top_p: float | Array) -> Array:
@@ -33,15 +39,16 @@ def pick(logits_BV: Array, key: Array, temperature: float | Array, top_k: int | 
     return jnp.where(temperature > 0, sampled, greedy).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "new_tokens", "top_k"))
+@functools.partial(jax.jit, static_argnames=("model", "new_tokens", "top_k", "vocab"))
 def generate(model: nn.Module, params: Any, prompt_BL: Array, lengths_B: Array, key: Array, *, new_tokens: int,
              temperature: float | Array = 1.0, top_k: int | None = None, top_p: float | Array = 1.0,
-             stop: int | Array = -1) -> Array:
+             stop: int | Array = -1, vocab: int | None = None) -> Array:
     """Continues prompts of different lengths in one batch; returns the new tokens, int32 (B, new_tokens).
 
     Prompts are padded on the right to (B, L); row b has `lengths_B[b]` >= 1 real tokens. The padding needs no mask: a
     query sees the cache up to its own position only, and each padded slot is overwritten before it comes into view.
     After `stop` a row is filled with `stop`. L + new_tokens must not exceed ``model.context``: the cache would wrap.
+    `vocab`: ids from there on are padding of the model's vocabulary and never chosen.
     """
     B, L = prompt_BL.shape
     if L + new_tokens > model.context:
@@ -52,6 +59,8 @@ def generate(model: nn.Module, params: Any, prompt_BL: Array, lengths_B: Array, 
 
     def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
         logits_BV, cache, position_B, done_B = carry
+        if vocab is not None and vocab < logits_BV.shape[-1]:
+            logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab, logits_BV, -jnp.inf)
         token_B = jnp.where(done_B, stop, pick(logits_BV, key, temperature, top_k, top_p))
         logits_B1V, cache = model.apply({"params": params, **cache}, token_B[:, None], train=False, decode=True,
                                         positions=position_B[:, None], mutable=["cache"])
@@ -62,26 +71,67 @@ def generate(model: nn.Module, params: Any, prompt_BL: Array, lengths_B: Array, 
     return tokens.T
 
 
-def sample_texts(model: nn.Module, params: Any, text: Any, prompts: list[str], *, seed: int, new_tokens: int,
-                 temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> list[str]:
-    """Continues text prompts, all in one batch. `text` encodes and decodes (`encode`, `decode`, `eot`).
+def _generate(model: nn.Module, variables: Mapping[str, Any], prompt_BL: Array, lengths_B: Array, key: Array,
+              temperature: Array, top_p: Array, stop: Array, *, new_tokens: int, top_k: int | None,
+              vocab: int | None) -> Array:
+    """`generate` as `Outcome.compute` takes it."""
+    return generate(model, variables["params"], prompt_BL, lengths_B, jax.random.wrap_key_data(key),
+                    new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, vocab=vocab)
 
-    A prompt keeps at most its last half context, and what is new is as much as still fits the context. An empty prompt
-    starts from the end-of-text token, or from a line end where the tokenizer has none.
+
+def sample_texts(compute: Callable[..., Any], context: int, text: Any, prompts: list[str], *, seed: int,
+                 new_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float = 1.0) -> list[str]:
+    """Continues text prompts, all in one batch. `text` encodes and decodes (`encode`, `decode`, `eot`); `compute`: see
+    `lab.tasks.base.Outcome`; `context`: the model's; `new_tokens` None: as many as still fit it.
+
+    Where prompt and new tokens exceed the context a window slides along: when it is full, its last half is kept and
+    the text goes on from there, so that each token sees at least half a context. An empty prompt starts from the
+    end-of-text token, or from a token that stands between words.
     """
     if not prompts:
         return []
-    start = [text.eot] if text.eot is not None else list(text.encode("\n"))
-    encoded = [list(text.encode(prompt)) or start for prompt in prompts]
-    encoded = [ids[-max(1, model.context // 2):] for ids in encoded]
+    half = context // 2
+    if not half:
+        raise UserError(f"A model with a context of {context} token has no room for a text.")
+    encoded = [list(text.encode(prompt)) or _start(text) for prompt in prompts]
     longest = max(map(len, encoded))
-    new_tokens = min(new_tokens, model.context - longest)
-    width = min(model.context - new_tokens, 1 << (longest - 1).bit_length())  # few widths, so few compilations
-    prompt_BL = np.zeros((len(encoded), width), np.int32)
-    for row, ids in zip(prompt_BL, encoded, strict=True):
-        row[: len(ids)] = ids
+    new_tokens = max(1, context - longest) if new_tokens is None else new_tokens
+    if longest + new_tokens > context:
+        log.info("prompt and new tokens (%d + %d) exceed the model's context of %d: each token sees the last %d to %d",
+                 longest, new_tokens, context, half, context)
+        encoded = [ids[-max(half, context - new_tokens):] for ids in encoded]
     stop = -1 if text.eot is None else text.eot
-    out = generate(model, params, prompt_BL, np.array([len(ids) for ids in encoded]), jax.random.key(seed), stop=stop,
-                   new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    ends = [list(row).index(stop) if stop in row else len(row) for row in np.asarray(out)]
-    return [text.decode(row[:end]) for row, end in zip(np.asarray(out), ends, strict=True)]
+    vocab = getattr(text, "facts", {}).get("vocab")
+    numbers = np.float32(temperature), np.float32(top_p), np.int32(stop)
+    out = np.zeros((len(encoded), 0), np.int32)
+    key = jax.random.key(seed)
+    while out.shape[1] < new_tokens and not (out == stop).any(1).all():
+        part = out.shape[1]
+        windows = [(ids + row)[-half:] if part else ids for ids, row in zip(encoded, out.tolist(), strict=True)]
+        longest = max(map(len, windows))
+        count = context - longest if part else min(new_tokens, context - longest)
+        width = min(context - count, 1 << (longest - 1).bit_length())  # few widths, so few compilations
+        prompt_BL = np.zeros((len(windows), width), np.int32)
+        for row, ids in zip(prompt_BL, windows, strict=True):
+            row[: len(ids)] = ids
+        own = np.asarray(jax.random.key_data(jax.random.fold_in(key, part) if part else key))
+        found = compute(_generate, prompt_BL, np.array([len(ids) for ids in windows]), own, *numbers, new_tokens=count,
+                        top_k=top_k, vocab=vocab)
+        out = np.concatenate([out, found], 1)
+    out = out[:, :new_tokens]
+    ends = [list(row).index(stop) if stop in row else len(row) for row in out]
+    return [text.decode(row[:end]) for row, end in zip(out, ends, strict=True)]
+
+
+def _start(text: Any) -> list[int]:
+    """What an empty prompt stands for: a token that the vocabulary has."""
+    if text.eot is not None:
+        return [text.eot]
+    for between in ("\n", " "):
+        try:
+            if len(ids := list(text.encode(between))):
+                return ids
+        except UserError:  # a vocabulary of characters that lacks this one
+            continue
+    return [0]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from lab import metrics, plots
+from lab.check import load_data
 from lab.checkpoint import Checkpoints
 from lab.console import Screen, clock, facts, human
 from lab.data.pipeline import Prefetch, eval_batches, reader, train_indices
@@ -62,8 +63,7 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
     Raises:
       UserError: data, folder, checkpoint, devices or disk are not as they must be.
     """
-    data = prepared.data if prepared else experiment.data.load()
-    experiment.model.check(data.facts)
+    data = prepared.data if prepared else load_data(experiment)
     processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
     with alone(folder) if processes.first else contextlib.nullcontext():
         place = checkpoint_folder(folder, checkpoints)

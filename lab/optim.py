@@ -6,72 +6,42 @@ decided by Python values alone (None, or a Python 0).
 
 One update of every optimizer but the schedule-free one, for a parameter w with path p, loss gradient g:
 
-    g <- g + l1 sign(w) + l2 w              (only where weight decay applies)
+    g <- g + l1 sign(w) + l2 w              (matrices only, as weight decay)
     g <- g min(1, clip / |g|)               (norm over all trained parameters)
     u <- direction(g)                       (Adam, Lion, ...)
     w <- w - lr(count) multiplier(p) (u + decay w)
 
-Paths are the names joined by "/", such as `blocks/attention/query/kernel`.
+Paths are the names joined by "/", such as `blocks/attention/query/kernel`. What is a matrix, and a hidden one, is read
+from the model's program (lab/matrices.py), never from names.
 """
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from numbers import Real
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lab.averages import EmaState, find, map_paths, with_ema
 from lab.errors import UserError
+from lab.matrices import Matrix
+from lab.optax_source import source_of
 from lab.schedules import Constant, Cosine, InverseSqrt, Linear, Schedule, WarmupStableDecay, require, require_regex
 
 Params = Any  # a pytree of arrays: nested dicts as Flax makes them
-_NO_MATRIX = "bias|scale|gain|gamma|embedding|pos_embedding|wte|wpe"  # norm scales, biases and embeddings
+NONE: Mapping[str, Matrix] = MappingProxyType({})
 __all__ = ["Schedule", "Constant", "Linear", "Cosine", "InverseSqrt", "WarmupStableDecay", "Optimizer", "SGD", "Adam",
-           "AdamW", "Lion", "Adafactor", "Muon", "ScheduleFreeAdamW"]
+           "AdamW", "Lion", "Adafactor", "Muon", "ScheduleFreeAdamW", "Optax"]
 
 
 def _off(value: Any) -> bool:
     """True for None and a Python 0; never for a traced value, whose transformation must stay."""
     return value is None or (isinstance(value, Real) and value == 0)
-
-
-def _map_paths(f: Callable[..., Any], tree: Params, *rest: Params) -> Any:
-    """`jax.tree.map` whose function gets the leaf's path first."""
-    keystr = jax.tree_util.keystr
-    return jax.tree.map_with_path(lambda path, *leaf: f(keystr(path, simple=True, separator="/"), *leaf), tree, *rest)
-
-
-class EmaState(NamedTuple):
-    """State of the outermost transformation when `Optimizer.ema` is set."""
-
-    count: jax.Array  # completed updates
-    ema: Params  # float32
-    inner: Any
-
-
-def _with_ema(inner: optax.GradientTransformation, decay: Any, start: int) -> optax.GradientTransformation:
-    """Average the parameters after each update, beginning with those after `start` updates (so there is nothing to
-    debias). The decay of update start + t, t = 0, 1, ..., is min(decay, (1 + t) / (10 + t)), which soon forgets the
-    start (TensorFlow's rule).
-    """
-
-    def init(params: Params) -> EmaState:
-        copy = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
-        return EmaState(jnp.zeros([], jnp.int32), copy, inner.init(params))
-
-    def update(grads: Params, state: EmaState, params: Params) -> tuple[Params, EmaState]:
-        updates, inner_state = inner.update(grads, state.inner, params)
-        t = state.count - start
-        d = jnp.minimum(decay, (1 + t) / (10 + t))
-        ema = jax.tree.map(lambda e, p: jnp.where(t < 0, p.astype(e.dtype), e + (1 - d) * (p - e)), state.ema,
-                           optax.apply_updates(params, updates))
-        return updates, EmaState(state.count + 1, ema, inner_state)
-
-    return optax.GradientTransformation(init, update)
 
 
 @dataclass(frozen=True)
@@ -95,9 +65,8 @@ class Optimizer:
     """Completed updates before the average begins; until then it is the parameters themselves."""
     groups: tuple[tuple[str, float], ...] = ()
     """Learning-rate multipliers: (regex searched in the path, multiplier). First match wins; 0 freezes exactly."""
-    no_decay: str = rf"(^|/)({_NO_MATRIX})(/|$)"
-    """Regex of paths without weight decay or penalties, besides everything with fewer than 2 axes. By name, because
-    `nn.scan` gives norm scales and biases a second axis. Empty: the number of axes alone decides."""
+    no_decay: str | None = None
+    """Regex of paths of matrices that get neither weight decay nor penalties. Nothing but matrices gets any."""
 
     def __post_init__(self) -> None:
         # One form, so that the flag of every experiment is `--optim.lr.peak` (tyro gives a bare number no flag at all).
@@ -108,6 +77,10 @@ class Optimizer:
         """From the gradient to the step that the learning rate multiplies (pointing uphill), without weight decay."""
         raise NotImplementedError
 
+    def directions(self, matrices: Mapping[str, Matrix]) -> optax.GradientTransformation:
+        """`direction`, where matrices are treated otherwise than the rest."""
+        return self.direction()
+
     def wrap(self, step: optax.GradientTransformation, rate: optax.Schedule) -> optax.GradientTransformation:
         """Put something around direction, decay and rate."""
         return step
@@ -116,38 +89,43 @@ class Optimizer:
         """Learning rate before multipliers, as a function of the number of completed updates."""
         return self.lr.build(steps)
 
-    def decays(self, params: Params) -> Any:
+    def decays(self, params: Params, matrices: Mapping[str, Matrix]) -> Any:
         """Tree of bools: which parameters get weight decay and penalties."""
-
-        def decays(path: str, p: Any) -> bool:
-            return p.ndim >= 2 and (self.no_decay == "" or re.search(self.no_decay, path) is None)
-
-        return _map_paths(decays, params)
+        spared = [] if self.no_decay is None else [path for path in matrices if re.search(self.no_decay, path)]
+        return map_paths(lambda path, _: path in matrices and path not in spared, params)
 
     def group(self, path: str) -> Any:
         """Learning-rate multiplier of the first group that matches."""
         return next((multiplier for pattern, multiplier in self.groups if re.search(pattern, path)), 1.0)
 
-    def multiplier(self, path: str, ndim: int) -> Any:
+    def multiplier(self, path: str, matrix: Matrix | None) -> Any:
         """All that the learning rate of this parameter is multiplied by."""
         return self.group(path)
 
-    def build(self, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for a run of `steps` updates; `update` needs the parameters.
+    @property
+    def needs_matrices(self) -> bool:
+        """Whether anything depends on which parameters are matrices."""
+        return not (_off(self.decay) and _off(self.l1) and _off(self.l2))
+
+    def build(self, steps: int, matrices: Mapping[str, Matrix] = NONE) -> optax.GradientTransformationExtraArgs:
+        """The optax transformation for a run of `steps` updates. ``init(params, extra)``, ``update(grads, state,
+        params, extra=extra)``, where `extra` are the model's statistics after this update: an average of the
+        parameters averages them, too. `matrices`: by path, see lab/matrices.py.
 
         `init` raises UserError where a rule fits no parameter (see `check`)."""
 
         def penalise(grads: Params, params: Params) -> Params:
             penalised = jax.tree.map(lambda g, w: g + self.l1 * jnp.sign(w) + self.l2 * w, grads, params)
-            return jax.tree.map(lambda on, new, old: new if on else old, self.decays(grads), penalised, grads)
+            return jax.tree.map(lambda on, new, old: new if on else old, self.decays(grads, matrices), penalised, grads)
 
         def multiply(updates: Params, _: Params) -> Params:
-            return _map_paths(lambda path, u: u * jnp.asarray(self.multiplier(path, u.ndim), u.dtype), updates)
+            return map_paths(lambda path, u: u * jnp.asarray(self.multiplier(path, matrices.get(path)), u.dtype),
+                             updates)
 
         rate = self.rate(steps)
-        step = [self.direction()]
+        step = [self.directions(matrices)]
         if not _off(self.decay):
-            step += [optax.add_decayed_weights(self.decay, mask=self.decays)]
+            step += [optax.add_decayed_weights(self.decay, mask=lambda params: self.decays(params, matrices))]
         step += [optax.scale_by_learning_rate(rate), optax.stateless(multiply)]
         tx = []
         if not (_off(self.l1) and _off(self.l2)):
@@ -157,34 +135,43 @@ class Optimizer:
         tx = optax.chain(*tx, self.wrap(optax.chain(*step), rate))
         if any(_off(multiplier) for _, multiplier in self.groups):  # frozen parameters get no state at all
             tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, self._labels)
-        if self.ema is not None:
-            tx = _with_ema(tx, self.ema, self.ema_from)
+        tx = with_ema(tx, self.ema, self.ema_from)
 
-        def init(params: Params) -> Any:
-            self.check(params)
-            return tx.init(params)
+        def init(params: Params, extra: Any = ()) -> Any:
+            self.check(params, matrices, extra)
+            return tx.init(params, extra)
 
-        return optax.GradientTransformation(init, tx.update)
+        return optax.GradientTransformationExtraArgs(init, tx.update)
 
     def _labels(self, params: Params) -> Any:
-        return _map_paths(lambda path, _: "frozen" if _off(self.group(path)) else "trained", params)
+        return map_paths(lambda path, _: "frozen" if self.frozen(path) else "trained", params)
+
+    def frozen(self, path: str) -> bool:
+        """Whether a parameter stays as it is."""
+        return _off(self.group(path))
 
     def eval_params(self, opt_state: Any, params: Params) -> Params:
         """The parameters to evaluate and sample with: their moving average if `ema` is set, else themselves."""
         if self.ema is None:
             return params
-        return jax.tree.map(lambda e, p: e.astype(p.dtype), _find(opt_state, EmaState).ema, params)
+        return jax.tree.map(lambda e, p: e.astype(p.dtype), find(opt_state, EmaState).ema, params)
 
-    def take_over(self, opt_state: Any, params: Params, count: jax.Array) -> Any:
+    def eval_extra(self, opt_state: Any, extra: Any) -> Any:
+        """The model's statistics that go with `eval_params`."""
+        if self.ema is None:
+            return extra
+        return jax.tree.map(lambda e, x: e.astype(x.dtype), find(opt_state, EmaState).extra, extra)
+
+    def take_over(self, opt_state: Any, params: Params, extra: Any, count: jax.Array) -> Any:
         """The state, after `count` updates, of an optimizer that differs from this one in its average only, as ours."""
         averages = isinstance(opt_state, EmaState)
         if self.ema is not None and not averages:
-            return EmaState(count, jax.tree.map(lambda p: jnp.array(p, jnp.float32), params), opt_state)
+            return EmaState.begin(params, extra, opt_state, count)
         return opt_state.inner if averages and self.ema is None else opt_state
 
-    def check(self, params: Params) -> None:
+    def check(self, params: Params, matrices: Mapping[str, Matrix], extra: Any) -> None:
         """UserError when a group's regex fits no parameter (or only those of earlier groups) or nothing is trained."""
-        paths = jax.tree.leaves(_map_paths(lambda path, _: path, params))
+        paths = jax.tree.leaves(map_paths(lambda path, _: path, params))
         first = {next((i for i, (r, _) in enumerate(self.groups) if re.search(r, path)), None) for path in paths}
         for i, (pattern, _) in enumerate(self.groups):
             if i not in first:
@@ -207,17 +194,12 @@ class Optimizer:
         for pattern, multiplier in self.groups:
             require_regex("groups", pattern)
             require(f"groups ({pattern!r})", multiplier, "0 (frozen) or more", lambda v: v >= 0)
-        require_regex("no_decay", self.no_decay)
+        if self.no_decay is not None:
+            require_regex("no_decay", self.no_decay)
         for name in ("b1", "b2", "momentum"):
             require(name, getattr(self, name, None), "in [0, 1)", lambda v: 0 <= v < 1)
         for name in ("eps", "rms", "threshold"):
             require(name, getattr(self, name, None), "above 0", lambda v: v > 0)
-
-
-def _find(state: Any, kind: type) -> Any:
-    """The one node of this type in an optimizer state."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
-    return next(node for node in nodes if isinstance(node, kind))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,10 +313,10 @@ class Muon(AdamW):
     """Hidden matrices step along their orthogonalised Nesterov momentum (Jordan et al. 2024: 5 quintic Newton-Schulz
     iterations) times rms sqrt(max(inputs, outputs)), which gives any shape a step of RMS about `rms`, as AdamW has (Liu
     et al. 2025, "Muon is scalable for LLM training"): one `lr` and `decay` serve both. AdamW with `b1`, `b2` and `eps`
-    trains the rest: parameters with fewer than 2 axes, or whose path `adam` matches.
+    trains the rest: output layers, embeddings, biases, scales, and what `adam` matches.
 
-    A kernel's last axis is its outputs and the others its inputs (convolutions, attention output); where `split`
-    matches, its first axis is its inputs and the others its outputs (query, key, value with an axis of heads)."""
+    What is a hidden matrix, which of its axes are its inputs and which number matrices of their own (scanned layers)
+    is read from the model's program."""
 
     momentum: float = 0.95
     """Decay of Muon's momentum."""
@@ -342,52 +324,80 @@ class Muon(AdamW):
     """RMS of an update of a matrix, before the learning rate."""
     adam_lr: float = 1.0
     """Learning-rate multiplier of the parameters that AdamW trains."""
-    adam: str = rf"(^|/)({_NO_MATRIX}|head|lm_head|logits|classifier)(/|$)"
-    """Regex of paths that AdamW trains: embeddings, output heads, norms and biases."""
-    stacked: str = r"(^|/)blocks/"
-    """Regex of paths whose first axis is depth (`nn.scan`): each layer's matrix is orthogonalised on its own."""
-    split: str = r"(^|/)(query|key|value|q|k|v|qkv|kv)/kernel$"
-    """Regex of kernels whose first axis is the input and all others the output."""
+    adam: str | None = None
+    """Regex of paths of hidden matrices that AdamW trains, too."""
 
-    def axes(self, path: str, ndim: int) -> optax.contrib.MuonDimensionNumbers | None:
-        """Input and output axes of a matrix; None for a parameter that AdamW trains."""
-        first = 1 if re.search(self.stacked, path) else 0
-        if ndim - first < 2 or re.search(self.adam, path):
-            return None
-        cut = first + 1 if re.search(self.split, path) else ndim - 1
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, cut)), tuple(range(cut, ndim)))
+    needs_matrices = True
 
-    def multiplier(self, path: str, ndim: int) -> Any:
-        return self.group(path) * (self.adam_lr if self.axes(path, ndim) is None else 1.0)
+    def orthogonal(self, path: str, matrix: Matrix | None) -> bool:
+        """Whether Muon trains this parameter."""
+        return not (matrix is None or matrix.head) and (self.adam is None or re.search(self.adam, path) is None)
 
-    def direction(self) -> optax.GradientTransformation:
+    def multiplier(self, path: str, matrix: Matrix | None) -> Any:
+        return self.group(path) * (1.0 if self.orthogonal(path, matrix) else self.adam_lr)
+
+    def directions(self, matrices: Mapping[str, Matrix]) -> optax.GradientTransformation:
+        hidden = {path: m for path, m in matrices.items() if self.orthogonal(path, m)}
+
         def orthogonal(path: str, u: jax.Array) -> jax.Array:
-            sides = self.axes(path, u.ndim)
-            inputs, outputs = (math.prod(u.shape[a] for a in axes) for axes in sides)
-            matrices = u.reshape(*u.shape[: sides[0][0]], inputs, outputs)
-            return (orthogonalised(matrices) * (self.rms * math.sqrt(max(inputs, outputs)))).reshape(u.shape)
+            order = [axis for axes in hidden[path][:3] for axis in axes]
+            shapes = [[u.shape[axis] for axis in axes] for axes in hidden[path][:3]]
+            inputs, outputs = map(math.prod, shapes[1:])
+            turned = u.transpose(order)
+            found = orthogonalised(turned.reshape(*shapes[0], inputs, outputs))
+            found = found * (self.rms * math.sqrt(max(inputs, outputs)))
+            return found.reshape(turned.shape).transpose([order.index(axis) for axis in range(u.ndim)])
 
         def axes(tree: Params) -> Any:
-            return _map_paths(lambda path, p: self.axes(path, p.ndim), tree)
+            return map_paths(lambda path, _: optax.contrib.MuonDimensionNumbers(*hidden[path][1:3]), tree)
 
         # Without iterations: the momentum of each matrix, divided by its norm.
         muon = optax.contrib.scale_by_muon(beta=self.momentum, ns_steps=0, weight_dimension_numbers=axes)
-        muon = optax.chain(muon, optax.stateless(lambda u, _: _map_paths(orthogonal, u)))
-        return optax.partition({"muon": muon, "adam": super().direction()}, self._kinds)
+        muon = optax.chain(muon, optax.stateless(lambda u, _: map_paths(orthogonal, u)))
+        return optax.partition({"muon": muon, "adam": super().direction()},
+                               lambda params: map_paths(lambda path, _: "muon" if path in hidden else "adam", params))
 
-    def _kinds(self, params: Params) -> Any:
-        return _map_paths(lambda path, p: "adam" if self.axes(path, p.ndim) is None else "muon", params)
-
-    def check(self, params: Params) -> None:
-        super().check(params)
-        if "muon" not in jax.tree.leaves(self._kinds(params)):
-            raise UserError("optim: Muon finds no hidden matrix in this model (see optim.adam). Use AdamW.")
+    def check(self, params: Params, matrices: Mapping[str, Matrix], extra: Any) -> None:
+        super().check(params, matrices, extra)
+        if not any(self.orthogonal(path, matrix) for path, matrix in matrices.items()):
+            raise UserError("optim: Muon finds no hidden matrix in this model (its output layer is none). Use AdamW.")
 
     def validate(self, steps: int) -> None:
         super().validate(steps)
         require("adam_lr", self.adam_lr, "above 0 (freeze with optim.groups)", lambda v: v > 0)
-        for name in ("adam", "stacked", "split"):
-            require_regex(name, getattr(self, name))
+        if self.adam is not None:
+            require_regex("adam", self.adam)
+
+
+@dataclass(frozen=True)
+class Optax(Optimizer):
+    """Any optax transformation with its own learning rate: ``Optax(optax.adam(1e-3))``. Clipping, average, decay and
+    learning-rate groups go on top; decay and the metric learning_rate know of `lr` alone, which multiplies its steps.
+    """
+
+    lr: Schedule | float = field(default=1.0, kw_only=True)
+    """Factor of the transformation's steps."""
+    transformation: Any = field(default=None, metadata={"json": False})
+    """The optax transformation."""
+    source: str = field(default="", kw_only=True)
+    """What tells transformations apart: a digest of the code and the values that it is made of; found by itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.transformation is not None:
+            object.__setattr__(self, "source", source_of(self.transformation))
+
+    def direction(self) -> optax.GradientTransformation:
+        return optax.chain(self.transformation, optax.scale(-1.0))  # its steps point downhill, a direction uphill
+
+    def validate(self, steps: int) -> None:
+        super().validate(steps)
+        if self.transformation is None and self.source:
+            raise UserError("optim: this run was trained by an optax transformation, which its folder does not hold. "
+                            "Give the file of its experiment.")
+        if not (hasattr(self.transformation, "init") and hasattr(self.transformation, "update")):
+            raise UserError(f"Optax(...) takes an optax transformation, such as optax.adam(1e-3), not "
+                            f"{self.transformation!r:.60}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,15 +420,24 @@ class ScheduleFreeAdamW(AdamW):
         return optax.contrib.schedule_free(step, lambda count: rate(count - 1), b1=self.b1)
 
     def eval_params(self, opt_state: Any, params: Params) -> Params:
-        state = _find(opt_state, optax.contrib.ScheduleFreeState)
+        state = find(opt_state, optax.contrib.ScheduleFreeState)
 
         def masked(node: Any) -> bool:  # a frozen parameter
             return isinstance(node, optax.MaskedNode)
 
         def mean(z: Any, y: jax.Array) -> jax.Array:
-            return y if masked(z) else (y - (1 - state.b1) * z) / state.b1
+            if masked(z):
+                return y
+            b1 = jnp.expand_dims(state.b1, range(state.b1.ndim, y.ndim))  # one for each member, where there are some
+            return (y - (1 - b1) * z) / b1
 
         return jax.tree.map(mean, state.z, params, is_leaf=masked)
+
+    def check(self, params: Params, matrices: Mapping[str, Matrix], extra: Any) -> None:
+        super().check(params, matrices, extra)
+        if jax.tree.leaves(extra):
+            raise UserError("optim: schedule-free AdamW evaluates averaged weights, whose batch statistics are not "
+                            "those of the trained ones. Use AdamW with optim.ema, which averages both.")
 
     def validate(self, steps: int) -> None:
         super().validate(steps)

@@ -97,7 +97,8 @@ class Pretrained:
         _same_tokenizer(folder, data)
         experiment, _, found = open_run(folder, step, file=user_path(self.experiment) if self.experiment else None)
         averaged = experiment.optim.eval_params(found.opt_state, found.params)
-        there, wanted = leaves(averaged) | leaves(found.extra), leaves(state.params) | leaves(state.extra)
+        extra = experiment.optim.eval_extra(found.opt_state, found.extra)
+        there, wanted = leaves(averaged) | leaves(extra), leaves(state.params) | leaves(state.extra)
         given, new = {}, []
         for path, x in wanted.items():
             chosen = any(re.search(r, path) for r in self.include) and not any(re.search(r, path) for r in self.exclude)

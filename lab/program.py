@@ -18,7 +18,7 @@ from lab.errors import UserError
 from lab.experiment import Experiment, override, value_at
 from lab.parallel import compiled, in_fixed_order, pmapped
 from lab.sharding import batch_sharding, constrained, make_mesh, process_rows, put, state_shardings
-from lab.step import State, init_state, make_eval_step, make_predict_step, make_train_step
+from lab.step import State, eval_variables, init_state, make_eval_step, make_predict_step, make_train_step
 
 # The algebraic simplifier works on a divided program once more than on that of one device, and then they differ.
 EXACT = {"xla_disable_hlo_passes": "algsimp"}
@@ -90,6 +90,7 @@ class Program:
         self.options = DETERMINISTIC if experiment.deterministic and gpu else {}
         self._evaluate = self._with_numbers(make_eval_step)
         self._predict = self._with_numbers(make_predict_step)
+        self._computing: dict[tuple, Callable[..., Any]] = {}
         self.resident = None
         if train is not None and fits(experiment, train):
             self.resident = jax.device_put(train.arrays, self.everywhere)
@@ -221,6 +222,23 @@ class Program:
             total = metrics.add(total, self._evaluate(state, self._put(rows), self.given))
         means, counts = metrics.means(total), metrics.counts(total)
         return means | self.experiment.task.summary(means, counts), counts
+
+    def computing(self, f: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+        """``(state, arrays, given) -> f(model, variables to evaluate with, *arrays, **static)``, jitted for this mesh
+        as evaluation is (kernels that the compiler cannot divide get each device's rows); one for equal arguments.
+        """
+        def make(experiment: Experiment) -> Callable:
+            return lambda state, arrays: f(experiment.model, eval_variables(experiment, state), *arrays, **static)
+
+        key = (f, *sorted(static.items()))
+        if key not in self._computing:
+            self._computing[key] = self._with_numbers(make)
+        return self._computing[key]
+
+    def compute(self, state: State, f: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+        """The result of `computing` as NumPy arrays, in every process; all must call it alike."""
+        arrays = jax.device_put(arrays, self.everywhere)
+        return jax.device_get(self.computing(f, **static)(state, arrays, self.given))
 
     def predict(self, state: State, records: Any, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """`Task.predict` of all `records`, in order: name -> (number of records, ...). `batches`: their batches."""

@@ -10,14 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from lab.data.pipeline import eval_batches
 from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.program import Program
 from lab.restore import leaves
-from lab.step import State, eval_variables
+from lab.step import State
 from lab.tasks.base import Outcome
 
 
@@ -27,17 +26,9 @@ def make_outcome(program: Program, state: State, data: Any, split: str, means: M
     records = getattr(data, split)
     experiment = program.experiment
     predictions = functools.partial(predict, program, state, records)
-    variables = functools.partial(variables_here, experiment, state)
-    return Outcome(experiment.model, variables, data, records, split, means, counts,
+    compute = functools.partial(program.compute, state)
+    return Outcome(experiment.model, compute, data, records, split, means, counts,
                    predictions, int(jax.device_get(state.step)), experiment.seed, folder)
-
-
-def variables_here(experiment: Experiment, state: State) -> dict[str, Any]:
-    """`eval_variables`; with several processes as NumPy arrays, so that each can compute with them by itself."""
-    variables = eval_variables(experiment, state)
-    if jax.process_count() == 1:
-        return variables
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), variables)
 
 
 def predict(program: Program, state: State, records: Any) -> dict[str, np.ndarray]:

@@ -12,6 +12,10 @@ import optax
 from jax import Array
 
 from lab.experiment import Experiment
+from lab.frozen import frozen_statistics
+from lab.matrices import matrices
+from lab.members import Several, per_member
+from lab.parts import check_loss
 from lab.sharding import path_of
 
 Batch = Mapping[str, Array]
@@ -62,13 +66,20 @@ def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] 
     `given`: arrays that replace those just drawn, by their path in `params` or `extra`: pretrained ones. Those of the
     optimizer's state and the step of a run that goes on are there as "state/opt_state/..." and "state/step".
     """
-    batch = prepare(experiment, batch, False)
+    raw, batch = batch, prepare(experiment, batch, False)
     variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), batch)
     extra = {name: value for name, value in variables.items() if name != "params"}
     fresh = State(jnp.zeros((), jnp.int32), variables["params"], extra, ())
     state = jax.tree.map_with_path(lambda path, x: (given or {}).get(path_of(path[1:]), x), fresh)
-    state = state._replace(opt_state=experiment.optimizer.build(experiment.steps).init(state.params))
+    state = state._replace(opt_state=make_optimizer(experiment, raw).init(state.params, state.extra))
     return jax.tree.map_with_path(lambda path, x: (given or {}).get(f"state/{path_of(path)}", x), state)
+
+
+def make_optimizer(experiment: Experiment, batch: Batch) -> optax.GradientTransformationExtraArgs:
+    """The experiment's optimizer for its model (for each member by itself, of several); `batch`: see `init_state`."""
+    optimizer, several = experiment.optimizer, isinstance(experiment.model, Several)
+    tx = optimizer.build(experiment.steps, matrices(experiment, batch) if optimizer.needs_matrices else {})
+    return per_member(tx) if several else tx
 
 
 Gradient = Callable[..., Any]
@@ -104,7 +115,9 @@ def make_loss(experiment: Experiment) -> Callable[..., tuple[Array, tuple]]:
     def loss(params: Any, extra: Any, rows: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
         rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
         variables = {"params": cast(params, experiment.precision), **extra}
-        loss_sum, weight, metrics, extra = experiment.task.loss(experiment.model, variables, rows, rngs, train=True)
+        with frozen_statistics(experiment.optimizer):
+            result = experiment.task.loss(experiment.model, variables, rows, rngs, train=True)
+        loss_sum, weight, metrics, extra = check_loss(experiment.task, result, train=True)
         return loss_sum, (weight, metrics, extra)
 
     return loss
@@ -117,16 +130,17 @@ def make_train_step(experiment: Experiment, total: Total | None = None) -> Calla
     The gradient is that of (sum of losses) / (sum of weights) over the whole batch, whatever the microbatches; every
     metric is (sum, weight). `total`: how the sums come about, by default over `experiment.microbatches`.
     """
-    optimizer, rate = experiment.optimizer.build(experiment.steps), experiment.optim.rate(experiment.steps)
+    rate = experiment.optim.rate(experiment.steps)
     gradient = jax.grad(make_loss(experiment), has_aux=True)
     total = total or microbatched(experiment.microbatches)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        optimizer = make_optimizer(experiment, batch)
         batch = prepare(experiment, batch, True, state.step)
         grads, (weight, metrics, extra) = total(gradient, state, batch)
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         with jax.named_scope("optimizer"):  # profiles tell its operations by this name
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, extra=extra)
             params = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
         metrics |= {"gradient_norm": (optax.tree.norm(grads), one), "update_norm": (optax.tree.norm(updates), one),
@@ -142,15 +156,16 @@ def eval_params(experiment: Experiment, state: State) -> Any:
 
 
 def eval_variables(experiment: Experiment, state: State) -> dict[str, Any]:
-    """`eval_params` and the mutable collections, as a model takes them."""
-    return {"params": eval_params(experiment, state), **state.extra}
+    """`eval_params` and the mutable collections that go with them, as a model takes them."""
+    return {"params": eval_params(experiment, state), **experiment.optim.eval_extra(state.opt_state, state.extra)}
 
 
 def make_eval_step(experiment: Experiment) -> Callable[[State, Batch], Metrics]:
     """Metrics of one batch, with `eval_params`."""
     def eval_step(state: State, batch: Batch) -> Metrics:
         batch = prepare(experiment, batch, False)
-        return experiment.task.loss(experiment.model, eval_variables(experiment, state), batch, {}, train=False)[2]
+        found = experiment.task.loss(experiment.model, eval_variables(experiment, state), batch, {}, train=False)
+        return check_loss(experiment.task, found, train=False)[2]
 
     return eval_step
 

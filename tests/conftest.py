@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if os.environ.get("LAB_TEST_PLATFORM", "cpu") == "gpu":
     os.environ["JAX_PLATFORMS"] = "cuda,cpu"
@@ -27,6 +28,16 @@ SHARED = Path(os.environ.get("LAB_SHARED", ROOT.parent / "shared"))
 def pytest_configure(config: pytest.Config) -> None:
     """The marks of this suite."""
     config.addinivalue_line("markers", "gpu: needs a GPU; tests/gpu/run.py starts them")
+
+
+def computing(model: Any, variables: Any) -> Callable[..., Any]:
+    """`lab.tasks.base.Outcome.compute` for variables that are at hand."""
+    import jax
+
+    def compute(f: Callable, *arrays: Any, **static: Any) -> Any:
+        return jax.device_get(f(model, variables, *arrays, **static))
+
+    return compute
 
 
 @pytest.fixture

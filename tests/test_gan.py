@@ -18,6 +18,7 @@ from lab.models.gan import GAN, pixel_shuffle, stages
 from lab.optim import Adam
 from lab.tasks.adversarial import GAP, GRID, Adversarial, generate_images, grid, judge_scores, latents, over_time
 from lab.tasks.base import Outcome
+from tests.conftest import computing
 
 B = 8
 WEIGHT = np.array([1, 1, 0, 1, 1, 1, 1, 0], np.float32)
@@ -290,8 +291,8 @@ def test_what_does_not_fit():
 
 
 def outcome(folder: Any, variables: Any, step: int = 1, seed: int = 0) -> Outcome:
-    return Outcome(model=MODEL, variables_here=lambda: variables, data=None, records=None, split="validation", means={},
-                   counts={}, predictions=dict, step=step, seed=seed, folder=folder)
+    return Outcome(model=MODEL, compute=computing(MODEL, variables), data=None, records=None, split="validation",
+                   means={}, counts={}, predictions=dict, step=step, seed=seed, folder=folder)
 
 
 def pixels(path: Any) -> np.ndarray:
@@ -299,10 +300,10 @@ def pixels(path: Any) -> np.ndarray:
 
 
 def test_sample_i_depends_on_the_seed_and_i_alone(variables):
-    images = generate_images(MODEL, variables, 10, seed=3, batch=16)
+    images = generate_images(computing(MODEL, variables), 10, seed=3, batch=16)
     assert images.shape == (10, 8, 8, 1) and images.dtype == np.uint8 and images.std() > 0
-    np.testing.assert_array_equal(generate_images(MODEL, variables, 10, seed=3, batch=4), images)
-    assert (generate_images(MODEL, variables, 10, seed=4, batch=16) != images).any()
+    np.testing.assert_array_equal(generate_images(computing(MODEL, variables), 10, seed=3, batch=4), images)
+    assert (generate_images(computing(MODEL, variables), 10, seed=4, batch=16) != images).any()
     assert len(np.unique(images.reshape(10, -1), axis=0)) == 10
 
 
@@ -318,7 +319,7 @@ def test_snapshots_have_the_same_noise(variables, tmp_path):
     scale = 56 // 8
     inner = a[GAP:, GAP:].reshape(GRID, 8 * scale + GAP, GRID, 8 * scale + GAP)[:, :-GAP:scale, :, :-GAP:scale]
     np.testing.assert_array_equal(inner.transpose(0, 2, 1, 3).reshape(64, 8, 8, 1),
-                                  generate_images(MODEL, variables, 64, seed=0))
+                                  generate_images(computing(MODEL, variables), 64, seed=0))
 
 
 def test_samples_over_time_are_read_back(variables, tmp_path):
@@ -366,8 +367,9 @@ def test_evaluation_draws_the_averaged_generator(variables, tmp_path):
     averaged = {**variables, "params": eval_params(experiment, State(jnp.int32(3), params, {}, state))}
     Adversarial().snapshot(outcome(tmp_path, averaged))
     shown = pixels(tmp_path / "samples" / "step-000001.png")
-    np.testing.assert_array_equal(shown, np.asarray(grid(generate_images(MODEL, averaged, 64, seed=0))))
-    assert (shown != np.asarray(grid(generate_images(MODEL, {**variables, "params": params}, 64, seed=0)))).any()
+    np.testing.assert_array_equal(shown, np.asarray(grid(generate_images(computing(MODEL, averaged), 64, seed=0))))
+    last = computing(MODEL, {**variables, "params": params})
+    assert (shown != np.asarray(grid(generate_images(last, 64, seed=0)))).any()
 
 
 # ----------------------------------------------------------------------------------------------------------- scores

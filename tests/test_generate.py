@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lab.errors import UserError
 from lab.generate import generate, pick, sample_texts
 from lab.models.gpt import GPT
+from tests.conftest import computing
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 TINY = {"depth": 2, "width": 16, "heads": 4, "vocab": 29, "context": 16, "tied": False}
@@ -229,7 +231,8 @@ class Digits:
 
 
 def texts(prompts, new=4, eot=None, model=Successor(), **settings):
-    return sample_texts(model, jnp.ones(()), Digits(eot), prompts, seed=0, new_tokens=new, **settings)
+    compute = computing(model, {"params": jnp.ones(())})
+    return sample_texts(compute, model.context, Digits(eot), prompts, seed=0, new_tokens=new, **settings)
 
 
 def test_sampled_texts_continue_their_prompts():
@@ -243,10 +246,43 @@ def test_an_empty_prompt_starts_at_the_end_of_a_text_or_at_a_line_end():
     assert texts(["", "2"], eot=9) == ["0123", "3456"]
 
 
-def test_a_long_prompt_loses_its_beginning():
+def test_a_window_slides_beyond_the_context(caplog):
+    """The context is 16: of a long prompt as much is kept as leaves room, and then half of what there is, each time."""
+    caplog.set_level("INFO", "lab.generate")
     assert texts(["0123456789" * 5, "3"]) == ["0123", "4567"]
-    assert texts(["0123456789" * 5], new=100) == ["01234567"]  # half of the context of 16 for each
-    assert texts(["2"], new=15) == ["345678901234567"]
+    assert texts(["0123456789" * 5], new=100) == ["0123456789" * 10]
+    assert [len(text) for text in texts(["12", "5" * 40, ""], new=300)] == [300, 300, 300]
+    assert len(caplog.messages) == 3  # once each
+    assert "(50 + 100) exceed the model's context of 16: each token sees the last 8 to 16" in caplog.messages[1]
+    assert texts(["2"], new=15) == ["345678901234567"] and texts(["2"], new=None) == ["345678901234567"]
+    assert texts(["7", "12"], new=40, eot=9) == ["8", "345678"]  # nothing follows the end of a text
+    assert len(caplog.messages) == 4
+    with pytest.raises(UserError, match="a context of 1 token has no room"):
+        sample_texts(None, 1, Digits(), ["1"], seed=0)
+
+
+def test_sampling_begins_with_a_token_that_there_is():
+    class Letters(Digits):
+        def encode(self, text):
+            if set(text) - set("0123456789"):
+                raise UserError("no such character")
+            return super().encode(text)
+
+    compute = computing(Successor(), {"params": jnp.ones(())})
+    assert sample_texts(compute, 16, Letters(), ["", "3"], seed=0, new_tokens=2) == ["12", "45"]
+    with pytest.raises(UserError, match="no such character"):  # what the user types is theirs
+        sample_texts(compute, 16, Letters(), ["x"], seed=0)
+
+
+def test_padding_of_the_vocabulary_is_never_chosen():
+    """Logits that prefer ids from 7 on, which the tokenizer does not have."""
+    def draw(vocab, temperature):
+        prompt, key = np.array([[5]], np.int32), jax.random.key(0)
+        return np.asarray(generate(Successor(), jnp.ones(()), prompt, np.array([1]), key, new_tokens=9,
+                                   temperature=temperature, vocab=vocab))
+
+    for temperature in (0.0, 1.0, 100.0):
+        assert draw(7, temperature).max() < 7 <= draw(None, temperature).max()
 
 
 def test_one_compilation_serves_all_prompts_of_a_bucket():

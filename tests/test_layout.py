@@ -16,7 +16,8 @@ FILES = sorted((ROOT / "lab").rglob("*.py"))
 INGREDIENTS = {"data", "models", "tasks", "optim", "schedules", "generate"}
 KITCHEN = {"step", "sharding", "checkpoint", "metrics", "plan", "program", "run_folder", "restore", "fitted",
            "pretrained", "channel", "distributed", "local", "topologies", "hlo", "roofline", "compiled_plan", "files",
-           "field_types", "rebuild", "own_file", "shared_secret", "source_code", "continued"}
+           "field_types", "rebuild", "own_file", "shared_secret", "source_code", "continued",
+           "matrices", "members", "frozen", "averages", "check"}
 
 
 @functools.cache
@@ -44,11 +45,12 @@ def lab_imports(source: str) -> set[str]:
 def forbidden(path: Path, source: str) -> set[str]:
     """The imports of lab that the design does not allow in this file."""
     part = path.relative_to(ROOT / "lab").with_suffix("").parts[0]
-    tops = {name.split(".")[0] for name in lab_imports(source)} - {"errors", "files"}  # standard library only
+    tops = {name.split(".")[0] for name in lab_imports(source)} - {"errors", "files", "members"}  # import nothing
     if part in ("data", "models"):
         return tops - {part}
     if part in INGREDIENTS:
-        return tops - {part} - {"optim": {"schedules"}, "tasks": {"generate", "plots"}}.get(part, set())
+        more = {"optim": {"schedules", "matrices", "averages", "optax_source"}, "tasks": {"generate", "plots"}}
+        return tops - {part} - more.get(part, set())
     if part in KITCHEN:
         return tops & (INGREDIENTS | {"loop", "commands", "__main__", "study"})
     if path == ROOT / "lab/study/design.py":  # experiments import it: a value, without JAX

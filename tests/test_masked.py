@@ -14,6 +14,7 @@ from lab.models.bert import BERT
 from lab.models.gpt import GPT
 from lab.models.rnn import LSTM
 from lab.tasks.masked import MASK, MaskedLM, _decoded, _rounded_up
+from tests.conftest import computing
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 V, L, MANY = 50, 40, 6000
@@ -232,8 +233,8 @@ def test_decoding_around_masks():
 @pytest.mark.parametrize("batch", [BATCH, WINDOWS], ids=["messages", "windows"])
 def test_examples_are_written(tmp_path, batch):
     records = Arrays({name: value for name, value in batch.items() if name not in ("key", "weight")})
-    outcome = SimpleNamespace(data=SimpleNamespace(decode=words), records=records, model=MODEL, variables=variables(),
-                              seed=0, folder=tmp_path)
+    outcome = SimpleNamespace(data=SimpleNamespace(decode=words), records=records, model=MODEL,
+                              compute=computing(MODEL, variables()), seed=0, folder=tmp_path)
     lines = MaskedLM(samples=3).artifacts(outcome)
     assert lines == [f"Texts with hidden tokens and what the model guessed: {tmp_path / 'samples' / 'masked.txt'}"]
     text = (tmp_path / "samples" / "masked.txt").read_text()

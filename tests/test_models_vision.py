@@ -109,7 +109,7 @@ def test_ensemble_members_are_members_alone():
     assert kernel.shape == (4, 6, 8)
     assert all((kernel[i] != kernel[j]).mean() > 0.99 for i in range(4) for j in range(i))
     v = jax.tree.map(lambda x: np.asarray(x) + normal(*x.shape), v)  # the output layers start at zero
-    got = evaluate(model, v, x)
+    got = evaluate(model, v, x)[0]
     assert got.shape == (5, 4, 3)
     one = jax.jit(lambda p: model.member.apply({"params": p}, x, train=False))
     alone = [one(jax.tree.map(lambda p, m=m: p[m], v["params"]["member"])) for m in range(4)]
@@ -117,9 +117,9 @@ def test_ensemble_members_are_members_alone():
     assert np.abs(got - np.stack(alone[::-1], axis=1)).max() > 0.1  # negative control: another order
 
     same = jax.tree.map(lambda x: np.broadcast_to(x[:1], x.shape), v)
-    dropped = jax.jit(lambda v: model.apply(v, x, train=True, rngs={"dropout": jax.random.key(0)}))(same)
+    dropped = jax.jit(lambda v: model.apply(v, x, train=True, rngs={"dropout": jax.random.key(0)}))(same).values
     assert np.abs(dropped[:, 0] - dropped[:, 1]).max() > 0.1  # each member drops its own units ...
-    assert np.ptp(evaluate(model, same, x), axis=1).max() < CLOSE  # ... and there is no other difference
+    assert np.ptp(evaluate(model, same, x)[0], axis=1).max() < CLOSE  # ... and there is no other difference
 
 
 def test_an_ensemble_of_networks_with_statistics():
@@ -128,7 +128,8 @@ def test_an_ensemble_of_networks_with_statistics():
     assert {leaf.shape for leaf in jax.tree.leaves(v["batch_stats"])} == {(2, 4)}
     out, new = jax.eval_shape(lambda v: model.apply(v, x, train=True, rngs={"dropout": jax.random.key(0)},
                                                     mutable=["batch_stats"]), v)
-    assert out.shape == (3, 2, 3) and jax.tree.structure(new) == jax.tree.structure({"batch_stats": v["batch_stats"]})
+    assert out.values.shape == (3, 2, 3)
+    assert jax.tree.structure(new) == jax.tree.structure({"batch_stats": v["batch_stats"]})
 
 
 # ------------------------------------------------------------------------------------------------------- pooling

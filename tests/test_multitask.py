@@ -19,6 +19,7 @@ from lab.models.multitask import ClassifyAndReconstruct
 from lab.tasks.base import Outcome
 from lab.tasks.multitask import MultiTask, Part
 from lab.tasks.supervised import Classify, Regress
+from tests.conftest import computing
 
 GROUPS = (0, 1, 0, 1, 2)
 PARTS = (Part("class", Classify(label_smoothing=0.1), weight=1.5),
@@ -157,7 +158,7 @@ def test_evaluation_predictions_and_report(tmp_path):
     assert columns["class_prediction"] == [Data.classes[i] for i in predictions["class_prediction"]]
     np.testing.assert_allclose(columns["image_error"], np.square(want[0] - want[1]).mean(1), rtol=2e-2)
 
-    lines = TASK.artifacts(Outcome(MODEL, variables, Data(), RECORDS, "validation", found, counts,
+    lines = TASK.artifacts(Outcome(MODEL, computing(MODEL, None), Data(), RECORDS, "validation", found, counts,
                                    lambda: predictions, 1, 0, tmp_path))
     for start in ("class: Validation split, 11 records: accuracy", "group: Validation split, 11 records: accuracy",
                   "image: Validation split, 11 records: mean squared error"):

@@ -21,12 +21,13 @@ from lab.data.pipeline import Arrays, eval_batches, reader, train_batch
 from lab.data.tokenizers import Words
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
+from lab.frozen import frozen_statistics
 from lab.metrics import means, read_rows
 from lab.optim import SGD, AdamW, Constant, ScheduleFreeAdamW
 from lab.pretrained import Pretrained, WordVectors
-from lab.program import OnlyNumbered, Program, fits
+from lab.program import OnlyNumbered, Program, abstract_state, fits
 from lab.restore import leaves, open_run
-from lab.step import State, key_for, make_train_step, prepare
+from lab.step import State, eval_variables, key_for, make_train_step, prepare
 from lab.tasks.supervised import Classify
 from tests.test_loop import go, interrupt
 from tests.test_step import Kinds, Points, apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
@@ -170,12 +171,13 @@ def test_parameters_come_averaged_and_the_optimizer_starts_afresh(source):
     there, here = state_of(source), jax.device_get(program_of(TUNED).init(given))
     assert bits(here.params) == bits(there.opt_state.ema)
     assert apart(here.params, there.params) > 1e-3  # the negative control: these are not the last ones
-    assert bits(here.extra) == bits(there.extra)
+    assert bits(here.extra) == bits(there.opt_state.extra)  # statistics go with the weights: averaged, too
+    assert apart(here.extra, there.extra) > 1e-3
     fresh = jax.device_get(program_of(TUNED).init())
     assert apart(here.extra, fresh.extra) > 1e-2 and apart(here.params, fresh.params) > 1e-2
     assert here.step == 0 and there.step == 8
     assert bits(here.opt_state.ema) == bits(here.params)
-    assert bits(here.opt_state._replace(ema=None)) == bits(fresh.opt_state._replace(ema=None))
+    assert bits(here.opt_state._replace(ema=None, extra=None)) == bits(fresh.opt_state._replace(ema=None, extra=None))
     assert sum(int(np.count_nonzero(x)) for x in jax.tree.leaves(there.opt_state.inner)) > 50  # it had moments
     assert report == {"from": str(source), "step": 8, "fingerprint": SOURCE.fingerprint(), "random": [],
                       "loaded": PARAMETERS + STATISTICS, "not taken": []}
@@ -206,7 +208,7 @@ def test_include_and_exclude(source, rules, loaded):
     given, report = load(Pretrained(str(source), **rules))
     left = [path for path in PARAMETERS + STATISTICS if path not in loaded]
     assert (report["loaded"], report["random"], report["not taken"]) == (loaded, left, left)
-    there = bits(state_of(source).opt_state.ema) | bits(state_of(source).extra)
+    there = bits(state_of(source).opt_state.ema) | bits(state_of(source).opt_state.extra)
     assert {path: x.tobytes() for path, x in given.items()} == {path: there[path] for path in loaded}
 
 
@@ -285,7 +287,7 @@ def test_frozen_parameters_stay_and_the_others_change(source, tuned, tmp_path):
     for name in ("norm", "out"):
         for path, x in leaves(end.params[name]).items():
             assert apart(x, leaves(ema[name])[path]) > 1e-3, (name, path)
-    assert apart(end.extra, state_of(source).extra) > 1e-3  # statistics are no parameters
+    assert apart(end.extra, state_of(source).extra) > 1e-3  # the norm is not frozen, so its statistics are not
     assert sum(x.size for x in jax.tree.leaves(end.opt_state.inner)) < 2 * sum(
         x.size for x in jax.tree.leaves(end.params))  # no moments for what is frozen
     free = replace(frozen(source), init_from=replace(frozen(source).init_from, freeze=()))
@@ -294,19 +296,48 @@ def test_frozen_parameters_stay_and_the_others_change(source, tuned, tmp_path):
 
 
 def test_frozen_parameters_that_began_at_random(tmp_path):
-    optim = ScheduleFreeAdamW(lr=Constant(0.05))  # which keeps a second copy of what it trains
-    experiment = replace(SOURCE, optim=optim, init_from=Pretrained(freeze=("hidden/kernel", "^norm/")))
+    """With them the statistics of a frozen norm, in the state and in the average."""
+    experiment = replace(SOURCE, init_from=Pretrained(freeze=("hidden/kernel", "^norm/")))
     assert go(experiment, tmp_path / "run")[0] == 0
     begin, end = program_of(experiment).init(), state_of(tmp_path / "run")
     for params in (end.params, experiment.optim.eval_params(end.opt_state, end.params)):
         changed = {path for path, x in bits(params).items() if x != bits(begin.params)[path]}
         assert changed == {"hidden/bias", "out/bias", "out/kernel"}
+    assert bits(begin.extra) == bits(end.extra) == bits(end.opt_state.extra)
     given = load(Pretrained(str(tmp_path / "run")))[0]
     average, last = leaves(params), leaves(end.params)
     assert apart([given[p] for p in PARAMETERS], [average[p] for p in PARAMETERS]) < 1e-6  # for another run
     assert apart([last[p] for p in PARAMETERS], [average[p] for p in PARAMETERS]) > 1e-3
     assert json.loads((tmp_path / "run" / "pretrained.json").read_text()) == {
         "frozen": ["hidden/kernel", "norm/bias", "norm/scale"]}
+
+
+def test_a_frozen_norm_computes_as_in_evaluation(source):
+    """Its output depends on no other record of the batch; a trained one's does."""
+    variables = {"params": state_of(source).params, **state_of(source).extra}
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+
+    def first(rules, x):
+        with frozen_statistics(frozen(source, *rules).optimizer):
+            return SOURCE.model.apply(variables, x, train=True, mutable=["batch_stats"])[0][0]
+
+    np.testing.assert_array_equal(first(["^norm/"], x), first(["^norm/"], np.concatenate([x[:1], 9 * x[1:]])))
+    for rules in (["^hidden/"], ["^norm/scale"]):
+        assert apart(first(rules, x), first(rules, np.concatenate([x[:1], 9 * x[1:]]))) > 1e-3
+
+
+def test_averaged_weights_come_with_averaged_statistics(source):
+    """By hand from the statistics of every update, with the weights' own decay."""
+    program, mean = program_of(SOURCE), None
+    state = program.init()
+    for step in range(4):
+        state, _ = program.train(state, program.batch(reader(program), step))
+        d, mean = min(SOURCE.optim.ema, (1 + step) / (10 + step)), mean or jax.device_get(program.init().extra)
+        mean = jax.tree.map(lambda m, x, d=d: d * m + (1 - d) * np.asarray(x), mean, state.extra)
+    used = {k: v for k, v in eval_variables(SOURCE, state).items() if k != "params"}
+    assert apart(used, mean) < 1e-6 < 1e-3 < apart(used, state.extra)
+    with pytest.raises(UserError, match="schedule-free AdamW evaluates averaged weights, whose batch statistics"):
+        abstract_state(replace(SOURCE, optim=ScheduleFreeAdamW(lr=Constant(0.05))))
 
 
 def test_what_is_said_and_written(source, tuned):
@@ -644,5 +675,6 @@ def test_the_given_arrays_are_named_by_path():
     given = {"hidden/bias": np.arange(8, dtype=np.float32), "batch_stats/norm/mean": np.full(8, 3, np.float32)}
     here, fresh = program_of(SOURCE).init(given), program_of(SOURCE).init()
     changed = {path for path, x in bits(here).items() if x != bits(fresh)[path]}
-    assert changed == {"params/hidden/bias", "extra/batch_stats/norm/mean", "opt_state/ema/hidden/bias"}
+    assert changed == {"params/hidden/bias", "extra/batch_stats/norm/mean", "opt_state/ema/hidden/bias",
+                       "opt_state/extra/batch_stats/norm/mean"}
     assert Pretrained().load(None, None) == ({}, {})

@@ -14,11 +14,14 @@ import sklearn.metrics as sk
 from PIL import Image
 
 from lab import metrics
+from lab.data.features import Target
 from lab.data.pipeline import Arrays, eval_batches
 from lab.errors import UserError
+from lab.members import Members
 from lab.tasks import reports
 from lab.tasks.base import Outcome
 from lab.tasks.supervised import Classify, Regress
+from tests.conftest import computing
 
 N, B, F = 50, 16, 4  # 50 records in batches of 16: the last one has 14 rows of padding
 WEIGHT = np.array([1, 1, 0, 1, 1, 0, 1], np.float32)
@@ -33,6 +36,17 @@ class Identity(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         return x + self.param("zero", nn.initializers.zeros, ())
+
+
+ONE = Identity()
+
+
+class Together(Identity):
+    """Its output is that of several members, its input."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        return Members(x + self.param("zero", nn.initializers.zeros, ()))
 
 
 VARIABLES = {"params": {"zero": jnp.zeros(())}}
@@ -154,18 +168,18 @@ def test_large_logits_do_not_overflow():
 
 
 @functools.cache
-def trainer(task):
+def trainer(task, model):
     def loss(x, batch):
-        total, weights, found, extra = task.loss(Identity(), VARIABLES, batch | {"inputs": x}, {}, train=True)
+        total, weights, found, extra = task.loss(model, VARIABLES, batch | {"inputs": x}, {}, train=True)
         assert extra == {}
         return total, (weights, found)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def training(task, logits, targets):
+def training(task, logits, targets, model=ONE):
     """((objective sum, (weight, metrics)), gradient of the sum with respect to the logits)."""
-    return trainer(task)(logits, {"targets": targets, "weight": WEIGHT})
+    return trainer(task, model)(logits, {"targets": targets, "weight": WEIGHT})
 
 
 RNG = np.random.default_rng(0)
@@ -228,7 +242,7 @@ def test_mixed_targets_mix_loss_accuracy_and_top5():
 def test_members_of_an_ensemble_train_as_alone():
     logits_BMC = np.random.default_rng(4).normal(size=(7, 4, 3)).astype(np.float32)
     task = Classify(0.1, (1.0, 2.0, 0.5))
-    (total, (weight, found)), gradient = training(task, logits_BMC, HARD)
+    (total, (weight, found)), gradient = training(task, logits_BMC, HARD, Together())
     alone = [training(task, logits_BMC[:, m], HARD) for m in range(4)]
     for m, ((_, (weight_alone, _)), gradient_alone) in enumerate(alone):
         np.testing.assert_allclose(gradient[:, m], gradient_alone, atol=1e-6)
@@ -240,7 +254,7 @@ def test_members_of_an_ensemble_train_as_alone():
     for name in ("loss", "accuracy"):
         np.testing.assert_allclose(found[name], of_mean[name], rtol=1e-5)
     assert np.abs(gradient.mean(1) - of_mean_gradient).max() > 1e-2  # negative control: the loss of the mean
-    answer = task.predict(Identity(), VARIABLES, {"inputs": logits_BMC})
+    answer = task.predict(Together(), VARIABLES, {"inputs": logits_BMC})
     np.testing.assert_allclose(answer["probabilities"], softmax(logits_BMC).mean(1), rtol=1e-5)
     assert (answer["prediction"] == mean.argmax(-1)).all()
     assert np.abs(answer["probabilities"] - softmax(logits_BMC.mean(1))).max() > 1e-2  # not the mean of logits
@@ -325,14 +339,14 @@ def test_criteria_and_gradients_equal_torch(criterion):
 
 def test_members_of_a_regression_train_as_alone():
     outputs_BM, targets = LOGITS, LOGITS[:, 0] + 1
-    (total, (_, found)), gradient = training(Regress("huber"), outputs_BM, targets)
+    (total, (_, found)), gradient = training(Regress("huber"), outputs_BM, targets, Together())
     alone = [training(Regress("huber"), outputs_BM[:, m], targets) for m in range(3)]
     np.testing.assert_allclose(gradient, np.stack([a[1] for a in alone], 1), atol=1e-6)
     np.testing.assert_allclose(total, sum(a[0][0] for a in alone), rtol=1e-6)
     of_mean = training(Regress("huber"), outputs_BM.mean(1), targets)[0][1][1]
     np.testing.assert_allclose(found["loss"], of_mean["loss"], rtol=1e-5)
     assert abs(found["loss"][0] - total / 3) > 1e-2  # negative control
-    np.testing.assert_allclose(Regress().predict(Identity(), VARIABLES, {"inputs": outputs_BM})["prediction"],
+    np.testing.assert_allclose(Regress().predict(Together(), VARIABLES, {"inputs": outputs_BM})["prediction"],
                                outputs_BM.mean(1), rtol=1e-6)
 
 
@@ -365,8 +379,24 @@ def test_predictions_are_in_units_of_the_target():
     records = measured()
     rows = records[np.arange(3)]
     got = Regress().predict(Identity(), VARIABLES, {name: rows[name] for name in ("inputs", "scale", "offset")})
-    np.testing.assert_allclose(got["prediction"], rows["inputs"] * 25 + 3, rtol=1e-6)
+    np.testing.assert_array_equal(got["prediction"], rows["inputs"])  # units are left to NumPy and float64
+    np.testing.assert_allclose(Regress().columns(got, None)["prediction"], rows["inputs"] * 25 + 3, rtol=1e-6)
     assert Regress().columns({"prediction": np.array([1.5, 2.5])}, None) == {"prediction": [1.5, 2.5]}
+
+
+def test_a_target_far_from_0_keeps_its_digits():
+    """1.7e9 +- 0.06, where float32 has steps of 128."""
+    target = Target("t", mean=1.7e9 + 1 / 3, scale=0.06)
+    z = RNG.normal(size=50).astype(np.float32)
+    arrays = {"prediction": z, **target.arrays(50)}
+    wanted = z.astype(np.float64) * 0.06 + (1.7e9 + 1 / 3)
+    assert arrays["offset"].dtype == np.float32
+    found = np.array(Regress().columns(jax.device_get(jax.device_put(arrays)), None)["prediction"])
+    assert np.abs(found - wanted).max() < 1e-6
+    assert reports.fit(wanted, found).endswith("R2 1.0000") and reports.digits(wanted) == 16
+    single = found.astype(np.float32).astype(np.float64)  # the negative control
+    assert "R2 1.0000" not in reports.fit(wanted, single) and np.abs(single - wanted).max() > 0.3
+    assert reports.digits(np.array([1.0, 3.0])) == 6 == reports.digits(np.array([2.0, 2.0]))
 
 
 def test_columns_have_names_of_classes():
@@ -413,7 +443,8 @@ class Data:
 def outcome(task, records, outputs, data, folder, split="validation"):
     found = task.predict(Identity(), VARIABLES, {"inputs": outputs} | {
         name: records.arrays[name] for name in ("scale", "offset") if name in records.arrays})
-    return Outcome(None, dict, data, records, split, {}, {}, lambda: jax.device_get(found), 0, 0, folder)
+    return Outcome(None, computing(None, None), data, records, split, {}, {}, lambda: jax.device_get(found), 0, 0,
+                   folder)
 
 
 def test_report_on_images(tmp_path):

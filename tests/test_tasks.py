@@ -13,6 +13,7 @@ import pytest
 from lab.errors import UserError
 from lab.tasks.base import Outcome, apply
 from lab.tasks.language import LanguageModel
+from tests.conftest import computing
 
 V, B, L = 11, 4, 5
 RNG = np.random.default_rng(0)
@@ -244,8 +245,8 @@ class Constant:
 
 def test_artifacts_are_texts_and_a_comparison_with_compressors(tmp_path):
     data = Validation()
-    outcome = Outcome(Constant(), lambda: {"params": {}}, data, data.validation, "validation", {"bits_per_byte": 1.25},
-                      {}, dict, step=1, seed=0, folder=tmp_path)
+    outcome = Outcome(Constant(), computing(Constant(), {"params": {}}), data, data.validation, "validation",
+                      {"bits_per_byte": 1.25}, {}, dict, step=1, seed=0, folder=tmp_path)
     lines = LanguageModel(samples=2).artifacts(outcome)
     raw = Validation.raw
     for name, packed in (("gzip -9", gzip.compress(raw, 9)), ("xz -9", lzma.compress(raw, preset=9))):

@@ -1,5 +1,7 @@
-"""Data that has been loaded: the splits, what there is to know about them, and how new records are read."""
+"""What data is: a value that says where records come from, and, loaded, the splits and what is known of them."""
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,30 +9,85 @@ from typing import Any
 
 import numpy as np
 
-from lab.data import log
+from lab.data import digest, log
 from lab.data.pipeline import Arrays, Records
 from lab.errors import UserError
 
 NAMED = 20  # class names that are shown
 
 
+class Data:
+    """The base of data: a frozen dataclass with `load`; all else has a default that the records tell.
+
+    A record is a dict of arrays: for the tasks here "inputs" and "targets" (`Classify`: int32, the class; `Regress`:
+    float32), perhaps "mask"; or "tokens" and "bytes" for a language model.
+    """
+
+    unit = "records"
+    """What throughput counts."""
+    units_per_record = 1
+
+    def load(self) -> "Dataset":
+        """The splits. The same content each time: the fingerprint decides whether a run may go on."""
+        raise NotImplementedError(f"{type(self).__name__} has no load().")
+
+    def validate(self) -> None:
+        """Raises UserError for a field out of range; reads nothing."""
+
+    def hints(self) -> dict[str, int]:
+        """What is known of `Dataset.facts` without reading."""
+        return {}
+
+    def record_spec(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Name -> (shape, type) of the arrays of one record."""
+        return _record_spec(self)
+
+    def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
+        """What the compiled step does to a batch first (augmentation); "key" (B,) is random for each record."""
+        return batch
+
+    def describe(self) -> dict[str, Any]:
+        """Lines for --dry-run."""
+        return self.load().summary
+
+
+@functools.lru_cache(maxsize=4)
+def _record_spec(data: Data) -> dict[str, tuple[tuple[int, ...], Any]]:
+    found = data.load()
+    records = getattr(found, "train", None)
+    if records is None or not len(records):
+        raise UserError(f"{type(data).__name__}.load() must return a Dataset (lab.data.dataset) with training records, "
+                        f"not {'an empty one' if records is not None else type(found).__name__}.")
+    record = {name: np.asarray(x) for name, x in records[np.arange(1)].items()}
+    return {name: (x.shape[1:], x.dtype.type) for name, x in record.items()}
+
+
 @dataclass
 class Dataset:
-    """What `load()` of a data ingredient returns."""
+    """What `load()` of data returns."""
 
     train: Records
     validation: Records
-    test: Records | None
-    fingerprint: str
-    """Depends on content, split and preprocessing only, never on where the files are."""
-    facts: dict[str, int]
+    test: Records | None = None
+    fingerprint: str = ""
+    """Depends on content, split and preprocessing only, never on where the files are. "": of the arrays in memory."""
+    facts: dict[str, int] = field(default_factory=dict)
     """What a model must fit: classes, features, vocab, length."""
-    unit: str
-    units_per_record: int
-    summary: dict[str, str | int | float]
+    unit: str = "records"
+    units_per_record: int = 1
+    summary: dict[str, str | int | float] = field(default_factory=dict)
     """Lines for a person; what begins with "train ", "validation " or "test " stands together."""
     classes: tuple[str, ...] = field(default=(), kw_only=True)
     """Names of the classes, where there are any."""
+
+    def __post_init__(self) -> None:
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        if not self.fingerprint:
+            self.fingerprint = digest(*(_content(name, records) for name, records in splits.items() if records))
+        if self.classes and "classes" not in self.facts:
+            self.facts = {**self.facts, "classes": len(self.classes)}
+        if not self.summary:
+            self.summary = {f"{name} {self.unit}": len(records) for name, records in splits.items() if records}
 
     def reference(self) -> list[str]:
         """Lines: what a simple, well-known method reaches on the same split."""
@@ -99,6 +156,15 @@ def without_blanks(path: Path, blank: Sequence[str], total: int, strict: bool) -
                         f"{'the line' if one else 'the lines'}.")
     log.warning("%s: %d of %d records have no message or value and are skipped: %s (--strict makes that an error)",
                 path, len(blank), total, some)
+
+
+def _content(split: str, records: Records) -> list[Any]:
+    if not hasattr(records, "arrays"):
+        raise UserError("A Dataset whose records are not Arrays needs a fingerprint=, which tells when its content "
+                        "changes.")
+    arrays = {name: np.asarray(x) for name, x in sorted(records.arrays.items())}
+    return [split, *([name, str(x.dtype), x.shape, hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()]
+                     for name, x in arrays.items())]
 
 
 def class_names(names: Sequence[str]) -> dict[str, str]:

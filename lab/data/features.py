@@ -153,7 +153,9 @@ class Target:
         """The arrays besides `inputs` of n records. `values` (n,): classes, or numbers in the units of the file."""
         if self.names:
             return {} if values is None else {"targets": values.astype(np.int32)}
-        units = {"scale": np.full(n, self.scale, np.float32), "offset": np.full(n, self.mean, np.float32)}
+        high = np.float32(self.mean)  # and what float32 rounds away: devices compute in float32
+        offset = np.array([high, self.mean - np.float64(high)], np.float32)
+        units = {"scale": np.full(n, self.scale, np.float32), "offset": np.tile(offset, (n, 1))}
         return units | ({} if values is None else {"targets": ((values - self.mean) / self.scale).astype(np.float32)})
 
 

@@ -66,6 +66,7 @@ class Images:
     decoded batch by batch."""
 
     unit = "images"
+    slow = True  # to load: --dry-run leaves that out
     units_per_record = 1
 
     def validate(self) -> None:

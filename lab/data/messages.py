@@ -56,6 +56,7 @@ class Messages:
     """Part of the training messages put aside for test, where the source has no such split; 0: no test split."""
 
     unit = "messages"
+    slow = True  # to load: --dry-run leaves that out
     units_per_record = 1
 
     def validate(self) -> None:

@@ -28,8 +28,8 @@ class Table:
     """Rows of a table for regression or classification.
 
     A record is one row: `inputs` float32 (F,), and for classification `targets` int32 (), the class; for regression
-    `targets` float32 (), standardised with the training rows, with `scale` and `offset` float32 () such that
-    targets * scale + offset is in the units of the file.
+    `targets` float32 (), standardised with the training rows, with `scale` float32 () and `offset` float32 (2,) such
+    that targets * scale + sum of offset, in float64, is in the units of the file.
 
     Whatever is learnt from data is learnt from the training rows only: the mean and standard deviation of a column of
     numbers, its median, which stands in for missing values, and the categories of a column of text, each of which

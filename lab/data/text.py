@@ -68,6 +68,7 @@ class Text:
         return self.length
 
     unit = "tokens"  # what throughput counts
+    slow = True  # to load: --dry-run leaves that out
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Name -> (shape, type) of the arrays of one record, without reading anything."""

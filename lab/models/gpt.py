@@ -35,10 +35,10 @@ class GPT(Transformer):
 
     def check(self, facts: Mapping[str, int]) -> None:
         """Raises UserError if data with these facts (vocab, length) does not fit the model."""
-        if facts["vocab"] > (self.vocab or math.inf):
+        if facts.get("vocab", 0) > (self.vocab or math.inf):
             raise UserError(f"The vocabulary is too small: the tokenizer has {facts['vocab']} tokens and the model "
                             f"{self.vocab}. Use --model.vocab {facts['vocab']}.")
-        if facts["length"] > self.context:
+        if facts.get("length", 0) > self.context:
             raise UserError(f"--data.length {facts['length']} is longer than --model.context {self.context}.")
 
     @nn.compact

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
+from lab.members import Members, Several
 from lab.models.layers import Dense, dropout
 
 
@@ -101,17 +102,13 @@ class MLP(nn.Module):
         return output(x_BF, self.classes)
 
 
-class Ensemble(nn.Module):
-    """M classifiers of one kind on the same inputs (Lakshminarayanan et al. 2017): float32 logits (B, M, classes).
+class Ensemble(Several):
+    """M classifiers of one kind on the same inputs (Lakshminarayanan et al. 2017): `Members` of float32 logits
+    (B, M, classes).
 
-    They differ in initial weights and dropout. Parameters and statistics have a leading axis of length M. Each member
-    must be trained on its own loss, and predictions are means of probabilities: that is the task's part.
+    They differ in initial weights and dropout. Each trains on its own loss (that is the task's part) with an optimizer
+    of its own, exactly as it would alone; predictions are means of probabilities.
     """
-
-    member: nn.Module
-    """The classifier that is repeated."""
-    members: int = 5
-    """How many members M."""
 
     def validate(self) -> None:
         """Raises UserError for a field out of range, here or in the member."""
@@ -128,10 +125,10 @@ class Ensemble(nn.Module):
         self.member.check(facts)
 
     @nn.compact
-    def __call__(self, inputs: Array, *, train: bool, **kwargs: Any) -> Array:
+    def __call__(self, inputs: Array, *, train: bool, **kwargs: Any) -> Members:
         def run(member: nn.Module) -> Array:
             return member(inputs, train=train, **kwargs)
 
         every = nn.vmap(run, variable_axes={"params": 0, "batch_stats": 0},
                         split_rngs={"params": True, "dropout": True}, out_axes=1, axis_size=self.members)
-        return every(self.member)
+        return Members(every(self.member))

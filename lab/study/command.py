@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lab.check import check_data
 from lab.console import Screen
 from lab.errors import UserError, forgiving
 from lab.experiment import Experiment, digest
@@ -195,7 +196,7 @@ def _cells(arms: Sequence[Arm], study: Study, only: str | None, bench: Bench) ->
     found = []
     for arm in wanted:
         data = bench.data(arm.experiment)
-        arm.experiment.model.check(data.facts)
+        check_data(arm.experiment, data)
         if study.split == "test" and data.test is None:
             raise UserError(f"Arm {arm.name}: its data has no test split; compare by --split validation.")
         found += cells_of(arm, arms[0], study.seeds, data.fingerprint, code_of(arm.experiment))

@@ -6,9 +6,11 @@ stated by the arm: ``Fork(500, {"optim.lr.peak": 1e-4})``.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from lab.checkpoint import Checkpoints
 from lab.errors import UserError
 from lab.experiment import Experiment, to_json
 from lab.files import replace_file
+from lab.members import Several
 from lab.metrics import marked_rows
 from lab.program import Program, abstract_state
 from lab.step import State
@@ -49,9 +52,17 @@ def check_fork(base: Experiment, arm: Experiment, after: int) -> None:
     if to_json(base.data) != to_json(arm.data) or base.batch != arm.batch:
         raise UserError("it forks, and so must have the base's data and batch.")
     there, here = abstract_state(base), abstract_state(arm)
-    taken = there._replace(opt_state=jax.eval_shape(arm.optim.take_over, there.opt_state, there.params, there.step))
+    taken = there._replace(opt_state=jax.eval_shape(functools.partial(_taken, arm), there))
     if str(taken) != str(here):
         raise UserError("it cannot go on from the base's state: its model or its optimizer has another one.")
+
+
+def _taken(experiment: Experiment, state: State) -> Any:
+    """The optimizer state of the base in this state, as the arm has it."""
+    take_over = experiment.optim.take_over
+    if isinstance(experiment.model, Several):
+        take_over = jax.vmap(take_over, in_axes=(0, 0, 0, None))
+    return take_over(state.opt_state, state.params, state.extra, jnp.array(state.step))
 
 
 def take_over(folder: Path, after: int, experiment: Experiment, base: Experiment, program: Program, own: Path) -> (
@@ -64,7 +75,7 @@ def take_over(folder: Path, after: int, experiment: Experiment, base: Experiment
     if kept is None or after not in kept.steps():
         return None
     state = kept.restore(program.placed(base), after)
-    opt_state = experiment.optim.take_over(state.opt_state, state.params, jnp.array(state.step))
+    opt_state = _taken(experiment, state)
     state = jax.tree.map(lambda x, target: jax.device_put(x, target.sharding), state._replace(opt_state=opt_state),
                          program.abstract)
     same = base.evaluate == experiment.evaluate and base.optim.ema == experiment.optim.ema

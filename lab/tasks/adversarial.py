@@ -6,7 +6,7 @@ import functools
 import io
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -103,12 +103,12 @@ class Adversarial(Task):
     def snapshot(self, outcome: Outcome) -> None:
         """Writes samples/step-<step>.png: 8 x 8 samples of noise that depends on the seed only, so one can compare."""
         path = outcome.folder / "samples" / f"step-{outcome.step:06d}.png"
-        _save(path, grid(generate_images(outcome.model, outcome.variables, GRID * GRID, outcome.seed)))
+        _save(path, grid(generate_images(outcome.compute, GRID * GRID, outcome.seed)))
 
     def artifacts(self, outcome: Outcome) -> list[str]:
         """Writes plots/samples.png, and plots/samples_over_time.png from the grids of this run's `snapshot`s."""
         plots = outcome.folder / "plots"
-        _save(plots / "samples.png", grid(generate_images(outcome.model, outcome.variables, GRID * GRID, outcome.seed)))
+        _save(plots / "samples.png", grid(generate_images(outcome.compute, GRID * GRID, outcome.seed)))
         lines = [f"{GRID * GRID} samples: {plots / 'samples.png'}"]
         # From the files, which a resumed run finds as it left them. A step after this one is not of this run's past.
         found = {int(m[1]): path for path in (outcome.folder / "samples").glob("step-*.png")
@@ -122,22 +122,19 @@ class Adversarial(Task):
 # --------------------------------------------------------------------------------------------------------- samples
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _generate(model: nn.Module, variables: Mapping[str, Any], seed: Array, first: Array, batch: int) -> Array:
+def _generate(model: nn.Module, variables: Mapping[str, Any], seed: Array, first: Array, *, batch: int) -> Array:
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"samples"))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(batch))
     images, _ = apply(model, variables, latents(keys, model.latent), rngs={}, train=False, method="generate")
     return jnp.round((images.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
 
 
-def generate_images(model: nn.Module, variables: Mapping[str, Any], number: int, seed: int,
-                    batch: int = 64) -> np.ndarray:
+def generate_images(compute: Callable[..., Any], number: int, seed: int, batch: int = 64) -> np.ndarray:
     """`number` samples, uint8 (number, H, W, C); sample i is decided by (variables, seed, i), whatever the batch.
 
-    Computed on one device, so that one process of many may call it.
+    `compute`: see `Outcome`.
     """
-    variables = jax.device_get(variables)
-    parts = [np.asarray(_generate(model, variables, np.uint32(seed), np.uint32(first), batch))
+    parts = [compute(_generate, np.uint32(seed), np.uint32(first), batch=batch)
              for first in range(0, number, batch)]
     return np.concatenate(parts)[:number]
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lab.errors import UserError
+from lab.errors import UserError, where
 
 Metrics = dict[str, Any]
 """name -> (sum, weight); in evaluation also name -> array of counts that add (a confusion matrix)."""
@@ -35,8 +35,12 @@ def apply(model: nn.Module, variables: Mapping[str, Any], *inputs: Array, rngs: 
     inputs = tuple(x.astype(dtype or x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in inputs)
     extra = {name: value for name, value in variables.items() if name != "params"}
     if not train or not extra:
-        return model.apply(variables, *inputs, train=train, rngs=rngs, **kwargs), extra
-    return model.apply(variables, *inputs, train=train, rngs=rngs, mutable=list(extra), **kwargs)
+        output = model.apply(variables, *inputs, train=train, rngs=rngs, **kwargs)
+    else:
+        output, extra = model.apply(variables, *inputs, train=train, rngs=rngs, mutable=list(extra), **kwargs)
+    if output is None:
+        raise UserError(f"{where(type(model))}{type(model).__name__} returns None; it must return its output.")
+    return output, extra
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,11 @@ class Outcome:
     """An evaluated model, with all that a task may write or draw about it."""
 
     model: Any
-    variables_here: Callable[[], Mapping[str, Any]]
-    """Computes `variables`; with several processes, all of them together."""
+    compute: Callable[..., Any]
+    """``compute(f, *arrays, **static)`` is ``f(model, variables, *arrays, **static)`` as NumPy arrays, computed on the
+    run's mesh with the parameters to evaluate with, in the compute type. `f` is a function of a module, `static` are
+    hashable; with several processes all of them call it. Nothing else may apply the model: a plain `jax.jit` knows of
+    no mesh, and kernels for TPUs cannot be divided without one."""
     data: Any
     records: Any
     """The records of the split that was evaluated."""
@@ -57,11 +64,6 @@ class Outcome:
     seed: int
     folder: Path
     """Existing; pictures and tables go here."""
-
-    @functools.cached_property
-    def variables(self) -> Mapping[str, Any]:
-        """Parameters to evaluate with, in the compute type, and the mutable collections: all on this process."""
-        return self.variables_here()
 
     @functools.cached_property
     def _predicted(self) -> dict[str, np.ndarray]:
@@ -79,6 +81,9 @@ class Task:
     curves: ClassVar[tuple[str, ...]] = ("loss",)
     """Metrics that are drawn as curves."""
 
+    fields: ClassVar[tuple[str, ...]] = ()
+    """What a record must have, one of these at least."""
+
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
 
@@ -87,6 +92,11 @@ class Task:
         mask = {"mask": batch["mask"][:1]} if "mask" in batch else {}
         inputs = batch["inputs"][:1]
         return model.init(key, inputs, train=False, **mask)
+
+    def check(self, output: Any, data: Any) -> None:
+        """Raises UserError where the model or the task does not fit the loaded data; called once, before anything is
+        computed. `output`: the shapes of what the model returns for one record, in an array's place.
+        """
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:

@@ -6,7 +6,7 @@ import gzip
 import lzma
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ class LanguageModel(Task):
     Metrics: loss (plain cross-entropy, whatever is optimised), accuracy, bits_per_byte (comparable across
     tokenizers), objective (what is optimised, where smoothing or z-loss make it differ), and perplexity.
     """
+
+    fields: ClassVar[tuple[str, ...]] = ("tokens",)
 
     label_smoothing: float = 0.0
     """Mix the target with the uniform distribution (Szegedy et al. 2016): (1-e) nll + e mean over tokens of nll."""
@@ -105,12 +107,12 @@ class LanguageModel(Task):
     def _samples(self, outcome: Outcome) -> list[str]:
         from lab.generate import sample_texts
 
-        model, data, folder = outcome.model, outcome.data, outcome.folder
+        data, folder = outcome.data, outcome.folder
         spread = np.linspace(0, len(data.validation) - 1, min(self.samples, len(data.validation))).astype(int)
         prompts = [data.decode(row[: min(32, len(row) // 4)])
                    for row in data.validation[spread]["tokens"]]
-        texts = sample_texts(model, outcome.variables["params"], data, prompts, seed=outcome.seed,
-                             new_tokens=model.context, temperature=0.8, top_k=50)
+        texts = sample_texts(outcome.compute, outcome.model.context, data, prompts, seed=outcome.seed, temperature=0.8,
+                             top_k=50)
         samples = make_folder(folder / "samples")
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             replace_file(samples / f"{i}.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")

@@ -42,6 +42,7 @@ class MaskedLM(Task):
     """Examples to write to samples/masked.txt when a run ends."""
 
     curves: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    fields: ClassVar[tuple[str, ...]] = ("inputs", "tokens")
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
@@ -109,17 +110,21 @@ class MaskedLM(Task):
         records = outcome.records[chosen]
         tokens_BL, fields = _texts(records)
         real_BL = fields.get("mask", np.ones_like(tokens_BL))
-        keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(outcome.seed), i))(jnp.asarray(chosen))
-        hide = jax.jit(self.hide, static_argnums=3)
-        hidden = hide(jnp.asarray(tokens_BL), jnp.asarray(real_BL), keys_B, outcome.model.vocab)
-        guess = jax.jit(lambda variables, tokens, select, fields: apply(
-            outcome.model, variables, tokens, rngs={}, train=False, select=select, **fields)[0].argmax(-1))
-        guesses_BM = guess(outcome.variables, *hidden[:2], fields)
-        rows = zip(tokens_BL, real_BL > 0, *map(np.asarray, (*hidden, guesses_BM)), strict=True)
+        found = outcome.compute(_guesses, tokens_BL, real_BL, chosen, fields, np.uint32(outcome.seed), task=self)
+        rows = zip(tokens_BL, real_BL > 0, *found, strict=True)
         path = outcome.folder / "samples" / "masked.txt"
         make_folder(path.parent)
         replace_file(path, "\n".join(_example(outcome.data.decode, outcome.model.vocab - 1, *row) for row in rows))
         return [f"Texts with hidden tokens and what the model guessed: {path}"]
+
+
+def _guesses(model: nn.Module, variables: Mapping[str, Any], tokens_BL: Array, real_BL: Array, records_B: Array,
+             fields: Mapping[str, Array], seed: Array, *, task: MaskedLM) -> tuple[Array, Array, Array, Array]:
+    """What `hide` makes of some records, and the likeliest tokens (B, M) at the chosen positions."""
+    keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(records_B)
+    inputs_BL, chosen_BM, weight_BM = task.hide(tokens_BL, real_BL, keys_B, model.vocab)
+    logits_BMV, _ = apply(model, variables, inputs_BL, rngs={}, train=False, select=chosen_BM, **fields)
+    return inputs_BL, chosen_BM, weight_BM, logits_BMV.argmax(-1)
 
 
 def _example(decode: Callable[[np.ndarray], str], mask_id: int, tokens_L: np.ndarray, real_L: np.ndarray,

@@ -45,8 +45,10 @@ class Part:
         if not self.groups or "targets" not in batch:
             return dict(batch)
         targets, groups = batch["targets"], jnp.asarray(self.groups)
-        soft = targets.ndim == 2
-        return {**batch, "targets": targets @ jax.nn.one_hot(groups, max(self.groups) + 1) if soft else groups[targets]}
+        if targets.ndim == 2:
+            return {**batch, "targets": targets @ jax.nn.one_hot(groups, max(self.groups) + 1)}
+        known = jnp.where(targets < 0, len(self.groups), targets)  # what is no class must be no group either
+        return {**batch, "targets": groups.at[known].get(mode="fill", fill_value=-1)}
 
     def own(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `values` whose name begins with this part's, without that."""
@@ -110,6 +112,21 @@ class MultiTask(Task):
             total += part.weight * loss
             metrics |= part.named(found)
         return total, weight, {"loss": (total, weight)} | metrics, extra
+
+    def check(self, output: Any, data: Any) -> None:
+        """`Classify.check` and `Regress.check` of every part."""
+        self._check(output)
+        for part in self.parts:
+            splits = reports.read_some(data, "targets")
+            if part.target == "inputs":
+                continue
+            if not part.groups:
+                part.task.check(output[part.name], data)
+                continue
+            for split, targets in splits.items():
+                if len(targets) and not 0 <= targets.min() <= targets.max() < len(part.groups):
+                    raise UserError(f"The {split} split has targets from {targets.min()} to {targets.max()}, and part "
+                                    f"{part.name} has groups for the classes 0 to {len(part.groups) - 1}.")
 
     def _check(self, outputs: Any) -> None:
         """Where JAX would clamp an index or broadcast a shape, a person would never know."""

@@ -20,6 +20,7 @@ from lab.tasks.base import Outcome
 
 MOST = 25  # worst records that are written
 FEW = 20  # classes that a screen, or a picture with numbers, has room for
+SOME = 256  # records that are looked at where a look costs reading a file
 CHUNK = 1024  # records read at once
 
 
@@ -30,6 +31,19 @@ def read(records: Any, *names: str) -> dict[str, np.ndarray]:
         rows = records[np.arange(start, min(start + CHUNK, len(records)))]
         parts.append({name: rows[name] for name in names if name in rows})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def read_some(data: Any, name: str) -> dict[str, np.ndarray]:
+    """This field of every split's records: of all that are held in memory, of SOME evenly spaced ones of others."""
+    splits = {split: records for split in ("train", "validation", "test") if (records := getattr(data, split))}
+    found = {}
+    for split, records in splits.items():
+        arrays = getattr(records, "arrays", None)
+        if arrays is None:
+            arrays = records[np.unique(np.linspace(0, len(records) - 1, min(SOME, len(records))).astype(int))]
+        if name in arrays:
+            found[split] = np.asarray(arrays[name])
+    return found
 
 
 def beside(outcome: Outcome) -> list[str]:
@@ -92,6 +106,12 @@ def area(histogram: np.ndarray) -> float:
     pairs = negative.sum() * positive.sum()
     below = np.cumsum(negative) - negative
     return float((positive * (below + negative / 2)).sum() / pairs) if pairs else float("nan")
+
+
+def digits(values: np.ndarray) -> int:
+    """Significant digits that tell such numbers (n,) apart: 6 of how far they are from each other."""
+    spread, size = float(values.std()), float(np.abs(values).max())
+    return 6 + (max(0, round(np.log10(size / spread))) if spread > 0 else 0)
 
 
 def fit(true: np.ndarray, predicted: np.ndarray) -> str:

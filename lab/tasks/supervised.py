@@ -3,12 +3,13 @@
 Each has a pure `score(output, targets, batch, train)`, the loss without the model, so that `MultiTask` can use it. All
 metrics are (sum, weight), or counts that add: exact over ragged batches, microbatches, devices and hosts.
 
-The output of an `Ensemble` has an axis of members after the batch. Its loss is the sum of its members' losses, so that
-each member trains exactly as it would alone; its predictions are the mean of its members'.
+The output of an `Ensemble` is `Members`, with an axis of members after the batch. Its loss is the sum of its members'
+losses, so that each member trains exactly as it would alone; its predictions are the mean of its members'.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -22,6 +23,7 @@ from jax import Array
 from lab import plots
 from lab.errors import UserError
 from lab.files import replace_file
+from lab.members import Members
 from lab.tasks import reports
 from lab.tasks.base import Loss, Metrics, Outcome, Task, apply
 
@@ -40,6 +42,8 @@ def forward(model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, 
 @dataclass(frozen=True)
 class Supervised(Task):
     """What the tasks with "targets" share."""
+
+    fields: ClassVar[tuple[str, ...]] = ("targets",)
 
     def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
         """(sum of losses, sum of weights, metrics) of a model's output; of `batch`: "weight" (B,), and scales."""
@@ -62,7 +66,7 @@ class Supervised(Task):
 
 @dataclass(frozen=True)
 class Classify(Supervised):
-    """Classification by cross-entropy. Logits (B, C), or (B, M, C) of M members; targets int (B,) or soft (B, C).
+    """Classification by cross-entropy. Logits (B, C), or `Members` of them; targets int (B,) or soft (B, C).
 
     Metrics: loss (plain cross-entropy of the prediction, in nats), objective (what is optimised, where class weights,
     smoothing or members make it differ), accuracy, top5_accuracy where there are more than 5 classes, and
@@ -98,12 +102,13 @@ class Classify(Supervised):
         return super().init(model, key, batch)
 
     def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
-        """See `Supervised.score`. Raises UserError when the class weights are not one for each class."""
-        logits_BMC = (output if output.ndim == 3 else output[:, None]).astype(jnp.float32)
+        """See `Supervised.score`. Raises UserError when the class weights are not one for each class, and where logits
+        or targets have another shape or type. An int target that is no class makes the loss NaN."""
+        logits_BMC = self._logits(output)
         M, C = logits_BMC.shape[1:]
         if self.class_weights and len(self.class_weights) != C:
             raise UserError(f"--task.class-weights has {len(self.class_weights)} numbers, but there are {C} classes.")
-        target_BC = (jax.nn.one_hot(targets, C) if targets.ndim == 1 else targets).astype(jnp.float32)
+        target_BC = _one_hot(targets, C)
         weight_B = batch["weight"].astype(jnp.float32)
         weight = weight_B.sum()
         logp_BMC = jax.nn.log_softmax(logits_BMC)
@@ -130,6 +135,14 @@ class Classify(Supervised):
         objective = self._objective(logp_BMC, target_BC, weight_B)
         return *objective, metrics | {"objective": objective}
 
+    def _logits(self, output: Any) -> Array:
+        """float32 (B, M, C)."""
+        logits_BMC = each(output)
+        if logits_BMC.ndim != 3:
+            raise UserError(f"Classify needs logits of shape (records, classes), and the model's output is "
+                            f"{described(output)}.")
+        return logits_BMC
+
     def _objective(self, logp_BMC: Array, target_BC: Array, weight_B: Array) -> tuple[Array, Array]:
         """(sum, weight) of what is optimised: class weights and smoothing as in torch, summed over the members."""
         C = target_BC.shape[-1]
@@ -138,6 +151,22 @@ class Classify(Supervised):
         each_B = -((weight_C * smooth_BC)[:, None] * logp_BMC).sum((1, 2))
         return (each_B * weight_B).sum(), ((target_BC * weight_C).sum(-1) * weight_B).sum()
 
+    def check(self, output: Any, data: Any) -> None:
+        """Raises UserError where the model has another number of classes than the data, or a target is no class."""
+        self.check_targets(output, reports.read_some(data, "targets"), data.facts.get("classes"))
+
+    def check_targets(self, output: Any, splits: Mapping[str, np.ndarray], classes: int | None) -> None:
+        """`check` of the targets of each split, for data of that many classes (None: unknown)."""
+        C = jax.eval_shape(self._logits, output).shape[-1]
+        if classes is not None and classes != C:
+            raise UserError(f"The data has {classes} classes and the model's output is {described(output)}, {C} "
+                            f"classes. Make them equal.")
+        for split, targets in splits.items():
+            jax.eval_shape(functools.partial(_one_hot, C=C), targets)
+            if targets.ndim == 1 and len(targets) and not 0 <= targets.min() <= targets.max() < C:
+                raise UserError(f"The {split} split has targets from {targets.min()} to {targets.max()}, and the model "
+                                f"has the {C} classes 0 to {C - 1}. Number the classes from 0, or give the model more.")
+
     def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Macro precision, recall and f1, and auc for two classes."""
         found = reports.macro(counts["confusion"])
@@ -145,8 +174,7 @@ class Classify(Supervised):
 
     def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
         """"probabilities" (B, C), the mean over members, and "prediction" int32 (B,)."""
-        logp_BMC = jax.nn.log_softmax((output if output.ndim == 3 else output[:, None]).astype(jnp.float32))
-        logp_BC = _mean_probability(logp_BMC)
+        logp_BC = _mean_probability(jax.nn.log_softmax(self._logits(output)))
         return {"probabilities": jnp.exp(logp_BC), "prediction": jnp.argmax(logp_BC, -1).astype(jnp.int32)}
 
     def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
@@ -185,6 +213,49 @@ class Classify(Supervised):
         return [head, *(f"  {line}" for line in reports.shortened(confusion, names))]
 
 
+def in_units(values: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Standardised numbers (n, ...) in units of the target, values * scale + offset, in float64: in float32 a target
+    of 1.7e9 +- 0.06 would be one number. "scale" (n,); "offset" (n,) or in float32 parts whose sum it is (n, 2)."""
+    found = np.asarray(values[name], np.float64)
+    if "scale" not in values:
+        return found
+    scale, offset = (np.asarray(values[unit], np.float64) for unit in ("scale", "offset"))
+    offset = offset.sum(-1) if offset.ndim > 1 else offset
+    return (found.T * scale + offset).T
+
+
+def each(output: Any) -> Array:
+    """A model's output with its members as the second axis, float32 (B, M, ...); a single model is one member.
+
+    Raises:
+      UserError: the output is no array.
+    """
+    values = output.values if isinstance(output, Members) else output
+    if not hasattr(values, "shape"):
+        raise UserError(f"The model must return an array, and returns {described(output)}.")
+    return (values if isinstance(output, Members) else values[:, None]).astype(jnp.float32)
+
+
+def described(output: Any) -> str:
+    """A model's output as people read it."""
+    if isinstance(output, Members):
+        return f"that of {output.values.shape[1]} members, {output.values.shape}"
+    if isinstance(output, Mapping):
+        return f"a dict of {', '.join(map(str, output))}"
+    return f"of shape {output.shape}" if hasattr(output, "shape") else f"a {type(output).__name__}"
+
+
+def _one_hot(targets: Any, C: int) -> Array:
+    """float32 (B, C), NaN where an int target is no class: it must not count as a record without a loss."""
+    if targets.ndim == 2 and targets.shape[1] == C and jnp.issubdtype(targets.dtype, jnp.floating):
+        return jnp.asarray(targets, jnp.float32)
+    if targets.ndim != 1 or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise UserError(f"Classify needs targets that are whole numbers, one for each record, or probabilities of the "
+                        f"{C} classes; these are {targets.dtype} {targets.shape}. For numbers use Regress.")
+    known_B = (targets >= 0) & (targets < C)
+    return jnp.where(known_B[:, None], jax.nn.one_hot(targets, C, dtype=jnp.float32), jnp.nan)
+
+
 def _mean_probability(logp_BMC: Array) -> Array:
     """The logarithm of the members' mean probability: (B, C)."""
     M = logp_BMC.shape[1]
@@ -209,8 +280,8 @@ def _counts(logits_BC: Array, target_BC: Array, weight_B: Array) -> dict[str, Ar
 
 @dataclass(frozen=True)
 class Regress(Supervised):
-    """Regression. Output and targets (B,) standardised, target = targets * scale + offset; or any (B, ...), where a
-    record's loss is the mean over its elements. An output (B, M, ...) is that of M members.
+    """Regression. Output and targets (B,) standardised (see `in_units`), or any (B, ...), where a
+    record's loss is the mean over its elements. The output may be `Members` of such.
 
     Metrics: loss (the criterion on standardised targets), objective (for an ensemble, the sum over its members), mse
     and mae in (squared) units of the target; in evaluation rmse, in those units, and r2 = 1 - sum (y - f)^2 / sum
@@ -224,8 +295,9 @@ class Regress(Supervised):
     curves: ClassVar[tuple[str, ...]] = ("loss", "mae")
 
     def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
-        """See `Supervised.score`; of `batch` also "scale" (B,), 1 where it is missing."""
-        members = _members(output, targets.ndim)
+        """See `Supervised.score`; of `batch` also "scale" (B,), 1 where it is missing. Raises UserError where the
+        output has another shape than the targets."""
+        members = self._members(output, targets)
         targets, weight_B = targets.astype(jnp.float32), batch["weight"].astype(jnp.float32)
         weight = weight_B.sum()
         scale_B = batch.get("scale", jnp.ones_like(weight_B))
@@ -245,6 +317,24 @@ class Regress(Supervised):
         objective = total(each)[0] * members.shape[1], weight
         return *objective, metrics | {"objective": objective}
 
+    def _members(self, output: Any, targets: Any) -> Array:
+        """float32 (B, M, ...)."""
+        members = each(output)
+        if members.shape[2:] != targets.shape[1:]:
+            wanted = ", ".join(("records", *map(str, targets.shape[1:])))
+            raise UserError(f"Regress needs an output of the targets' shape, ({wanted}), and the model's is "
+                            f"{described(output)}. (One number a record has no axis of its own: y[:, 0].)")
+        if not jnp.issubdtype(targets.dtype, jnp.number) or jnp.issubdtype(targets.dtype, jnp.complexfloating):
+            raise UserError(f"Regress needs targets that are real numbers, not {targets.dtype}.")
+        return members
+
+    def check(self, output: Any, data: Any) -> None:
+        """Raises UserError where the model's output has another shape than a target, or a target is not finite."""
+        for split, targets in reports.read_some(data, "targets").items():
+            jax.eval_shape(self._members, output, targets)
+            if not np.isfinite(targets).all():
+                raise UserError(f"The {split} split has targets that are not finite numbers.")
+
     def _each(self, error: Array) -> Array:
         """The criterion, element by element."""
         size = jnp.abs(error)
@@ -259,13 +349,14 @@ class Regress(Supervised):
         return {"rmse": float(np.sqrt(means["mse"])), "r2": float(1 - error / spread) if spread > 0 else float("nan")}
 
     def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """"prediction" (B, ...) in units of the target: the mean over members."""
-        prediction = _members(output, batch["targets"].ndim if "targets" in batch else 1).mean(1)
-        return {"prediction": prediction * batch["scale"] + batch["offset"] if "scale" in batch else prediction}
+        """"prediction" (B, ...), the mean over members, standardised as the targets are, with their "scale" and
+        "offset": see `in_units`."""
+        units = {name: batch[name] for name in ("scale", "offset") if name in batch}
+        return {"prediction": each(output).mean(1)} | units
 
     def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
         """The prediction in units of the target."""
-        return {"prediction": predictions["prediction"].tolist()}
+        return {"prediction": in_units(predictions, "prediction").tolist()}
 
     def artifacts(self, outcome: Outcome) -> list[str]:
         """Writes plots/scatter.png and the records with the largest errors; returns lines for the screen."""
@@ -273,20 +364,14 @@ class Regress(Supervised):
 
     def report(self, outcome: Outcome, prefix: str = "") -> list[str]:
         """`artifacts` without what others reach; `prefix` begins the names of the files."""
-        read = reports.read(outcome.records, "targets", "scale", "offset")
-        true = read["targets"].astype(np.float64)
-        true = true * read["scale"] + read["offset"] if "scale" in read else true
-        predicted = outcome.predict()["prediction"].astype(np.float64)
+        true = in_units(reports.read(outcome.records, "targets", "scale", "offset"), "targets")
+        predicted = in_units(outcome.predict(), "prediction")
         title = f"{outcome.split.capitalize()} split, {len(true):,} records"
         head = f"{title}: {reports.fit(true, predicted)}"
         plots.scatter(true, predicted, outcome.folder / "plots" / f"{prefix}scatter.png", head)
         worst = np.argsort(-np.abs(predicted - true), kind="stable")[:reports.MOST]
-        reports.write_worst(outcome, worst, {"true": [f"{x:.6g}" for x in true[worst]],
-                                             "predicted": [f"{x:.6g}" for x in predicted[worst]],
+        digits = reports.digits(true)
+        reports.write_worst(outcome, worst, {"true": [f"{x:.{digits}g}" for x in true[worst]],
+                                             "predicted": [f"{x:.{digits}g}" for x in predicted[worst]],
                                              "error": [f"{x:+.6g}" for x in (predicted - true)[worst]]}, prefix)
         return [head]
-
-
-def _members(output: Array, ndim: int) -> Array:
-    """float32 (B, M, ...): a single model is an ensemble of one."""
-    return (output if output.ndim > ndim else output[:, None]).astype(jnp.float32)

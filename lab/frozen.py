@@ -1,0 +1,35 @@
+"""Frozen layers are frozen whole: a BatchNorm whose parameters do not train leaves its statistics as they are, too."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+
+def frozen_statistics(optimizer: Any) -> contextlib.AbstractContextManager[None]:
+    """While a model is traced for training in it, each BatchNorm that `optimizer` freezes (all of its parameters, or,
+    where it has none, its statistics by their path) computes with its running statistics and leaves them as they are,
+    as in evaluation.
+    """
+    if not optimizer.groups:
+        return contextlib.nullcontext()
+
+    def evaluated(call: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__" or not frozen(module):
+            return call(*args, **kwargs)
+        field = module.use_running_average
+        object.__setattr__(module, "use_running_average", None)  # Flax takes either the field or the argument
+        try:
+            return call(*args, **kwargs | {"use_running_average": True})
+        finally:
+            object.__setattr__(module, "use_running_average", field)
+
+    def frozen(module: nn.Module) -> bool:
+        names = module.variables.get("params") or module.variables["batch_stats"]
+        return all(optimizer.frozen("/".join((*module.path, name))) for name in names)
+
+    return nn.intercept_methods(evaluated)
