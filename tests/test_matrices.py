@@ -101,6 +101,11 @@ GOLDEN = {
             "block_*/ffn/up/bias block_*/mlp_norm/bias block_*/mlp_norm/scale final_norm/bias "
             "final_norm/scale head/bias patches/bias"),
     },
+    "MinGRU": {
+        "hidden": "conv/kernel gate/kernel candidate/kernel",
+        "head": "out/kernel",
+        "none": "conv/bias gate/bias candidate/bias out/bias",
+    },
     "Linear": {
         "hidden": "",
         "head": "head/kernel",

@@ -11,7 +11,7 @@ import numpy as np
 
 from lab.data import digest, log
 from lab.data.pipeline import Arrays, Records
-from lab.errors import UserError
+from lab.errors import UserError, where
 
 NAMED = 20  # class names that are shown
 
@@ -58,6 +58,10 @@ def _record_spec(data: Data) -> dict[str, tuple[tuple[int, ...], Any]]:
     if records is None or not len(records):
         raise UserError(f"{type(data).__name__}.load() must return a Dataset (lab.data.dataset) with training records, "
                         f"not {'an empty one' if records is not None else type(found).__name__}.")
+    for name, array in getattr(records, "arrays", {}).items():
+        if not hasattr(array, "dtype"):
+            raise UserError(f"{where(type(data).load)}{type(data).__name__}.load(): {name!r} is a "
+                            f"{type(array).__name__}; it must be a NumPy array.")
     record = {name: np.asarray(x) for name, x in records[np.arange(1)].items()}
     return {name: (x.shape[1:], x.dtype.type) for name, x in record.items()}
 
