@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from lab.experiment import Experiment
 from lab.program import abstract_state, batch_spec
 from lab.sharding import path_of
-from lab.step import State, make_loss, make_train_step, prepare
+from lab.step import State, make_loss, make_optimizer, make_train_step, prepare
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
@@ -102,8 +102,12 @@ def make_plan(experiment: Experiment) -> Plan:
 
 def optimizer_flops(experiment: Experiment, state: State) -> int:
     """FLOPs of the optimizer's own products in one update (Muon's iterations); 0 where it works element by element."""
-    update = experiment.optimizer.build(experiment.steps).update
-    return count_flops(jax.make_jaxpr(update)(state.params, state.opt_state, state.params))
+    update = make_optimizer(experiment, batch_spec(experiment)).update
+
+    def updated(params: Any, opt_state: Any, extra: Any) -> Any:
+        return update(params, opt_state, params, extra=extra)
+
+    return count_flops(jax.make_jaxpr(updated)(state.params, state.opt_state, state.extra))
 
 
 def step_flops(experiment: Experiment) -> int:
