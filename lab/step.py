@@ -57,7 +57,9 @@ def prepare(experiment: Experiment, batch: Batch, train: bool, *counts: int | Ar
     """
     key = key_for(experiment.seed, "records", *counts)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["index"])
-    return experiment.data.transform({**batch, "key": keys}, train)
+    vocab = experiment.data.hints().get("vocab")  # of the tokenizer; a model's may be padded
+    known = {"vocab": jnp.full(keys.shape, vocab, jnp.int32)} if vocab else {}
+    return experiment.data.transform({**batch, **known, "key": keys}, train)
 
 
 def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] | None = None) -> State:

@@ -256,3 +256,33 @@ def test_artifacts_are_texts_and_a_comparison_with_compressors(tmp_path):
     text = (tmp_path / "samples" / "0.txt").read_text()
     assert text == f"--- prompt\n01\n--- continuation\n{'7' * 10}\n"
     assert lines[-1] == f"  | 01{'7' * 10}"
+
+
+# ------------------------------------------------------------------------------------------- a padded vocabulary
+
+
+class Scores(nn.Module):
+    """Its parameters are its logits."""
+
+    @nn.compact
+    def __call__(self, tokens, *, train):
+        scores = self.param("scores", nn.initializers.normal(), (1, 4, 12))
+        return jnp.broadcast_to(scores, (*tokens.shape, 12))
+
+
+def test_padding_of_the_vocabulary_gets_no_smoothing_mass():
+    """9 of 12 ids are real. The gradient by hand; without the tokenizer's size (the control) padding is pushed up."""
+    task, model = LanguageModel(label_smoothing=0.3), Scores()
+    tokens = np.random.default_rng(0).integers(0, 9, (2, 5)).astype(np.int32)
+    batch = {"tokens": tokens, "bytes": np.ones(2, np.int32), "weight": np.ones(2, np.float32)}
+    scores = np.random.default_rng(1).normal(size=(1, 4, 12)).astype(np.float32)
+
+    def gradient(**more):
+        loss = lambda scores: task.loss(model, {"params": {"scores": scores}}, batch | more, {}, True)[0]
+        return np.asarray(jax.grad(loss)(scores))[0]
+
+    p = np.exp(scores[0]) / np.exp(scores[0]).sum(-1, keepdims=True)
+    target = 0.7 * np.eye(12)[tokens[:, 1:]] + 0.3 * (np.arange(12) < 9) / 9
+    np.testing.assert_allclose(gradient(vocab=np.full(2, 9)), (p - target).sum(0), atol=1e-5)
+    assert np.abs(gradient() - (p - target).sum(0)).max() > 0.02
+    assert (gradient(vocab=np.full(2, 9))[:, 9:] > 0).all()  # padding only ever loses

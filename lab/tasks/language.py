@@ -68,10 +68,11 @@ class LanguageModel(Task):
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:
-        """`batch`: "tokens" int (B, L+1), "bytes" int (B,) of the targets, "weight" (B,) 1 real and 0 padding."""
+        """`batch`: "tokens" int (B, L+1), "bytes" int (B,) of the targets, "weight" (B,) 1 real and 0 padding; perhaps
+        "vocab" (B,), the number of the tokenizer's ids, where the model's vocabulary is padded."""
         inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], targets_BL.shape).astype(jnp.float32)
-        numbers = None if self._plain() else (self.label_smoothing, self.z_loss)
+        numbers = None if self._plain() else (self.label_smoothing, self.z_loss, batch.get("vocab", [None])[0])
         if self.chunk is None:
             logits_BLV, extra = apply(model, variables, inputs_BL, rngs=rngs, train=train)
             objective, (nll, right) = _sums(logits_BLV, (targets_BL, weight_BL), numbers)
@@ -121,15 +122,22 @@ class LanguageModel(Task):
                 *(f"  | {line}" for text in shown for line in text.splitlines())]
 
 
-def _sums(logits_BLV: Array, given: tuple[Array, Array], numbers: tuple[Any, Any] | None) -> tuple[Array, Any]:
-    """(objective, (cross-entropy, right guesses)). `given`: targets and weights; `numbers`: smoothing and z-loss."""
+def _sums(logits_BLV: Array, given: tuple[Array, Array], numbers: tuple[Any, ...] | None) -> tuple[Array, Any]:
+    """(objective, (cross-entropy, right guesses)). `given`: targets and weights; `numbers`: smoothing, z-loss, and how
+    many ids the tokenizer has (None: all). Rows that only pad the vocabulary get no smoothing mass; they stay in the
+    softmax, which soon gives them no probability (untrained they cost log(50,304 / 50,257) = 0.0009 nats).
+    """
     targets_BL, weight_BL = given
     nll_BL, log_z_BL, right_BL = cross_entropy(logits_BLV, targets_BL)
     nll = (nll_BL * weight_BL).sum()
     others = nll, (right_BL * weight_BL).sum()
     if numbers is None:
         return nll, others
-    smoothing, z_loss = numbers
-    uniform_BL = log_z_BL - logits_BLV.mean(axis=-1)
+    smoothing, z_loss, vocab = numbers
+    if vocab is None:
+        uniform_BL = log_z_BL - logits_BLV.mean(axis=-1)
+    else:
+        real_V = jnp.arange(logits_BLV.shape[-1]) < vocab
+        uniform_BL = log_z_BL - jnp.where(real_V, logits_BLV, 0).sum(axis=-1) / real_V.sum()
     objective_BL = (1 - smoothing) * nll_BL + smoothing * uniform_BL
     return ((objective_BL + z_loss * jnp.square(log_z_BL)) * weight_BL).sum(), others

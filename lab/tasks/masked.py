@@ -64,7 +64,8 @@ class MaskedLM(Task):
         """Cross-entropy at the chosen positions; the logits of all others are never computed."""
         tokens_BL, fields = _texts(batch)
         real_BL = fields["mask"] if "mask" in fields else jnp.ones_like(tokens_BL)
-        inputs_BL, chosen_BM, weight_BM = self.hide(tokens_BL, real_BL, batch["key"], model.vocab)
+        known = batch["vocab"][0] if "vocab" in batch else None
+        inputs_BL, chosen_BM, weight_BM = self.hide(tokens_BL, real_BL, batch["key"], model.vocab, known)
         logits_BMV, extra = apply(model, variables, inputs_BL, rngs=rngs, train=train, select=chosen_BM, **fields)
         weight_BM = weight_BM * batch["weight"][:, None]
         targets_BM = jnp.take_along_axis(tokens_BL, chosen_BM, axis=1)
@@ -75,14 +76,17 @@ class MaskedLM(Task):
                    "masked_share": (weight, real)}
         return nll, weight, metrics, extra
 
-    def hide(self, tokens_BL: Array, real_BL: Array, keys_B: Array, vocab: int) -> tuple[Array, Array, Array]:
-        """Chooses and hides tokens, each record by its own key.
+    def hide(self, tokens_BL: Array, real_BL: Array, keys_B: Array, vocab: int,
+             known: Array | None = None) -> tuple[Array, Array, Array]:
+        """Chooses and hides tokens, each record by its own key. `vocab`: the model's; `known`: how many ids the
+        tokenizer has, where the rest but the last is padding, which no text has.
 
         Returns:
           The inputs (B, L); the chosen positions int (B, M), M = rate * L rounded up; and their weights float32
           (B, M), which are 0 for the last ones of records with fewer than L real tokens.
         """
         count_L = _rounded_up(self.rate, tokens_BL.shape[1])
+        most = vocab - 1 if known is None else jnp.minimum(known, vocab - 1)
 
         def one(tokens_L: Array, real_L: Array, key: Array) -> tuple[Array, Array, Array]:
             key = jax.random.fold_in(key, zlib.crc32(b"masked"))  # the data's transforms draw from the same key
@@ -91,7 +95,7 @@ class MaskedLM(Task):
             _, chosen_M = jax.lax.top_k(scores_L, int(count_L[-1]))
             count = jnp.asarray(count_L)[(real_L > 0).sum()]
             old_M, kind_M = tokens_L[chosen_M], jax.random.uniform(kind, chosen_M.shape)
-            new_M = jnp.where(kind_M < HIDDEN + RANDOM, jax.random.randint(other, chosen_M.shape, 1, vocab - 1), old_M)
+            new_M = jnp.where(kind_M < HIDDEN + RANDOM, jax.random.randint(other, chosen_M.shape, 1, most), old_M)
             new_M = jnp.where(kind_M < HIDDEN, vocab - 1, new_M).astype(tokens_L.dtype)
             weight_M = jnp.arange(chosen_M.shape[0]) < count
             return tokens_L.at[chosen_M].set(jnp.where(weight_M, new_M, old_M)), chosen_M, weight_M.astype(jnp.float32)
