@@ -434,3 +434,12 @@ def test_other_parameters_to_begin_with(mistake, typed, place):
 def test_data_without_a_reader(mistake, monkeypatch):
     monkeypatch.setattr(TableData, "read", Dataset.read)
     assert "This data has no reader for new records" in mistake("predict", "tumours", "--input", "tumours.py")
+
+
+def test_eval_looks_at_the_test_split_only_when_asked():
+    """It is evaluated once, when a run ends; a default would use it up, look by look."""
+    import inspect
+
+    from lab.commands import evaluate
+
+    assert inspect.signature(evaluate).parameters["split"].default == "validation"
