@@ -71,7 +71,7 @@ WRONG = {
                   "the sum of losses must be one number, not (8,)"),
     "metric no pair": (TASK.format("Task", 'return jnp.ones(()), 1.0, {"loss": jnp.ones(())}, {}'), 3, "(sum, weight)"),
     "loss raises": (TASK.format("Task", 'raise KeyError("nothing here")'), 4, "KeyError: 'nothing here'"),
-    "GPT, table": ("experiment = replace(e, model=GPT(depth=1, width=8, heads=2))", None,
+    "GPT, table": ("experiment = replace(e, model=GPT(depth=1, width=8, heads=2, vocab=9))", None,
                    "GPT cannot be applied to this data's records (inputs float32 (4,), targets int32 ())"),
     "LM, table": ("experiment = replace(e, task=LanguageModel())", None, "LanguageModel needs records with tokens, and "
                   "this data has inputs, targets"),
