@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,10 +28,10 @@ def show(experiment: Experiment) -> None:
     takes no time; whether model, task and data fit is checked as before a run.
     """
     console = Console(highlight=False)
-    if getattr(experiment.data, "slow", False):
-        model_outputs(experiment)
-    else:
-        load_data(experiment)
+    model_outputs(experiment)
+    with contextlib.suppress(Absent):  # said below
+        if not getattr(experiment.data, "slow", False):
+            load_data(experiment)
     plan = make_plan(experiment)
     units = experiment.batch * experiment.data.units_per_record
 
