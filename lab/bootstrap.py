@@ -193,6 +193,8 @@ def command(arguments: list[str], environ: Mapping[str, str], lock: int, trouble
     if terminal:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     if process.returncode:
+        if any("No space left" in line or "os error 28" in line for line in last):
+            trouble = "the disk is full; free some space, or point LAB_ENVS to a folder on another one"
         lines = "\n".join(f"    {line}" for line in last)
         raise Stop(f"could not build the environment: {trouble}. {Path(arguments[0]).name} said:\n{lines}")
 

@@ -275,6 +275,12 @@ def test_a_failed_build_is_plain_and_leaves_nothing(checkout):
     assert checkout.run("x").returncode == 0    # the same checkout works once the network is back
 
 
+def test_a_full_disk_is_no_missing_network(checkout):
+    result = checkout.run(FAKE_ERROR="failed to write: No space left on device (os error 28)")
+    assert result.returncode == 2 and "the disk is full; free some space" in result.stderr
+    assert "registry" not in result.stderr and checkout.environments() == []
+
+
 def test_control_c_during_a_build_is_quiet(checkout):
     process = checkout.start(FAKE_SECONDS="30")
     checkout.wait_for_install()
