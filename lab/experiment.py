@@ -212,7 +212,6 @@ class Experiment:
         Raises:
           UserError: names the field and what would be right.
         """
-        check_parts(self)
         check_types(self)
         check_numbers(flat(to_json(self)))
         if not 0 <= self.seed < 2**32:

@@ -377,7 +377,7 @@ class Optax(Optimizer):
 
     lr: Schedule | float = field(default=1.0, kw_only=True)
     """Factor of the transformation's steps."""
-    transformation: Any = field(default=None, metadata={"json": False})
+    transformation: optax.GradientTransformation | None = field(default=None, metadata={"json": False})
     """The optax transformation."""
     source: str = field(default="", kw_only=True)
     """What tells transformations apart: a digest of the code and the values that it is made of; found by itself."""

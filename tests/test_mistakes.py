@@ -62,7 +62,7 @@ WRONG = {
     "optim None": ("experiment = replace(e, optim=None)", 1, "optim is None"),
     "optim raw": ("experiment = replace(e, optim=optax.adam(1e-3))", 1, "wrap it, so that a run can be told from "
                   "others: optim=Optax(optax.adam(1e-3))"),
-    "optax of nothing": ("experiment = replace(e, optim=Optax(3))", None, "takes an optax transformation"),
+    "optax of nothing": ("experiment = replace(e, optim=Optax(3))", None, "--optim.transformation must be "),
     "no loss": ("@dataclass(frozen=True)\nclass Mine:\n    pass\nexperiment = replace(e, task=Mine())", 1,
                 "Mine cannot be the task: it has no loss, "),
     "loss no tuple": (TASK.format("Classify", "return jnp.float32(1.0)"), 3, "Mine.loss returns an array. It must "),
