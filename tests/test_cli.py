@@ -247,7 +247,7 @@ def test_piped_output_is_plain_lines(reference):
 def test_what_a_run_leaves(reference):
     names = {p.name for p in reference[0].iterdir()}
     assert {"experiment.json", "environment.json", "metrics.jsonl", "plots", "samples", "checkpoints",
-            "result.json", "lock", "tokenizer.json"} == names
+            "result.json", "lock", "tokenizer.json", "fitted.json", "experiment.py"} == names
     assert {p.name for p in (reference[0] / "plots").iterdir()} == {"loss.png", "learning_rate.png", "norms.png"}
     losses = [json.loads(line)["loss"] for line in (reference[0] / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 1
