@@ -247,7 +247,8 @@ def _clear_checkpoints(place: Any) -> None:
 
 def how(experiment: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an experiment, as JSON, that say how it is carried out and may change from start to start."""
-    return {name: experiment.get(name) for name in ("microbatches", "dispatch", "mesh", "parallel", "resident")}
+    return {name: experiment.get(name) for name in ("microbatches", "dispatch", "mesh", "parallel", "deterministic",
+                                                      "resident")}
 
 
 def carried_out_otherwise(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
