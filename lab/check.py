@@ -86,7 +86,8 @@ def model_outputs(experiment: Experiment) -> list[Any]:
     if not any(name in spec for name in wanted) and wanted:
         raise UserError(f"{task} needs records with {' or '.join(wanted)}, and this data has "
                         f"{', '.join(name for name in spec if name not in ('weight', 'index'))}.")
-    with _explained(f"{model} cannot be applied to this data's records ({_shown(spec)})"):
+    here = where(type(experiment.model))
+    with _explained(f"{here}{model} cannot be applied to this data's records ({_shown(spec)})"):
         found = outputs(experiment, spec)
     for output in found:
         if output is None:

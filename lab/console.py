@@ -106,4 +106,5 @@ class _SayLog(logging.Handler):
         message = record.getMessage()
         if message not in self.said:
             self.said.add(message)
-            self.screen.say(message[:1].upper() + message[1:])
+            first = message.partition(" ")[0].rstrip(":,")  # a word; a file keeps its name
+            self.screen.say(message[:1].upper() + message[1:] if first.isalpha() else message)

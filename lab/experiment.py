@@ -397,6 +397,7 @@ def load(path: Path, content: bytes | None = None, name: str | None = None) -> M
         if isinstance(value := getattr(value, "base", value), Experiment):
             try:
                 check_parts(value)
+                check_types(value)
             except UserError as e:
                 place = "" if str(e).startswith("/") else f"{path}, line {_line_of(name, path)}: "
                 raise UserError(f"{place}{e}") from None

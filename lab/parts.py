@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +19,17 @@ PARTS = {
     "optim": ("lab.optim.Optimizer", ("build", "direction", "validate", "lr", "groups"), "AdamW(lr=1e-3)"),
 }
 
+# part -> method -> the arguments that it is called with, by place and by name
+CALLS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "task": {"loss": (("model", "variables", "batch", "rngs"), ("train",))},
+    "data": {"load": ((), ()), "transform": (("batch", "train"), ())},
+}
+
 
 def check_parts(experiment: Any) -> None:
-    """Raises UserError for a part that is missing, a class or a string instead of an object, or lacks what it needs."""
+    """Raises UserError for a part that is missing, a class or a string instead of an object, lacks what it needs, or
+    has a method that does not take the arguments it is called with.
+    """
     for name, (base, needed, example) in PARTS.items():
         part = getattr(experiment, name)
         if isinstance(part, type):
@@ -35,6 +44,18 @@ def check_parts(experiment: Any) -> None:
             some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise UserError(f"{where(type(part))}{type(part).__name__} cannot be the {name}: it has no {some}. Derive "
                             f"it from {base}.")
+        for method, (places, names) in CALLS.get(name, {}).items():
+            _check_call(part, method, places, names)
+
+
+def _check_call(part: Any, method: str, places: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """UserError where `part.method` cannot be called with these arguments."""
+    try:
+        inspect.signature(getattr(part, method)).bind(*places, **dict.fromkeys(names))
+    except TypeError as e:
+        given = ", ".join(["self", *places, *(f"{name}=..." for name in names)])
+        raise UserError(f"{where(getattr(type(part), method))}{type(part).__name__}.{method} cannot be called as "
+                        f"{method}({given}): {e}.") from None
 
 
 def check_loss(task: Any, result: Any, train: bool) -> tuple[Any, Any, dict[str, Any], Any]:

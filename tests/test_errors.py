@@ -101,7 +101,7 @@ def test_samples_and_comparisons_fail_alone(tmp_path, monkeypatch, caplog):
 
     data = SimpleNamespace(validation=Records(), validation_bytes=lambda most: b"text " * 100,
                            decode=lambda ids: "text")
-    outcome = SimpleNamespace(model=SimpleNamespace(context=8), data=data, folder=tmp_path, seed=0,
+    outcome = SimpleNamespace(model=SimpleNamespace(context=8), compute=None, data=data, folder=tmp_path, seed=0,
                               variables={"params": {}}, means={"bits_per_byte": 2.0})
     monkeypatch.setattr("lab.generate.sample_texts", lambda *args, **kwargs: [" goes on"])
     whole = LanguageModel(samples=1).artifacts(outcome)

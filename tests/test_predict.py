@@ -107,7 +107,7 @@ def test_a_run_predicts_and_samples_without_its_data(place, typed):
     status, out, err = typed("predict", "sales", "--input", "new.csv", "--id", "id", "--output", "after.csv")
     assert status == 0 and "58 predictions are in after.csv" in out, err
     assert (place / "after.csv").read_bytes() == (place / "before.csv").read_bytes()
-    assert "2 of 60 records have no message or value and are skipped: line 5, line 32" in err
+    assert "new.csv: 2 of 60 records have no message or value and are skipped: line 5, line 32" in err
     status, out, err = typed("sample", "letters", "--prompt", "a text", "--new-tokens", "4")
     assert status == 0 and out.startswith("a text"), err
 

@@ -50,7 +50,7 @@ class Csv:
     thousands: str = ""
     """What stands between thousands: a comma, a point, a space (of any kind) or an apostrophe."""
     units: tuple[str, ...] = ()
-    """Signs before or behind a number that are left out: "$", "%" (45% is 45), "kg"."""
+    """Signs before or behind a number that are left out: "$", "%" (45% is 45), "kg", "<" (<0.5 is 0.5)."""
     brackets: bool = False
     """Numbers in brackets are negative, as in accounts: (1,200) is -1200."""
     missing: tuple[str, ...] = ()

@@ -17,10 +17,13 @@ from lab.errors import UserError
 
 Splits = Literal["auto", "folders", "none"]
 SPLITS = {"train": "train", "training": "train", "trn": "train", "test": "test", "testing": "test", "tst": "test",
-          "holdout": "test", "validation": "validation", "valid": "validation", "val": "validation",
+          "holdout": "test", "heldout": "test", "hold-out": "test", "held-out": "test", "hold_out": "test",
+          "held_out": "test", "validation": "validation", "valid": "validation", "val": "validation",
+          "validate": "validation", "validating": "validation",
           "dev": "validation", "development": "validation", "eval": "validation", "evaluation": "validation"}
 # What may follow the name of a split: test_set, trainImages, val-split, Train_2.
-_AFTER = r"(?:[-_. ]*(?:sets?|data|datasets?|images?|imgs?|pics?|texts?|files?|folders?|dirs?|splits?|\d+))*"
+_AFTER = (r"(?:[-_. ]*(?:sets?|data|datasets?|images?|imgs?|pics?|texts?|files?|folders?|dirs?|splits?"
+          r"|samples?|examples?|records?|jpe?g|png|resized|cropped|\d+(?:x\d+)?))*")
 _SPLIT = re.compile(rf"(?:.*[-_. ])?({'|'.join(sorted(SPLITS, key=len, reverse=True))}){_AFTER}", re.IGNORECASE)
 _LISTED = 12  # names in a message
 
@@ -133,6 +136,7 @@ def split_folders(found: Tree, splits: Splits) -> tuple[dict[str, Path], list[st
     if not any(kinds.values()):
         if splits != "none":
             _check_classes_first(found, root)
+            _check_alike(found, root)
         return {"train": root}, []
     chosen: dict[str, Path] = {}
     doubles = []
@@ -172,6 +176,16 @@ def _check_classes_first(found: Tree, root: Path) -> None:
             raise UserError(f"{root / name} is named like a class but holds the splits {_some(inner)}: put the splits "
                             f"outside and the classes inside, as in {root / inner[0] / name}, or set "
                             f"--data.source.splits none to take all files of a class together.")
+
+
+def _check_alike(found: Tree, root: Path) -> None:
+    """UserError where all folders hold the same folders: those inside are the classes, and these perhaps splits."""
+    names = found.folders[root]
+    inside = [found.folders[root / name] for name in names]
+    if len(names) > 1 and len(inside[0]) > 1 and all(inner == inside[0] for inner in inside):
+        raise UserError(f"It is not clear which folders of {root} are the classes: {_some(names)}, or "
+                        f"{_some(inside[0])} in each of them. Name the outer ones like splits (train, test), or set "
+                        f"--data.source.splits none to take them for the classes.")
 
 
 def labelled(found: Tree, folder: Path, classes: list[str], wanted: Callable[[str], bool],

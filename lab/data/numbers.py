@@ -20,13 +20,17 @@ SPACES = " \u00a0\u2009\u202f\u2007"  # all of these stand between groups of dig
 QUOTES = "'\u2019"
 MINUS = str.maketrans(dict.fromkeys("\u2212\ufe63\uff0d\u2013", "-"))  # signs that print like a minus
 _CURRENCY = "$\u00a2-\u00a5\u20a0-\u20cf"
+_ABOUT = "<>\u2264\u2265~\u2248"  # <0.5, ~20: a limit or an estimate among measurements
+_NOTES = "*\u2020\u2021"  # 12.3*: there is a footnote
 # Words that may stand where a number is missing, beside those of MISSING.
 _MARK = re.compile(r"[-\u2012-\u2015\u2212.*_~/\\]+|#n/?a|#[a-z]+[/0-9a-z]*[!?]|<na>|n\.a\.?|n\.?[dr]\.?|n/[dr]|none"
                    r"|nil|missing|unknown|not (available|applicable|reported)|tb[ad]|x+", re.IGNORECASE)
 _LOOKS = re.compile(
-    rf"(?P<open>\()?\s*[-+]?\s*(?P<before>[{_CURRENCY}]|[A-Z]{{1,3}}[{_CURRENCY}]|Rs\.?|[A-Z]{{3}}(?=[\s\d-]))?\s*[-+]?\s*"
+    rf"(?P<open>\()?\s*[-+]?\s*(?P<before>[{_CURRENCY}{_ABOUT}]|[A-Z]{{1,3}}[{_CURRENCY}]|Rs\.?|[A-Z]{{3}}(?=[\s\d-]))?"
+    rf"\s*[-+]?\s*"
     rf"(?P<body>(?:\d{{1,3}}(?:(?P<group>[,.{SPACES}{QUOTES}])\d{{2,3}}(?:(?P=group)\d{{2,3}})*)?|\d+)(?:[.,]\d*)?|[.,]\d+)"
-    rf"(?:[eE][-+]?\d+)?\s*(?P<after>[%\u2030\u00b0{_CURRENCY}]|[A-Z]{{3}}|[^\W\d_]{{1,4}}[\u00b2\u00b3]?)?\s*(?P<close>\))?")
+    rf"(?:[eE][-+]?\d+)?\s*(?P<after>[%\u2030\u00b0{_NOTES}{_CURRENCY}]|[A-Z]{{3}}|[^\W\d_]{{1,4}}[\u00b2\u00b3]?)?"
+    rf"\s*(?P<close>\))?")
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,14 @@ def doubt(cells: Sequence[str], form: NumberFormat) -> Fields:
 
 
 def _with_one_unit(odd: list[str], looks: dict[str, re.Match], total: int) -> dict[str, re.Match]:
-    """Without those whose unit is letters, unless most cells have the same: 12 kg, but not Q1 and 3rd and 4WD."""
+    """Without those whose unit is letters, unless most cells have the same: 12 kg, but not Q1 and 3rd and 4WD; and
+    without marks beside few short numbers, unless most cells have none: not <30 and >30, or 4* and 5*.
+    """
     units = Counter((looks[value]["after"] or "") + (looks[value]["before"] or "") for value in odd)
     few = all(len(found["body"]) <= 2 for found in looks.values()) and len(set(odd)) <= 10
-    good = {unit for unit, n in units.items() if not any(c.isalpha() for c in unit) or (n > total / 2 and not few)
-            or unit.isupper() and len(unit) == 3}
+    marks = set(_ABOUT + _NOTES) if few and len(odd) > total / 2 else set()
+    good = {unit for unit, n in units.items() if not any(c.isalpha() or c in marks for c in unit)
+            or (n > total / 2 and not few) or unit.isupper() and len(unit) == 3}
     return {value: found for value, found in looks.items() if (found["after"] or "") + (found["before"] or "") in good}
 
 

@@ -232,7 +232,7 @@ def each(output: Any) -> Array:
     """
     values = output.values if isinstance(output, Members) else output
     if not hasattr(values, "shape"):
-        raise UserError(f"The model must return an array, and returns {described(output)}.")
+        raise UserError(f"The model's output must be an array, and is {described(output)}.")
     return (values if isinstance(output, Members) else values[:, None]).astype(jnp.float32)
 
 

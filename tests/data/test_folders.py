@@ -27,9 +27,10 @@ def fill(root: Path, *folders: str, n: int = 2) -> Path:
 @pytest.mark.parametrize(("name", "kind"), [
     *[(name, "train") for name in ("train", "Train", "TRAINING", "training_set", "Training Set", "seg_train",
                                    "trainset", "train-images", "TrainData", "train2017", "20news-bydate-train",
-                                   "data.train")],
-    *[(name, "test") for name in ("test", "Testing", "test_set", "seg_test", "testset", "Test Images", "my-test-data")],
-    *[(name, "validation") for name in ("val", "valid", "validation", "dev", "Val", "dev_set", "eval",
+                                   "data.train", "train-jpg", "train_resized", "train_224x224", "TrainSamples")],
+    *[(name, "test") for name in ("test", "Testing", "test_set", "seg_test", "testset", "Test Images", "my-test-data",
+                                  "held-out", "test_examples")],
+    *[(name, "validation") for name in ("val", "valid", "validation", "dev", "Val", "dev_set", "eval", "validate",
                                         "validation-split")],
     *[(name, None) for name in ("trains", "retrain", "training_wheels", "protest", "contest", "value", "device", "cat",
                                 "test_tube", "valley", "dataset", "images", "interval", "trainer")]])
@@ -57,7 +58,8 @@ def test_images_and_texts_find_the_same_splits(tmp_path, names, shape):
     (("train/a", "train/b", "Training/a", "test/a"), "not clear what Training is"),
     (("val/a", "val/b", "dev/a", "train/a"), "not clear what val is"),
     (("test/a", "val/b"), "which folder is for training"),
-    (("cat/train", "cat/test", "dog/train", "dog/test"), "cat is named like a class but holds the splits test, train")])
+    (("cat/train", "cat/test", "dog/train", "dog/test"), "cat is named like a class but holds the splits test, train"),
+    (("train_v2b/a", "train_v2b/b", "test_v2b/a", "test_v2b/b"), "test_v2b, train_v2b, or a, b in each")])
 def test_what_is_not_clear_is_refused_with_the_field_that_decides_it(tmp_path, folders, words):
     fill(tmp_path, *folders)
     for source in (ImageFolder(str(tmp_path)).open, TextFolder(str(tmp_path)).load):
@@ -78,6 +80,10 @@ def test_the_field_decides(tmp_path):
     assert opened.names == ("a", "b") and opened.notes["other folders, left out"] == "seg_pred"
     by_class = fill(tmp_path / "c", "cat/train", "cat/test", "dog/train", "dog/test")
     assert len(ImageFolder(str(by_class), splits="none").open().splits["train"]) == 8
+    alike = fill(tmp_path / "d", "amazon/mug", "amazon/pen", "webcam/mug", "webcam/pen")
+    assert ImageFolder(str(alike), splits="none").open().names == ("amazon", "webcam")
+    unlike = fill(tmp_path / "u", "cat/indoor", "cat/outdoor", "dog/indoor")
+    assert ImageFolder(str(unlike)).open().names == ("cat", "dog")
 
 
 # ------------------------------------------------------------------------------------------------------- links

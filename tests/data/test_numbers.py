@@ -47,6 +47,8 @@ WAYS = {
     "USD": (lambda x: f"USD {x:.2f}", {"units": ("USD",)}, "--data.source.units USD"),
     "45%": (lambda x: f"{x:.2f}%", {"units": ("%",)}, "--data.source.units %"),
     "kg": (lambda x: f"{x:.2f} kg", {"units": ("kg",)}, "--data.source.units kg"),
+    "below a limit": (lambda x: f"{'<' * (round(x * 100) % 4 == 0)}{x:.2f}", {"units": ("<",)}, "units '<'"),
+    "footnotes": (lambda x: f"{x:.2f}{'*' * (round(x * 100) % 4 == 0)}", {"units": ("*",)}, "units '*'"),
     "accounts": (accounts, {"brackets": True}, "--data.source.brackets"),
     "a dash": (gap("-"), {"missing": ("-",)}, "--data.source.missing -"),
     "#N/A": (gap("#N/A"), {"missing": ("#N/A",)}, "--data.source.missing '#N/A'"),
@@ -178,6 +180,11 @@ def test_formats_that_contradict_themselves():
     for form in (NumberFormat(";"), NumberFormat(thousands="."), NumberFormat(",", ","), NumberFormat(thousands="x")):
         with pytest.raises(UserError, match="--data.source"):
             form.validate()
+
+
+def test_bands_and_stars_are_no_numbers():
+    assert doubt(["<30", ">30"] * 30, PLAIN) == {} and doubt(["3*", "4*", "5*"] * 20, PLAIN) == {}
+    assert doubt(["<=50K", ">50K"] * 30, PLAIN) == {}
 
 
 def test_what_is_advised_is_what_is_needed():
