@@ -138,8 +138,9 @@ def test_another_model(base, tmp_path):
     assert status == 0 and "last/" in said.partition("at random:")[2].partition("not taken")[0]
     report = json.loads((tmp_path / "run/pretrained.json").read_text())
     assert {"last/kernel", "last/bias"} < set(report["random"]) and "head/kernel" in report["loaded"]
-    with pytest.raises(UserError, match=r"head/bias is \(2,\) .* and \(3,\) here: a run goes on with"):
-        train(replace(other, model=experiment.model.clone(classes=3)), tmp_path / "wrong")
+    (tmp_path / "wide.py").write_text(OWN.replace(RETURN, RETURN.replace("(inputs)", "(inputs[:, :5])")))
+    with pytest.raises(UserError, match=r"head/kernel is \(\d+, 2\) .* and \(5, 2\) here: a run goes on with"):
+        train(replace(other, model=load(tmp_path / "wide.py").experiment.model), tmp_path / "wrong")
 
 
 # -------------------------------------------------------------------------------------------------- optimizer state

@@ -232,8 +232,8 @@ class Fake:
 
     def __call__(self, experiment: Experiment, train: Any) -> Any:
         program = program_of(experiment)
-        names = ("abstract", "batch", "eval_batch", "eval_rows", "experiment", "init", "mesh", "rows", "train",
-                 "stacked", "train_records")
+        names = ("abstract", "batch", "compute", "eval_batch", "eval_rows", "experiment", "init", "mesh", "rows",
+                 "stacked", "train", "train_records")
         own = {name: getattr(program, name) for name in names}
         own["compile_seconds"] = program.compile_seconds
 

@@ -27,6 +27,9 @@ class Tokens:
     def record_spec(self):
         return {"tokens": ((self.length + 1,), np.int32), "bytes": ((), np.int32)}
 
+    def hints(self):
+        return {}
+
     def transform(self, batch, train):
         return batch
 

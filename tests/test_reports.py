@@ -239,7 +239,7 @@ def test_a_run_reports_on_its_test_split(place):
 
 
 def test_eval_writes_the_whole_report(place, typed):
-    status, out, _ = typed("eval", "tumours")
+    status, out, _ = typed("eval", "tumours", "--split", "test")
     result, found = result_of(place / "tumours"), written(place, "tumours/evaluation-test-20.json")
     assert status == 0 and (found["step"], found["split"]) == (20, "test")
     assert found == pytest.approx(result["test"], abs=1e-6)
@@ -297,7 +297,7 @@ def test_a_gan_and_its_judge(place, typed, mistake, monkeypatch):
     real = restore.read_folder
     larger = real(place / "larger")
     larger = replace(larger, data=replace(larger.data, border=1))
-    monkeypatch.setattr(restore, "read_folder", lambda run: larger if run.name == "larger" else real(run))
+    monkeypatch.setattr(restore, "read_folder", lambda run, *file: larger if run.name == "larger" else real(run))
     assert "cannot judge images of shape (8, 8, 1): its own inputs are (10, 10, 1)" in mistake(
         "eval", "gan", "--judge", "larger")
 

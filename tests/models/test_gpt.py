@@ -328,7 +328,7 @@ SIZES = [(12, 768, 12, 124_439_808), (24, 1024, 16, 354_823_168), (48, 1600, 25,
 @pytest.mark.parametrize("depth,width,heads,want", SIZES, ids=["small", "medium", "xl"])
 def test_gpt2_parameter_counts(depth, width, heads, want):
     def count(**fields):
-        model = GPT(depth=depth, width=width, heads=heads, **fields)
+        model = GPT(depth=depth, width=width, heads=heads, vocab=50257, **fields)
         return sum(x.size for x in jax.tree.leaves(shapes_of(model)))
 
     assert count(scan=True) == want
@@ -336,7 +336,7 @@ def test_gpt2_parameter_counts(depth, width, heads, want):
     if depth == 12:
         assert count() == want
         assert count(scan=True, tied=False) == want + 50257 * 768  # negative control: the count sees the head
-        assert GPT() == GPT(depth=12, width=768, heads=12, vocab=50257, context=1024)
+        assert GPT(vocab=50257) == GPT(depth=12, width=768, heads=12, vocab=50257, context=1024)
 
 
 @functools.cache
