@@ -24,7 +24,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -273,15 +272,11 @@ def cpu_kind() -> str:
 
 def built_environ(environ: Mapping[str, str], folder: Path, accelerator: str) -> dict[str, str]:
     """`process_environ` for an environment that was built here."""
-    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    library = sysconfig.get_path("stdlib")
-    # Whatever PYTHONPATH holds comes last: no module of another environment there may stand in for one of ours.
-    packages = folder / f"lib/{python}/site-packages"
-    places = [ROOT, library, f"{library}/lib-dynload", packages, environ.get("PYTHONPATH")]
     result = process_environ(environ, accelerator)
     result.pop("PYTHONHOME", None)    # it would send the environment's Python to another one's library
+    # What PYTHONPATH holds comes last, see `lab.experiment.load`: nothing there may stand in for a module of ours.
     return result | {"VIRTUAL_ENV": str(folder), "PATH": f"{folder}/bin:{environ.get('PATH', os.defpath)}",
-                     "PYTHONPATH": os.pathsep.join(str(place) for place in places if place)}    # fmt: skip
+                     "PYTHONPATH": str(ROOT), "LAB_PYTHONPATH": environ.get("PYTHONPATH", "")}
 
 
 def process_environ(environ: Mapping[str, str], accelerator: str) -> dict[str, str]:

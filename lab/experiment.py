@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -378,6 +379,7 @@ def load(path: Path, content: bytes | None = None, name: str | None = None) -> M
     """
     path = path.resolve()
     inside = path.is_relative_to(ROOT)
+    sys.path += [p for p in os.environ.get("LAB_PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
     name = name or (".".join(path.relative_to(ROOT).with_suffix("").parts) if inside else f"user_{path.stem}")
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
     sys.modules[name] = module

@@ -334,7 +334,7 @@ def test_it_starts_lab_in_the_users_folder_with_the_users_arguments(checkout, tm
         assert result.stdout.splitlines()[:6] == [
             "arg -P", "arg -m", "arg lab", "arg two words", "arg --flag", f"cwd {here}",
         ]    # fmt: skip
-        assert any(line.startswith(f"PYTHONPATH={checkout.folder}:") for line in result.stdout.splitlines())
+        assert f"PYTHONPATH={checkout.folder}" in result.stdout.splitlines()
 
 
 def test_variables_are_set_and_those_of_the_user_are_kept(checkout):
@@ -404,7 +404,8 @@ def test_the_platform_follows_the_accelerator_and_what_the_user_asks_of_jax(tmp_
 def test_what_pythonpath_holds_stands_in_for_nothing_of_ours(tmp_path):
     for name in ("numpy", "random", "lab", "mine"):
         write_script(tmp_path / f"theirs/{name}.py", f"print('{name} of PYTHONPATH')")
-    program = "import numpy, random, lab, mine"
+    (tmp_path / "own.py").write_text("import mine\nexperiment = 1\n")
+    program = f"import numpy, random; from lab.experiment import load, Path; load(Path({str(tmp_path / 'own.py')!r}))"
     environ = {"PYTHONPATH": str(tmp_path / "theirs"), "PATH": os.defpath}
 
     def said(environ: dict[str, str]) -> str:

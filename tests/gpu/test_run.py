@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 
@@ -15,8 +16,9 @@ from tests.gpu.trace import classes_of, kernels_of
 
 
 def rehearse(results, *words):
+    environ = {**os.environ, "XLA_FLAGS": ""}  # one device, as a user has
     return subprocess.run([sys.executable, ROOT / "tests/gpu/run.py", "--rehearse", "--results", results, *words],
-                          capture_output=True, text=True, cwd=ROOT)
+                          capture_output=True, text=True, cwd=ROOT, env=environ)
 
 
 def test_the_whole_script_rehearses(tmp_path):
