@@ -1,7 +1,7 @@
 """Folders that somebody else made: no code of theirs runs, and nothing is written through their links."""
 
+import contextlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,18 +14,20 @@ from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 from tests.test_study import FILE
 
 
+def train_in(folder: Path, file: str, run: str) -> None:
+    """Trains an experiment of a folder, from that folder."""
+    from lab.__main__ import main
+
+    with contextlib.chdir(folder):
+        assert main([file, "--run-dir", run]) == 0
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with small.py, and run/, where it was trained."""
-    from lab.__main__ import main
-
-    folder, before = tmp_path_factory.mktemp("foreign"), os.getcwd()
+    folder = tmp_path_factory.mktemp("foreign")
     (folder / "small.py").write_text(FILE)
-    os.chdir(folder)
-    try:
-        assert main(["small.py", "--run-dir", "run"]) == 0
-    finally:
-        os.chdir(before)
+    train_in(folder, "small.py", "run")
     return folder
 
 
@@ -119,15 +121,8 @@ experiment =''')
 @pytest.fixture(scope="module")
 def own(place) -> Path:
     """own.py, which has a model of its own, and run-own/, where it was trained."""
-    from lab.__main__ import main
-
-    before = os.getcwd()
     (place / "own.py").write_text(OWN)
-    os.chdir(place)
-    try:
-        assert main(["own.py", "--run-dir", "run-own"]) == 0
-    finally:
-        os.chdir(before)
+    train_in(place, "own.py", "run-own")
     return place / "run-own"
 
 

@@ -20,7 +20,7 @@ from lab.models.cnn import ConvNet, ResNet
 from lab.parallel import mixes_rows
 from lab.source_code import code_of, digests
 from tests.conftest import ROOT
-from tests.test_foreign_folders import OWN, forge
+from tests.test_foreign_folders import OWN, forge, train_in
 from tests.test_loop import Quiet
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -36,14 +36,7 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(place) -> Path:
     """The run folder of own.py."""
-    from lab.__main__ import main
-
-    before = os.getcwd()
-    os.chdir(place)
-    try:
-        assert main(["own.py", "--run-dir", "run"]) == 0
-    finally:
-        os.chdir(before)
+    train_in(place, "own.py", "run")
     return place / "run"
 
 
