@@ -51,6 +51,10 @@ def start_jax() -> str:
         raise UserError(f"JAX found no device{f' with JAX_PLATFORMS={asked}' if asked else ''}: {reason}. Check the "
                         f"driver, or leave out JAX_PLATFORMS and say what you want: "
                         f"LAB_ACCELERATOR=cpu|cuda12|cuda13|tpu ./launch.sh ...") from e
+    if found == "gpu" and jax.device_count() == 1:
+        # One kernel for all random bits instead of 100 operations fused into each use of them: the first state of
+        # gpt_small compiles in 6 s instead of 104 on 2 cores. The bits are the same. No mesh can divide that kernel.
+        jax.config.update("jax_threefry_gpu_kernel_lowering", True)
     if wanted and found != wanted:
         raise UserError(f"The launcher chose {wanted}, but JAX uses {found}. Check the driver, or say what you want: "
                         f"LAB_ACCELERATOR=cpu|cuda12|cuda13|tpu ./launch.sh ...")

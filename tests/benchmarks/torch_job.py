@@ -26,6 +26,7 @@ from lab.__main__ import find_experiment, parse
 from lab.data.pipeline import eval_batches, train_batch
 from lab.errors import UserError
 from lab.experiment import Experiment, to_json
+from lab.matrices import matrices
 from lab.plan import make_plan
 from lab.program import batch_spec, one_record
 from lab.restore import leaves
@@ -64,8 +65,8 @@ def write(experiment: Experiment, folder: Path, updates: int, validation: bool =
                  for batch in eval_batches(data.validation, experiment.batch, experiment.evaluate.records)]
         arrays |= {f"validation/{name}": np.concatenate([p[name] for p in parts]) for name in parts[0]}
     spec = {"model": to_json(experiment.model), "task": to_json(experiment.task), "optim": to_json(experiment.optim),
-            "decays": leaves(experiment.optim.decays(state.params)), "precision": experiment.precision,
-            "batch": experiment.batch, "microbatches": experiment.microbatches, "chunk": experiment.dispatch,
+            "decays": leaves(experiment.optim.decays(state.params, matrices(experiment, batch_spec(experiment)))),
+            "precision": experiment.precision, "batch": experiment.batch, "microbatches": experiment.microbatches, "chunk": experiment.dispatch,
             "seed": experiment.seed, "updates": updates, "evaluate_every": experiment.evaluate.every,
             "parameters": sum(x.size for x in parameters.values()), "unit": data.unit,
             "units": experiment.batch * data.units_per_record, "flops": make_plan(experiment).flops,

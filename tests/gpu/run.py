@@ -35,9 +35,9 @@ class Step(NamedTuple):
     """Its limit."""
 
 
-STEPS = (Step("devices", 20), Step("main_job", 70), Step("checks", 90), Step("gpt_small", 120), Step("torch", 120),
-         Step("kernels", 35), Step("gpt_medium", 50), Step("images", 60), Step("fashion", 60), Step("studies", 70),
-         Step("sampling", 45))
+STEPS = (Step("devices", 20), Step("prepare", 150), Step("checks", 180), Step("gpt_small", 90), Step("kernels", 45),
+         Step("gpt_medium", 50), Step("torch", 120), Step("main_job", 110), Step("fashion", 60), Step("sampling", 60),
+         Step("images", 60), Step("studies", 90))
 
 
 def main(arguments: Sequence[str]) -> int:

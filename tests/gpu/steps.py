@@ -26,14 +26,15 @@ TINY = bool(os.environ.get("LAB_GPU_TINY"))
 SCRATCH = Path(os.environ.get("LAB_GPU_SCRATCH", "/tmp/lab-gpu"))
 TINY_GPT = {"depth": 2, "width": 32, "heads": 2}
 # What may matter for gpt_small, most promising first: fields of the experiment, options of XLA.
-SETTINGS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
-    ("64 rows at once, chunks of 256", {}, ()),
-    ("no chunks", {"task.chunk": None}, ()),
-    ("latency hiding", {}, ("xla_gpu_enable_latency_hiding_scheduler=true",)),
-    ("no command buffers", {}, ("xla_gpu_enable_command_buffer=",)),
-    ("remat dots", {"model.remat": "dots"}, ()),
-    ("4 microbatches", {"microbatches": 4}, ()),
-)
+SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "64 rows at once, chunks of 256": ({}, ()),
+    "products by cuBLAS only": ({}, ("xla_gpu_enable_triton_gemm=false",)),
+    "no chunks": ({"task.chunk": None}, ()),
+    "deterministic": ({"deterministic": True}, ()),
+    "latency hiding": ({}, ("xla_gpu_enable_latency_hiding_scheduler=true",)),
+    "remat dots": ({"model.remat": "dots"}, ()),
+    "4 microbatches": ({"microbatches": 4}, ()),
+}
 
 
 def found(name: str, **figures: Any) -> None:
@@ -57,6 +58,29 @@ def rows_of(folder: Path, split: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["split"] == split]
 
 
+Job = tuple[Any, tuple[str, ...]]
+"""An experiment, and options of XLA."""
+
+
+def jobs() -> dict[str, Callable[[], Job]]:
+    """Name -> what `bench` measures, by step."""
+    def setting(name: str) -> Job:
+        fields, xla = SETTINGS[name]
+        return gpt("gpt_small", **{"batch": 64, "microbatches": 1, **fields}), xla
+
+    names = list(SETTINGS)[:2] if TINY else list(SETTINGS)
+    vision = (("imagenet_vit_s16", 512), ("imagenet_resnet50", 256))[: 1 if TINY else 2]
+    rates = (0.0,) if TINY else (0.1, 0.0)  # cuDNN's attention takes no dropout
+    return {**{f"gpt_small: {name}": functools.partial(setting, name) for name in names},
+            "gpt_medium: 32 rows at once": lambda: (gpt("gpt_medium", batch=32, microbatches=1), ()),
+            "kernels: gpt_small": lambda: (gpt("gpt_small", batch=64, microbatches=1),
+                                           # A trace gives no names to the operations inside a graph of CUDA.
+                                           ("xla_gpu_enable_command_buffer=",)),
+            **{f"images: {name}, {batch} at once": functools.partial(image_job, name, batch) for name, batch in vision},
+            **{f"images: bert_base, 64 texts, dropout {rate}": functools.partial(bert_job, rate) for rate in rates},
+            "fashion: on the device": fashion_job}
+
+
 def bench(name: str, experiment: Any, updates: int, xla: Sequence[str] = ()) -> dict[str, Any] | None:
     """Finds what `./launch.sh bench` says of an experiment; a setting that fails is a finding, too."""
     from lab.bench import BenchOptions, measure
@@ -71,7 +95,7 @@ def bench(name: str, experiment: Any, updates: int, xla: Sequence[str] = ()) -> 
         return None
     finally:
         gc.collect()
-    keep = ("device", "ms_per_update", "tokens_per_second", "images_per_second", "records_per_second", "mfu",
+    keep = ("device", "time_to_first_update_seconds", "ms_per_update", "tokens_per_second", "images_per_second", "records_per_second", "mfu",
             "compile_seconds", "data_wait_ms", "host_ms", "temporary_bytes", "peak_device_bytes")
     found(name, **{key: figures[key] for key in keep if figures.get(key) is not None},
           seconds=round(time.monotonic() - began, 1))
@@ -118,61 +142,113 @@ def devices() -> None:
     found("environment", **{name: os.environ.get(name, "") for name in seen})
 
 
+def prepare() -> None:
+    """1. Compiles, all at once, what the later steps measure, so that they find it in JAX's cache."""
+    began = time.monotonic()
+    gpt("gpt_small").data.load()  # the text, tokenised once
+    found("data", seconds=time.monotonic() - began)
+    environ = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    running = {name: subprocess.Popen([sys.executable, "-P", "-m", "tests.gpu.steps", "compile", name], cwd=ROOT,
+                                      env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+               for name in list(jobs())[: 2 if TINY else None]}
+    for name, process in running.items():
+        out, _ = process.communicate()
+        print(out, flush=True)
+        if process.returncode:
+            found(name, failed=out[-300:])
+
+
+def compile_job(name: str) -> None:
+    """One of `jobs`, compiled and not run."""
+    from lab.bench import xla_options
+    from lab.check import load_data
+    from lab.program import Program
+
+    began = time.monotonic()
+    experiment, xla = jobs()[name]()
+    program = Program(experiment, load_data(experiment).train)
+    program.options = program.options | xla_options(() if TINY else xla)
+    loaded = time.monotonic()
+    _ = program.compiled
+    compiled = time.monotonic()
+    program.init()
+    found(name, load_seconds=loaded - began, compile_seconds=compiled - loaded,
+          init_seconds=time.monotonic() - compiled)
+
+
 def main_job() -> None:
     """1. The main job's local config: its time, and its losses beside the CPU's of the same machine."""
     steps = 12 if TINY else 100
     flags = ["experiments/gpt_small.py", "--local"]
+    if not TINY:
+        seconds, _ = launch(*flags, "--run-dir", SCRATCH / "main")
+        result = json.loads((SCRATCH / "main/result.json").read_text())
+        found("the main job", seconds=seconds, ms_per_update=1000 * result["seconds_per_update"],
+              bits_per_byte=result["final"]["bits_per_byte"], compile_seconds=result["compile_seconds"])
     curves = {}
     for platform in ("here", "cpu"):
         more = {"LAB_ACCELERATOR": "cpu", "LAB_PLATFORM": "cpu", "JAX_PLATFORMS": "cpu"} if platform == "cpu" else {}
         folder = SCRATCH / f"curve-{platform}"
         seconds, _ = launch(*flags, "--steps", str(steps), "--evaluate.records", "64", "--run-dir", folder, more=more)
         curves[platform] = [row["loss"] for row in rows_of(folder, "train")]
-        found(f"{steps} steps on {platform}", seconds=seconds, curve=[round(x, 4) for x in curves[platform]])
+        compiled = json.loads((folder / "result.json").read_text())["compile_seconds"]
+        found(f"{steps} steps on {platform}", seconds=seconds, compile_seconds=compiled,
+              curve=[round(x, 4) for x in curves[platform]])
     apart = [abs(a - b) for a, b in zip(curves["here"], curves["cpu"], strict=True)]
     found("losses beside the CPU's", first=apart[0], first_ten=max(apart[:10]), most=max(apart),
           mean=sum(apart) / len(apart), close=max(apart[:10]) < 0.02 and max(apart) < 0.15)
-    if not TINY:
-        seconds, _ = launch(*flags, "--run-dir", SCRATCH / "main")
-        result = json.loads((SCRATCH / "main/result.json").read_text())
-        found("the main job", seconds=seconds, ms_per_update=1000 * result["seconds_per_update"],
-              bits_per_byte=result["final"]["bits_per_byte"], compile_seconds=result["compile_seconds"])
 
 
 def checks() -> None:
-    """2. `pytest -m gpu`."""
-    more = {"LAB_TEST_PLATFORM": "cpu" if TINY else "gpu", "LAB_TEST_GPU": "1",
+    """2. `pytest -m gpu`. What a test says is found at once: the step may be stopped before the last one ends."""
+    figures = SCRATCH / "figures.jsonl"
+    more = {"LAB_TEST_PLATFORM": "cpu" if TINY else "gpu", "LAB_TEST_GPU": str(figures),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    words = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "tests/gpu", "-n", "2" if TINY else "4",
-             "--dist", "load", "-rA", "--durations", "5", "-p", "no:cacheprovider"]
+    words = [sys.executable, "-P", "-m", "pytest", "-m", "gpu", "tests/gpu", "-n", "2" if TINY else "6", "-vv",
+             "--dist", "load", "--durations", "12", "-p", "no:cacheprovider"]
     if TINY:
         words += ["-k", "uses_the_device or 197-all-holes-2 or BERT or bfloat16 or greedy or killed"]
-    done = subprocess.run(words, cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True)
-    for line in done.stdout.splitlines():
-        if line.startswith(("FAILED", "ERROR", "SKIPPED")):
-            found("test", says=line[:300])
-        if said := re.search(r"FIGURE (\{.*\})", line):  # what a test measured
-            found("figure", **json.loads(said[1]))
-    found("pytest", status=done.returncode, says=(done.stdout.strip().splitlines() or [""])[-1])
-    if done.returncode:
-        print(done.stdout[-12_000:])
-        raise SystemExit(done.returncode)
+    process = subprocess.Popen(words, cwd=ROOT, env={**os.environ, **more}, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    passed, lines, last = 0, [], ""
+    for line in process.stdout:
+        lines, last = [*lines[-200:], line.rstrip()], line.strip() or last
+        passed += " PASSED " in line
+        if re.search(r" (FAILED|ERROR|SKIPPED) tests", line) or re.match(r"E  |\d+\.\d+s call", line):
+            found("test", says=line.strip()[:100])
+        elif " PASSED " in line:
+            found("passed", number=passed, last=line.split("::")[-1].strip()[:90])
+    for said in figures.read_text().splitlines() if figures.exists() else ():
+        found("figure", **json.loads(said))
+    found("pytest", status=process.wait(), says=last)
+    if process.returncode:
+        print("\n".join(lines))
+        raise SystemExit(process.returncode)
 
 
 def gpt_small() -> None:
     """3. gpt_small, 64 rows of 1,024 tokens: the settings that matter, and the best."""
     best: tuple[float, str] = (float("inf"), "none")
-    for name, fields, xla in SETTINGS[:2] if TINY else SETTINGS:
-        figures = bench(name, gpt("gpt_small", **{"batch": 64, "microbatches": 1, **fields}), 15, xla)
-        if figures:
-            best = min(best, (figures["ms_per_update"], name))
-            found("best so far", setting=best[1], ms=best[0])
+    for name, figures in measured("gpt_small", 15):
+        best = min(best, (figures["ms_per_update"], name))
+        found("best so far", setting=best[1], ms=best[0])
+
+
+def measured(step: str, updates: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`bench` of the jobs of a step; those that fail are findings only."""
+    for name, job in jobs().items():
+        if name.startswith(f"{step}: "):
+            experiment, xla = job()
+            figures = bench(name, experiment, updates, xla)
+            if figures:
+                yield name, figures
 
 
 def torch() -> None:
     """3. PyTorch, compiled, with flash attention and fused AdamW, and lab, in turns."""
     tiny = ["--model.depth", "2", "--model.width", "32", "--model.heads", "2"] if TINY else []
-    sizes = ["--local" if TINY else "--full", "--batch", "4" if TINY else "64", "--microbatches", "1"]
+    # As many steps as in `gpt`, so that lab's program is the one that `prepare` has compiled.
+    sizes = ["--local" if TINY else "--full", "--batch", "4" if TINY else "64", "--microbatches", "1", "--steps", "1000"]
     compare([str(ROOT / "tests/gpu/gpt_stdlib.py"), *sizes, *tiny], "eager" if TINY else "compiled",
             {"optimizer": "fused", "attention": "sdpa"}, rounds=1, updates=3 if TINY else 15)
 
@@ -204,13 +280,15 @@ def kernels() -> None:
     """4. Where the time of a step of gpt_small goes, by class, from a trace."""
     import jax
 
+    from lab.bench import xla_options
     from lab.data.pipeline import reader
     from lab.program import Program
     from tests.gpu.trace import classes_of, kernels_of
 
-    experiment = gpt("gpt_small", batch=64, microbatches=1)
+    experiment, xla = jobs()["kernels: gpt_small"]()
     data = experiment.data.load()
     program = Program(experiment, data.train)
+    program.options = program.options | xla_options(() if TINY else xla)
     state, batch = program.init(), program.batch(reader(program), 0)
     for _ in range(2):
         state, values = program.train(state, batch)
@@ -231,54 +309,65 @@ def kernels() -> None:
 
 def gpt_medium() -> None:
     """3. gpt_medium, 32 rows."""
-    bench("gpt_medium, 32 rows at once", gpt("gpt_medium", batch=32, microbatches=1), 10)
+    list(measured("gpt_medium", 10))
 
 
-def images() -> None:
-    """5. ResNet-50, ViT-S/16 and BERT base: images and tokens per second."""
+def image_job(name: str, batch: int) -> Job:
+    """An image model on noise that stays on the device."""
     from lab.experiment import load, override
     from tests.gpu.data import Noise
 
     side, small = (32, {"batch": 8}) if TINY else (224, {})
-    for name, batch in (("imagenet_vit_s16", 512), ("imagenet_resnet50", 256))[: 1 if TINY else 2]:
-        experiment = load(ROOT / f"experiments/{name}.py").experiment
-        data = replace(experiment.data, source=Noise(side=side, classes=1000, records=64 if TINY else 1024),
-                       shape=(side, side, 3), border=0, resize=False, validation=8)
-        fields = {"batch": batch, "microbatches": 1, "resident": "always", "steps": 100_000, **small}
-        experiment = override(replace(experiment, data=data), fields)
-        if TINY:
-            experiment = replace(experiment, model=experiment.model.clone(depth=1, width=32, heads=2))
-        bench(f"{name}, {experiment.batch} images at once", experiment, 20)
+    experiment = load(ROOT / f"experiments/{name}.py").experiment
+    data = replace(experiment.data, source=Noise(side=side, classes=1000, records=64 if TINY else 1024),
+                   shape=(side, side, 3), border=0, resize=False, validation=8)
+    fields = {"batch": batch, "microbatches": 1, "resident": "always", "steps": 100_000, **small}
+    experiment = override(replace(experiment, data=data), fields)
+    return (replace(experiment, model=experiment.model.clone(depth=1, width=32, heads=2)) if TINY else experiment), ()
+
+
+def bert_job(dropout: float) -> Job:
+    """BERT base on texts of 512 tokens."""
+    from lab.experiment import load
+
     bert = load(ROOT / "experiments/bert_base.py").experiment
     like = gpt("gpt_small", batch=4 if TINY else 64)
     length = 64 if TINY else 512
-    model = bert.model.clone(**(TINY_GPT if TINY else {}), context=length, vocab=like.model.vocab + 1)
-    for dropout in (0.0,) if TINY else (model.dropout, 0.0):  # cuDNN's attention takes none
-        experiment = replace(bert, data=replace(like.data, length=length), model=model.clone(dropout=dropout),
-                             batch=like.batch, microbatches=1)
-        bench(f"bert_base, {experiment.batch} texts, dropout {dropout}", experiment, 15)
+    model = bert.model.clone(**(TINY_GPT if TINY else {}), context=length, vocab=like.model.vocab + 1, dropout=dropout)
+    return replace(bert, data=replace(like.data, length=length), model=model, batch=like.batch, microbatches=1), ()
+
+
+def fashion_job() -> Job:
+    """fashion_cnn whose records stay on the device; 92 updates a call, five calls an epoch."""
+    from lab.data.idx import Idx
+    from lab.experiment import load, override
+    from tests.gpu.data import write_idx
+
+    folder = SCRATCH / "idx"
+    if not folder.is_dir():
+        write_idx(folder, side=28, records=512 if TINY else 60_000)
+    experiment = load(ROOT / "experiments/fashion_cnn.py").experiment
+    data = replace(experiment.data, source=Idx(str(folder)), validation=32 if TINY else 1000)
+    n = 2 if TINY else 92
+    small = {"model.channels": (4, 8, 8), "model.dense": 16} if TINY else {}
+    fields = {**small, "batch": 16 if TINY else 128, "dispatch": n, "steps": n * 1000, "resident": "always",
+              "evaluate.every": 0, "checkpoint.every": 0}
+    return override(replace(experiment, data=data), fields), ()
+
+
+def images() -> None:
+    """5. ResNet-50, ViT-S/16 and BERT base: images and tokens per second."""
+    list(measured("images", 20))
 
 
 def fashion() -> None:
     """5. fashion_cnn: epochs that stay on the device, beside PyTorch's usual loop with a DataLoader."""
-    from lab.experiment import load, override
-    from tests.gpu.data import write_idx
-
-    folder = write_idx(SCRATCH / "idx", side=28, records=512 if TINY else 60_000)
-    from lab.data.idx import Idx
-
-    experiment = load(ROOT / "experiments/fashion_cnn.py").experiment
-    data = replace(experiment.data, source=Idx(str(folder)), validation=32 if TINY else 1000)
-    n = 2 if TINY else 92  # five calls are an epoch
-    small = {"model.channels": (4, 8, 8), "model.dense": 16} if TINY else {}
-    fields = {**small, "batch": 16 if TINY else 128, "dispatch": n, "steps": n * 1000, "resident": "always",
-              "evaluate.every": 0, "checkpoint.every": 0}
-    experiment = override(replace(experiment, data=data), fields)
-    figures = bench(f"fashion_cnn on the device, {n} steps a call", experiment, n * 10)
-    if figures:
+    experiment, _ = fashion_job()
+    n = experiment.dispatch
+    for _, figures in measured("fashion", n * 10):
         found("fashion_cnn", epoch_seconds=len(experiment.data.load().train) / figures["images_per_second"])
-    flags = ["--data.source.path", str(folder), "--data.validation", str(data.validation), "--resident", "always",
-             "--batch", str(experiment.batch), "--dispatch", str(n)]
+    flags = ["--data.source.path", str(SCRATCH / "idx"), "--data.validation", str(experiment.data.validation),
+             "--resident", "always", "--batch", str(experiment.batch), "--dispatch", str(n)]
     flags += ["--model.channels", "4", "8", "8", "--model.dense", "16"] if TINY else []
     compare([str(ROOT / "tests/gpu/fashion_idx.py"), "--full", *flags], "loader" if TINY else "loader,compiled",
             {"optimizer": "fused", "layout": "channels_last"}, rounds=1, updates=2 * n)
@@ -337,15 +426,15 @@ def timed(run: Callable[[], Any]) -> float:
 
 def all_steps() -> Iterator[Callable[[], None]]:
     """In the order of run.py."""
-    yield from (devices, main_job, checks, gpt_small, torch, kernels, gpt_medium, images, fashion, studies, sampling)
+    yield from (devices, prepare, checks, gpt_small, kernels, gpt_medium, torch, main_job, fashion, sampling, images,
+                studies)
 
 
 if __name__ == "__main__":
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    step = {step.__name__: step for step in all_steps()}[sys.argv[1]]
-    if step not in (checks, torch, studies):  # which start processes of their own
+    step = {step.__name__: step for step in all_steps()}.get(sys.argv[1], functools.partial(compile_job, *sys.argv[2:]))
+    if step not in (prepare, checks, torch, studies, main_job):  # which start processes of their own
         from lab.backend import start_jax
 
-        if step is not main_job:
-            start_jax()
+        start_jax()
     step()

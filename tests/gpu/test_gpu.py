@@ -1,7 +1,7 @@
 """What needs a GPU to be known: `pytest -m gpu`, started by run.py. Rehearsed on a CPU, where einsum attention and one
 CPU stand in for cuDNN and the GPU; elsewhere the tests skip.
 
-A line "FIGURE {...}" is what a test measured; run.py collects them.
+What a test measured goes to the file that LAB_TEST_GPU names.
 """
 
 import functools
@@ -38,8 +38,9 @@ FUSED = "cudnn" if GPU else "xla"
 
 
 def figure(**values):
-    """Collected by run.py."""
-    print("FIGURE " + json.dumps(values))
+    """A line of JSON that steps.py collects."""
+    with open(os.environ["LAB_TEST_GPU"], "a") as file:
+        file.write(json.dumps(values) + "\n")
 
 
 def test_jax_uses_the_device_that_these_tests_are_for():
@@ -190,14 +191,14 @@ def start(folder, *flags, cpu=False):
 
 def finish(process, folder):
     """The result of a run that ends well."""
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out[-3000:]
     return json.loads((folder / "result.json").read_text())
 
 
 def stopped(process, folder, number, by):
     """Stops a run with a signal after its `number`-th checkpoint; returns its exit status."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not any(int(path.name) >= number * EVERY for path in (folder / "checkpoints").glob("[0-9]*")
                   if path.name.isdigit()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
@@ -211,17 +212,13 @@ def stopped(process, folder, number, by):
 def test_killed_and_resumed_is_bit_equal_when_deterministic(tmp_path):
     whole = start(tmp_path / "whole", "--deterministic")
     stopped(start(tmp_path / "killed", "--deterministic"), tmp_path / "killed", 2, signal.SIGKILL)
-    result = finish(whole, tmp_path / "whole")
-    finish(start(tmp_path / "killed", "--deterministic"), tmp_path / "killed")
+    finish(whole, tmp_path / "whole")
+    names = ["killed", "plain", "other"] if GPU else ["killed"]  # elsewhere the flag changes nothing
+    running = {name: start(tmp_path / name, *(["--deterministic"] if name == "killed" else [])) for name in names}
+    loss = {name: finish(process, tmp_path / name)["final"]["loss"] for name, process in running.items()}
     rows = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
     assert rows[0] == rows[1]
-    if not GPU:
-        return  # there the flag changes nothing
-    plain = finish(start(tmp_path / "plain"), tmp_path / "plain")
-    other = finish(start(tmp_path / "other"), tmp_path / "other")
-    ms = {name: 1000 * r["seconds_per_update"] for name, r in (("deterministic", result), ("plain", plain))}
-    figure(what="deterministic", **ms, cost=ms["deterministic"] / ms["plain"],
-           plain_runs_equal=plain["final"]["loss"] == other["final"]["loss"])
+    figure(what="two runs without --deterministic are equal", equal=loss.get("plain") == loss.get("other"))
 
 
 def test_a_checkpoint_goes_from_here_to_the_cpu_and_back(tmp_path):
