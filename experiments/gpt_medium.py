@@ -2,8 +2,8 @@
 
     LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_medium.py --full     # first: ./launch.sh prepare lm1b
 
-Not trained here (no accelerator), only planned (``--full --dry-run``) and run as the twin: 10.5G tokens, about 18 hours
-on one H100 at 40 % of its peak, by its FLOPs. By ``plan`` (2026-11-23): on one H200 19.8 GiB and at least 1,285 ms an
+Not trained, only planned (``--full --dry-run``) and run as the twin: 10.5G tokens, 16 hours at the 180,000 tokens a
+second that one H100 does with 32 rows at once (2026-11-26). By ``plan`` (2026-11-23): on one H200 19.8 GiB and at least 1,285 ms an
 update; on v5e-8 with ``--microbatches 16`` 11.6 GiB a chip and at least 806 ms.
 """
 

@@ -4,8 +4,8 @@
     LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_small.py --full     # first: ./launch.sh prepare lm1b
 
 Twin, 2-core CPU, 2026-11-23: 1 min 31 s with compilation, 1.585 bits per byte on the validation files
-(untrained 3.45; gzip -9 2.024, xz -9 1.718). The real one has not been trained here (no accelerator), only planned:
-10.5G tokens, 9.0E FLOPs, so about 6 hours on one H100 at 40 % of its peak. On v5e-8 (``plan``, 2026-11-23) with
+(untrained 3.45; gzip -9 2.024, xz -9 1.718). The real one has not been trained: 10.5G tokens,
+9.0E FLOPs, 5.9 hours at the 497,000 tokens a second that one H100 does with 64 rows at once (2026-11-26). On v5e-8 (``plan``, 2026-11-23) with
 ``--microbatches 8``: 5.93 GiB a chip, an update takes at least 284 ms; on one H200 14.0 GiB and 453 ms.
 """
 

@@ -86,7 +86,7 @@ def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
     if topologies.can_compile(topology):
         lowered, start = program.lower(), time.monotonic()
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(program.options)
         except jax.errors.JaxRuntimeError as e:
             memory = replace(memory, total=needed(str(e)))
         else:

@@ -6,12 +6,32 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, logsumexp, softmax
 
+from lab.tasks import cross_entropy as module
 from lab.tasks.cross_entropy import cross_entropy
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 4, (3, 5, 17)).astype(np.float32)
 TARGETS = RNG.integers(0, 17, (3, 5)).astype(np.int32)
 BY_NLL, BY_Z = RNG.normal(size=(2, 3, 5)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True, params=["two passes", "one pass"])
+def passes(request, monkeypatch):
+    """Both ways to reduce the logits, on this platform; the second is what GPUs do."""
+    if request.param == "one pass":
+        monkeypatch.setattr(module, "_two_passes", module._one_pass)
+    jax.clear_caches()
+    return request.param
+
+
+def test_gpus_read_the_logits_once(passes):
+    """One reduction of three results instead of three reductions; one more checks the targets' bounds."""
+    def reductions(platform):
+        lowered = jax.jit(cross_entropy).trace(LOGITS, TARGETS).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count("stablehlo.reduce(")
+
+    assert reductions("cuda") == 2
+    assert reductions("cpu") == (2 if passes == "one pass" else 4)
 
 
 def objective(logits):

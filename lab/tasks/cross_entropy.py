@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lab.models.precision import platform
-
 
 @jax.custom_jvp
 def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
@@ -36,7 +34,7 @@ def _tangents(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tu
 def _computed(logits: Array, targets: Array) -> tuple[tuple[Array, Array, Array], Array, Array]:
     """(what `cross_entropy` returns, the largest logit, the log of the sum of the exponentials beside it)"""
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    largest, shift, total, first = (_one_pass if platform() == "gpu" else _two_passes)(logits, targets)
+    largest, shift, total, first = jax.lax.platform_dependent(logits, targets, cuda=_one_pass, default=_two_passes)
     log_sum = jnp.log(total)
     right = ((target == largest) & first).astype(logits.dtype)
     return (log_sum - (target - shift), shift + log_sum, right), shift, log_sum

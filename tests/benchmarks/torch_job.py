@@ -66,8 +66,9 @@ def write(experiment: Experiment, folder: Path, updates: int, validation: bool =
         arrays |= {f"validation/{name}": np.concatenate([p[name] for p in parts]) for name in parts[0]}
     spec = {"model": to_json(experiment.model), "task": to_json(experiment.task), "optim": to_json(experiment.optim),
             "decays": leaves(experiment.optim.decays(state.params, matrices(experiment, batch_spec(experiment)))),
-            "precision": experiment.precision, "batch": experiment.batch, "microbatches": experiment.microbatches, "chunk": experiment.dispatch,
-            "seed": experiment.seed, "updates": updates, "evaluate_every": experiment.evaluate.every,
+            "precision": experiment.precision, "batch": experiment.batch, "microbatches": experiment.microbatches,
+            "chunk": experiment.dispatch, "seed": experiment.seed, "updates": updates,
+            "evaluate_every": experiment.evaluate.every,
             "parameters": sum(x.size for x in parameters.values()), "unit": data.unit,
             "units": experiment.batch * data.units_per_record, "flops": make_plan(experiment).flops,
             "peak_flops": metrics.PEAK_FLOPS}

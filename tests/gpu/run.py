@@ -63,7 +63,8 @@ def main(arguments: Sequence[str]) -> int:
                 print(f"{step.name}: no time left", flush=True)
                 continue
             limit = 600.0 if options.rehearse else min(step.seconds, left)
-            row = run(step, limit, {**environ, "LAB_GPU_SCRATCH": scratch}, options.rehearse)
+            more = {"LAB_GPU_SCRATCH": scratch, "LAB_GPU_SECONDS": str(limit)}
+            row = run(step, limit, environ | more, options.rehearse)
             rows = [r for r in rows if r["step"] != step.name] + [row]
             write(options.results, rows)
     print(table(rows))

@@ -102,7 +102,7 @@ def test_a_transformer_on_fused_attention_is_the_one_on_einsum(name):
     }[name]
     inputs = jnp.asarray(inputs, BF16 if name == "ViT" else jnp.int32)
     params = model.init(jax.random.key(0), inputs, train=False)["params"]
-    params = jax.tree.map(lambda x: x.astype(BF16), params)
+    params = jax.tree.map(lambda x: (x + rng.normal(0, 0.02, x.shape)).astype(BF16), params)  # ViT's head begins as 0
     found = {kind: gradient_of(model.clone(attention=kind), params, inputs, more) for kind in (FUSED, "einsum")}
     (value, gradient), (plain, other) = found[FUSED], found["einsum"]
     assert value == pytest.approx(plain, rel=0.01)
@@ -127,17 +127,29 @@ def trained(experiment, device=None, steps=3):
     return np.array(losses), np.concatenate([x.ravel() for x in jax.tree.leaves(moved)])
 
 
-@pytest.mark.parametrize("what", ["AdamW", "Muon", "chunks", "bfloat16"])
+@pytest.mark.parametrize("what", ["AdamW", "Muon", "chunks"])
 def test_steps_here_are_those_of_the_cpu(tiny, what):
     experiment = experiment_of(tiny, **{
-        "AdamW": {}, "Muon": {"optim": Muon(lr=1e-2)}, "chunks": {"task": LanguageModel(chunk=4)},
-        "bfloat16": {"precision": "bfloat16"}}[what])
+        "AdamW": {}, "Muon": {"optim": Muon(lr=1e-2)}, "chunks": {"task": LanguageModel(chunk=4)}}[what])
     here, moved = trained(experiment)
     there, expected = trained(experiment, jax.devices("cpu")[0])
-    np.testing.assert_allclose(here, there, rtol=2e-3 if what == "bfloat16" else 5e-4)  # TF32 rounds to 11 bits
-    assert np.linalg.norm(moved - expected) < (0.2 if what == "bfloat16" else 0.05) * np.linalg.norm(expected)
+    np.testing.assert_allclose(here, there, rtol=5e-4)  # TF32 rounds to 11 bits
+    assert np.linalg.norm(moved - expected) < 0.05 * np.linalg.norm(expected)
     other, _ = trained(replace(experiment, seed=1))
     assert np.abs(other - here).max() > 0.01  # negative control: another seed
+
+
+def test_bfloat16_is_as_near_to_float32_here_as_on_the_cpu(tiny):
+    """Its roundings differ from device to device, and AdamW makes a whole step of a small gradient's sign."""
+    cpu, reduced = jax.devices("cpu")[0], experiment_of(tiny, precision="bfloat16")
+    (exact, expected), (there, theirs) = trained(experiment_of(tiny), cpu), trained(reduced, cpu)
+    here, moved = trained(reduced)
+    figure(what="bfloat16 from float32: losses here, losses on the CPU, moves here, moves on the CPU",
+           found=[float(np.linalg.norm(x)) for x in (here - exact, there - exact, moved - expected, theirs - expected)])
+    assert np.linalg.norm(here - exact) < 3 * np.linalg.norm(there - exact) + 1e-3
+    assert np.linalg.norm(moved - expected) < 2 * np.linalg.norm(theirs - expected)
+    other, _ = trained(replace(reduced, seed=1))
+    assert np.linalg.norm(other - exact) > 3 * np.linalg.norm(there - exact) + 1e-3  # negative control: another seed
 
 
 def test_a_loss_in_chunks_is_the_whole_one(tiny):
