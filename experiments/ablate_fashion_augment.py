@@ -12,7 +12,7 @@ Holm's correction counts all seven. 40 cells in 2 min 14 s. The real one has not
 from dataclasses import replace
 
 from experiments import fashion_cnn
-from lab.data.augment import Augment
+from lab.data.images import Augment
 from lab.experiment import Checkpoint, Evaluate
 from lab.study.design import Study
 

@@ -11,21 +11,19 @@ bert_classify.py can begin.
 
 from dataclasses import replace
 
-from lab.data.message_sources import PythonPackages
-from lab.data.messages import Messages
-from lab.data.sources import Tfds
-from lab.data.text import Text
+from lab.data.messages import Messages, PythonPackages
+from lab.data.text import Text, TfdsText
 from lab.data.tokenizers import BPE, GPT2
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.bert import BERT
-from lab.optim import AdamW, Linear
+from lab.optim import AdamW, LinearDecay
 from lab.tasks.masked import MaskedLM
 
 experiment = Experiment(
-    data=Text(Tfds("wikipedia/20230601.en"), GPT2(), length=512),
+    data=Text(TfdsText("wikipedia/20230601.en"), GPT2(), length=512),
     model=BERT(vocab=50_258, context=512, segments=0),    # the last id is [MASK]
     task=MaskedLM(),
-    optim=AdamW(lr=Linear(4e-4, warmup=10_000, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
+    optim=AdamW(lr=LinearDecay(4e-4, warmup=10_000, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
     steps=100_000, batch=512, microbatches=16, precision="bfloat16",
     evaluate=Evaluate(every=5000, records=2048), checkpoint=Checkpoint(every=1000),
 )
@@ -36,7 +34,7 @@ local = replace(
     # With so few updates learned positions teach a masked language model nothing but frequencies (measured).
     model=BERT(depth=2, width=128, heads=2, context=64, vocab=2049, segments=0, dropout=0.0,
                position="rotary"),
-    optim=AdamW(lr=Linear(2e-3, warmup=60, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
+    optim=AdamW(lr=LinearDecay(2e-3, warmup=60, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
     steps=800, batch=32, microbatches=1, precision="float32",
     evaluate=Evaluate(every=200, records=512), checkpoint=Checkpoint(every=200),
 )

@@ -15,10 +15,10 @@ not beat.
 from dataclasses import replace
 
 from experiments import bert_base, bert_messages
-from lab.data.columns import Csv
 from lab.data.saved import Saved
+from lab.data.tables import Csv
 from lab.experiment import Checkpoint, Evaluate
-from lab.optim import AdamW, Linear
+from lab.optim import AdamW, LinearDecay
 from lab.pretrained import Pretrained
 from lab.tasks.supervised import Classify
 
@@ -29,7 +29,7 @@ experiment = replace(
                  source=Csv("banking77/train.csv", target="category", text="text", test="banking77/test.csv")),
     model=bert_messages.experiment.model.clone(classes=77, pool="mean", dropout=0.1),
     task=Classify(),
-    optim=AdamW(lr=Linear(1e-3, warmup=50, end=0.0), decay=0.01, clip=1.0),
+    optim=AdamW(lr=LinearDecay(1e-3, warmup=50, end=0.0), decay=0.01, clip=1.0),
     steps=600, batch=64, init_from=Pretrained("runs/bert_messages"),
     evaluate=Evaluate(every=200, metric="accuracy", mode="max"), checkpoint=Checkpoint(every=200),
 )

@@ -9,12 +9,12 @@ updates and 20 minutes.
 from dataclasses import replace
 
 from experiments import bert_base
-from lab.data.columns import Csv
 from lab.data.messages import Messages
+from lab.data.tables import Csv
 from lab.data.tokenizers import Bytes
 from lab.experiment import Checkpoint, Evaluate
 from lab.models.bert import BERT
-from lab.optim import AdamW, Linear
+from lab.optim import AdamW, LinearDecay
 from lab.tasks.masked import MaskedLM
 
 experiment = replace(
@@ -22,7 +22,7 @@ experiment = replace(
     data=Messages(Csv("banking77/train.csv", target="category", text="text"), Bytes(), length=96),
     model=BERT(depth=2, width=128, heads=4, context=96, vocab=258, segments=0, dropout=0.0, position="rotary"),
     task=MaskedLM(rate=0.25),
-    optim=AdamW(lr=Linear(3e-3, warmup=200, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
+    optim=AdamW(lr=LinearDecay(3e-3, warmup=200, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
     steps=3000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500),
 )
 

@@ -11,16 +11,14 @@ Expected: 91.75 %, a published tutorial. Measured (2-core CPU, 2026-11-22) on th
 from dataclasses import replace
 
 from experiments import mnist_cnn
-from lab.data.augment import Augment
-from lab.data.image import Images
-from lab.data.image_sources import Tfds
+from lab.data.images import Augment, Images, TfdsImages
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.cnn import ConvNet
 from lab.optim import AdamW, Cosine
 from lab.tasks.supervised import Classify
 
 experiment = Experiment(
-    data=Images(Tfds("fashion_mnist"), shape=(28, 28, 1), validation=1000, mean=(0.286,), std=(0.353,),
+    data=Images(TfdsImages("fashion_mnist"), shape=(28, 28, 1), validation=1000, mean=(0.286,), std=(0.353,),
                 augment=Augment(flip=True, crop=1)),
     model=ConvNet(channels=(32, 64, 128), convs=(1, 2, 1), dense=128, dropout=0.0, dense_dropout=0.3),
     task=Classify(),

@@ -11,20 +11,19 @@ confident (0.9 or more) of 31-37 % of the samples, and of 82 % of the real image
 
 from dataclasses import replace
 
-from lab.data.bundled import Sklearn
-from lab.data.image import Images
-from lab.data.image_sources import Tfds
+from lab.data.images import Images, TfdsImages
+from lab.data.tables import Sklearn
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.gan import GAN
-from lab.optim import Adam, Linear
+from lab.optim import Adam, LinearDecay
 from lab.tasks.adversarial import Adversarial
 
 experiment = Experiment(
-    data=Images(Tfds("fashion_mnist"), shape=(28, 28, 1), validation=1000),    # mean and std 0.5: pixels in [-1, 1]
+    data=Images(TfdsImages("fashion_mnist"), shape=(28, 28, 1), validation=1000),    # mean and std 0.5: pixels in [-1, 1]
     model=GAN(shape=(28, 28, 1)),
     task=Adversarial(),
     # Two parameter groups by path, here with the same rate; the samples come from averaged parameters.
-    optim=Adam(lr=Linear(5e-4, end=0.0), b1=0.5, b2=0.999, ema=0.995,
+    optim=Adam(lr=LinearDecay(5e-4, end=0.0), b1=0.5, b2=0.999, ema=0.995,
                groups=(("^generator/", 1.0), ("^discriminator/", 1.0))),
     steps=4000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500, best=False),
 )

@@ -10,8 +10,7 @@ bfloat16 1.888, too. 39 and 29 ms an update, 1 min 43 s and 1 min 21 s in all wi
 
 from dataclasses import replace
 
-from lab.data.sources import PythonStdlib, Tfds
-from lab.data.text import Text
+from lab.data.text import PythonStdlib, Text, TfdsText
 from lab.data.tokenizers import Bytes, Chars
 from lab.experiment import Evaluate, Experiment
 from lab.models.gpt import GPT
@@ -20,7 +19,7 @@ from lab.tasks.language import LanguageModel
 
 experiment = Experiment(
     # nanoGPT validates on the last 10 % of the text, which TFDS splits into validation and test.
-    data=Text(Tfds("tiny_shakespeare", validation="validation+test"), Chars(), length=64),
+    data=Text(TfdsText("tiny_shakespeare", validation="validation+test"), Chars(), length=64),
     model=GPT(depth=4, width=128, heads=4, vocab=65, context=64),
     task=LanguageModel(),
     optim=AdamW(lr=Cosine(1e-3, warmup=100, end=0.1), b1=0.9, b2=0.99, decay=0.1, clip=1.0),

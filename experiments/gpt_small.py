@@ -11,8 +11,7 @@ Twin, 2-core CPU, 2026-11-23: 1 min 31 s with compilation, 1.585 bits per byte o
 
 from dataclasses import replace
 
-from lab.data.sources import PythonStdlib, Tfds
-from lab.data.text import Text
+from lab.data.text import PythonStdlib, Text, TfdsText
 from lab.data.tokenizers import BPE, GPT2
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.gpt import GPT
@@ -20,7 +19,7 @@ from lab.optim import AdamW, Cosine, Muon
 from lab.tasks.language import LanguageModel
 
 experiment = Experiment(
-    data=Text(Tfds("lm1b"), GPT2(), length=1024),
+    data=Text(TfdsText("lm1b"), GPT2(), length=1024),
     # 50,257 tokens, padded to a multiple of 128, which fills whole tiles of a matrix unit (as nanoGPT does).
     model=GPT(depth=12, width=768, heads=12, vocab=50304, context=1024),
     task=LanguageModel(chunk=256),

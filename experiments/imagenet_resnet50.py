@@ -9,16 +9,14 @@ only planned (``--full --dry-run``) and run as the twin.
 from dataclasses import replace
 
 from experiments import cifar_resnet
-from lab.data.augment import Augment
-from lab.data.image import Images
-from lab.data.image_sources import Tfds
+from lab.data.images import Augment, Images, TfdsImages
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.cnn import ResNet
 from lab.optim import SGD, Cosine
 from lab.tasks.supervised import Classify
 
 experiment = Experiment(
-    data=Images(Tfds("imagenet2012"), shape=(224, 224, 3), border=16, resize=True, classes=1000, validation=10_000,
+    data=Images(TfdsImages("imagenet2012"), shape=(224, 224, 3), border=16, resize=True, classes=1000, validation=10_000,
                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), augment=Augment(resized_crop=0.08, flip=True)),
     model=ResNet(depth=50),
     task=Classify(label_smoothing=0.1),

@@ -9,7 +9,7 @@ recipe and RandAugment, which is not here. Not trained here, only planned (``--f
 from dataclasses import replace
 
 from experiments import imagenet_resnet50, mnist_cnn
-from lab.data.augment import Augment
+from lab.data.images import Augment
 from lab.experiment import Evaluate
 from lab.models.vit import ViT
 from lab.optim import AdamW, Cosine

@@ -10,8 +10,7 @@ epochs. TF-IDF and logistic regression on whole reviews: 88.9 % on the same ones
 from dataclasses import replace
 
 from experiments import newsgroups_lstm
-from lab.data.message_sources import Tfds
-from lab.data.messages import Messages
+from lab.data.messages import Messages, TfdsMessages
 from lab.data.tokenizers import Words
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.bert import BERT
@@ -20,7 +19,7 @@ from lab.tasks.supervised import Classify
 
 experiment = Experiment(
     # A review comes to its verdict at the end: that is what is kept of a long one.
-    data=Messages(Tfds("imdb_reviews/plain_text"), Words(20_000), length=300, truncate="start"),
+    data=Messages(TfdsMessages("imdb_reviews/plain_text"), Words(20_000), length=300, truncate="start"),
     model=BERT(depth=1, width=64, heads=2, context=300, vocab=20_000, segments=0, classes=2, pool="mean", dropout=0.5),
     task=Classify(),
     optim=AdamW(lr=Cosine(1e-3, warmup=100, end=0.01), decay=0.1, clip=1.0),

@@ -13,9 +13,9 @@ pretraining does not help; TF-IDF and logistic regression 0.897.
 from dataclasses import replace
 
 from experiments import bert_classify, intents_pretrain
-from lab.data.columns import Csv
+from lab.data.tables import Csv
 from lab.experiment import Evaluate
-from lab.optim import AdamW, Linear
+from lab.optim import AdamW, LinearDecay
 from lab.pretrained import Pretrained
 from lab.tasks.supervised import Classify
 
@@ -25,7 +25,7 @@ experiment = replace(
                  source=Csv("banking77/train.csv", target="category", text="text", test="banking77/test.csv")),
     model=intents_pretrain.experiment.model.clone(classes=77, pool="mean", dropout=0.2),
     task=Classify(),
-    optim=AdamW(lr=Linear(1e-3, warmup=50, end=0.0), decay=0.05, clip=1.0),
+    optim=AdamW(lr=LinearDecay(1e-3, warmup=50, end=0.0), decay=0.05, clip=1.0),
     steps=600, batch=64, evaluate=Evaluate(every=200, metric="f1", mode="max"), init_from=Pretrained(),
 )
 

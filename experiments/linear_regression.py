@@ -9,8 +9,7 @@ dollars, 0.01 % above scikit-learn's LinearRegression on the same split (0.7291)
 
 from dataclasses import replace
 
-from lab.data.bundled import Sklearn
-from lab.data.tabular import Table
+from lab.data.tables import Sklearn, Table
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.linear import Linear
 from lab.optim import SGD, Cosine

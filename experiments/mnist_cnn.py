@@ -10,16 +10,15 @@ minute.
 
 from dataclasses import replace
 
-from lab.data.bundled import Sklearn
-from lab.data.image import Images
-from lab.data.image_sources import Tfds
+from lab.data.images import Images, TfdsImages
+from lab.data.tables import Sklearn
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.cnn import ConvNet
 from lab.optim import Adam, Cosine
 from lab.tasks.supervised import Classify
 
 experiment = Experiment(
-    data=Images(Tfds("mnist"), shape=(28, 28, 1), validation=5000, mean=(0.13,), std=(0.31,)),
+    data=Images(TfdsImages("mnist"), shape=(28, 28, 1), validation=5000, mean=(0.13,), std=(0.31,)),
     model=ConvNet(),
     task=Classify(),
     optim=Adam(lr=Cosine(1e-3, warmup=100)),

@@ -7,7 +7,7 @@
 from dataclasses import replace
 
 from experiments import fashion_cnn, mnist_cnn
-from lab.data.augment import Augment
+from lab.data.images import Augment
 from lab.experiment import Evaluate
 from lab.models.multitask import ClassifyAndReconstruct
 from lab.optim import AdamW, Cosine

@@ -10,9 +10,8 @@ version). TF-IDF and logistic regression on whole messages: 84.6 % on the same t
 
 from dataclasses import replace
 
-from lab.data.bundled import Sklearn
-from lab.data.message_sources import PythonPackages
-from lab.data.messages import Messages
+from lab.data.messages import Messages, PythonPackages
+from lab.data.tables import Sklearn
 from lab.data.tokenizers import Words
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.rnn import LSTM

@@ -1,6 +1,6 @@
 """A functional JAX research codebase: models are pure functions, experiments are values, ablations are first-class.
 
-For notebooks and scripts: `lab.train(experiment)` and `lab.open_run(folder)`, both in lab/api.py.
+For notebooks and scripts: `lab.fit(experiment)` and `lab.open_run(folder)`, both in lab/api.py.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lab.api import Run, open_run, train
+    from lab.api import Run, fit, open_run
 
-__all__ = ["Run", "open_run", "train"]
+__all__ = ["Run", "fit", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """For notebooks and scripts: train an experiment, open a run, look at its parameters, metrics and data.
 
-    run = lab.train(experiment)               # or lab.open_run("runs/mnist_cnn-...")
+    run = lab.fit(experiment)               # or lab.open_run("runs/mnist_cnn-...")
     run.metrics("validation")                 # a DataFrame where pandas is installed
     run.apply(run.batch(8)["inputs"])         # what the model says of eight validation records
 """
@@ -19,8 +19,8 @@ from lab.files import user_path
 
 if TYPE_CHECKING:
     from lab.experiment import Experiment
-    from lab.program import Program
-    from lab.step import State
+    from lab.train.program import Program
+    from lab.train.step import State
 
 Split = Literal["train", "validation", "test"]
 
@@ -40,13 +40,13 @@ class Run:
     @functools.cached_property
     def experiment(self) -> Experiment:
         """The experiment, built again. Raises UserError where the folder is no run."""
-        from lab.run_folder import read_folder
+        from lab.train.run_folder import read_folder
 
         return self._experiment or read_folder(self.folder)
 
     @functools.cached_property
     def _opened(self) -> tuple[Program, State]:
-        from lab.restore import open_run as restore
+        from lab.train.restore import open_run as restore
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax thinks aloud
         _, program, state = restore(self.folder, self._step, self._best, self.experiment)
@@ -70,7 +70,7 @@ class Run:
     def params(self) -> Any:
         """The parameters to evaluate with, a tree of arrays by module name: averaged ones where the optimizer
         averages, in the compute type."""
-        from lab.step import eval_params
+        from lab.train.step import eval_params
 
         return eval_params(self.experiment, self.state)
 
@@ -88,7 +88,7 @@ class Run:
     def data(self) -> Any:
         """The loaded data: `train`, `validation` and `test` (or None), each with a length and `[indices]`, and what
         was fitted. Raises UserError where it is not where it was, or changed since."""
-        from lab.run_folder import check_same
+        from lab.train.run_folder import check_same
 
         data = self.experiment.data.load()
         check_same(self.folder, self.experiment, data.fingerprint)
@@ -101,7 +101,7 @@ class Run:
         """
         import numpy as np
 
-        from lab.step import prepare
+        from lab.train.step import prepare
 
         source = getattr(self.data, split)
         chosen = np.arange(records) if isinstance(records, int) else np.asarray(records, np.int64)
@@ -115,7 +115,7 @@ class Run:
     def metrics(self, split: Split | None = None) -> Any:
         """The rows of metrics.jsonl, of one split or of all: a pandas.DataFrame where pandas is installed, else a list
         of dictionaries."""
-        from lab.metrics import read_rows
+        from lab.train.metrics import read_rows
 
         self.experiment  # noqa: B018 (says that this is no run folder)
         rows = [row for row in read_rows(self.folder / "metrics.jsonl") if split in (None, row["split"])]
@@ -128,7 +128,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any] | None:
         """result.json: final and best metrics, and times; None where the run is not finished."""
-        from lab.run_folder import finished
+        from lab.train.run_folder import finished
 
         return finished(self.folder)
 
@@ -147,7 +147,7 @@ def open_run(folder: str | Path, *, step: int | None = None, best: bool = False,
     return run
 
 
-def train(experiment: Experiment, folder: str | Path | None = None, *, quiet: bool = False) -> Run:
+def fit(experiment: Experiment, folder: str | Path | None = None, *, quiet: bool = False) -> Run:
     """Trains in this process, to the end or on from where it was; a finished run is only opened.
 
     Args:
@@ -161,9 +161,9 @@ def train(experiment: Experiment, folder: str | Path | None = None, *, quiet: bo
     Raises:
       UserError: the experiment, the data or the folder is not as it must be, or the run diverged.
     """
-    from lab import loop
-    from lab.backend import start_jax
-    from lab.console import Screen
+    from lab.parallel.backend import start_jax
+    from lab.train import loop
+    from lab.train.console import Screen
 
     logging.getLogger("absl").setLevel(logging.ERROR)
     experiment.validate()

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +126,13 @@ def forgiving(what: str) -> Iterator[None]:
     except Exception as e:
         reason = (str(e).splitlines() or [""])[0][:200]
         log.warning("warning: %s failed: %s", what, f"{type(e).__name__}: {reason}" if reason else type(e).__name__)
+
+
+def check_words(args: Sequence[str]) -> None:
+    """Raises UserError for a word that is no text: it could be neither shown nor written to a file."""
+    for word in args:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{ascii(word)[:120]} is not UTF-8. Rename the file or folder, or type the text again in a "
+                            f"terminal that writes UTF-8.") from None

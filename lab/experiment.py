@@ -22,12 +22,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from lab.configuration.field_types import check_types, fields
+from lab.configuration.limits import check_devices, check_numbers
+from lab.configuration.parts import check_parts
+from lab.configuration.rebuild import from_json
 from lab.errors import UserError
-from lab.field_types import check_types, fields
-from lab.limits import check_devices, check_numbers
-from lab.parts import check_parts
 from lab.pretrained import Pretrained
-from lab.rebuild import from_json
 
 __all__ = ["Checkpoint", "Evaluate", "Experiment", "Log", "Mesh", "check_types", "differences", "digest", "fields",
            "flat", "from_json", "load", "override", "to_json", "value_at"]
@@ -75,7 +75,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Mesh:
-    """How devices are laid out. The result does not depend on it (up to the order of sums). See lab/sharding.py.
+    """How devices are laid out. The result does not depend on it (up to the order of sums). See lab/parallel/sharding.py.
 
     One of the four may be -1: all devices that the others leave.
     """
@@ -105,7 +105,7 @@ class Mesh:
 
 @runtime_checkable
 class DataPart(Protocol):
-    """Data such as Text(...). Here is what nothing works without; see lab/data/messages.py."""
+    """Data such as Text(...). Here is what nothing works without; see lab/data/messages/messages.py."""
 
     def record_spec(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
         """name -> shape and type of one record."""
@@ -135,7 +135,7 @@ class TaskPart(Protocol):
 
 @runtime_checkable
 class OptimPart(Protocol):
-    """An optimizer such as AdamW(...). See lab/optim.py."""
+    """An optimizer such as AdamW(...). See lab/optim/optimizers.py."""
 
     def build(self, steps: int) -> Any:
         """The optax transformation for a run of so many updates."""
@@ -145,8 +145,8 @@ class OptimPart(Protocol):
 class StartPart(Protocol):
     """A beginning such as Pretrained(...). See lab/pretrained.py."""
 
-    def load(self, state: Any, data: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arrays by path, and a report for people."""
+    freeze: tuple[str, ...]
+    """Regular expressions of parameters that are not updated."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Experiment:
     """How an update is spread over devices: by the compiler, or as plain data parallelism by jax.pmap. Where results
     depend on `microbatches` they depend on this, too."""
     exact: bool = False
-    """The same bits on every number of devices that divides virtual_shards, at some cost (lab/parallel.py)."""
+    """The same bits on every number of devices that divides virtual_shards, at some cost (lab/train/gradients.py)."""
     virtual_shards: int = 8
     """Parts of a batch that are computed alone when exact; without, nothing reads it."""
     deterministic: bool = field(default=False, metadata=HOW)
@@ -252,14 +252,13 @@ class Experiment:
 
     def identity(self) -> dict[str, Any]:
         """JSON of what decides the result. How the work is divided does not, unless what is drawn or normalised in a
-        part of the batch belongs to that part: see `lab.parallel.mixes_rows`.
+        part of the batch belongs to that part: see `Task.mixes_rows`.
         """
         whole, undivided = self._identities()
-        if whole != undivided:
-            from lab.parallel import mixes_rows
-
-            return whole if mixes_rows(self) else undivided
-        return whole
+        mixes_rows = getattr(self.task, "mixes_rows", lambda *_: True)
+        if whole == undivided or mixes_rows(self.model, self.data, self.precision):
+            return whole
+        return undivided
 
     def _identities(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """`identity` where how the batch is divided decides the result, and where it does not."""

@@ -191,7 +191,7 @@ class Stop:
     """
 
     def __init__(self, processes: Any) -> None:
-        """`processes`: those of this run (`lab.distributed.Processes`)."""
+        """`processes`: those of this run (`lab.parallel.processes.Processes`)."""
         self.processes = processes
         self.signal: int | None = None
         self._caught: int | None = None

@@ -60,8 +60,8 @@ def text_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny(text_file: Path):
     """A language model that trains in seconds on 8 fake devices: 2 blocks, width 16, 8 records of 16 bytes."""
-    from lab.data.sources import TextFiles
-    from lab.data.text import Text
+    from lab.data.text.sources import TextFiles
+    from lab.data.text.text import Text
     from lab.data.tokenizers import Bytes
     from lab.experiment import Checkpoint, Evaluate, Experiment
     from lab.models.gpt import GPT

@@ -19,7 +19,7 @@ from lab.signals import HEARD
 
 ROOT = Path(__file__).resolve().parent.parent
 SBIN = os.environ["PATH"] + ":/usr/sbin:/sbin"
-DISTRIBUTED = (ROOT / "lab/distributed.py").exists()
+DISTRIBUTED = (ROOT / "lab/parallel/processes.py").exists()
 # `python -m lab` without training: prints its role and arguments; on SIGTERM "saves" and exits 75; goes on afterwards.
 STAND_IN = '''
 import os, pathlib, signal, sys, time
@@ -99,8 +99,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(ROOT / name, folder / name)
     (folder / "corpus.txt").write_text("the pure function of a seed and a step " * 400)
     (folder / "experiments/tiny.py").write_text('''"""Tiny."""
-from lab.data.sources import TextFiles
-from lab.data.text import Text
+from lab.data.text.sources import TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import Bytes
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.gpt import GPT

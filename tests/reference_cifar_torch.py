@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from experiments.cifar_resnet import experiment
-from lab.data.image import Images
-from lab.data.image_sources import Tfds
+from lab.data.images.images import Images
+from lab.data.images.sources import TfdsImages
 from lab.data.pipeline import train_batch
-from lab.optim import Linear
+from lab.optim import LinearDecay
 
 MEAN, STD = (torch.tensor(x).view(1, 3, 1, 1) for x in (experiment.data.mean, experiment.data.std))
 
@@ -78,13 +78,13 @@ def main() -> None:
     o = parser.parse_args()
     torch.manual_seed(o.seed)
     random = np.random.default_rng(o.seed)
-    data = Images(Tfds("cifar10", data_dir=o.data_dir), shape=(32, 32, 3), validation=0).load()
+    data = Images(TfdsImages("cifar10", data_dir=o.data_dir), shape=(32, 32, 3), validation=0).load()
     model = resnet18(o.width)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD([{"params": matrices, "weight_decay": 5e-4}, {"params": rest, "weight_decay": 0.0}],
                                 lr=0.1, momentum=0.9, nesterov=True)
-    rate = Linear(o.peak, warmup=o.warmup, end=0.0).build(o.steps)
+    rate = LinearDecay(o.peak, warmup=o.warmup, end=0.0).build(o.steps)
     start = time.perf_counter()
     for step in range(o.steps):
         batch = train_batch(data.train, step, o.batch, o.seed)

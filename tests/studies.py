@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lab.study.engine import CellScreen
+from lab.study.run.engine import CellScreen
 
 BASE = {"class": "lab.experiment.Experiment", "seed": 0,
         "model": {"class": "lab.models.gpt.GPT", "norm": "layernorm", "position": "learned", "width": 64},
-        "optim": {"class": "lab.optim.AdamW", "lr": {"class": "lab.schedules.Cosine", "peak": 1e-3}}}
+        "optim": {"class": "lab.optim.optimizers.AdamW", "lr": {"class": "lab.optim.schedules.Cosine", "peak": 1e-3}}}
 UPDATES = (0, 10, 20, 30, 40)
 
 

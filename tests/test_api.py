@@ -13,7 +13,7 @@ import pytest
 
 import lab
 from lab.errors import UserError
-from lab.step import eval_variables
+from lab.train.step import eval_variables
 from tests.conftest import ROOT
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -41,7 +41,7 @@ def test_the_examples_of_the_readme(place, monkeypatch, capsys, compiled_in_hast
 
 def test_apply_is_the_model_and_metrics_are_the_file(place, monkeypatch, tiny, compiled_in_haste):  # noqa: F811
     monkeypatch.chdir(place)
-    run = lab.train(replace(tiny, steps=4), "tiny", quiet=True)
+    run = lab.fit(replace(tiny, steps=4), "tiny", quiet=True)
     again = lab.open_run("tiny", step=2)
     assert (run.step, again.step) == (4, 2) and again.experiment == run.experiment
     tokens = run.batch(8)["tokens"][:, :-1]
@@ -57,14 +57,14 @@ def test_apply_is_the_model_and_metrics_are_the_file(place, monkeypatch, tiny, c
     assert run.metrics() == rows
     assert run.metrics("validation") == [row for row in rows if row["split"] == "validation"] != rows
     before = (Path("tiny") / "metrics.jsonl").stat().st_mtime_ns
-    assert lab.train(replace(tiny, steps=4), "tiny", quiet=True).result == run.result  # only opened
+    assert lab.fit(replace(tiny, steps=4), "tiny", quiet=True).result == run.result  # only opened
     assert (Path("tiny") / "metrics.jsonl").stat().st_mtime_ns == before
     np.testing.assert_array_equal(run.batch([3, 1])["tokens"], run.batch(4)["tokens"][np.array([3, 1])])
     for wrong in (0, [-1], 10**6):
         with pytest.raises(UserError, match="validation split has"):
             run.batch(wrong)
     with pytest.raises(UserError, match="is the run of another experiment"):
-        lab.train(replace(tiny, steps=4, seed=1), "tiny", quiet=True)
+        lab.fit(replace(tiny, steps=4, seed=1), "tiny", quiet=True)
 
 
 def test_metrics_are_a_data_frame_where_pandas_is(place, monkeypatch):
@@ -81,7 +81,7 @@ def test_mistakes_are_sentences(place, tmp_path, tiny):
     with pytest.raises(UserError, match="is no run folder"):
         lab.open_run(tmp_path)
     with pytest.raises(UserError, match="--steps must be at least 1"):
-        lab.train(replace(tiny, steps=0), tmp_path / "x")
+        lab.fit(replace(tiny, steps=0), tmp_path / "x")
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         lab.trian  # noqa: B018
 

@@ -12,9 +12,9 @@ import scipy.ndimage
 import scipy.stats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lab.data.augment import Augment, draw, middle, resample, symmetric_beta
-from lab.data.idx import Idx
-from lab.data.image import Images
+from lab.data.images.augment import Augment, draw, middle, resample, symmetric_beta
+from lab.data.images.idx import Idx
+from lab.data.images.images import Images
 from lab.errors import UserError
 
 N = 254  # no record of class i follows one of class i, also not the first one the last

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from lab.data.bundled import Sklearn
-from lab.data.image import Images
-from lab.data.message_sources import TextFolder
-from lab.data.messages import Messages
+from lab.data.images.images import Images
+from lab.data.messages.messages import Messages
+from lab.data.messages.sources import TextFolder
 from lab.data.pipeline import eval_batches, train_batch
-from lab.data.tabular import Table
+from lab.data.tables.bundled import Sklearn
+from lab.data.tables.tables import Table
 from lab.data.tokenizers import Words
 from lab.errors import UserError
 from lab.experiment import Experiment
@@ -22,9 +22,9 @@ from lab.models.cnn import ConvNet
 from lab.models.linear import Linear
 from lab.models.rnn import LSTM
 from lab.optim import SGD, Adam, AdamW, Cosine, Lion
-from lab.program import batch_spec, one_record
-from lab.step import eval_params, init_state, make_eval_step, make_train_step
 from lab.tasks.supervised import Classify, Regress
+from lab.train.program import batch_spec, one_record
+from lab.train.step import eval_params, init_state, make_eval_step, make_train_step
 from tests.benchmarks import compare_torch, torch_job
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 

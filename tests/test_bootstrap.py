@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import bootstrap, existing
-from lab.accelerator import Choice, Stop, choose_accelerator
+from lab.environment import build, existing, variables
+from lab.environment.accelerator import Choice, Stop, choose_accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,11 +55,12 @@ class Checkout:
         self.folder = folder / "my checkout"
         (self.folder / "lab").mkdir(parents=True)
         for name in ("launch.sh", "pyproject.toml", "constraints.txt", "lab/__init__.py", "lab/bootstrap.py",
-                     "lab/accelerator.py", "lab/existing.py", "lab/signals.py"):
+                     "lab/environment/__init__.py", "lab/environment/accelerator.py", "lab/environment/build.py",
+                     "lab/environment/existing.py", "lab/environment/variables.py", "lab/signals.py"):
             shutil.copy(ROOT / name, self.folder / name)
         self.store = self.folder / ".venvs"
         self.log = folder / "uv.log"
-        write_script(folder / "bin/python3", f'#!/bin/sh\nexec "{bootstrap.BASE_PYTHON}" "$@"\n')
+        write_script(folder / "bin/python3", f'#!/bin/sh\nexec "{build.BASE_PYTHON}" "$@"\n')
         self.environ = {
             "PATH": f"{folder}/bin:/usr/bin:/bin",
             "HOME": str(folder / "home"),
@@ -103,7 +104,7 @@ def checkout(tmp_path):
 def machine(tmp_path, monkeypatch):
     """A machine without accelerators; returns a function that gives it an nvidia-smi."""
     for name in ("NVIDIA_PROC", "WSL_SMI", "PCI_DEVICES", "CACHE"):
-        monkeypatch.setattr(f"lab.accelerator.{name}", tmp_path / name)
+        monkeypatch.setattr(f"lab.environment.accelerator.{name}", tmp_path / name)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin")
     real = shutil.which("nvidia-smi")
     if real:    # a machine with a GPU
@@ -196,10 +197,10 @@ def test_a_wrong_extra_is_one_sentence(checkout):
 
 
 def test_the_name_changes_with_everything_that_decides_the_contents(checkout, monkeypatch):
-    monkeypatch.setattr(bootstrap, "ROOT", checkout.folder)
+    monkeypatch.setattr(build, "ROOT", checkout.folder)
 
     def name(*extras: str) -> str:
-        return bootstrap.plan_environment(list(extras or ["cpu"]), "").name
+        return build.plan_environment(list(extras or ["cpu"]), "").name
 
     names = [name()]
     assert name() == names[0]
@@ -209,7 +210,7 @@ def test_the_name_changes_with_everything_that_decides_the_contents(checkout, mo
             stream.write("# changed\n")
         names.append(name())
     names += [name("cuda12"), name("cpu", "test")]
-    monkeypatch.setattr(bootstrap, "BASE_PYTHON", "/another/python3")
+    monkeypatch.setattr(build, "BASE_PYTHON", "/another/python3")
     names.append(name())
     assert len(set(names)) == len(names)
 
@@ -306,17 +307,17 @@ def test_uv_looks_where_pip_looks(monkeypatch):
         if name.startswith(("PIP_", "UV_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    assert not {"UV_FIND_LINKS", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_STRATEGY"} & set(bootstrap.uv_environ())
+    assert not {"UV_FIND_LINKS", "UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_STRATEGY"} & set(build.uv_environ())
     monkeypatch.setenv("PIP_FIND_LINKS", "/one /two")
     monkeypatch.setenv("PIP_INDEX_URL", "file:///index")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "file:///more")
-    environ = bootstrap.uv_environ()
+    environ = build.uv_environ()
     assert environ["UV_FIND_LINKS"] == "/one,/two"
     assert environ["UV_DEFAULT_INDEX"] == "file:///index"
     assert environ["UV_INDEX"] == "file:///more"
     assert environ["UV_SYSTEM_CERTS"] == "1"
     monkeypatch.setenv("UV_FIND_LINKS", "/mine")
-    assert bootstrap.uv_environ()["UV_FIND_LINKS"] == "/mine"
+    assert build.uv_environ()["UV_FIND_LINKS"] == "/mine"
 
 
 # --- the process -------------------------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def test_compiled_programs_are_kept_apart_by_the_number_of_cores(monkeypatch):
     kinds = []
     for cores in ({0}, {1}, {0, 1}):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: cores)
-        kinds.append(bootstrap.cpu_kind())
+        kinds.append(variables.cpu_kind())
     assert kinds[0] == kinds[1] != kinds[2]
 
 
@@ -366,7 +367,7 @@ def test_temporaries_of_an_update_are_not_faulted_in_anew(tmp_path):
     """128 MiB of them: 32,768 pages."""
     program = """
 import resource, sys, jax, jax.numpy as jnp
-from lab.backend import start_jax
+from lab.parallel.backend import start_jax
 if sys.argv[1:]:
     start_jax()
 def update(x):
@@ -380,8 +381,8 @@ print(sorted(after - before for before, after in zip(counts[-20:], counts[-19:])
 """
 
     def faults(*args: str) -> int:
-        environ = {**os.environ, "PYTHONPATH": str(bootstrap.ROOT), "XLA_FLAGS": ""}  # one device, as a user has
-        ours = bootstrap.process_environ(environ, "cpu")
+        environ = {**os.environ, "PYTHONPATH": str(build.ROOT), "XLA_FLAGS": ""}  # one device, as a user has
+        ours = variables.process_environ(environ, "cpu")
         return int(subprocess.run([sys.executable, "-c", program, *args], env=ours, capture_output=True, text=True,
                                   check=True).stdout)
 
@@ -391,7 +392,7 @@ print(sorted(after - before for before, after in zip(counts[-20:], counts[-19:])
 
 def test_the_platform_follows_the_accelerator_and_what_the_user_asks_of_jax(tmp_path):
     def platform(accelerator: str, **environ: str) -> tuple[str, str, bool]:
-        result = bootstrap.process_environ(environ, accelerator)
+        result = variables.process_environ(environ, accelerator)
         return result["LAB_PLATFORM"], result["JAX_PLATFORMS"], "MALLOC_MMAP_MAX_" in result
 
     linux = sys.platform == "linux"
@@ -411,7 +412,7 @@ def test_what_pythonpath_holds_stands_in_for_nothing_of_ours(tmp_path):
     def said(environ: dict[str, str]) -> str:
         return subprocess.run([sys.executable, "-P", "-c", program], env=environ, capture_output=True, text=True).stdout
 
-    assert said(bootstrap.built_environ(environ, Path(sys.prefix), "cpu")) == "mine of PYTHONPATH\n"
+    assert said(variables.built_environ(environ, Path(sys.prefix), "cpu")) == "mine of PYTHONPATH\n"
     assert said(environ).startswith("numpy of PYTHONPATH")  # negative control
 
 
@@ -427,7 +428,7 @@ def test_a_missing_python_is_one_sentence(checkout, tmp_path):
     result = checkout.run("x", PYTHON=str(old))
     assert result.returncode == 2
     assert result.stderr == f"lab: PYTHON={old} does not run as Python 3.11, 3.12 or 3.13.\n"
-    assert checkout.run("x", PATH=str(tools), PYTHON=bootstrap.BASE_PYTHON).returncode == 0
+    assert checkout.run("x", PATH=str(tools), PYTHON=build.BASE_PYTHON).returncode == 0
     assert not (checkout.store / "python").exists()    # a Python named for one call is not noted for the next
 
 
@@ -446,27 +447,27 @@ def test_a_ready_environment_starts_fast(checkout):
 
 def test_an_existing_environment_is_used_as_it_is(checkout):
     """Nothing is built: uv is not called, and no folder is made."""
-    for variables in ({"LAB_PYTHON": sys.executable}, {"LAB_ENV": "active", "VIRTUAL_ENV": sys.prefix}):
-        result = checkout.run("env", **variables)
+    for given in ({"LAB_PYTHON": sys.executable}, {"LAB_ENV": "active", "VIRTUAL_ENV": sys.prefix}):
+        result = checkout.run("env", **given)
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith(f"environment  {sys.prefix}/bin/python") and " jax 0." in result.stdout
-        assert checkout.run("env", "--python", **variables).stdout.startswith(f"{sys.prefix}/bin/python")
+        assert checkout.run("env", "--python", **given).stdout.startswith(f"{sys.prefix}/bin/python")
     assert not checkout.log.exists() and not checkout.store.exists()
 
 
 def test_what_an_existing_environment_lacks_is_one_sentence(checkout, tmp_path):
-    bare = write_script(tmp_path / "bare", f'#!/bin/sh\nexec "{bootstrap.BASE_PYTHON}" -S "$@"\n')  # no site-packages
+    bare = write_script(tmp_path / "bare", f'#!/bin/sh\nexec "{build.BASE_PYTHON}" -S "$@"\n')  # no site-packages
     result = checkout.run("x", LAB_PYTHON=str(bare))
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert "no jax, no flax, no optax, no orbax-checkpoint, no numpy, no tyro" in result.stderr
     assert f"{bare} -m pip install 'jax>=0.10,<0.13' 'flax'" in result.stderr
     assert "no pytest" in checkout.run("tests", LAB_PYTHON=str(bare)).stderr
-    for variables, said in (({"LAB_PYTHON": "/no/python"}, "LAB_PYTHON=/no/python does not run as Python"),
+    for given, said in (({"LAB_PYTHON": "/no/python"}, "LAB_PYTHON=/no/python does not run as Python"),
                             ({"LAB_ENV": "other"}, "LAB_ENV=active"),
                             ({"LAB_ENV": "active", "VIRTUAL_ENV": str(tmp_path / "gone")}, "no jax")):
-        variables = {"PATH": f"{tmp_path}:{checkout.environ['PATH']}", **variables}
-        write_script(tmp_path / "python3", f'#!/bin/sh\nexec "{bootstrap.BASE_PYTHON}" -S "$@"\n')
-        result = checkout.run("x", **variables)
+        given = {"PATH": f"{tmp_path}:{checkout.environ['PATH']}", **given}
+        write_script(tmp_path / "python3", f'#!/bin/sh\nexec "{build.BASE_PYTHON}" -S "$@"\n')
+        result = checkout.run("x", **given)
         assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
@@ -474,7 +475,7 @@ def test_versions_are_compared_as_numbers():
     assert existing.satisfies("0.11.2", ">=0.10,<0.13") and existing.satisfies("0.10.0rc1", ">=0.10,<0.13")
     assert not existing.satisfies("0.9.2", ">=0.10,<0.13") and not existing.satisfies("0.13.0", ">=0.10,<0.13")
     assert existing.satisfies("1.2.dev0+local", "")
-    assert set(existing.REQUIRED) <= set(existing.dependencies(bootstrap.ROOT / "pyproject.toml"))
+    assert set(existing.REQUIRED) <= set(existing.dependencies(build.ROOT / "pyproject.toml"))
 
 
 def test_an_existing_environment_must_know_the_accelerator():

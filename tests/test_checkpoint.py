@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lab.checkpoint import Checkpoints, checksum, manifest
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Mesh
-from lab.program import Program
-from lab.run_folder import finished
-from lab.sharding import make_mesh
+from lab.parallel.sharding import make_mesh
+from lab.train.checkpoint import Checkpoints, checksum, manifest
+from lab.train.program import Program
+from lab.train.run_folder import finished
 from tests.test_loop import (  # noqa: F401 (fixtures)
     final,
     go,

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lab import hlo
 from lab.errors import UserError
 from lab.experiment import Mesh
 from lab.models.gpt import GPT
 from lab.models.rnn import LSTM
-from lab.program import Program
-from lab.step import cast
+from lab.planning import hlo
 from lab.tasks.chunks import over_chunks
 from lab.tasks.language import LanguageModel
+from lab.train.program import Program
+from lab.train.step import cast
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 B, L, V = 4, 12, 20

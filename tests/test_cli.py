@@ -19,11 +19,11 @@ import jax
 import numpy as np
 import pytest
 
-from lab.__main__ import experiments
-from lab.checkpoint import Checkpoints
+from lab.commands.arguments import experiments
 from lab.experiment import load
-from lab.program import Program
 from lab.signals import EXIT, HEARD
+from lab.train.checkpoint import Checkpoints
+from lab.train.program import Program
 from tests.conftest import ROOT
 from tests.launching import children_hear
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
@@ -36,8 +36,8 @@ The second paragraph.
 
 from dataclasses import replace
 
-from lab.data.sources import TextFiles
-from lab.data.text import Text
+from lab.data.text.sources import TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import Bytes
 from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
 from lab.models.gpt import GPT
@@ -352,7 +352,7 @@ def test_names_that_are_not_there(mistake):
     ("experiment = 3\n", "defines no `experiment = Experiment(...)`"),
     ("import sys\nexperiment = 1 / 0\n", "broken.py"),
     ("from lab.models import gtp\n", "broken.py"),
-    ("from lab.optim import AdamV\n", "broken.py"),
+    ("from lab.optim.optimizers import AdamV\n", "broken.py"),
 ])
 def test_broken_experiment_files(mistake, place, content, words):
     (place / "broken.py").write_text(content)

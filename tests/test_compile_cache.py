@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from lab import accelerator, compile_cache
-from lab.compile_cache import prune
+from lab.environment import accelerator, compile_cache
+from lab.environment.compile_cache import prune
 
 
 def filled(folder: Path, number: int = 10) -> list[Path]:

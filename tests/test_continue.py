@@ -13,14 +13,14 @@ import numpy as np
 import optax
 import pytest
 
-from lab import loop
-from lab.continued import places, take_over
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Evaluate, Experiment, load
-from lab.metrics import read_rows
 from lab.optim import SGD, Adam, AdamW, Cosine, Lion, ScheduleFreeAdamW
 from lab.pretrained import Continue
-from lab.restore import open_run
+from lab.train import loop
+from lab.train.continued import places, take_over
+from lab.train.metrics import read_rows
+from lab.train.restore import open_run
 from tests.test_foreign_folders import OWN
 from tests.test_identity import RETURN
 from tests.test_loop import Quiet

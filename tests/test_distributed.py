@@ -1,6 +1,6 @@
 """Several processes: who is missing, who differs, who died; stopping together; going on with another number of them.
 
-What needs no JAX runs on `lab.channel` alone, in processes that start in 0.1 s.
+What needs no JAX runs on `lab.parallel.channel` alone, in processes that start in 0.1 s.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from pathlib import Path
 
 import pytest
 
-from lab import loop
-from lab.channel import Hub, _servers
-from lab.distributed import Launch, find_launch
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Mesh, flat, load
-from lab.local import devices_of
-from lab.metrics import read_rows
-from lab.run_folder import checkpoint_folder
-from lab.shared_secret import new_secret, proof, shared_secret
+from lab.parallel.channel import Hub, _servers
+from lab.parallel.local_processes import devices_of
+from lab.parallel.processes import Launch, find_launch
+from lab.parallel.shared_secret import new_secret, proof, shared_secret
 from lab.tasks.language import LanguageModel
+from lab.train import loop
+from lab.train.metrics import read_rows
+from lab.train.run_folder import checkpoint_folder
 from tests.conftest import ROOT
 from tests.test_cli import furnished
 from tests.test_loop import Quiet
@@ -215,7 +215,7 @@ def test_different_flags(place):
 
 CODE = """
     from pathlib import Path
-    from lab import distributed
+    from lab.parallel import processes as distributed
     processes = distributed.Processes(distributed.Launch("test", "", 0, 3, process), channel)
     if process == 2:
         distributed.ROOT = Path({root!r})
@@ -235,7 +235,7 @@ def test_different_code(place, tmp_path):
     with (tmp_path / "lab" / "step.py").open("a") as file:
         file.write("# changed\n")
     said = ends(talk(body))
-    assert re.search(r"error: Process 2 \(.*\): the file lab/step.py is \w+ there and \w+ in process 0\. Bring", said)
+    assert re.search(r"error: Process 2 \(.*\): the file lab/train/step.py is \w+ there and \w+ in process 0\. Bring", said)
 
 
 def test_a_mistake_that_all_make(place):
@@ -257,7 +257,7 @@ def test_a_bucket_needs_packages(tmp_path):
 
 CHANNEL = textwrap.dedent("""
     import signal, sys, time
-    from lab.channel import Channel, Hub
+    from lab.parallel.channel import Channel, Hub
     from lab.errors import UserError
     port, process, processes, seconds, silence = int(sys.argv[1]), *map(int, sys.argv[2:4]), *map(float, sys.argv[4:6])
     try:
@@ -457,7 +457,7 @@ def test_where_the_secret_comes_from(tmp_path, monkeypatch):
 
 def devices_and_secret(many: str) -> str:
     """LAB_SECRET as the processes of `--processes` get it: one for all of a run."""
-    from lab import local
+    from lab.parallel import local_processes as local
 
     found = []
     with pytest.MonkeyPatch.context() as patch:

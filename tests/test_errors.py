@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lab import plots
 from lab.errors import UserError, explain, forgiving, naming
 from lab.files import replace_file
 from lab.tasks import language
 from lab.tasks.language import LanguageModel
+from lab.train import plots
 from tests.conftest import ROOT
 
 
@@ -103,7 +103,7 @@ def test_samples_and_comparisons_fail_alone(tmp_path, monkeypatch, caplog):
                            decode=lambda ids: "text")
     outcome = SimpleNamespace(model=SimpleNamespace(context=8), compute=None, data=data, folder=tmp_path, seed=0,
                               variables={"params": {}}, means={"bits_per_byte": 2.0})
-    monkeypatch.setattr("lab.generate.sample_texts", lambda *args, **kwargs: [" goes on"])
+    monkeypatch.setattr("lab.models.generate.sample_texts", lambda *args, **kwargs: [" goes on"])
     whole = LanguageModel(samples=1).artifacts(outcome)
     assert len(whole) == 3 and "xz -9" in whole[0] and whole[2] == "  | text goes on"
 
@@ -114,7 +114,7 @@ def test_samples_and_comparisons_fail_alone(tmp_path, monkeypatch, caplog):
         with monkeypatch.context() as patch:
             patch.setattr(language.lzma, "compress", fail)
             assert LanguageModel(samples=1).artifacts(outcome) == whole[1:]
-        monkeypatch.setattr("lab.generate.sample_texts", fail)
+        monkeypatch.setattr("lab.models.generate.sample_texts", fail)
         assert LanguageModel(samples=1).artifacts(outcome) == whole[:1]
     assert len(caplog.records) == 2
 

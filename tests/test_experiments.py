@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from lab.console import Screen
 from lab.experiment import Checkpoint, load
-from lab.loop import train
 from lab.models.cnn import ConvNet, ResNet
 from lab.models.gan import GAN
 from lab.models.layers import Transformer
 from lab.models.rnn import LSTM
-from lab.plan import make_plan
 from lab.tasks.language import LanguageModel
+from lab.train.console import Screen
+from lab.train.cost import make_plan
+from lab.train.loop import train
 from tests.conftest import ROOT
 from tests.test_step import compiled_in_haste  # noqa: F401
 

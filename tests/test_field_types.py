@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lab.data.augment import Augment
-from lab.data.bundled import Sklearn
-from lab.data.columns import Csv
-from lab.data.image import Images
+from lab.configuration.field_types import class_fits, fields, fits, hints_of
+from lab.data.images.augment import Augment
+from lab.data.images.images import Images
 from lab.data.saved import Saved
+from lab.data.tables.bundled import Sklearn
+from lab.data.tables.columns import Csv
 from lab.data.tokenizers import Bytes
 from lab.errors import UserError
 from lab.experiment import Experiment, Mesh, check_types, load
-from lab.field_types import class_fits, fields, fits, hints_of
 from lab.models.cnn import ConvNet
 from lab.optim import AdamW, Cosine
 from lab.pretrained import Pretrained, WordVectors

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lab.files import make_folder, open_file, replace_file
-from lab.run_folder import sealed
+from lab.train.run_folder import sealed
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 from tests.test_study import FILE
 
@@ -145,10 +145,10 @@ FORGED = {
     "exec": {"experiment__optim__lr": {"class": "builtins.exec", "source": "open('MARKER', 'w')"}},
     "plain field": {"experiment__steps": {"class": "os.system", "command": "touch MARKER"}},
     "the whole": {"experiment": {"class": "subprocess.Popen", "args": ["touch", "MARKER"]}},
-    "main": {"experiment__model": {"class": "lab.__main__.TrainOptions"}},
-    "workers": {"experiment__model": {"class": "lab.study.workers.pin"}},
+    "main": {"experiment__model": {"class": "lab.commands.train.TrainOptions"}},
+    "workers": {"experiment__model": {"class": "lab.study.run.workers.pin"}},
     "not a part": {"experiment__model": {"class": "lab.launch.tpu.Pod", "name": "x"}},
-    "another part": {"experiment__init_from": {"class": "lab.optim.SGD", "lr": 0.1}},
+    "another part": {"experiment__init_from": {"class": "lab.optim.optimizers.SGD", "lr": 0.1}},
     "of its own file": {"experiment__model": {"class": "user_small.Net", "classes": 2}},
     "a path": {"experiment__model": {"class": "../samples/x.Net"}},
     "no class": {"experiment__model": {"classes": 2}},

@@ -8,21 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from lab.checkpoint import Checkpoints
 from lab.errors import UserError
 from lab.experiment import Evaluate, Experiment, Mesh, load, override
-from lab.metrics import read_rows
 from lab.optim import SGD, AdamW, Constant, Cosine, WarmupStableDecay
-from lab.program import Program
-from lab.study import preflight
-from lab.study.design import Fork, Study
-from lab.study.forks import acts_from, check_fork
-from lab.study.results import merge, read_study
+from lab.study.design.arms import Fork, Study
+from lab.study.report.results import merge, read_study
+from lab.study.run import preflight
+from lab.study.run.forks import acts_from, check_fork
+from lab.train.checkpoint import Checkpoints
+from lab.train.metrics import read_rows
+from lab.train.program import Program
 from tests.test_study import FILE, ran
 
 FILE = FILE.replace("SGD(lr=Cosine(1e-2, warmup=0)), steps=4", "AdamW(lr=WarmupStableDecay(1e-2, decay=4)), steps=16")
 STUDY = FILE.replace("import SGD, Cosine", "import AdamW, WarmupStableDecay").replace("every=2", "every=4") + '''
-from lab.study.design import Fork, Study
+from lab.study.design.arms import Fork, Study
 study = local = Study(experiment, {
     "longer": {"optim.lr.decay": 8}, "end": {"optim.lr.end": 0.5}, "mean": {"optim.ema": 0.9, "optim.ema_from": 8},
     "often": {"evaluate.every": 2}, "whole": {"optim.lr.peak": 3e-2}}, seeds=2)

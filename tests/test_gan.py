@@ -351,8 +351,8 @@ def test_many_snapshots_are_thinned_out(tmp_path):
 
 
 def test_evaluation_draws_the_averaged_generator(variables, tmp_path):
-    """The optimizer's average, which `lab.step.eval_params` hands to evaluation, is what the grid shows."""
-    from lab.step import State, eval_params
+    """The optimizer's average, which `lab.train.step.eval_params` hands to evaluation, is what the grid shows."""
+    from lab.train.step import State, eval_params
 
     optim = Adam(0.05, b1=0.5, ema=0.99, groups=(("^generator/", 1.0), ("^discriminator/", 0.0)))
     tx, params, batch = optim.build(10), variables["params"], batch_of()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lab.errors import UserError
-from lab.generate import generate, pick, sample_texts
+from lab.models.generate import generate, pick, sample_texts
 from lab.models.gpt import GPT
 from tests.conftest import computing
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
@@ -248,7 +248,7 @@ def test_an_empty_prompt_starts_at_the_end_of_a_text_or_at_a_line_end():
 
 def test_a_window_slides_beyond_the_context(caplog):
     """The context is 16: of a long prompt as much is kept as leaves room, and then half of what there is, each time."""
-    caplog.set_level("INFO", "lab.generate")
+    caplog.set_level("INFO", "lab.models.generate")
     assert texts(["0123456789" * 5, "3"]) == ["0123", "4567"]
     assert texts(["0123456789" * 5], new=100) == ["0123456789" * 10]
     assert [len(text) for text in texts(["12", "5" * 40, ""], new=300)] == [300, 300, 300]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lab.hlo import Program, bytes_of, group_size, totals
+from lab.planning.hlo import Program, bytes_of, group_size, totals
 
 # As a TPU's compiler prints: a loop whose trips only its condition tells, a pair of start and done, a gather fused in
 # three pieces, a reduce-scatter as a fusion, an array on the chip (S(1)), updates in place.

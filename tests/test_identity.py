@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lab import loop, run_folder, source_code
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Experiment, Mesh, load
-from lab.metrics import read_rows
 from lab.models.cnn import ConvNet, ResNet
-from lab.parallel import mixes_rows
-from lab.source_code import code_of, digests
+from lab.train import loop, run_folder, source_code
+from lab.train.gradients import mixes_rows
+from lab.train.metrics import read_rows
+from lab.train.source_code import code_of, digests
 from tests.conftest import ROOT
 from tests.test_foreign_folders import OWN, forge, train_in
 from tests.test_loop import Quiet
@@ -84,27 +84,27 @@ def test_strings_that_are_values_count(tmp_path):
 
 
 def test_a_docstring_of_the_loop_changes_nothing(monkeypatch):
-    before = digests({"lab.loop", "lab.models.gpt"})
-    assert {"lab/loop.py", "lab/step.py", "lab/models/layers.py"} <= before.keys() and "lab/plots.py" not in before
+    before = digests({"lab.train.loop", "lab.models.gpt"})
+    assert {"lab/train/loop.py", "lab/train/step.py", "lab/models/layers.py"} <= before.keys() and "lab/train/plots.py" not in before
     read = Path.read_bytes
 
     def with_(change):
         monkeypatch.setattr(Path, "read_bytes", lambda self: read(self).replace(*change)
-                            if self in (ROOT / "lab/loop.py", ROOT / "lab/models/gpt.py") else read(self))
-        found = digests({"lab.loop", "lab.models.gpt"})
+                            if self in (ROOT / "lab/train/loop.py", ROOT / "lab/models/gpt.py") else read(self))
+        found = digests({"lab.train.loop", "lab.models.gpt"})
         monkeypatch.setattr(Path, "read_bytes", read)
         return source_code.changed(before, found)
 
     assert with_((b'"""The training loop', b'"""Another docstring of the training loop')) == []
     assert with_((b"import math\n", b"import math  # a comment\n\n")) == []
-    assert with_((b"import signal\n", b"import signal\nX = 1\n")) == ["lab/loop.py"]
+    assert with_((b"import signal\n", b"import signal\nX = 1\n")) == ["lab/train/loop.py"]
     assert with_((b"class GPT(", b"X = 1\n\n\nclass GPT(")) == ["lab/models/gpt.py"]
 
 
 def test_the_code_of_a_run_is_that_of_its_own_parts(tiny):
     found = code_of(tiny)
-    assert {"lab/models/gpt.py", "lab/optim.py", "lab/tasks/language.py", "jax", "Python"} <= found.keys()
-    assert not {"lab/models/cnn.py", "lab/console.py", "lab/study/stacked.py"} & found.keys()
+    assert {"lab/models/gpt.py", "lab/optim/optimizers.py", "lab/tasks/language.py", "jax", "Python"} <= found.keys()
+    assert not {"lab/models/cnn.py", "lab/train/console.py", "lab/study/run/stacked.py"} & found.keys()
     assert all(re.fullmatch(r"lab/.*\.py", name) for name in found.keys() - {*source_code.PACKAGES, "Python"})
 
 

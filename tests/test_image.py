@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from lab.data.augment import Augment
-from lab.data.bundled import Sklearn
-from lab.data.idx import Idx, read_idx
-from lab.data.image import ImageFolder, Images, Tfds
-from lab.data.image_records import Lazy
-from lab.data.image_sources import Shards
+from lab.data.images.augment import Augment
+from lab.data.images.idx import Idx, read_idx
+from lab.data.images.images import ImageFolder, Images, TfdsImages
+from lab.data.images.records import Lazy
+from lab.data.images.sources import Shards
 from lab.data.pipeline import Arrays
+from lab.data.tables.bundled import Sklearn
 from lab.errors import UserError
 
 
@@ -438,7 +438,7 @@ def prepared(tmp_path_factory):
         "splits": [{"name": split, "numBytes": "1", "shardLengths": [str(n)], "filepathTemplate": template}
                    for split, n in counts.items()]}))
     (folder / "kind.labels.txt").write_text("a\nb\nc\n")
-    return Tfds("tiny", str(folder.parents[1]), image_key="picture", label_key="kind")
+    return TfdsImages("tiny", str(folder.parents[1]), image_key="picture", label_key="kind")
 
 
 def test_tfds(prepared, monkeypatch):
@@ -505,7 +505,7 @@ def test_a_file_that_vanishes_while_training_is_named(tmp_path):
 
 
 def test_imagenet_needs_no_data_for_a_dry_run(tmp_path):
-    data = Images(Tfds("imagenet2012", str(tmp_path)), (224, 224, 3), border=16, classes=1000,
+    data = Images(TfdsImages("imagenet2012", str(tmp_path)), (224, 224, 3), border=16, classes=1000,
                   augment=Augment(resized_crop=0.08, flip=True, mixup=0.2))
     data.validate()
     assert data.record_spec() == {"inputs": ((256, 256, 3), np.uint8), "targets": ((), np.int32)}
@@ -516,9 +516,9 @@ def test_imagenet_needs_no_data_for_a_dry_run(tmp_path):
 
 def test_shared_tfds_is_what_the_original_files_are(shared):
     folder = str(shared / "tfds")
-    assert {name: len(split) for name, split in Tfds("mnist", folder).open().splits.items()} == {
+    assert {name: len(split) for name, split in TfdsImages("mnist", folder).open().splits.items()} == {
         "train": 60_000, "test": 10_000}
-    part = Images(Tfds("mnist", folder, train="train[:600]", test="test[:300]"), (28, 28, 1)).load()
+    part = Images(TfdsImages("mnist", folder, train="train[:600]", test="test[:300]"), (28, 28, 1)).load()
     original = Images(Idx(str(shared / "data" / "mnist")), (28, 28, 1)).load()
     found, whole = rows(part), rows(original)
     assert set(found["train"] + found["validation"]) <= set(whole["train"] + whole["validation"])
@@ -528,7 +528,7 @@ def test_shared_tfds_is_what_the_original_files_are(shared):
 def test_shared_cifar10(shared):
     from tensorflow_datasets import builder_from_directory
 
-    data = Images(Tfds("cifar10", str(shared / "tfds")), (32, 32, 3)).load()
+    data = Images(TfdsImages("cifar10", str(shared / "tfds")), (32, 32, 3)).load()
     assert (len(data.train), len(data.validation), len(data.test)) == (3600, 400, 1000)
     assert data.classes[:2] == ("airplane", "automobile") and data.facts["classes"] == 10
     theirs = builder_from_directory(str(shared / "tfds" / "cifar10" / "3.0.2")).as_data_source(split="test[:50]")
@@ -591,7 +591,7 @@ def test_the_number_of_classes_is_compared():
 
 def test_importing_it_does_not_import_jax_or_grain():
     slow = {"jax", "grain", "sklearn", "tensorflow_datasets"}
-    code = f"import sys, lab.data.image; sys.exit(bool({slow} & set(sys.modules)))"
+    code = f"import sys, lab.data.images.images; sys.exit(bool({slow} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

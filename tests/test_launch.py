@@ -50,9 +50,9 @@ def printed_commands(text: str) -> list[list[str]]:
 
 
 def test_one_help_text_has_all_flags_and_needs_no_jax():
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from lab import launch\n"
-            "assert launch.main(['--slurm', '--help']) == 0\n"
-            "assert launch.main(['--slurm', '--nodes=2', '--dry-run', 'experiments/gpt_small.py']) == 0\n"
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from lab.launch import start\n"
+            "assert start.main(['--slurm', '--help']) == 0\n"
+            "assert start.main(['--slurm', '--nodes=2', '--dry-run', 'experiments/gpt_small.py']) == 0\n"
             "outside = {m.split('.')[0] for m in sys.modules} - set(sys.stdlib_module_names)\n"
             "print('imported', sorted(m for m in outside if m in ('jax', 'numpy', 'tyro', 'flax')))")
     done = subprocess.run([sys.executable, "-I", "-c", code, str(ROOT)], capture_output=True, text=True, timeout=60)
@@ -182,7 +182,7 @@ def test_a_study_becomes_a_job_array_of_workers(checkout, environ, options, arra
     assert lines[-2:] == [f"#SBATCH --array={array}", f"#SBATCH --nodes=1 --ntasks=1 {rest}".rstrip()]
     assert "slurm-%A_%a.log" in text and "srun --kill-on-bad-exit=0" in text and "--run-dir" not in text
     file, name = checkout / "experiments/tiny_study.py", "experiments/tiny_study.py"
-    file.write_text("from lab.study.design import Study\nstudy = local = Study(3)\n")
+    file.write_text("from lab.study.design.arms import Study\nstudy = local = Study(3)\n")
     try:
         assert f"--array={array}" in dry(checkout, environ, "--slurm", options, "--dry-run", name)
     finally:

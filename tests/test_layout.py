@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import gc
+import graphlib
 import re
 import subprocess
 from pathlib import Path
@@ -13,11 +14,19 @@ import pytest
 from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "lab").rglob("*.py"))
-INGREDIENTS = {"data", "models", "tasks", "optim", "schedules", "generate"}
-KITCHEN = {"step", "sharding", "checkpoint", "metrics", "plan", "program", "run_folder", "restore", "fitted",
-           "pretrained", "channel", "distributed", "local", "topologies", "hlo", "roofline", "compiled_plan", "files",
-           "field_types", "rebuild", "own_file", "shared_secret", "source_code", "continued",
-           "matrices", "members", "frozen", "averages", "check"}
+PARTS = {"data", "models", "tasks", "optim"}  # what an experiment is made of
+# Room -> the rooms that it may import. `errors`, `files` and `signals` import nothing and serve all.
+ROOMS = {
+    "configuration": set(), "environment": set(), "pretrained": set(), "experiment": {"configuration", "pretrained"},
+    "data": set(), "models": set(), "optim": {"models"}, "tasks": {"models", "train.plots"},
+    "parallel": {"environment"},
+    "train": {"configuration", "experiment", "pretrained", "parallel", "data.pipeline", "models.members",
+              "optim.matrices", "tasks.base"},
+    "planning": {"experiment", "parallel", "train"},
+    "launch": {"environment", "commands.arguments", "experiment", "parallel.shared_secret"},
+    "api": {"experiment", "parallel", "train"},
+}
+EVERY = {"", "__main__", "bootstrap", "commands", "study"}  # may import all rooms
 
 
 @functools.cache
@@ -30,51 +39,74 @@ def parsed(path: Path) -> ast.Module:
         gc.enable()
 
 
-def lab_imports(source: str) -> set[str]:
-    """`data.text`, `step`, ...: the modules of lab that a source imports anywhere, also inside functions."""
+@functools.cache
+def modules() -> dict[str, Path]:
+    """`train.loop`, ...: every module of lab, and its file; a package is its `__init__`."""
+    names = {path: ".".join(path.relative_to(ROOT / "lab").with_suffix("").parts) for path in FILES}
+    return {name.removesuffix("__init__").removesuffix("."): path for path, name in names.items()}
+
+
+def imports(source: str) -> set[str]:
+    """The modules of lab that a source imports anywhere, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lab":
-            inner = node.module.removeprefix("lab").removeprefix(".")
-            found |= {inner} if inner else {alias.name for alias in node.names}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("lab.") for a in node.names if a.name.startswith("lab.")}
-    return found
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "lab"}
+    return {module_of(name.removeprefix("lab").removeprefix(".")) for name in found} - {""}
 
 
-def forbidden(path: Path, source: str) -> set[str]:
-    """The imports of lab that the design does not allow in this file."""
-    part = path.relative_to(ROOT / "lab").with_suffix("").parts[0]
-    tops = {name.split(".")[0] for name in lab_imports(source)} - {"errors", "files", "members"}  # import nothing
-    if part in ("data", "models"):
-        return tops - {part}
-    if part in INGREDIENTS:
-        more = {"optim": {"schedules", "matrices", "averages", "optax_source"}, "tasks": {"generate", "plots"}}
-        return tops - {part} - more.get(part, set())
-    if part in KITCHEN:
-        return tops & (INGREDIENTS | {"loop", "commands", "__main__", "study"})
-    if path == ROOT / "lab/study/design.py":  # experiments import it: a value, without JAX
-        return tops - {"experiment"}
-    if part == "study":
-        return tops & (INGREDIENTS - {"data"} | {"commands", "__main__"})
-    return set()
+def module_of(name: str) -> str:
+    """`train.loop` of `train.loop.train`."""
+    while name not in modules():
+        name = name.rpartition(".")[0]
+    return name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path):
-    assert not forbidden(path, path.read_text())
+def forbidden(module: str, source: str) -> set[str]:
+    """The imports of lab that the design does not allow in this module."""
+    room = module.split(".")[0]
+    if module == "study.design.arms":  # experiments import it: a value, without JAX
+        return imports(source) - {"errors", "experiment"}
+    if room in EVERY:
+        return set()
+    allowed = ROOMS.get(room, set()) | {room, "errors", "files", "signals"}
+    return {name for name in imports(source)
+            if not any(name == a or name.startswith(f"{a}.") for a in allowed)}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_go_one_way(module: str):
+    assert not forbidden(module, modules()[module].read_text())
 
 
 def test_the_import_rule_sees_a_violation():
-    assert forbidden(ROOT / "lab/models/gpt.py", "def f():\n    from lab.step import State") == {"step"}
-    assert forbidden(ROOT / "lab/step.py", "from lab.models.gpt import GPT") == {"models"}
-    assert forbidden(ROOT / "lab/tasks/language.py", "import lab.data.text") == {"data"}
+    assert forbidden("models.gpt", "def f():\n    from lab.train.step import State") == {"train.step"}
+    assert forbidden("train.step", "from lab.models.gpt import GPT") == {"models.gpt"}
+    assert forbidden("tasks.language", "import lab.data.text") == {"data.text"}
 
 
-def test_experiments_import_ingredients_only():
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import one another, over any number of others."""
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as e:
+        return [e.args[1]]
+    return []
+
+
+def test_no_file_imports_itself_over_others():
+    graph = {name: imports(path.read_text()) - {name} for name, path in modules().items()}
+    assert not circles(graph)
+    assert circles(graph | {"errors": {"train.loop"}})  # negative control
+
+
+def test_experiments_import_parts_only():
+    allowed = PARTS | {"experiment", "pretrained"}
     for path in (ROOT / "experiments").glob("*.py"):
-        tops = {name if name == "study.design" else name.split(".")[0] for name in lab_imports(path.read_text())}
-        assert tops <= INGREDIENTS | {"experiment", "pretrained", "study.design"}, path
+        found = imports(path.read_text())
+        assert {name.split(".")[0] for name in found if not name.startswith("study.design")} <= allowed, path
 
 
 def test_sizes_and_names():
@@ -108,11 +140,9 @@ def configuration_classes() -> list[type]:
 
     import flax.linen as nn
 
-    parts = [p for p in FILES if p.parent.name in ("data", "models", "tasks") and p.stem not in ("__init__", "prepare")]
-    names = [f"lab.{p.parent.name}.{p.stem}" for p in parts]
-    names += ["lab.experiment", "lab.optim", "lab.schedules", "lab.pretrained"]
-    modules = [importlib.import_module(name) for name in names]
-    found = [c for m in modules for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
+    names = [name for name in modules() if name.split(".")[0] in PARTS | {"experiment", "pretrained"}]
+    imported = [importlib.import_module(f"lab.{name}") for name in names if name != "data.prepare"]
+    found = [c for m in imported for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
     return [c for c in found if dataclasses.is_dataclass(c)
             and (issubclass(c, nn.Module) or c.__dataclass_params__.frozen)]
 
@@ -128,7 +158,7 @@ def test_no_dead_knobs():
 
 
 def test_no_global_random_state_and_no_host_sync_in_the_step():
-    compiled = [ROOT / "lab" / name for name in ("step.py", "optim.py", "data/augment.py")]
+    compiled = [ROOT / "lab" / name for name in ("train/step.py", "optim/optimizers.py", "data/images/augment.py")]
     for path in [*compiled, *(ROOT / "lab/models").glob("*.py"), *(ROOT / "lab/tasks").glob("*.py")]:
         assert not re.search(r"np\.random|random\.seed|block_until_ready|\.item\(\)", path.read_text()), path
 

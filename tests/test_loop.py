@@ -17,19 +17,19 @@ import jax
 import numpy as np
 import pytest
 
-from lab import loop, run_copy
-from lab.checkpoint import Checkpoints
-from lab.console import Screen
 from lab.data import pipeline
 from lab.data.pipeline import train_batch, train_indices
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
-from lab.metrics import read_rows
 from lab.optim import SGD, Constant
-from lab.program import Program
-from lab.run_folder import checkpoint_folder, finished
 from lab.signals import HEARD
-from lab.step import State, init_state
+from lab.train import loop, run_copy
+from lab.train.checkpoint import Checkpoints
+from lab.train.console import Screen
+from lab.train.metrics import read_rows
+from lab.train.program import Program
+from lab.train.run_folder import checkpoint_folder, finished
+from lab.train.step import State, init_state
 from tests.test_step import Points, apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
 

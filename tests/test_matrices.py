@@ -15,19 +15,19 @@ from lab.data.dataset import Data, Dataset
 from lab.data.pipeline import Arrays
 from lab.errors import UserError
 from lab.experiment import Experiment, load
-from lab.matrices import Matrix, matrices
-from lab.members import Several
 from lab.models.bert import BERT
 from lab.models.cnn import ConvNet, ResNet
 from lab.models.gpt import GPT
 from lab.models.linear import MLP, Ensemble
+from lab.models.members import Several
 from lab.models.rnn import LSTM
 from lab.models.vit import ViT
 from lab.optim import SGD, Adafactor, Adam, AdamW, Lion, Muon, ScheduleFreeAdamW
-from lab.program import abstract_state, batch_spec
-from lab.restore import leaves
-from lab.step import init_state, make_optimizer, make_train_step
+from lab.optim.matrices import Matrix, matrices
 from lab.tasks.supervised import Classify
+from lab.train.program import abstract_state, batch_spec
+from lab.train.restore import leaves
+from lab.train.step import init_state, make_optimizer, make_train_step
 from tests.test_experiments import EXPERIMENTS, STUDIES, shrunk
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -297,6 +297,6 @@ def test_members_train_exactly_as_alone(name, monkeypatch):
     alones = [alone(m) for m in range(MEMBERS)]
     assert gap(trained(whole, start, jax.jit(make_train_step(whole)))) < 1e-5
     if name in ("sgd", "adafactor"):  # the negative control: one optimizer for all members together
-        monkeypatch.setattr("lab.step.per_member", lambda tx: tx)
+        monkeypatch.setattr("lab.train.step.per_member", lambda tx: tx)
         state = start._replace(opt_state=jax.jit(make_optimizer(whole, batches[0]).init)(start.params, start.extra))
         assert gap(trained(whole, state, jax.jit(make_train_step(whole)))) > 1e-3

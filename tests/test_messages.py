@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lab.data import message_sources
-from lab.data.bundled import Sklearn
-from lab.data.columns import Csv
-from lab.data.message_sources import PACKAGES, PythonPackages, TextFolder, Tfds, cut_code, load
-from lab.data.messages import Messages, encode_rows, put_aside
+from lab.data.messages import sources as message_sources
+from lab.data.messages.messages import Messages, encode_rows, put_aside
+from lab.data.messages.sources import PACKAGES, PythonPackages, TextFolder, TfdsMessages, cut_code, load
 from lab.data.saved import Saved, saved_form
-from lab.data.sources import PythonStdlib, TextFiles
-from lab.data.text import Text
+from lab.data.tables.bundled import Sklearn
+from lab.data.tables.columns import Csv
+from lab.data.text.sources import PythonStdlib, TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, Bytes, Chars, Words, with_padding, words
 from lab.errors import UserError
 
@@ -113,7 +113,7 @@ def test_rows_padding_mask_and_both_truncations():
 def test_many_rows_are_encoded_in_parts(monkeypatch):
     fitted, texts = fit(BPE(300), HAM), [text * (i % 4) for i, text in enumerate(HAM * 9)]
     whole = encode_rows(fitted, texts, 12, "end")
-    monkeypatch.setattr("lab.data.messages.AT_ONCE", 50)
+    monkeypatch.setattr("lab.data.messages.messages.AT_ONCE", 50)
     parts = encode_rows(fitted, texts, 12, "end")
     assert np.array_equal(whole[0]["inputs"], parts[0]["inputs"]) and whole[1] == parts[1]
 
@@ -218,7 +218,7 @@ def test_too_few_messages(tmp_path):
     ({"source": Csv("a.csv", "label")}, "text="), ({"source": Sklearn("digits")}, "holds no messages"),
     ({"source": Csv("a.csv", "label", text="t", task="regression")}, "classes as its target"),
     ({"source": TextFolder(" ")}, "path="), ({"source": TextFolder("x", encoding="utf-9")}, "utf-9"),
-    ({"source": Tfds("../x")}, "not a TFDS name"), ({"tokenizer": Saved("")}, "Saved needs")])
+    ({"source": TfdsMessages("../x")}, "not a TFDS name"), ({"tokenizer": Saved("")}, "Saved needs")])
 def test_fields_out_of_range(fields, match):
     fails(match, Messages(**{"source": PythonPackages()} | fields).validate)
     Messages(PythonPackages()).validate()
@@ -359,24 +359,24 @@ def test_tfds(tmp_path, monkeypatch):
     monkeypatch.setattr(message_sources, "AT_ONCE", 3)
     train = [(text, int(text in SPAM)) for pair in zip(HAM, SPAM, strict=True) for text in pair]
     where = prepare(tmp_path, train=train, test=[("milk", 0)], extra=[("odd", -1)])
-    found = load(Tfds("toy", where))
+    found = load(TfdsMessages("toy", where))
     assert found.classes == ("neg", "pos") and found.splits["train"][0] == [text for text, _ in train]
     assert found.splits["train"][1].tolist() == [0, 1] * 4 and found.splits["test"][0] == ["milk"]
     assert found.rule == "train is train, test is test"
-    cut = load(Tfds("toy", where, train="train[2:]", validation="train[:2]", test="test[:1]"))
+    cut = load(TfdsMessages("toy", where, train="train[2:]", validation="train[:2]", test="test[:1]"))
     assert [len(texts) for texts, _ in cut.splits.values()] == [6, 2, 1]
-    assert Messages(Tfds("toy", where), length=4).load().summary["test messages"] == 1
-    fails("no field 'class'; it has id, label, text", load, Tfds("toy", where, label="class"))
-    fails("no field 'txt'", load, Tfds("toy", where, feature="txt"))
-    fails("field 'id' of toy holds .*no class", load, Tfds("toy", where, label="id"))
-    fails("toy extra has the label -1", load, Tfds("toy", where, test="extra"))
-    fails("split 'tset' .*unknown", load, Tfds("toy", where, test="tset"))
-    fails("class 'pos' has no training message", load, Tfds("toy", where, train="train[:1]"))
-    fails("not prepared", load, Tfds("other", where))
+    assert Messages(TfdsMessages("toy", where), length=4).load().summary["test messages"] == 1
+    fails("no field 'class'; it has id, label, text", load, TfdsMessages("toy", where, label="class"))
+    fails("no field 'txt'", load, TfdsMessages("toy", where, feature="txt"))
+    fails("field 'id' of toy holds .*no class", load, TfdsMessages("toy", where, label="id"))
+    fails("toy extra has the label -1", load, TfdsMessages("toy", where, test="extra"))
+    fails("split 'tset' .*unknown", load, TfdsMessages("toy", where, test="tset"))
+    fails("class 'pos' has no training message", load, TfdsMessages("toy", where, train="train[:1]"))
+    fails("not prepared", load, TfdsMessages("other", where))
 
 
 def test_imdb(shared):
-    data = Messages(Tfds("imdb_reviews/plain_text", str(shared / "tfds"), train="train[:300]", test="test[:100]"),
+    data = Messages(TfdsMessages("imdb_reviews/plain_text", str(shared / "tfds"), train="train[:300]", test="test[:100]"),
                     Words(500), length=50).load()
     assert data.classes == ("neg", "pos") and (len(data.train) + len(data.validation), len(data.test)) == (300, 100)
     accuracy = float(re.search(r"accuracy ([\d.]+)", data.reference()[0])[1])

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lab import metrics
-from lab.metrics import Rows, add, means, read_rows
+from lab.train import metrics
+from lab.train.metrics import Rows, add, means, read_rows
 
 
 def test_sums_are_added_and_divided_once():

@@ -12,7 +12,7 @@ from lab.errors import UserError
 from lab.experiment import to_json
 from lab.models.bert import BERT
 from lab.models.rnn import LSTM
-from lab.restore import leaves
+from lab.train.restore import leaves
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 B, L = 3, 6

@@ -15,7 +15,7 @@ from lab.experiment import check_types, from_json, to_json
 from lab.models.cnn import BLOCKS, ConvNet, ResidualBlock, ResNet, conv, image_norm, max_pool
 from lab.models.linear import MLP, Ensemble, Linear
 from lab.models.vit import ViT, sincos
-from lab.step import cast
+from lab.train.step import cast
 from tests.models.test_layers import products
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 

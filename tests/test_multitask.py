@@ -12,13 +12,13 @@ import pytest
 import sklearn.metrics as sk
 from PIL import Image
 
-from lab import metrics
 from lab.data.pipeline import Arrays, eval_batches
 from lab.errors import UserError
 from lab.models.multitask import ClassifyAndReconstruct
 from lab.tasks.base import Outcome
 from lab.tasks.multitask import MultiTask, Part
 from lab.tasks.supervised import Classify, Regress
+from lab.train import metrics
 from tests.conftest import computing
 
 GROUPS = (0, 1, 0, 1, 2)

@@ -15,8 +15,6 @@ import pytest
 import tyro
 
 from lab.errors import UserError
-from lab.matrices import Matrix
-from lab.matrices import matrices as found_matrices
 from lab.optim import (
     SGD,
     Adafactor,
@@ -25,18 +23,20 @@ from lab.optim import (
     Constant,
     Cosine,
     InverseSqrt,
-    Linear,
+    LinearDecay,
     Lion,
     Muon,
     Optimizer,
     ScheduleFreeAdamW,
     WarmupStableDecay,
 )
+from lab.optim.matrices import Matrix
+from lab.optim.matrices import matrices as found_matrices
 
 HIDDEN = Matrix((), (0,), (1,), head=False)
 MATRICES = {"kernel": HIDDEN, "dense/kernel": HIDDEN, "out/kernel": HIDDEN}
 UPDATES = 20
-RATE = Linear(0.02, warmup=5, end=0.1)
+RATE = LinearDecay(0.02, warmup=5, end=0.1)
 SHAPES = {"dense/kernel": (6, 5), "dense/bias": (5,), "norm/scale": (6,), "wte/embedding": (7, 6), "out/kernel": (5, 8)}
 DECAYED = {"dense/kernel", "out/kernel"}
 START = {path: np.random.default_rng([1, i]).normal(size=s) for i, (path, s) in enumerate(SHAPES.items())}
@@ -325,7 +325,7 @@ def test_schedules_in_closed_form():
         return 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * t))
     closed = {  # after warm-up, as a function of the number of completed updates
         Constant(2.0, W): lambda c: 1.0,
-        Linear(2.0, W, 0.1): lambda c: 1 - 0.9 * (c - 9) / 90,
+        LinearDecay(2.0, W, 0.1): lambda c: 1 - 0.9 * (c - 9) / 90,
         Cosine(2.0, W, 0.1): lambda c: cosine((c - 9) / 90),
         InverseSqrt(2.0, W): lambda c: np.sqrt(10 / (c + 1)),
         WarmupStableDecay(2.0, W, 20, 0.1): lambda c: 1.0 if c <= 79 else 1 - 0.9 * (c - 79) / 20,
@@ -342,7 +342,7 @@ def test_schedules_in_closed_form():
             np.testing.assert_allclose(rate(N + 50), end, rtol=1e-6)  # stays where it ended
 
 
-@pytest.mark.parametrize("schedule", [Constant(2.0), Linear(2.0), Cosine(2.0), WarmupStableDecay(2.0, 0, 1),
+@pytest.mark.parametrize("schedule", [Constant(2.0), LinearDecay(2.0), Cosine(2.0), WarmupStableDecay(2.0, 0, 1),
                                       InverseSqrt(2.0, 1)])
 def test_schedules_at_their_edges(schedule):
     for steps in (2, 3, 50):
@@ -595,9 +595,9 @@ def test_orbax_round_trip(name, tmp_path):
 WRONG = [
     (SGD(-0.1), r"lr\.peak is -0\.1, but must be 0 or more"), (SGD(float("nan")), r"lr\.peak"),
     (SGD(float("inf")), r"lr\.peak"), (SGD(Constant(0.1, -1)), r"lr\.warmup"),
-    (SGD(Constant(0.1, 101)), "101 updates, more than the run's 100"), (SGD(Linear(0.1, 100)), "none of the run's 100"),
+    (SGD(Constant(0.1, 101)), "101 updates, more than the run's 100"), (SGD(LinearDecay(0.1, 100)), "none of the run's 100"),
     (SGD(Cosine(0.1, 100)), "none of the run's 100"), (SGD(Cosine(0.1, 1, 1.5)), r"lr\.end is 1\.5"),
-    (SGD(Linear(0.1, 1, -0.1)), r"lr\.end"), (SGD(InverseSqrt(0.1)), r"lr\.warmup is 0"),
+    (SGD(LinearDecay(0.1, 1, -0.1)), r"lr\.end"), (SGD(InverseSqrt(0.1)), r"lr\.warmup is 0"),
     (SGD(WarmupStableDecay(0.1, 5)), r"lr\.decay is 0"), (SGD(WarmupStableDecay(0.1, 50, 51)), "exceed the run's 100"),
     (SGD(0.1, clip=0.0), "clip is 0, but must be above 0, or None"), (SGD(0.1, decay=-1.0), "decay"),
     (SGD(0.1, l1=-1.0), "l1"), (SGD(0.1, l2=-1.0), "l2"), (SGD(0.1, ema=1.0), "ema is 1"), (SGD(0.1, ema=0.0), "ema"),
@@ -633,7 +633,7 @@ def test_convergence(name):
     x, target = jnp.asarray(rng.normal(size=(32, 6)), jnp.float32), jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
     def loss(p):
         return jnp.mean((x @ p["kernel"] + p["bias"] - x @ target - 1.0) ** 2)
-    optimizer = replace(ALL[name], lr=Linear({"sgd": 0.02, "adafactor": 0.3}.get(name, 0.1), 10), decay=0.0)
+    optimizer = replace(ALL[name], lr=LinearDecay({"sgd": 0.02, "adafactor": 0.3}.get(name, 0.1), 10), decay=0.0)
     tx, params = optimizer.build(200, MATRICES), {"kernel": jnp.zeros((6, 4)), "bias": jnp.full(4, 0.1)}
 
     def update(carry, _):

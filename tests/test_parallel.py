@@ -10,17 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from lab import hlo, topologies
-from lab.checkpoint import Checkpoints
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Experiment, Mesh
-from lab.metrics import means
 from lab.models.cnn import ResNet
 from lab.models.gpt import GPT
 from lab.optim import AdamW, Constant
-from lab.program import Program
-from lab.sharding import bytes_per_device
+from lab.parallel.sharding import bytes_per_device
+from lab.planning import hlo, topologies
+from lab.train.checkpoint import Checkpoints
+from lab.train.metrics import means
+from lab.train.program import Program
 from tests.test_step import apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
 UPDATES = 20
@@ -207,7 +207,7 @@ def test_exact_refuses_batch_statistics():
 
 
 def test_a_dry_run_shows_where_the_state_lives(gpt, capsys, monkeypatch):
-    from lab.dry_run import show
+    from lab.commands.dry_run import show
 
     monkeypatch.setenv("COLUMNS", "120")
     show(replace(gpt, mesh=Mesh(2, 2, 2)))

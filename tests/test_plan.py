@@ -14,8 +14,8 @@ from lab.models.gpt import GPT
 from lab.models.precision import project
 from lab.models.splash import splash_attention
 from lab.optim import AdamW, Constant
-from lab.plan import count_flops, make_plan, size_of
 from lab.tasks.language import LanguageModel
+from lab.train.cost import count_flops, make_plan, size_of
 
 
 @dataclass(frozen=True)

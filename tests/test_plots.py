@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lab import plots
+from lab.train import plots
 
 
 @pytest.fixture

@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lab.data.columns import Csv
-from lab.data.image import Images
-from lab.data.image_sources import ImageFolder
-from lab.data.messages import Messages
-from lab.data.sources import TextFiles
-from lab.data.tabular import Table, split
-from lab.data.text import Text
+from lab.data.images.images import Images
+from lab.data.images.sources import ImageFolder
+from lab.data.messages.messages import Messages
+from lab.data.tables.columns import Csv
+from lab.data.tables.tables import Table, split
+from lab.data.text.sources import TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, Bytes, Chars, Words
 from lab.errors import UserError
 from lab.tasks.reports import column_names
 
 N = 60
 HEAD = """import os
-from lab.data.columns import Csv
-from lab.data.sources import TextFiles
-from lab.data.tabular import Table
-from lab.data.text import Text
+from lab.data.tables.columns import Csv
+from lab.data.text.sources import TextFiles
+from lab.data.tables.tables import Table
+from lab.data.text.text import Text
 from lab.data.tokenizers import Bytes
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.gpt import GPT
@@ -224,8 +224,8 @@ def test_blank_messages_are_skipped_by_their_lines(tmp_path, monkeypatch, caplog
 
 
 PICTURES = """
-from lab.data.image import Images
-from lab.data.image_sources import ImageFolder
+from lab.data.images.images import Images
+from lab.data.images.sources import ImageFolder
 experiment = Experiment(Images(ImageFolder("pictures"), (6, 5, 3)), Linear(classes=2), Classify(),
                         SGD(lr=Constant(0.1)), **usual)
 """

@@ -14,21 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lab import loop, restore
-from lab.data.columns import Csv
-from lab.data.messages import Messages
+from lab.data.messages.messages import Messages
 from lab.data.pipeline import Arrays, eval_batches, reader, train_batch
+from lab.data.tables.columns import Csv
 from lab.data.tokenizers import Words
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
-from lab.frozen import frozen_statistics
-from lab.metrics import means, read_rows
 from lab.optim import SGD, AdamW, Constant, ScheduleFreeAdamW
 from lab.pretrained import Pretrained, WordVectors
-from lab.program import OnlyNumbered, Program, abstract_state, fits
-from lab.restore import leaves, open_run
-from lab.step import State, eval_variables, key_for, make_train_step, prepare
 from lab.tasks.supervised import Classify
+from lab.train import loop, restore
+from lab.train.frozen import frozen_statistics
+from lab.train.initial import initial_arrays
+from lab.train.metrics import means, read_rows
+from lab.train.program import OnlyNumbered, Program, abstract_state, fits
+from lab.train.restore import leaves, open_run
+from lab.train.step import State, eval_variables, key_for, make_train_step, prepare
 from tests.test_loop import go, interrupt
 from tests.test_step import Kinds, Points, apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
@@ -163,7 +164,7 @@ def state_of(run: Path, step: int | None = None) -> State:
 def load(init_from: Any, experiment: Experiment = SOURCE, data: Any = None) -> tuple[dict, dict]:
     """(arrays, report) for this experiment."""
     init_from.validate()
-    return init_from.load(program_of(experiment).abstract, data or SimpleNamespace())
+    return initial_arrays(init_from, program_of(experiment).abstract, data or SimpleNamespace())
 
 
 def test_parameters_come_averaged_and_the_optimizer_starts_afresh(source):
@@ -677,4 +678,4 @@ def test_the_given_arrays_are_named_by_path():
     changed = {path for path, x in bits(here).items() if x != bits(fresh)[path]}
     assert changed == {"params/hidden/bias", "extra/batch_stats/norm/mean", "opt_state/ema/hidden/bias",
                        "opt_state/extra/batch_stats/norm/mean"}
-    assert Pretrained().load(None, None) == ({}, {})
+    assert initial_arrays(Pretrained(), None, None) == ({}, {})

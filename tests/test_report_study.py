@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from lab.errors import UserError
-from lab.study import pictures, stats
-from lab.study.analysis import against, block, effects, sections, value_at
-from lab.study.report import report
-from lab.study.results import merge, read_study
+from lab.study.report import pictures, stats
+from lab.study.report.analysis import against, block, effects, sections, value_at
+from lab.study.report.report import report
+from lab.study.report.results import merge, read_study
 from tests.conftest import ROOT
 from tests.studies import make_cell, make_study, write
 
@@ -115,7 +115,7 @@ def test_times_are_of_a_program_and_have_an_interval_and_no_ratio(study):
 
 
 def test_results_csv_has_all_metrics_whole_changes_and_folders(study):
-    long = {"class": "lab.optim.Muon", "lr": {"class": "lab.schedules.Cosine", "peak": 1e-3}, "note": "x" * 100}
+    long = {"class": "lab.optim.optimizers.Muon", "lr": {"class": "lab.optim.schedules.Cosine", "peak": 1e-3}, "note": "x" * 100}
     arms = json.loads((study / "study.json").read_text())["arms"]
     arms[1]["changes"] = {"optim": long}
     rewrite(study / "study.json", arms=arms)
@@ -286,12 +286,12 @@ def test_settings_of_the_compiler_are_part_of_the_environment(study):
 
 def test_changed_code_is_a_warning(study):
     """Arms with different models have different files; only a file that both have and that differs is said."""
-    for name, files in {"base": {"lab/step.py": "a"}, "rms": {"lab/step.py": "a", "lab/models/gpt.py": "b"}}.items():
+    for name, files in {"base": {"lab/train/step.py": "a"}, "rms": {"lab/train/step.py": "a", "lab/models/gpt.py": "b"}}.items():
         for seed in range(5):
             rewrite(study / f"cells/{name}/{seed}/cell.json", code=files)
     assert "WARNING" not in made(study)[0]
-    rewrite(study / "cells/rms/3/cell.json", code={"lab/step.py": "c"})
-    assert "WARNING: not all cells ran with the same code; lab/step.py changed in between." in made(study)[0]
+    rewrite(study / "cells/rms/3/cell.json", code={"lab/train/step.py": "c"})
+    assert "WARNING: not all cells ran with the same code; lab/train/step.py changed in between." in made(study)[0]
 
 
 def test_an_environment_without_base(study):
@@ -377,12 +377,12 @@ def test_factorial_of_named_edits_and_a_grid_of_objects(place):
     factors["norm"] = edit
     rewrite(place / "s/study.json", design={"kind": "factorial", "factors": factors})
     assert (block(results := read_study(place / "s"), sections(results, False)[0]).values == found.values).all()
-    values = [{"class": "lab.schedules.Constant", "peak": 0.1}, {"class": "lab.schedules.Linear", "peak": 0.1}]
+    values = [{"class": "lab.optim.schedules.Constant", "peak": 0.1}, {"class": "lab.optim.schedules.LinearDecay", "peak": 0.1}]
     arms = {f"{i}{norm}": {"optim.lr": v, "model.norm": norm} for i, v in enumerate(values) for norm in ("a", "b", "c")}
     design = {"kind": "grid", "factors": {"optim.lr": values, "model.norm": ["a", "b", "c"]}}
     folder = make_study(place / "g", arms, design=design)
     results = read_study(folder)
-    assert block(results, sections(results, False)[0]).levels["optim.lr"] == ["Constant(peak=0.1)", "Linear(peak=0.1)"]
+    assert block(results, sections(results, False)[0]).levels["optim.lr"] == ["Constant(peak=0.1)", "LinearDecay(peak=0.1)"]
     assert "Main effects" not in made(folder)[0] and (folder / "pictures/interactions.png").exists()
 
 
@@ -399,7 +399,7 @@ def test_a_base_that_is_no_combination_is_announced(place, peaks, extra):
 
 
 def test_the_value_of_a_field_inside_a_changed_object(place):
-    lion = {"class": "lab.optim.Lion", "lr": {"class": "lab.schedules.Cosine", "peak": 3e-4}}
+    lion = {"class": "lab.optim.optimizers.Lion", "lr": {"class": "lab.optim.schedules.Cosine", "peak": 3e-4}}
     results = read_study(make_study(place / "s", {"lion": {"optim": lion}, "both": {"optim": lion,
                                                                                  "optim.lr.peak": 1.0}}))
     found = [[value_at(results, arm, path) for arm in results.arms] for path in ("optim.lr.peak", "model.norm", "no.x")]

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lab import loop, restore
-from lab.data.bundled import Sklearn
 from lab.data.dataset import Dataset
 from lab.data.pipeline import Arrays
-from lab.data.tabular import TableData
+from lab.data.tables.bundled import Sklearn
+from lab.data.tables.tables import TableData
 from lab.experiment import Checkpoint, Evaluate, Experiment, load
-from lab.metrics import read_rows
-from lab.program import Program
-from lab.report import predict
-from lab.restore import open_run
 from lab.tasks.base import Outcome
+from lab.train import loop, restore
+from lab.train.evaluation import predict
+from lab.train.metrics import read_rows
+from lab.train.program import Program
+from lab.train.restore import open_run
 from tests.test_loop import go, interrupt
 from tests.test_pretrained import bits, program_of, state_of
 from tests.test_step import Kinds, Points, Table, compiled_in_haste, toy  # noqa: F401 (a fixture)
@@ -186,9 +186,9 @@ opened = functools.cache(Program)  # of run folders
 
 HEAD = '''"""For the tests of the commands."""
 
-from lab.data.bundled import Sklearn
-from lab.data.image import Images
-from lab.data.tabular import Table
+from lab.data.tables.bundled import Sklearn
+from lab.data.images.images import Images
+from lab.data.tables.tables import Table
 from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
 from lab.models.gan import GAN
 from lab.models.linear import Linear
@@ -440,6 +440,6 @@ def test_eval_looks_at_the_test_split_only_when_asked():
     """It is evaluated once, when a run ends; a default would use it up, look by look."""
     import inspect
 
-    from lab.commands import evaluate
+    from lab.commands.evaluate import evaluate
 
     assert inspect.signature(evaluate).parameters["split"].default == "validation"

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lab import sharding
 from lab.data import pipeline
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
 from lab.experiment import Mesh
-from lab.program import Program
-from lab.sharding import batch_sharding, describe_state, make_mesh, path_of, process_rows, put, state_shardings
+from lab.parallel import sharding
+from lab.parallel.sharding import batch_sharding, describe_state, make_mesh, path_of, process_rows, put, state_shardings
+from lab.train.program import Program
 from tests.test_step import apart, compiled_in_haste, reader, run, toy  # noqa: F401 (a fixture)
 
 DIVIDED = (("hidden/kernel", "-, fsdp"), ("out/kernel", "fsdp, -"))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from lab.study import stats
-from lab.study.stats import compare, verdict
+from lab.study.report import stats
+from lab.study.report.stats import compare, verdict
 
 STUDIES = 10_000
 TRUTH = 0.3

@@ -18,12 +18,12 @@ import pytest
 
 from lab.data.pipeline import eval_batches, train_batch
 from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
-from lab.metrics import means
 from lab.models.layers import dropout
 from lab.optim import SGD, AdamW, Constant, ScheduleFreeAdamW
-from lab.program import Program
-from lab.step import State, cast, init_state, key_for, make_eval_step, make_train_step
 from lab.tasks.base import Task, apply
+from lab.train.metrics import means
+from lab.train.program import Program
+from lab.train.step import State, cast, init_state, key_for, make_eval_step, make_train_step
 
 # ------------------------------------------------------------------------------------------------ toy ingredients
 

@@ -16,18 +16,18 @@ import jax
 import numpy as np
 import pytest
 
-from lab import loop
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
 from lab.experiment import Mesh, load
 from lab.optim import SGD, Cosine, Muon
-from lab.plan import optimizer_flops
-from lab.program import Program, abstract_state
-from lab.sharding import path_of
-from lab.study import leases
-from lab.study.cells import changed, code_of
-from lab.study.design import Study, factorial, grid, leave_one_out, one_at_a_time, override
-from lab.study.preflight import preflight
+from lab.parallel.sharding import path_of
+from lab.study.design.arms import Study, factorial, grid, leave_one_out, one_at_a_time, override
+from lab.study.run import leases
+from lab.study.run.cells import changed, code_of
+from lab.study.run.preflight import preflight
+from lab.train import loop
+from lab.train.cost import optimizer_flops
+from lab.train.program import Program, abstract_state
 from tests.conftest import ROOT
 from tests.studies import told_to_stop
 from tests.test_cli import EXPERIMENT, WORDS, finish, start, wait_for
@@ -37,8 +37,8 @@ RMS, ROTARY = {"model.norm": "rmsnorm"}, {"model.position": "rotary"}
 STUDIES = [p for p in sorted((ROOT / "experiments").glob("*.py")) if "\nstudy = " in p.read_text()]
 FILE = '''"""A linear classifier: nothing compiles faster."""
 
-from lab.data.bundled import Sklearn
-from lab.data.tabular import Table
+from lab.data.tables.bundled import Sklearn
+from lab.data.tables.tables import Table
 from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
 from lab.models.linear import Linear
 from lab.optim import SGD, Cosine
@@ -49,7 +49,7 @@ experiment = Experiment(
     optim=SGD(lr=Cosine(1e-2, warmup=0)), steps=4, batch=16, evaluate=Evaluate(every=2), checkpoint=Checkpoint(every=2))
 '''
 STUDY = FILE + '''
-from lab.study.design import Study
+from lab.study.design.arms import Study
 study = local = Study(experiment, {"high": {"optim.lr.peak": 3e-2}, "higher": {"optim.lr.peak": 9e-2}}, seeds=3)
 del experiment
 '''
@@ -230,9 +230,9 @@ def test_a_reseeded_program_is_that_of_the_other_seed(tiny):
 
 def test_code_is_that_of_the_experiments_own_parts(tiny):
     found = code_of(tiny)
-    assert {"lab/models/gpt.py", "lab/models/layers.py", "lab/optim.py", "lab/step.py", "jax"} <= found.keys()
-    assert not {"lab/models/vit.py", "lab/study/engine.py", "lab/console.py"} & found.keys()
-    assert changed(found, found | {"lab/optim.py": "other"}) == ["lab/optim.py"]
+    assert {"lab/models/gpt.py", "lab/models/layers.py", "lab/optim/optimizers.py", "lab/train/step.py", "jax"} <= found.keys()
+    assert not {"lab/models/vit.py", "lab/study/run/engine.py", "lab/train/console.py"} & found.keys()
+    assert changed(found, found | {"lab/optim/optimizers.py": "other"}) == ["lab/optim/optimizers.py"]
 
 
 # ----------------------------------------------------------------------------------------------------- leases
@@ -399,9 +399,9 @@ def test_a_full_disk_ends_the_study_and_nothing_is_lost(mistake, typed, copied, 
 def test_changed_code_is_named(typed, mistake, copied):
     path = cell_of(copied, "base", 0) / "cell.json"
     cell = json.loads(path.read_text())
-    cell["code"]["lab/optim.py"], cell["fingerprint"] = "other", "of other code"
+    cell["code"]["lab/optim/optimizers.py"], cell["fingerprint"] = "other", "of other code"
     path.write_text(json.dumps(cell))
-    assert mistake(*copied) == ("error: lab/optim.py changed since 1 finished cell of this study ran. --accept takes "
+    assert mistake(*copied) == ("error: lab/optim/optimizers.py changed since 1 finished cell of this study ran. --accept takes "
                                 "them as they are, --rerun runs them again.\n")
     assert "exclude each other" in mistake(*copied, "--accept", "--rerun")
     status, out, _ = typed(*copied, "--accept")

@@ -13,14 +13,14 @@ import pytest
 import sklearn.metrics as sk
 from PIL import Image
 
-from lab import metrics
-from lab.data.features import Target
 from lab.data.pipeline import Arrays, eval_batches
+from lab.data.tables.features import Target
 from lab.errors import UserError
-from lab.members import Members
+from lab.models.members import Members
 from lab.tasks import reports
 from lab.tasks.base import Outcome
 from lab.tasks.supervised import Classify, Regress
+from lab.train import metrics
 from tests.conftest import computing
 
 N, B, F = 50, 16, 4  # 50 records in batches of 16: the last one has 14 rows of padding

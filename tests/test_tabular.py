@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lab.data import bundled
-from lab.data.bundled import HOUSING, Sklearn
-from lab.data.columns import class_targets, numbers
-from lab.data.tabular import Csv, Table, read_columns, split
+from lab.data.tables import bundled
+from lab.data.tables.bundled import HOUSING, Sklearn
+from lab.data.tables.columns import class_targets, numbers
+from lab.data.tables.tables import Csv, Table, read_columns, split
 from lab.errors import UserError
 
 N = 60
@@ -229,7 +229,7 @@ def test_what_the_ingredient_says_of_itself(houses):
 
 
 def test_importing_it_loads_neither_jax_nor_scikit_learn():
-    code = "import sys, lab.data.tabular; assert not {'jax', 'sklearn'} & set(sys.modules)"
+    code = "import sys, lab.data.tables.tables; assert not {'jax', 'sklearn'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 

@@ -15,29 +15,29 @@ import jax
 import numpy as np
 import pytest
 
-from lab import loop
-from lab.checkpoint import Checkpoints
-from lab.console import Screen
-from lab.data.sources import TextFiles
-from lab.data.text import Text
+from lab.data.text.sources import TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import Bytes
-from lab.distributed import ALONE
 from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh, override
-from lab.metrics import read_rows
 from lab.models.gpt import GPT
 from lab.optim import SGD, AdamW, Cosine
-from lab.program import Program
-from lab.study import units
-from lab.study.bench import Bench
-from lab.study.cells import Cell
-from lab.study.design import Study
-from lab.study.grouping import Group, groups
-from lab.study.preflight import preflight
-from lab.study.stacked import Stacked, common_dispatch
-from lab.study.together import run_together
-from lab.study.units import chunk_size, make_units
-from lab.study.workers import cores
+from lab.parallel.processes import ALONE
+from lab.study.design.arms import Study
+from lab.study.run import units
+from lab.study.run.cells import Cell
+from lab.study.run.grouping import Group, groups
+from lab.study.run.preflight import preflight
+from lab.study.run.shared import Bench
+from lab.study.run.stacked import Stacked, common_dispatch
+from lab.study.run.together import run_together
+from lab.study.run.units import chunk_size, make_units
+from lab.study.run.workers import cores
 from lab.tasks.language import LanguageModel
+from lab.train import loop
+from lab.train.checkpoint import Checkpoints
+from lab.train.console import Screen
+from lab.train.metrics import read_rows
+from lab.train.program import Program
 from tests.studies import told_to_stop
 from tests.test_cli import finish, start, wait_for
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)

@@ -11,20 +11,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lab import topologies
 from lab.__main__ import main
-from lab.compiled_plan import CompiledPlan, Memory, alternatives, compile_plan, needed
-from lab.data.sources import PythonStdlib
-from lab.data.text import Text
+from lab.data.text.sources import PythonStdlib
+from lab.data.text.text import Text
 from lab.data.tokenizers import GPT2
 from lab.errors import UserError
 from lab.experiment import Mesh, load
 from lab.models.gpt import GPT
-from lab.plan import size_of
-from lab.program import Program
-from lab.roofline import mfu, roofline
-from lab.sharding import bytes_per_device
+from lab.parallel.sharding import bytes_per_device
+from lab.planning import topologies
+from lab.planning.compiled import CompiledPlan, Memory, alternatives, compile_plan, needed
+from lab.planning.roofline import mfu, roofline
 from lab.tasks.language import LanguageModel
+from lab.train.cost import size_of
+from lab.train.program import Program
 from tests.conftest import ROOT
 from tests.test_experiments import EXPERIMENTS, shrunk
 from tests.test_step import Perceptron, compiled_in_haste, toy  # noqa: F401 (a fixture)
@@ -343,11 +343,11 @@ def test_alternatives(tiny):
 @needs_libtpu
 def test_a_plan_that_does_not_fit_says_what_would(capsys, compiled_in_haste):  # noqa: F811
     """Compiled for v5e-4: on each chip 65,536 points with 65,536 activations of 4 bytes are 16 GiB."""
-    from lab.plan_command import PlanOptions, show
+    from lab.planning.tables import show
 
     experiment = toy(model=Perceptron(width=65_536), batch=2**18, mesh=Mesh(data=1, fsdp=4))
     os.environ.update(topologies.environment(topologies.find("v5e-4")))
-    show(experiment, PlanOptions(on="v5e-4"))
+    show(experiment, "v5e-4")
     out = capsys.readouterr().out
     assert "It does NOT fit" in out
     assert re.search(r"--microbatches \d+: [\d.]+ GiB, fits, at least [\d.]+ s an update", out), out

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lab.data.bundled import Sklearn
-from lab.data.columns import Csv
-from lab.data.messages import Messages
-from lab.data.sources import TextFiles
-from lab.data.tabular import Table
-from lab.data.text import Text
+from lab.data.messages.messages import Messages
+from lab.data.tables.bundled import Sklearn
+from lab.data.tables.columns import Csv
+from lab.data.tables.tables import Table
+from lab.data.text.sources import TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, Bytes, Chars, Words
 from lab.errors import UserError
 from lab.experiment import Experiment, from_json, to_json
@@ -18,7 +18,7 @@ from lab.models.bert import BERT
 from lab.models.gpt import GPT
 from lab.models.rnn import LSTM
 from lab.optim import AdamW, Constant
-from lab.study.design import Design, Study
+from lab.study.design.arms import Design, Study
 from lab.tasks.language import LanguageModel
 from lab.tasks.masked import MaskedLM
 from lab.tasks.supervised import Classify
@@ -57,8 +57,9 @@ def test_data_without_a_vocabulary(letters):
 def test_it_follows_flags_and_arms(letters, tmp_path, monkeypatch):
     import sys
 
-    from lab.__main__ import TrainOptions, parse
-    from lab.study.command import StudyOptions
+    from lab.commands.arguments import parse
+    from lab.commands.train import TrainOptions
+    from lab.study.run.command import StudyOptions
 
     file = tmp_path / "letters.py"
     file.write_text("from tests.test_vocabulary import made\nexperiment = made\n")

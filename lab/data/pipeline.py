@@ -1,7 +1,7 @@
 """Records to batches, as a function of (seed, step): no state, so resuming is exact on any number of hosts.
 
 *Records* are anything with `len(r)` and `r[indices] -> dict of arrays` (indices: int array (n,), leading axes n). Those
-that are cut otherwise in every epoch of training also have `r.in_epoch(indices, epochs, seed)` (`lab.data.text`).
+that are cut otherwise in every epoch of training also have `r.in_epoch(indices, epochs, seed)` (`lab.data.text.text`).
 
 Speed (2-core CPU VM, busy, 2026-11-22): 512 windows of 1024 tokens, gpt_small's batch, from a memory-mapped token file
 of 559 MB: `train_batch` makes 220-350 Mtok/s, 77-280 through `Prefetch`; 8-45 when the file is not in the page cache.
@@ -156,7 +156,7 @@ def _in_epoch(records: Records, indices: np.ndarray, epochs: np.ndarray, seed: i
 
 
 def reader(program: Any) -> Callable[[int], Batch]:
-    """For a `lab.program.Program`: this process's rows of the training batch of a call, by the number of calls before.
+    """For a `lab.train.program.Program`: this process's rows of the training batch of a call, by the number of calls before.
 
     Where a call makes several updates, they are the first axis.
     """

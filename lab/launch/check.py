@@ -12,20 +12,20 @@ from lab.launch.job import ROOT, Job, forwarded
 
 def python(job: Job) -> Path | None:
     """The Python of an environment that is built here already, for this accelerator or for the CPU; else None."""
-    from lab import accelerator, bootstrap
+    from lab.environment import accelerator, build
 
     environ = os.environ | forwarded(job)
     for kind in (environ.get("LAB_ACCELERATOR"), "cpu"):
         if kind not in accelerator.PLATFORMS:
             continue
         try:
-            asked = bootstrap.asked_extras(environ)
+            asked = build.asked_extras(environ)
         except accelerator.Stop as e:
             raise UserError(str(e)) from None
         for extras in (asked, []):
-            name = bootstrap.plan_environment([kind, *extras], "").name
-            for store in bootstrap.stores():
-                if bootstrap.finished(store / name):
+            name = build.plan_environment([kind, *extras], "").name
+            for store in build.stores():
+                if build.finished(store / name):
                     return store / name / "bin/python"
     return None
 

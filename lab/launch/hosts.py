@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from lab.errors import UserError
 from lab.launch.job import ROOT, Job, commit, exports, pack, say, show, tool
-from lab.shared_secret import new_secret
+from lab.parallel.shared_secret import new_secret
 
 if TYPE_CHECKING:
-    from lab.launch import Options
+    from lab.launch.options import Options
 
 SECONDS = 10    # for one connection
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS}")

@@ -87,7 +87,7 @@ def make_job(words: Sequence[str], engine: str) -> Job:
     """
     if not words:
         raise UserError(f"Say what to start, such as ./launch.sh {engine} ... experiments/gpt_small.py")
-    from lab.__main__ import check_run_dir, find_experiment
+    from lab.commands.arguments import check_run_dir, find_experiment
 
     scripts = [w for w in words[:2] if w.endswith(".py")]
     file = find_experiment(scripts[0]) if scripts else None

@@ -1,6 +1,6 @@
 """`--sky OPTIONS`: writes a SkyPilot task into the run folder and launches it: cloud GPUs, TPUs, Kubernetes, SLURM.
 
-SkyPilot finds the machines, copies the checkout, starts one process per node (lab/distributed.py knows its variables).
+SkyPilot finds the machines, copies the checkout, starts one process per node (lab/parallel/processes.py knows its variables).
 Spot machines become a managed job, which SkyPilot recovers after preemption and after exit status 75. A run folder on
 a machine's own disk goes with the machine; what stays is in the bucket: checkpoints, and the run folder's copy in run/.
 """
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from lab.errors import UserError
 from lab.files import replace_file
 from lab.launch.job import BIN, PREPARE, ROOT, Job, forwarded, show, split, tool
-from lab.shared_secret import new_secret
+from lab.parallel.shared_secret import new_secret
 
 if TYPE_CHECKING:
-    from lab.launch import Options
+    from lab.launch.options import Options
 
 # Options of `sky launch` that belong to the task, and their names in its resources.
 RESOURCES = {"--gpus": "accelerators", "--infra": "infra", "--cpus": "cpus", "--memory": "memory",

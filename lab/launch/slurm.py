@@ -18,7 +18,7 @@ from lab.launch.check import check_flags
 from lab.launch.job import ROOT, Job, exports, forwarded, say, show, split, tool
 
 if TYPE_CHECKING:
-    from lab.launch import Options
+    from lab.launch.options import Options
 
 # Status 75 means saved: the job goes back into the queue with its number and its output file. SLURM_WAIT: seconds after
 # the end of the first process in which the others must end, too; --kill-on-bad-exit=1 would signal them at once, and

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 from lab.errors import UserError
 from lab.files import replace_file
 from lab.launch.job import PREPARE, Job, commit, exports, pack, say, show, split, tool
-from lab.shared_secret import new_secret
+from lab.parallel.shared_secret import new_secret
 
 if TYPE_CHECKING:
-    from lab.launch import Options
+    from lab.launch.options import Options
 
 PAUSE = float(os.environ.get("LAB_POLL_SECONDS", "20"))    # between two questions
 PATIENCE = 600.0    # seconds for which a VM that is said to be ready may stay unreachable

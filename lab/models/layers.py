@@ -70,7 +70,7 @@ class Embed(nn.Module):
     rows: int
     features: int
     stddev: float = 0.02
-    embedding_lookup = staticmethod(rows_of)  # lab/sharding.py knows such modules by this name
+    embedding_lookup = staticmethod(rows_of)  # lab/parallel/sharding.py knows such modules by this name
 
     def setup(self) -> None:
         self.embedding = self.param("embedding", nn.initializers.normal(self.stddev), (self.rows, self.features))

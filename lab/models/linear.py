@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.members import Members, Several
 from lab.models.layers import Dense, dropout
+from lab.models.members import Members, Several
 
 
 def check_classes(classes: int | None, facts: Mapping[str, int], flag: str = "--model.classes") -> None:

@@ -33,7 +33,7 @@ def splash_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, *, causal: boo
 
 
 class OnDevice(nn.Module):
-    """`splash_attention` as a module of its own, because the compiler cannot divide a kernel: lab/sharding.py gives
+    """`splash_attention` as a module of its own, because the compiler cannot divide a kernel: lab/parallel/sharding.py gives
     every device its rows and heads."""
 
     causal: bool

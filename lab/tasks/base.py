@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lab.errors import UserError, where
 
@@ -87,6 +88,10 @@ class Task:
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
 
+    def mixes_rows(self, model: nn.Module, data: Any, precision: str) -> bool:
+        """See `mixes_rows` below: then how a batch is divided is a part of what an experiment is."""
+        return mixes_rows(self, model, data, precision)
+
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
         """Parameters and mutable collections of the model for this kind of batch."""
         mask = {"mask": batch["mask"][:1]} if "mask" in batch else {}
@@ -121,3 +126,51 @@ class Task:
 
     def snapshot(self, outcome: Outcome) -> None:
         """Writes what is worth looking at after each evaluation of a run."""
+
+
+def prepared(data: Any, batch: Mapping[str, Array], keys: Array, train: bool) -> Mapping[str, Array]:
+    """A batch through the data's transform. `keys` (B,): a random key for each record."""
+    vocab = data.hints().get("vocab")  # of the tokenizer; a model's may be padded
+    known = {"vocab": jnp.full(keys.shape, vocab, jnp.int32)} if vocab else {}
+    return data.transform({**batch, **known, "key": keys}, train)
+
+
+def draws(f: Callable[..., Any], *args: Any) -> bool:
+    """Whether a function draws random numbers (dropout): whether its trace has them."""
+    def drawn(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
+        eqns = (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns
+        inner = (p for eqn in eqns for p in jax.tree.leaves(eqn.params) if isinstance(p, Jaxpr | ClosedJaxpr))
+        return any(eqn.primitive.name == "random_bits" for eqn in eqns) or any(map(drawn, inner))
+
+    return drawn(jax.make_jaxpr(f)(*args))
+
+
+def mixes_rows(task: Any, model: Any, data: Any, precision: str) -> bool:
+    """Whether a result depends on which rows are computed together: with batch statistics, or random numbers that are
+    drawn for all rows of a call at once (dropout). Traced for abstract arrays; True where that fails, which whoever
+    builds the model explains.
+    """
+    try:
+        return _mixes_rows(task, model, data, precision)
+    except TypeError:  # a number in them is traced, or a field is a list: nothing to look up by
+        return _mixes_rows.__wrapped__(task, model, data, precision)
+
+
+@functools.lru_cache(64)
+def _mixes_rows(task: Any, model: Any, data: Any, precision: str) -> bool:
+    def loss(params: Any, extra: Any, batch: Any) -> Array:
+        params = jax.tree.map(lambda x: x.astype(precision) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+        return task.loss(model, {"params": params, **extra}, batch, {"dropout": jax.random.key(0)}, train=True)[0]
+
+    def ready(batch: Any, train: bool) -> Any:
+        return prepared(data, batch, jax.random.split(jax.random.key(0), 2), train)
+
+    try:
+        batch = {name: jax.ShapeDtypeStruct((2, *shape), dtype) for name, (shape, dtype) in data.record_spec().items()}
+        batch |= {"weight": jax.ShapeDtypeStruct((2,), jnp.float32), "index": jax.ShapeDtypeStruct((2,), jnp.int32)}
+        variables = jax.eval_shape(lambda batch: task.init(model, jax.random.key(0), ready(batch, False)), batch)
+        extra = {name: value for name, value in variables.items() if name != "params"}
+        batch = jax.eval_shape(lambda batch: ready(batch, True), batch)
+        return bool(jax.tree.leaves(extra)) or draws(jax.grad(loss), variables["params"], extra, batch)
+    except Exception:  # of a model that cannot be built
+        return True

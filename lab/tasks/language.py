@@ -106,7 +106,7 @@ class LanguageModel(Task):
         return lines
 
     def _samples(self, outcome: Outcome) -> list[str]:
-        from lab.generate import sample_texts
+        from lab.models.generate import sample_texts
 
         data, folder = outcome.data, outcome.folder
         spread = np.linspace(0, len(data.validation) - 1, min(self.samples, len(data.validation))).astype(int)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lab import plots
 from lab.errors import UserError
 from lab.tasks import reports
 from lab.tasks.base import Loss, Outcome, Task
 from lab.tasks.supervised import Classify, Regress, forward
+from lab.train import plots
 
 PAIRS = 10  # inputs and reconstructions that are drawn
 

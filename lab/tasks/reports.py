@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lab import plots
 from lab.errors import forgiving
 from lab.files import replace_file
 from lab.tasks.base import Outcome
+from lab.train import plots
 
 MOST = 25  # worst records that are written
 FEW = 20  # classes that a screen, or a picture with numbers, has room for

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lab import plots
 from lab.errors import UserError
 from lab.files import replace_file
-from lab.members import Members
+from lab.models.members import Members
 from lab.tasks import reports
 from lab.tasks.base import Loss, Metrics, Outcome, Task, apply
+from lab.train import plots
 
 Score = tuple[Array, Array, Metrics]
 BINS = 1 << 16  # of the histogram of margins

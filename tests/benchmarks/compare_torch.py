@@ -39,7 +39,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lab import bootstrap  # noqa: E402 (this file is started as a script)
+from lab.environment import variables  # noqa: E402 (this file is started as a script)
 
 SEARCH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 NAMES = ("gpt_char", "mnist_cnn", "fashion_cnn", "newsgroups_lstm", "linear_regression", "logistic_regression")
@@ -130,7 +130,7 @@ def by_torch(side: Side, job: Path, form: str, ways: Mapping[str, str]) -> dict[
     """What torch_train.py says of one form."""
     environ = {"PYTHONPATH": SEARCH, "TORCHINDUCTOR_CACHE_DIR": str(side.caches / "inductor")}
     if "stock" not in form and side.device == "cpu":
-        launched = bootstrap.process_environ({}, "cpu")
+        launched = variables.process_environ({}, "cpu")
         environ |= {name: value for name, value in launched.items() if name.startswith("MALLOC_")}
     return last_json(run([side.torch, "-P", "-m", "tests.benchmarks.torch_train", job, form.replace("stock", "eager"),
                           json.dumps(ways), side.device], environ))

@@ -21,16 +21,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from lab import metrics
-from lab.__main__ import find_experiment, parse
+from lab.commands.arguments import find_experiment, parse
 from lab.data.pipeline import eval_batches, train_batch
 from lab.errors import UserError
 from lab.experiment import Experiment, to_json
-from lab.matrices import matrices
-from lab.plan import make_plan
-from lab.program import batch_spec, one_record
-from lab.restore import leaves
-from lab.step import init_state, prepare
+from lab.optim.matrices import matrices
+from lab.train import metrics
+from lab.train.cost import make_plan
+from lab.train.program import batch_spec, one_record
+from lab.train.restore import leaves
+from lab.train.step import init_state, prepare
 
 
 @dataclass(frozen=True)

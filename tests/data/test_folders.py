@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from lab.data.folders import split_folders, split_of, tree
-from lab.data.image_sources import ImageFolder
-from lab.data.message_sources import TextFolder
+from lab.data.images.sources import ImageFolder
+from lab.data.messages.sources import TextFolder
 from lab.errors import UserError
 
 

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from lab.data.columns import Csv
-from lab.data.numbers import PLAIN, NumberFormat, doubt, flags
-from lab.data.tabular import Table
+from lab.data.tables.columns import Csv
+from lab.data.tables.numbers import PLAIN, NumberFormat, doubt, flags
+from lab.data.tables.tables import Table
 from lab.errors import UserError
 
 N = 60

@@ -6,11 +6,11 @@ import gzip
 import numpy as np
 import pytest
 
-from lab.data.columns import Csv
-from lab.data.message_sources import TextFolder, load
+from lab.data.messages.sources import TextFolder, load
 from lab.data.reading import check_encoding, lines_of, read_text
-from lab.data.sources import TextFiles
-from lab.data.text import Text
+from lab.data.tables.columns import Csv
+from lab.data.text.sources import TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import Bytes
 from lab.errors import UserError
 

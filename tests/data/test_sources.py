@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab.data import cache_folder
-from lab.data.sources import PythonStdlib, TextFiles, Tfds, between, held_out, pieces
+from lab.data.text.sources import PythonStdlib, TextFiles, TfdsText, between, held_out, pieces
 from lab.errors import UserError
 
 SHARED = Path(os.environ.get("LAB_SHARED") or Path(__file__).parents[3] / "shared")
@@ -147,7 +147,7 @@ def test_the_survey_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
     os.utime(folder / "a.txt", (old, old))
     corpus = TextFiles(str(folder)).open()
     first = corpus.survey()
-    monkeypatch.setattr("lab.data.sources.read_text", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("lab.data.text.sources.read_text", lambda path: pytest.fail("read again"))
     assert TextFiles(str(folder)).open().survey() == first
     monkeypatch.undo()
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
@@ -225,9 +225,9 @@ def test_python_stdlib_skips_what_is_not_text_and_needs_some(tmp_path, monkeypat
 
 
 def test_tfds_named_splits(tfds_dir):
-    corpus = Tfds("tiny_shakespeare", tfds_dir).open()
+    corpus = TfdsText("tiny_shakespeare", tfds_dir).open()
     assert [[len(d) for d in read(corpus, s)] for s in ("train", "validation")] == [[1003854], [55770]]
-    both = Tfds("tiny_shakespeare", tfds_dir, validation="validation+test").open()
+    both = TfdsText("tiny_shakespeare", tfds_dir, validation="validation+test").open()
     assert [len(d) for d in read(both, "validation")] == [55770, 55770]
     assert both.survey().fingerprint != corpus.survey().fingerprint
     assert "tensorflow" not in sys.modules
@@ -235,11 +235,11 @@ def test_tfds_named_splits(tfds_dir):
 
 def test_tfds_without_a_validation_split(tfds_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
-    corpus = Tfds("imdb_reviews", train="train[:300]").open()
+    corpus = TfdsText("imdb_reviews", train="train[:300]").open()
     assert [len(read(corpus, s)) for s in ("train", "validation")] == [270, 30]
     assert "last 10 % of the records of train[:300]" in corpus.rule(corpus.survey())
     assert all(isinstance(d, str) and len(d) > 20 for d in read(corpus, "validation"))
-    few = Tfds("imdb_reviews/plain_text:1.0.0", train="train[:5]").open()
+    few = TfdsText("imdb_reviews/plain_text:1.0.0", train="train[:5]").open()
     whole = "".join(read(few, "train") + read(few, "validation"))
     assert len("".join(read(few, "train"))) == len(whole) * 9 // 10
     assert whole == "".join(read(corpus, "train")[:5])
@@ -249,7 +249,7 @@ def test_tfds_errors(tfds_dir, tmp_path):
     def message(**fields):
         begin = time.monotonic()
         with pytest.raises(UserError) as caught:
-            Tfds(**{"name": "imdb_reviews", "data_dir": tfds_dir} | fields).open().survey()
+            TfdsText(**{"name": "imdb_reviews", "data_dir": tfds_dir} | fields).open().survey()
         assert time.monotonic() - begin < 10
         return str(caught.value)
 
@@ -288,7 +288,7 @@ def forged_tfds(root, features):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "dataset_info.json").write_text(json.dumps({"name": "forged", "fileFormat": "array_record"}))
     (folder / "features.json").write_text(features)
-    return Tfds("forged", str(root))
+    return TfdsText("forged", str(root))
 
 
 @pytest.mark.parametrize("inner", [

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lab.data import text as text_module
 from lab.data.pipeline import epoch_offsets, eval_batches, train_batch, train_batches
-from lab.data.sources import PythonStdlib, TextFiles, Tfds
-from lab.data.text import Text
+from lab.data.text import text as text_module
+from lab.data.text.sources import PythonStdlib, TextFiles, TfdsText
+from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars
 from lab.errors import UserError
 
@@ -146,7 +146,7 @@ def test_tiny_shakespeare_characters():
 
 @pytest.mark.skipif(not (SHARED / "tfds").is_dir(), reason=f"no prepared TFDS data in {SHARED}/tfds")
 def test_tfds_text():
-    data = Text(Tfds("tiny_shakespeare", str(SHARED / "tfds")), Bytes(), 64).load()
+    data = Text(TfdsText("tiny_shakespeare", str(SHARED / "tfds")), Bytes(), 64).load()
     assert (len(data.train.tokens), len(data.validation.tokens)) == (1003854, 55770)
     assert data.validation_bytes(14) == b"?\n\nGREMIO:\nGoo"
 
@@ -161,7 +161,7 @@ def test_wide_vocabulary_is_uint32(tmp_path):
 def test_second_load_reads_the_cache_only(corpus, monkeypatch, caplog):
     first = Text(corpus, BPE(300), 16).load()
     monkeypatch.setattr(BPE, "fit", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr("lab.data.text._encoded", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("lab.data.text.text._encoded", lambda *_: pytest.fail("tokenised again"))
     caplog.clear()
     again = Text(corpus, BPE(300), 16).load()
     assert again.fingerprint == first.fingerprint and again.summary == first.summary
@@ -260,7 +260,7 @@ def test_full_disk(corpus, cache, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lab.data.text._write", full)
+    monkeypatch.setattr("lab.data.text.text._write", full)
     with pytest.raises(UserError, match=r"disk of the cache folder .*tokens is full \(\d+ MB free\).*LAB_CACHE"):
         Text(corpus, Bytes(), 8).load()
     assert not [p for p in (cache / "tokens").iterdir() if p.is_dir()]
@@ -273,7 +273,7 @@ def test_text_that_changes_while_it_is_read(corpus, tmp_path, monkeypatch):
         (tmp_path / "doc00.txt").write_text("longer " * 1000)
         return real(*arguments)
 
-    monkeypatch.setattr("lab.data.text._encoded", touching)
+    monkeypatch.setattr("lab.data.text.text._encoded", touching)
     with pytest.raises(UserError, match="changed while it was read"):
         Text(corpus, Bytes(), 8).load()
 
@@ -291,7 +291,7 @@ def test_without_locks_the_first_to_finish_wins(corpus, cache, monkeypatch):
         monkeypatch.setattr(Path, "exists", lambda self: self != folder and os.path.exists(self))
         return meta
 
-    monkeypatch.setattr("lab.data.text._write", slow)
+    monkeypatch.setattr("lab.data.text.text._write", slow)
     assert len(spec.load().train) > 0
     assert not other.exists() and len([p for p in (cache / "tokens").iterdir() if p.is_dir()]) == 1
 
@@ -300,8 +300,8 @@ def test_without_locks_the_first_to_finish_wins(corpus, cache, monkeypatch):
 
 LOAD = """
 import sys
-from lab.data.text import Text
-from lab.data.sources import TextFiles
+from lab.data.text.text import Text
+from lab.data.text.sources import TextFiles
 from lab.data.tokenizers import BPE, Bytes
 print("ready", flush=True)
 data = Text(TextFiles(sys.argv[1]), BPE(500) if sys.argv[2] == "bpe" else Bytes(), 16).load()
@@ -352,7 +352,7 @@ def test_kill_leaves_no_damaged_cache(larger, cache, caplog):
 
 BEGIN = """
 import sys
-import lab.data.text as t, lab.data.sources as s, lab.data.tokenizers as k
+import lab.data.text.text as t, lab.data.text.sources as s, lab.data.tokenizers as k
 k.SAMPLE = 2_000_000
 base = int(open("/proc/self/statm").read().split()[1]) * 4096
 """

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from lab.data import sources, text, word_memory
-from lab.data.sources import TextFiles
-from lab.data.text import Text
+from lab.data import word_memory
+from lab.data.text import sources, text
+from lab.data.text.sources import TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, EOT
 from lab.data.word_memory import SPACES, WordMemory
 

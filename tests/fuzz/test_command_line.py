@@ -31,8 +31,8 @@ TIMES = int(os.environ.get("LAB_FUZZ", "1"))
 TRACED = ("GPT", "Linear", "MLP", "ConvNet")
 PARTS = 4  # tests, so that several processes share the work
 # Whatever costs more than a moment: a line that comes so far is a good one.
-ENDS = ("lab.loop.train", "lab.bench.measure", "lab.plan_command.show", "lab.local._Family",
-        "lab.study.bench.Bench.prepared", "lab.study.command.Engine", "lab.launch.slurm.tool", "lab.launch.hosts.tool",
+ENDS = ("lab.train.loop.train", "lab.commands.bench.measure", "lab.planning.tables.show", "lab.parallel.local_processes._Family",
+        "lab.study.run.shared.Bench.prepared", "lab.study.run.command.Engine", "lab.launch.slurm.tool", "lab.launch.hosts.tool",
         "lab.launch.slurm.check_flags",
         "lab.launch.tpu.tool", "lab.launch.sky.tool")
 
@@ -72,16 +72,16 @@ def reached(*args: object, **named: object) -> None:
 
 def started(words: list[str]) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of a command line, in this process. What nobody catches is raised."""
-    from lab import launch
     from lab.__main__ import main
     from lab.bootstrap import LAUNCHERS
+    from lab.launch import start
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
     elsewhere = words and words[0].partition("=")[0] in LAUNCHERS
     with redirect_stdout(out), redirect_stderr(err), mock.patch.dict(os.environ):
         try:
-            status = (launch.main if elsewhere else main)(words)
+            status = (start.main if elsewhere else main)(words)
         except SystemExit as e:  # tyro's way
             status = e.code
     return status, *(stream.buffer.getvalue().decode(errors="replace") for stream in (out, err))
@@ -94,8 +94,8 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(name, reached)
     monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))  # a third of the time of a --help
     if TIMES == 1:
-        from lab import dry_run
-        from lab.study import command
+        from lab.commands import dry_run
+        from lab.study.run import command
 
         def show(experiment: Experiment, _real: Any = dry_run.show) -> None:
             (_real if type(experiment.model).__name__ in TRACED else reached)(experiment)
@@ -134,7 +134,7 @@ def test_a_traceback_is_seen(world: World, ends: None, monkeypatch: pytest.Monke
     def broken(*args: object, **named: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("lab.dry_run.show", broken)
+    monkeypatch.setattr("lab.commands.dry_run.show", broken)
     line = ["small.py", "--local", "--dry-run"]  # as `Lines` makes them
     assert any(made[0] == line[0] and made[-1] == line[-1] for made in map(Lines(world).line, range(LINES)))
     with pytest.raises(ZeroDivisionError):

@@ -21,15 +21,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lab.data.columns import Csv
-from lab.data.idx import Idx
-from lab.data.image import Images
-from lab.data.image_sources import ImageFolder
-from lab.data.message_sources import TextFolder
-from lab.data.messages import Messages
-from lab.data.sources import TextFiles
-from lab.data.tabular import Table
-from lab.data.text import Text
+from lab.data.images.idx import Idx
+from lab.data.images.images import Images
+from lab.data.images.sources import ImageFolder
+from lab.data.messages.messages import Messages
+from lab.data.messages.sources import TextFolder
+from lab.data.tables.columns import Csv
+from lab.data.tables.tables import Table
+from lab.data.text.sources import TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, Bytes, Chars, Words
 from lab.errors import UserError
 

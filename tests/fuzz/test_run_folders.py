@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from lab import restore
 from lab.errors import UserError, explain
-from lab.run_folder import finished
+from lab.train import restore
+from lab.train.run_folder import finished
 from tests.test_loop import go, interrupt, program_of, quick, reference  # noqa: F401 (fixtures)
 from tests.test_step import compiled_in_haste, toy  # noqa: F401 (a fixture)
 
@@ -217,7 +217,7 @@ def test_spoiled_run_folders(tmp_path, interrupted, reference, monkeypatch, part
 
 def test_the_fuzzer_sees_what_it_looks_for(tmp_path, reference, monkeypatch):  # noqa: F811
     """The negative control: a result that changes without a word, and a traceback."""
-    from lab import run_folder
+    from lab.train import run_folder
 
     folder = Path(shutil.copytree(reference, tmp_path / "run"))
     path = folder / "result.json"

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from lab.errors import UserError
-from lab.study import pictures
-from lab.study.report import report
+from lab.study.report import pictures
+from lab.study.report.report import report
 from tests.studies import make_study, write
 
 FOLDERS = 100 * int(os.environ.get("LAB_FUZZ", "1"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.data.image_sources import Opened, Pixels
+from lab.data.images.sources import Opened, Pixels
 
 
 @dataclass(frozen=True)

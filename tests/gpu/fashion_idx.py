@@ -6,7 +6,7 @@
 from dataclasses import replace
 
 from experiments import fashion_cnn
-from lab.data.idx import Idx
+from lab.data.images import Idx
 from lab.experiment import Checkpoint, Evaluate
 
 experiment = replace(

@@ -6,8 +6,7 @@
 from dataclasses import replace
 
 from experiments import gpt_small
-from lab.data.sources import PythonStdlib
-from lab.data.text import Text
+from lab.data.text import PythonStdlib, Text
 from lab.data.tokenizers import BPE
 from lab.experiment import Experiment
 

@@ -74,11 +74,11 @@ def main(arguments: Sequence[str]) -> int:
 def environment(rehearse: bool) -> dict[str, str]:
     """What a process of lab has on this machine; the Python is the one that runs this file."""
     sys.path.insert(0, str(ROOT))
-    from lab import bootstrap, existing
-    from lab.accelerator import Choice, choose_accelerator
+    from lab.environment import existing, variables
+    from lab.environment.accelerator import Choice, choose_accelerator
 
     choice = Choice("cpu", "rehearsal") if rehearse else choose_accelerator(os.environ)
-    plain = bootstrap.process_environ(os.environ, choice.accelerator)
+    plain = variables.process_environ(os.environ, choice.accelerator)
     found = existing.check(sys.executable, "", ROOT / "pyproject.toml", plain)
     choice = existing.accelerator_there(choice, found, sys.executable)
     more = {"LAB_PYTHON": sys.executable, "LAB_ACCELERATOR": choice.accelerator, "PYTHONUNBUFFERED": "1",

@@ -86,7 +86,7 @@ def jobs() -> dict[str, Callable[[], Job]]:
 
 def bench(name: str, experiment: Any, updates: int, xla: Sequence[str] = ()) -> dict[str, Any] | None:
     """Finds what `./launch.sh bench` says of an experiment; a setting that fails is a finding, too."""
-    from lab.bench import BenchOptions, measure
+    from lab.commands.bench import BenchOptions, measure
 
     options = BenchOptions(updates=3 if TINY else updates, breakdown=False, xla=() if TINY else tuple(xla))
     began = time.monotonic()
@@ -167,9 +167,9 @@ def prepare() -> None:
 
 def compile_job(name: str) -> None:
     """One of `jobs`, compiled and not run."""
-    from lab.bench import xla_options
-    from lab.check import load_data
-    from lab.program import Program
+    from lab.commands.bench import xla_options
+    from lab.train.check import load_data
+    from lab.train.program import Program
 
     began = time.monotonic()
     experiment, xla = jobs()[name]()
@@ -292,9 +292,9 @@ def kernels() -> None:
     """4. Where the time of a step of gpt_small goes, by class, from a trace."""
     import jax
 
-    from lab.bench import xla_options
+    from lab.commands.bench import xla_options
     from lab.data.pipeline import reader
-    from lab.program import Program
+    from lab.train.program import Program
     from tests.gpu.trace import classes_of, kernels_of
 
     experiment, xla = jobs()["kernels: gpt_small"]()
@@ -351,7 +351,7 @@ def bert_job(dropout: float) -> Job:
 
 def fashion_job() -> Job:
     """fashion_cnn whose records stay on the device; 92 updates a call, five calls an epoch."""
-    from lab.data.idx import Idx
+    from lab.data.images import Idx
     from lab.experiment import load, override
     from tests.gpu.data import write_idx
 
@@ -408,7 +408,7 @@ def sampling() -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from lab.generate import generate
+    from lab.models.generate import generate
 
     model = gpt("gpt_small").model.clone(**({} if TINY else {"context": 1024}))
     length, new = (16, 4) if TINY else (512, 65)
@@ -446,7 +446,7 @@ if __name__ == "__main__":
     SCRATCH.mkdir(parents=True, exist_ok=True)
     step = {step.__name__: step for step in all_steps()}.get(sys.argv[1], functools.partial(compile_job, *sys.argv[2:]))
     if step not in (prepare, checks, torch, studies, main_job):  # which start processes of their own
-        from lab.backend import start_jax
+        from lab.parallel.backend import start_jax
 
         start_jax()
     step()

@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 
 from lab.data.pipeline import reader
-from lab.generate import generate
 from lab.models.bert import BERT
 from lab.models.cudnn import cudnn_attention
+from lab.models.generate import generate
 from lab.models.gpt import GPT
 from lab.models.layers import einsum_attention
 from lab.models.vit import ViT
 from lab.optim import Muon
-from lab.program import Program
 from lab.tasks.language import LanguageModel
+from lab.train.program import Program
 from tests.conftest import ROOT
 
 GPU = os.environ.get("LAB_TEST_PLATFORM") == "gpu"
@@ -249,9 +249,9 @@ def test_memory_is_what_plan_predicts():
 import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import replace
-from lab.bench import BenchOptions, measure
-from lab.compiled_plan import compile_plan
-from lab import topologies
+from lab.commands.bench import BenchOptions, measure
+from lab.planning.compiled import compile_plan
+from lab.planning import topologies
 from lab.experiment import override
 from tests.gpu.gpt_stdlib import experiment
 experiment = override(experiment, {{"model.depth": 4, "batch": 16, "microbatches": 1, "steps": 1000}})

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lab.bench import xla_options
+from lab.commands.bench import xla_options
 from lab.errors import UserError
 from tests.conftest import ROOT
 from tests.gpu import run, steps

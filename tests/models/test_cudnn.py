@@ -15,8 +15,8 @@ from lab.models.cudnn import cudnn_attention
 from lab.models.gpt import GPT
 from lab.models.layers import Transformer, einsum_attention
 from lab.models.vit import ViT
-from lab.program import batch_spec
-from lab.step import init_state, make_eval_step, make_predict_step, make_train_step
+from lab.train.program import batch_spec
+from lab.train.step import init_state, make_eval_step, make_predict_step, make_train_step
 from tests.test_experiments import EXPERIMENTS, shrunk
 
 L, K = 8, 8

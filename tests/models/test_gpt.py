@@ -10,8 +10,8 @@ import pytest
 
 from lab.errors import UserError
 from lab.models.gpt import GPT
-from lab.step import cast
 from lab.tasks.language import LanguageModel
+from lab.train.step import cast
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 TINY = {"depth": 2, "width": 16, "heads": 4, "vocab": 13, "context": 8}

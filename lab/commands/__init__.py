@@ -1,0 +1,1 @@
+"""The commands of ./launch.sh, a file each."""

@@ -1,0 +1,140 @@
+"""From the words of a command line to an experiment and the command's options: which file, which of its two
+configurations, which fields are overridden.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from lab.errors import UserError
+from lab.parallel.backend import start_jax
+
+if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
+    from lab.experiment import Experiment
+    from lab.study.design.arms import Study
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def experiments() -> dict[str, str]:
+    """File name -> first line of its docstring, without importing anything."""
+    found = {}
+    for path in sorted((ROOT / "experiments").glob("*.py")):
+        try:
+            doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        except SyntaxError as e:
+            doc = f"(line {e.lineno}: {e.msg})"
+        found[f"experiments/{path.name}"] = doc.partition("\n")[0]
+    return found
+
+
+def find_experiment(name: str) -> Path:
+    """The file of an experiment: as typed, or in the repository. Raises UserError with the nearest name."""
+    for path in (Path(name), ROOT / name, ROOT / "experiments" / Path(name).name):
+        if path.is_file():
+            return path.resolve()
+    near = difflib.get_close_matches(f"experiments/{Path(name).name}", experiments(), n=1, cutoff=0.75)
+    raise UserError(f"There is no experiment {name}." + (f" Perhaps you meant {near[0]}." if near else
+                                                         f" There are {', '.join(experiments())}."))
+
+
+def check_run_dir(run_dir: str | None) -> None:
+    """Raises UserError where the run folder would be a bucket."""
+    if "://" in (run_dir or ""):
+        raise UserError("--run-dir is a folder on the machine of process 0; checkpoints may go to a bucket: "
+                        "--checkpoint-dir gs://...")
+
+
+def choose_twin(module: Any, args: Sequence[str]) -> tuple[Experiment | Study, str]:
+    """The experiment or study of a file, or its `local` twin; and one line that says which and why."""
+    local = getattr(module, "local", None)
+    real = module.study if hasattr(module, "study") else module.experiment
+    if hasattr(module, "study") and local is not None and not hasattr(local, "arms"):
+        raise UserError("Where a file has a `study`, its `local` must be a Study, too: its twin.")
+    if "--full" in args and "--local" in args:
+        raise UserError("--full and --local exclude each other.")
+    if "--full" in args or local is None:
+        return real, ""
+    if "--local" in args:
+        return local, "Running the local twin (--local)."
+    platform = os.environ.get("LAB_PLATFORM") or start_jax()
+    if platform == "cpu":
+        return local, "No accelerator found: running the local twin (--full forces the real experiment)."
+    return real, ""
+
+
+def parse(path: Path, args: Sequence[str], options: type, module: Any = None) -> tuple[Experiment, Any, Path]:
+    """The experiment with its overrides, or the base of a study; and the other options of the command.
+
+    `module`: the file, if it is loaded already.
+    """
+    import tyro
+
+    from lab.experiment import check_types, load
+
+    module = module or load(path)
+    default, line = choose_twin(module, args)
+    default = getattr(default, "base", default)
+    check_types(default)  # tyro would say less
+    if line:
+        print(line, flush=True)
+    flat = tyro.conf.arg(name="")
+    command_type = make_dataclass("Command", [("experiment", Annotated[type(default), flat]),
+                                              ("options", Annotated[options, flat])])
+    with warnings.catch_warnings(action="ignore"):  # a field of the wrong type is said by validate() below
+        command = tyro.cli(command_type, args=list(args), default=command_type(default, options()),
+                           prog=f"./launch.sh {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}",
+                           description=module.__doc__, config=(tyro.conf.AvoidSubcommands,))
+    for flag, value in unchanged(args, default, command.experiment):
+        print(f"Note: {flag} was {value} already; it changes nothing.", flush=True)
+    command.experiment.validate()
+    study = hasattr(module, "study") or hasattr(command.options, "vary")  # whose arms may have other tokenizers
+    return command.experiment if study else command.experiment.filled(), command.options, path
+
+
+def unchanged(args: Sequence[str], before: Any, after: Any) -> list[tuple[str, Any]]:
+    """The overrides that change nothing: (flag, value)."""
+    found = []
+    for flag in (a.split("=")[0] for a in args if a.startswith("--")):
+        path = flag[2:].replace("-", "_")
+        head, dot, last = path.rpartition(".")
+        a, b = _at(before, path), _at(after, path)
+        if a is _Missing and last.startswith("no_"):  # --model.no-bias
+            a, b = _at(before, head + dot + last[3:]), _at(after, head + dot + last[3:])
+        if a is not _Missing and a == b:
+            found.append((flag, b))
+    return found
+
+
+def _at(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = getattr(value, name, _Missing)
+    return value
+
+
+class _Missing:
+    """Stands for an attribute that is not there."""
+
+
+def call(name: str, function: Callable[..., None], args: Sequence[str]) -> int:
+    """Runs a function as the command `name`: its parameters are the flags, its docstring is the help."""
+    import tyro
+
+    from lab.train.console import Screen
+
+    @functools.wraps(function)  # tyro reads its arguments and their documentation
+    def checked(*values: Any, **named: Any) -> None:
+        start_jax()
+        with Screen(stderr=True):
+            function(*values, **named)
+
+    tyro.cli(checked, args=list(args), prog=f"./launch.sh {name}", config=(tyro.conf.FlagCreatePairsOff,))
+    return 0

@@ -1,0 +1,192 @@
+"""``bench``: how fast the compiled update is on this machine, where its time goes, and whether data keeps up."""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lab.commands.arguments import find_experiment, parse
+from lab.data.pipeline import Prefetch, reader
+from lab.errors import UserError
+from lab.experiment import Experiment, override
+from lab.parallel.backend import start_jax
+from lab.parallel.sharding import constrained
+from lab.train import metrics
+from lab.train.check import load_data
+from lab.train.console import Screen, human
+from lab.train.cost import make_plan
+from lab.train.program import Program
+from lab.train.step import State, make_loss, microbatched, prepare
+
+WARM = 3  # calls before the clock counts
+TRACED = 5  # calls in a profile
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of this command, beside the experiment's own."""
+
+    updates: int = 50
+    """Updates to time, after 3 to warm up (also --steps)."""
+    breakdown: bool = True
+    """Compile and time the forward pass and the gradient alone, too: forward, backward, optimizer."""
+    profile: bool = False
+    """Write a trace of 5 calls of the update, for xprof or https://ui.perfetto.dev, to profiles/."""
+    xla: tuple[str, ...] = ()
+    """Options of XLA for the compiled update, NAME=VALUE: xla_gpu_enable_latency_hiding_scheduler=true."""
+    full: bool = False
+    """Measure the real experiment, also without an accelerator."""
+    local: bool = False
+    """Measure the small local twin, also with an accelerator."""
+
+
+def main(args: Sequence[str]) -> int:
+    """EXPERIMENT.py"""
+    if not args:
+        raise UserError("Say which experiment to measure: ./launch.sh bench experiments/gpt_small.py")
+    flags = ["--updates" + a.removeprefix("--steps") if a.partition("=")[0] == "--steps" else a for a in args[1:]]
+    experiment, options, _ = parse(find_experiment(args[0]), flags, BenchOptions)
+    start_jax()
+    if options.updates < 1:
+        raise UserError(f"--updates must be at least 1, not {options.updates}.")
+    with Screen():
+        measure(experiment, options)
+    return 0
+
+
+def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
+    """Prints a table, and the same as one line of JSON, which is returned as a dictionary.
+
+    The updates are timed as the training loop runs them: the metrics of one are fetched when the next has been called.
+    """
+    data = load_data(experiment)
+    program = Program(experiment, data.train)
+    program.options = program.options | xla_options(options.xla)
+    state, update, read, n = program.init(), program.train, reader(program), experiment.dispatch
+    calls = -(-options.updates // n)
+    with Prefetch(lambda call: program.batch(read, call), 0, 1 + WARM + calls) as batches:
+        state, values = jax.block_until_ready(update(state, next(batches)))
+        first, ends, host, waits = _seconds_since_start(), [], [], []
+        for batch in batches:
+            start = time.perf_counter()
+            state, last = update(state, batch)
+            called = time.perf_counter()
+            jax.device_get(values)
+            values = last
+            ends.append(time.perf_counter())
+            # On an accelerator the second of these waits for the computation, on a CPU the first one computes.
+            host.append(min(called - start, ends[-1] - called))
+            waits.append(batches.wait_seconds)
+        jax.block_until_ready(state)
+        ends[-1] = time.perf_counter()
+    ms = 1000 / n * np.diff(ends[WARM - 1 :])
+    median, units = float(np.median(ms)), experiment.batch * data.units_per_record
+    flops = make_plan(experiment).flops / median * 1000
+    profile, state = _profile(program, state, program.batch(read, 0)) if options.profile else (None, state)
+    parts = _breakdown(program, state, data, options.updates) if options.breakdown else {}  # takes the state
+    found = {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__,
+        "precision": experiment.precision, "time_to_first_update_seconds": round(first, 2),
+        "compile_seconds": round(program.compile_seconds, 2), "ms_per_update": round(median, 3),
+        "ms_quartiles": [round(float(q), 3) for q in np.percentile(ms, [25, 75])],
+        **parts,
+        "host_ms": round(1000 / n * float(np.median(host[WARM:])), 3),
+        "data_wait_ms": round(1000 / n * (waits[-1] - waits[WARM - 1]) / calls, 3),
+        f"{data.unit}_per_second": round(units / median * 1000), "flops_per_second": flops,
+        "mfu": metrics.mfu(flops, program.mesh.size), **_memory(program), **({"profile": profile} if profile else {})}
+    table = Table("", "", show_header=False)
+    for name, value in found.items():
+        table.add_row(name.replace("_", " "), human(value) if isinstance(value, int | float) and value > 1e5
+                      else str(value))
+    Console(highlight=False).print(table)
+    print(json.dumps(found))
+    return found
+
+
+def xla_options(words: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE as the compiler takes it: truth values and whole numbers by their type.
+
+    Raises:
+      UserError: a word has no name or no value.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise UserError(f"--xla {word}: write NAME=VALUE, such as xla_gpu_autotune_level=4.")
+        found[name] = {"true": True, "false": False}.get(value.lower(), int(value) if value.isdecimal() else value)
+    return found
+
+
+def _seconds_since_start() -> float:
+    """Since the command was typed: launch.sh does not start this process, it becomes it."""
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
+
+
+def _memory(program: Program) -> dict[str, int | None]:
+    """Peak bytes: of temporaries as compiled, of the first device where it counts them, of this process."""
+    compiled, device = program.compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+    return {"temporary_bytes": getattr(compiled, "temp_size_in_bytes", None),
+            "peak_device_bytes": device.get("peak_bytes_in_use"), "peak_host_bytes": kilobytes * 1024}
+
+
+def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[str, float]:
+    """Milliseconds of the parts of a single update, each the difference of two programs that run one after another.
+
+    Forward: the loss. Backward: what the gradient takes beyond it. Optimizer: what the update takes beyond that. The
+    state is used up.
+    """
+    if program.stacked or program.resident is not None:
+        program = Program(replace(program.experiment, dispatch=1, resident="never"), data.train)
+        state = program.init()
+    kept, batch = [state], program.batch(reader(program), 0)
+
+    def alone(differentiate: Callable) -> Callable[[], Any]:
+        def part(state: State, batch: Any, given: Any) -> Any:
+            seeded = override(program.experiment, given)
+            with constrained(program.mesh):
+                rows = prepare(seeded, batch, True, state.step)
+                return microbatched(seeded.microbatches)(differentiate(make_loss(seeded)), state, rows)
+
+        compiled = jax.jit(part).lower(kept[0], batch, program.given).compile()
+        return lambda: compiled(kept[0], batch, program.given)
+
+    forward, gradient = alone(lambda loss: loss), alone(functools.partial(jax.grad, has_aux=True))
+
+    def update() -> Any:
+        kept[0], values = program.train(kept[0], batch)  # the old state is gone
+        return values
+
+    times: dict[Callable, list[float]] = {forward: [], gradient: [], update: []}
+    for i in range(WARM + max(updates // 2, 5)):  # in turn, for the machine may change its speed meanwhile
+        for run, seconds in times.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds += [time.perf_counter() - start] * (i >= WARM)
+    f, g, u = (1000 * float(np.median(seconds)) for seconds in times.values())
+    return {"forward_ms": round(f, 3), "backward_ms": round(g - f, 3), "optimizer_ms": round(u - g, 3)}
+
+
+def _profile(program: Program, state: State, batch: Any) -> tuple[str, State]:
+    """Writes a trace of `TRACED` updates; returns its folder, and the state after them."""
+    folder = Path("profiles") / f"{program.experiment.fingerprint()}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with jax.profiler.trace(str(folder), create_perfetto_trace=True):
+        for _ in range(TRACED):
+            state, values = program.train(state, batch)
+            jax.block_until_ready(values)
+    return str(folder), state

@@ -1,0 +1,117 @@
+"""``--dry-run``: what a run would do and cost, printed before anything is computed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from lab.errors import Absent
+from lab.experiment import Experiment
+from lab.parallel.sharding import AXES, describe_state, mesh_sizes, state_shardings
+from lab.train.check import load_data, model_outputs
+from lab.train.console import facts, human
+from lab.train.cost import Plan, make_plan, optimizer_flops, size_of
+from lab.train.program import batch_spec
+from lab.train.step import State
+
+RECORDS = [f"validation {unit}" for unit in ("rows", "windows", "images", "messages", "images, as stored")]
+
+
+def show(experiment: Experiment) -> None:
+    """Prints parameters per module, FLOPs, tokens and bytes. Runs nothing on a device, and reads data only where that
+    takes no time; whether model, task and data fit is checked as before a run.
+    """
+    console = Console(highlight=False)
+    model_outputs(experiment)
+    with contextlib.suppress(Absent):  # said below
+        if not getattr(experiment.data, "slow", False):
+            load_data(experiment)
+    plan = make_plan(experiment)
+    units = experiment.batch * experiment.data.units_per_record
+
+    modules = Table("module", "parameters", "arrays", title="Parameters", title_justify="left")
+    for name, size, arrays in plan.modules(2):
+        modules.add_row(name, f"{size:,}", str(arrays))
+    modules.add_section()
+    modules.add_row("all", f"{plan.parameters:,}", str(len(jax.tree.leaves(plan.state.params))))
+    console.print(modules)
+
+    unit = experiment.data.unit
+    rule = 6 * plan.parameters * units
+    cost = Table("", "", show_header=False, title="Cost", title_justify="left")
+    cost.add_row("updates", f"{experiment.steps:,}")
+    cost.add_row(f"{unit} an update", f"{units:,} ({experiment.batch} records x {experiment.data.units_per_record})")
+    cost.add_row(f"{unit} in all", human(units * experiment.steps))
+    beside = f" ({plan.flops / rule:.2f} x the rule 6 x parameters x tokens)" if unit == "tokens" else ""
+    cost.add_row("FLOPs an update", human(plan.flops) + beside)
+    optimizer = optimizer_flops(experiment, plan.state)
+    if optimizer:
+        cost.add_row("and of the optimizer", f"{human(optimizer)} ({optimizer / max(plan.flops, 1):+.0%})")
+    cost.add_row("FLOPs in all", human((plan.flops + optimizer) * experiment.steps))
+    console.print(cost)
+
+    memory = Table("", "bytes", show_header=False, title="Memory (all devices together)", title_justify="left")
+    memory.add_row("parameters", human(size_of(plan.state.params)) + "B")
+    memory.add_row("optimizer state", human(size_of(plan.state.opt_state)) + "B")
+    memory.add_row("gradients", human(size_of(plan.state.params)) + "B")
+    memory.add_row("kept for the backward pass, at most", human(plan.activations) + "B")
+    memory.add_row("one batch", human(size_of(batch_spec(experiment))) + "B")
+    console.print(memory)
+    _placement(console, experiment, plan.state)
+    try:
+        described = experiment.data.describe() if hasattr(experiment.data, "describe") else {}
+    except Absent as e:
+        described = {"data": str(e)}
+    console.print(_evaluation(experiment, plan, described), soft_wrap=True)
+    console.print("Data", style="italic")
+    for line in facts(described):
+        console.print(line, soft_wrap=True)
+
+
+def _evaluation(experiment: Experiment, plan: Plan, described: Mapping[str, Any]) -> str:
+    """What all evaluations cost beside the training: forward passes, a third of an update for as many records."""
+    settings = experiment.evaluate
+    times = 2 + (experiment.steps - 1) // settings.every if settings.every else 2
+    counts = [count for name, count in described.items() if name in RECORDS and isinstance(count, int)]
+    records = min((n for n in (*counts[:1], settings.records) if n is not None), default=None)
+    if records is None:
+        return (f"Evaluation: {times} times, on all records of the validation split, whose number is known once they "
+                f"are read; 1,000 of them cost as much as {1000 / 3 / experiment.batch:.3g} updates.")
+    updates = times * records / 3 / experiment.batch
+    share = updates / experiment.steps
+    advice = " Less: --evaluate.records N, or a larger --evaluate.every." if share > 0.25 else ""
+    return (f"Evaluation: {times} times {records:,} records of the validation split, "
+            f"{human(plan.flops * updates)} FLOPs: {share:.0%} of the training's time, if those took as long.{advice}")
+
+
+def _placement(console: Console, experiment: Experiment, state: State) -> None:
+    """Where the state lives: on this machine's devices if the mesh fits them, else on as many as it needs."""
+    devices = jax.device_count()
+    needed = math.prod(max(getattr(experiment.mesh, axis), 1) for axis in AXES)
+    if devices < needed:
+        console.print(f"The mesh needs {needed} devices; this machine has {devices}.")
+        devices = needed
+    sizes = mesh_sizes(experiment.mesh, devices)
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), AXES)
+    shardings = state_shardings(state, mesh, experiment.mesh.rules)
+    spread = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+    rows = describe_state(state, shardings)
+    table = Table(title=f"The state on each device ({spread})", title_justify="left")
+    table.add_column("parameter, with moments", overflow="fold")  # whatever is left of 80 columns
+    for column in ("shape", "divided along", "arrays", "bytes"):
+        table.add_column(column, no_wrap=True)
+    for path, shape, axes, arrays, size in rows:
+        table.add_row(path, " x ".join(map(str, shape)), axes, str(arrays), human(size) + "B")
+    table.add_section()
+    table.add_row("all", "", "", str(sum(row[3] for row in rows)), human(sum(row[4] for row in rows)) + "B")
+    console.print(table)
+    if experiment.exact:
+        from lab.train.gradients import exact_cost
+
+        console.print(exact_cost(experiment, sum(x.size for x in jax.tree.leaves(state.params))))

@@ -1,0 +1,75 @@
+"""`./launch.sh eval RUN`: evaluate a checkpoint, and write the full report of its task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from lab.commands.arguments import call
+from lab.data.pipeline import Arrays
+from lab.errors import UserError
+from lab.files import make_folder, no_links
+from lab.tasks.adversarial import Adversarial, generate_images, judge_scores
+from lab.tasks.base import Outcome
+from lab.train import evaluation
+from lab.train.restore import open_run
+from lab.train.run_folder import check_same, write_json
+
+
+def main(args: Sequence[str]) -> int:
+    """RUN [--step N]"""
+    return call("eval", evaluate, args)
+
+
+def evaluate(run: Annotated[Path, tyro.conf.Positional], step: int | None = None, best: bool = False, records: int | None = None,
+             split: Literal["test", "validation"] = "validation", judge: Path | None = None,
+             experiment: Path | None = None) -> None:
+    """Evaluates a checkpoint of a run, and writes the task's whole report to evaluation-<split>-<step>/ in its folder.
+
+    Args:
+      run: the run folder.
+      step: the checkpoint after this many updates; by default the latest.
+      best: the checkpoint with the best validation metric.
+      records: use that many evenly spaced records; by default all.
+      split: by default validation: the test split is evaluated once, when a run ends.
+      judge: for a GAN, the run folder of a classifier of such images, which labels the samples.
+      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
+    """
+    no_links(run)
+    found, program, state = open_run(run, step, best, file=experiment)
+    data = found.data.load()
+    check_same(run, found, data.fingerprint)
+    if judge is not None and not isinstance(found.task, Adversarial):
+        raise UserError("--judge is for a GAN: this run makes no images.")
+    name = f"evaluation-{split}-{int(jax.device_get(state.step))}"
+    folder = run / name
+    outcome = evaluation.evaluate(program, state, data, split, folder, records)
+    size = len(outcome.records)
+    print(f"{min(records or size, size):,} of {size:,} {split} records")
+    row: dict[str, Any] = {"step": outcome.step, "split": split, **outcome.means}
+    if judge is not None:
+        row |= _judged(outcome, judge)
+    for key, value in row.items():
+        print(f"{key:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
+    make_folder(folder)
+    for line in found.task.artifacts(outcome):
+        print(line)
+    write_json(run / f"{name}.json", row)
+    print(f"Written to {run / name}.json and {folder}")
+
+
+def _judged(outcome: Outcome, judge: Path, number: int = 2000) -> dict[str, Any]:
+    """How a classifier of the same images labels `number` samples of a GAN."""
+    _, program, state = open_run(judge)
+    images = generate_images(outcome.compute, number, outcome.seed)
+    wanted = program.spec["inputs"].shape[1:] if "inputs" in program.spec else None
+    if wanted != images.shape[1:]:  # as stored: larger ones would lose their borders without a word
+        raise UserError(f"{judge} cannot judge images of shape {images.shape[1:]}: its own inputs are {wanted}.")
+    labelled = evaluation.predict(program, state, Arrays({"inputs": images}))
+    if "probabilities" not in labelled:
+        raise UserError(f"{judge} is not a classifier.")
+    return {f"judge_{name}": value for name, value in judge_scores(labelled["probabilities"]).items()}

@@ -1,0 +1,65 @@
+"""`./launch.sh predict RUN --input FILE`: predictions for new records, as CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lab.commands.arguments import call
+from lab.errors import UserError
+from lab.train import evaluation
+from lab.train.fitted import data_of
+from lab.train.restore import open_run
+from lab.train.run_folder import check_same
+
+
+def main(args: Sequence[str]) -> int:
+    """RUN --input FILE"""
+    return call("predict", predict, args)
+
+
+def predict(run: Annotated[Path, tyro.conf.Positional], input: Path | None = None, output: Path = Path("predictions.csv"),
+            split: Literal["test", "validation", "train"] | None = None, id: str | None = None, strict: bool = False,
+            step: int | None = None, best: bool = False, experiment: Path | None = None) -> None:
+    """Writes the predictions of a run as CSV: for new records, or for those of one of its own splits.
+
+    Args:
+      run: the run folder.
+      input: a CSV with the columns of the training data, a text file with one message a line, an image, a folder of
+        images: what the run's data reads.
+      output: the CSV to write: a row per record with `record` (its number in the input, from 0), the prediction, for
+        classes their probabilities p_<class>, and `truth` where the input has the target.
+      split: predict this split of the run's own data instead of an input; for this the data must be there.
+      id: a column of the input to keep beside the predictions.
+      strict: a blank row or line is an error; by default it is skipped, and counted.
+      step: the checkpoint after this many updates; by default the latest.
+      best: the checkpoint with the best validation metric.
+      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
+    """
+    if (input is None) == (split is None):
+        raise UserError("Say what to predict: --input FILE, or --split test for the run's own data, and not both.")
+    if input is not None and not input.exists():
+        raise UserError(f"{input} does not exist.")
+    trained, program, state = open_run(run, step, best, file=experiment)
+    if split is None:
+        data = data_of(run, trained)
+        found = data.read(input, id, strict)
+    else:
+        data = trained.data.load()
+        check_same(run, trained, data.fingerprint)
+        found = data.own(split, id)
+    columns = trained.task.columns(evaluation.predict(program, state, found.records), data)
+    columns = {"record": found.numbers, **found.beside, **columns}
+    columns |= {} if found.truth is None else {"truth": found.truth}
+    try:
+        with output.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+    except OSError as e:
+        raise UserError(f"--output {output} cannot be written: {e.strerror}.") from None
+    print(f"{len(found.numbers):,} predictions are in {output}")

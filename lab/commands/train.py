@@ -1,0 +1,91 @@
+"""`./launch.sh EXPERIMENT.py`: train an experiment, or go on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lab.commands.arguments import check_run_dir, find_experiment, parse
+from lab.errors import UserError
+from lab.experiment import Experiment, flat, load, to_json
+from lab.parallel.backend import start_jax
+
+if TYPE_CHECKING:
+    from lab.parallel.processes import Processes
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of this command, beside the experiment's own."""
+
+    run_dir: str | None = None
+    """Folder of the run; by default runs/<experiment>-<fingerprint>."""
+    checkpoint_dir: str | None = None
+    """Folder or bucket (gs://BUCKET/RUN, LAB_EXTRAS=bucket) for checkpoints; by default they are in the run folder.
+    With a bucket, machines need not share a disk: the run folder is process 0's."""
+    accept: bool = False
+    """Go on with a run, or take its result as it is, though code or data changed since it began."""
+    rerun: bool = False
+    """Delete a run whose code or data changed since it began, and run it again."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files to tensorboard/ in the run folder (needs LAB_EXTRAS=tensorboard)."""
+    dry_run: bool = False
+    """Print what the run would cost, and stop."""
+    full: bool = False
+    """Run the real experiment, also without an accelerator."""
+    local: bool = False
+    """Run the small local twin, also with an accelerator."""
+
+
+def train(args: Sequence[str], processes: Processes) -> int:
+    """EXPERIMENT.py [--flags]"""
+    path = find_experiment(args[0])
+    module = load(path)
+    if hasattr(module, "study") or any(a.partition("=")[0] == "--vary" for a in args):
+        from lab.commands.study import study
+
+        return study(path, module, args[1:], processes)
+    experiment, options, path = parse(path, args[1:], TrainOptions, module)
+    check_run_dir(options.run_dir)
+    if options.accept and options.rerun:
+        raise UserError("--accept and --rerun exclude each other.")
+    on_change = "accept" if options.accept else "rerun" if options.rerun else "refuse"
+    start_jax()
+    if options.dry_run:
+        from lab.commands.dry_run import show
+
+        show(experiment)
+        return 0
+    from lab.train import loop
+    from lab.train.console import Screen
+    from lab.train.run_folder import finished, run_again
+
+    folder = Path(options.run_dir or f"runs/{path.stem}-{experiment.fingerprint()}")
+    compare(processes, experiment, options, folder, path)
+    result = processes.share(finished(folder) if processes.first else None)
+    with Screen(quiet=not processes.first) as screen:
+        screen.say(f"Run folder: {folder}")
+        if result is not None and not processes.share(processes.first and run_again(folder, experiment, on_change)):
+            screen.say("This run is finished already. Delete its folder, or change the seed, to run it again.")
+            screen.say(loop.describe_result(result))
+            return 0
+        return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes,
+                          checkpoints=options.checkpoint_dir, on_change=on_change)
+
+
+def compare(processes: Processes, experiment: Experiment, options: TrainOptions, folder: Path, file: Path) -> None:
+    """Returns when all processes have come here with the same experiment, run folder and code.
+
+    Raises:
+      UserError: this process has something else than process 0.
+    """
+    if processes.count > 1:
+        from lab.parallel.processes import code_version
+
+        flags = {f"--{name}": value for name, value in flat(to_json(experiment)).items()}
+        processes.check_same(flags, "Start all processes with the same flags.")
+        folders = {"--run-dir": str(folder), "--checkpoint-dir": options.checkpoint_dir}
+        processes.check_same(folders, "Start all processes with the same flags.")
+        processes.check_same(code_version(file), "Bring all machines to the same code and packages.")

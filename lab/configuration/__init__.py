@@ -1,0 +1,1 @@
+"""What makes an experiment a value: types, checks, JSON."""

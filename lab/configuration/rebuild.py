@@ -1,0 +1,149 @@
+"""An experiment from its JSON. The JSON may come from anybody: it names classes, and may not name code to run.
+
+A class is looked up among the dataclasses and Linen modules of the rooms of lab that hold an experiment's parts, and
+those of the user's files that are loaded already, because the user named them. Every class and every plain value is
+compared with the annotation of the field it stands in before anything is built.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lab.configuration.field_types import class_fits, describe, element, fields, fits, hints_of
+from lab.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("data", "models", "tasks", "optim", "experiment", "pretrained")
+
+
+def from_json(value: Any, kind: Any = Any) -> Any:
+    """The inverse of `to_json`. `kind`: the annotation that it must fit.
+
+    Raises:
+      UserError: a class is not one that an experiment may have, is no longer where it was, or does not fit its field;
+        or a value does not.
+    """
+    _check(value, kind, "it")
+    return _build(value)
+
+
+def class_paths(value: Any) -> set[str]:
+    """All class paths of a JSON value."""
+    if isinstance(value, list):
+        return set().union(*map(class_paths, value))
+    if not isinstance(value, dict):
+        return set()
+    own = value.get("class")
+    return class_paths(list(value.values())) | ({own} if isinstance(own, str) else set())
+
+
+def _check(value: Any, hint: Any, place: str) -> None:
+    """Raises UserError unless the JSON value may stand where this annotation is. Nothing is called."""
+    if isinstance(value, list) and has_objects(value):
+        for i, item in enumerate(value):
+            if (inner := element(hint, i)) is None:
+                raise UserError(f"{place} of this run's experiment must be {describe(hint)}, not a list of objects.")
+            _check(item, inner, f"{place}[{i}]")
+    elif isinstance(value, dict):
+        cls = _class(value)
+        if not class_fits(cls, hint):
+            raise UserError(f"{place} of this run's experiment must be {describe(hint)}, not {value['class']}.")
+        hints, known = hints_of(cls), {f.name for f in fields(cls)}
+        if unknown := sorted(value.keys() - known - {"class"}):
+            raise UserError(f"This run was made by other code: {value['class']} cannot be built again (it has no field "
+                            f"{unknown[0]}).")
+        for name in value.keys() & known:
+            _check(value[name], hints.get(name, Any), name if place == "it" else f"{place}.{name}")
+    elif not fits(_plain(value), hint):
+        raise UserError(f"{place} of this run's experiment must be {describe(hint)}, not {str(value)[:80]!r}.")
+
+
+def has_objects(value: Any) -> bool:
+    """Whether there is an object anywhere in a JSON value."""
+    return isinstance(value, dict) or isinstance(value, list) and any(map(has_objects, value))
+
+
+def _plain(value: Any) -> Any:
+    return tuple(map(_plain, value)) if isinstance(value, list) else value
+
+
+def _build(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_build(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    try:
+        return _class(value)(**{k: _build(v) for k, v in value.items() if k != "class"})
+    except (AttributeError, TypeError, ValueError) as e:
+        raise UserError(f"This run was made by other code: {value['class']} cannot be built again ({e}).") from e
+
+
+def _class(value: Mapping[str, Any]) -> type:
+    """The class that a JSON object names. Raises UserError where it is none that an experiment may have."""
+    path = value.get("class")
+    if not isinstance(path, str):
+        raise UserError("This run's experiment has a value without a class: its experiment.json is damaged.")
+    if (found := find_class(path)) is not None:
+        return found
+    if path.startswith("lab."):
+        raise UserError(f"This run was made by other code: {path} is no part that an experiment can have here.")
+    raise UserError(f"This run was made by other code: {path} is no class of lab, and a run folder's own code is not "
+                    f"run. If you trust the experiment's file, name it: --experiment FILE.")
+
+
+def find_class(path: str) -> type | None:
+    """A dataclass or Linen module of the rooms of lab that hold parts, or of the user's files that are loaded."""
+    module, _, name = path.rpartition(".")
+    if path.startswith("lab."):
+        if name not in _defined(module):
+            return None
+        found = getattr(importlib.import_module(module), name)
+    else:
+        module = module_of(path)
+        if module is None or of_a_library(sys.modules[module]):
+            return None
+        found = sys.modules[module]
+        for name in path.removeprefix(f"{module}.").split("."):
+            found = getattr(found, name, None)
+    good = isinstance(found, type) and dataclasses.is_dataclass(found)
+    return found if good and f"{found.__module__}.{found.__qualname__}" == path else None
+
+
+def module_of(path: str) -> str | None:
+    """The loaded module of a class path, whose class may be inside another class."""
+    parts = path.split(".")
+    return next((name for i in range(len(parts) - 1, 0, -1) if (name := ".".join(parts[:i])) in sys.modules), None)
+
+
+def of_a_library(module: ModuleType) -> bool:
+    """Whether a module is Python's, an installed package's, or of lab itself: not one of the user's files."""
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return module.__name__ != "__main__"  # a notebook
+    path = Path(file).resolve()
+    packages = {"site-packages", "dist-packages"} & set(path.parts)
+    return bool(packages) or any(path.is_relative_to(p) for p in (Path(os.__file__).resolve().parent, ROOT / "lab"))
+
+
+@functools.cache
+def _defined(module: str) -> frozenset[str]:
+    """The classes that a module of one of the `ROOMS` defines, read without importing it."""
+    parts = module.split(".")
+    if len(parts) < 2 or not re.fullmatch(r"lab(\.[A-Za-z]\w*)+", module) or parts[1] not in ROOMS:
+        return frozenset()
+    inside = ROOT.joinpath(*parts)
+    path = next((p for p in (inside.with_suffix(".py"), inside / "__init__.py") if p.is_file()), None)
+    if path is None:
+        return frozenset()
+    return frozenset(node.name for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.ClassDef)
+                     and (node.bases or node.decorator_list))

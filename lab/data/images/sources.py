@@ -1,0 +1,248 @@
+"""Where images come from: folders of PNG and JPEG files, and TFDS. Nothing is decoded here.
+
+A *source* is a value an experiment holds; its `open()` gives the splits, each one either `Pixels`, arrays that are
+there already (`lab.data.images.idx`), or *encoded* images (`Files`, `Shards`):
+
+    len(split), name(i)   how many images, and how a person finds one
+    read(indices)         the PNG or JPEG files, as bytes or as paths, and the labels int32 (n,)
+    outline()             names and sizes: what tells data sets apart without reading them
+    identity()            cheap key of the files on disk (paths, sizes, times)
+"""
+
+import functools
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lab.data import digest
+from lab.data.folders import Splits, labelled, printable, split_folders, tree
+from lab.data.prepared import described
+from lab.errors import Absent, UserError
+from lab.files import user_path
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Images held in memory, all of one size, uint8 (n, h, w, c), with labels int32 (n,)."""
+
+    title: str
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, i: int) -> str:
+        return f"image {i} of {self.title}"
+
+
+class Encoded(Protocol):
+    """Images that must be decoded; see the module's text."""
+
+    def __len__(self) -> int: ...
+    def name(self, i: int) -> str: ...
+    def read(self, indices: np.ndarray) -> tuple[list[bytes | Path], np.ndarray]: ...
+    def outline(self) -> list[Any]: ...
+    def identity(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source that was found. `splits`: "train", perhaps "validation" and "test". `names`: of the classes, or ()."""
+
+    title: str
+    splits: dict[str, Pixels | Encoded]
+    classes: int
+    names: tuple[str, ...] = ()
+    notes: dict[str, str | int | float] = field(default_factory=dict)
+
+
+def _with_test(splits: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str | int | float]]:
+    """A held-out split that is called validation is the test split where there is no other, as in ImageNet.
+
+    Returns the splits, and a line that says so.
+    """
+    if "test" in splits or "validation" not in splits:
+        return splits, {}
+    return ({"train": splits["train"], "test": splits["validation"]},
+            {"test split": "what the source calls validation, which is all it holds out"})
+
+
+# ------------------------------------------------------------------------------------------------------ folders
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Image files. `paths` below `root`; `labels` int32, one each (all 0 where there are none)."""
+
+    root: Path
+    paths: list[Path]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        return str(self.paths[i])
+
+    def read(self, indices: np.ndarray) -> tuple[list[bytes | Path], np.ndarray]:
+        return [self.paths[i] for i in indices], self.labels[indices]
+
+    @functools.cached_property
+    def _stats(self) -> list[os.stat_result]:
+        try:
+            return [path.stat() for path in self.paths]
+        except OSError as error:
+            raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from None
+
+    def outline(self) -> list[Any]:
+        sizes = [stat.st_size for stat in self._stats]
+        return [[p.relative_to(self.root).as_posix() for p in self.paths], sizes, self.labels.tolist()]
+
+    def identity(self) -> str:
+        return digest("files", str(self.root.absolute()), self.outline(), [stat.st_mtime_ns for stat in self._stats])
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder with one subfolder of PNG and JPEG files for each class, or with folders for splits of that form.
+
+    Splits are recognised by their names, whatever the case: train or Training, test, val or dev, also as the end of a
+    name (seg_train, training_set). A validation split is the test split where there is no other. The classes are the
+    names of the subfolders, sorted. Files of other kinds are left out and counted, and so are links to what is there.
+    """
+
+    path: str
+    """The folder."""
+    splits: Splits = "auto"
+    """auto: folders named like splits are splits, and an error where that is not clear; folders: use those named like
+    splits and leave out the others; none: every folder is a class."""
+
+    def validate(self) -> None:
+        """UserError without a path."""
+        if not self.path.strip():
+            raise UserError("ImageFolder needs a folder that holds one subfolder of images for each class.")
+
+    def open(self) -> Opened:
+        """List the files. UserError for a missing folder, an unclear layout, or a class without images."""
+        root = user_path(self.path)
+        if not root.is_dir():
+            raise Absent(f"{root} is not a folder (looked from {Path.cwd()}).")
+        found = tree(root)
+        folders, left_out = split_folders(found, self.splits)
+        names = found.folders[folders["train"]]
+        if len(names) < 2:
+            raise UserError(f"{folders['train']} needs a subfolder of images for each of at least two classes; it has "
+                            f"{', '.join(names) or 'none'}.")
+        others, splits = 0, {}
+        for split in (split for split in ("train", "validation", "test") if split in folders):
+            paths, labels, more = labelled(found, folders[split], names, is_image, "PNG or JPEG file")
+            splits[split], others = Files(folders[split], paths, labels), others + more
+        splits, notes = _with_test(splits)
+        notes |= {"other files, left out": others} if others else {}
+        notes |= found.notes() | ({"other folders, left out": ", ".join(left_out)} if left_out else {})
+        return Opened(f"images in {self.path}", splits, len(names), tuple(map(printable, names)), notes)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file has the name of a PNG or JPEG."""
+    return name.lower().endswith(SUFFIXES)
+
+
+# --------------------------------------------------------------------------------------------------------- TFDS
+
+
+@dataclass(frozen=True)
+class TfdsImages:
+    """Labelled images that TFDS has prepared as ArrayRecord, read without TensorFlow and never downloaded.
+
+    `./launch.sh prepare NAME` prepares them, in an environment of its own.
+    """
+
+    name: str
+    """Registered name, with configuration and version where needed: "mnist", "imagenet2012:5.1.0"."""
+    data_dir: str | None = None
+    """Folder of prepared data sets; default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    train: str = "train"
+    """TFDS split expression for training, such as "train[:50%]"."""
+    validation: str | None = None
+    """TFDS split expression; default "validation" where the data set has that and "test"."""
+    test: str | None = None
+    """TFDS split expression; default "test", or "validation" where there is no "test"."""
+    image_key: str = "image"
+    """Which field of a record is the image."""
+    label_key: str = "label"
+    """Which field of a record is the class."""
+
+    def validate(self) -> None:
+        """UserError when the name cannot be one."""
+        if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", self.name):
+            raise UserError(f'{self.name!r} is not a TFDS name: write "name", "name/config" or "name/config:1.0.0".')
+
+    def open(self) -> Opened:
+        """Find the prepared folder and read its descriptions (no TFDS import, no network). UserError when absent."""
+        self.validate()
+        folder, found, features = described(self.name, self.data_dir)
+        for key, kind in ((self.image_key, "image"), (self.label_key, "classLabel")):
+            if kind not in features.get(key, {}):
+                have = ", ".join(f"{name} ({next((k for k in f if k != 'pythonClassName'), '?')})"
+                                 for name, f in sorted(features.items()))
+                raise UserError(f"{self.name} has no field {key!r} that is {kind}; its fields are {have}.")
+        own = list(found)
+        chosen = {"train": self.train, "validation": self.validation or ("validation" if "validation" in own else None),
+                  "test": self.test or ("test" if "test" in own else None)}
+        splits, notes = {split: expression for split, expression in chosen.items() if expression}, {}
+        if not self.validation:  # what is asked for by name stays the validation split
+            splits, notes = _with_test(splits)
+        labels = folder / f"{self.label_key}.labels.txt"
+        names = tuple(labels.read_text("utf-8").split("\n")) if labels.is_file() else ()
+        names = tuple(name for name in names if name)
+        return Opened(f"TFDS {self.name}", {k: Shards(self, folder, e, own) for k, e in splits.items()},
+                      int(features[self.label_key]["classLabel"]["numClasses"]), names, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """One split expression of a prepared data set; `own`: the splits that it has."""
+
+    source: TfdsImages
+    folder: Path
+    expression: str
+    own: list[str]
+
+    @functools.cached_property
+    def _records(self) -> Any:
+        import tensorflow_datasets as tfds  # 1.5 s: only when records are really read
+
+        raw = {self.source.image_key: tfds.decode.SkipDecoding()}
+        try:
+            return tfds.builder_from_directory(str(self.folder)).as_data_source(split=self.expression, decoders=raw)
+        except ValueError:  # not an expression, an unknown split, or one that selects nothing
+            raise UserError(f"The split {self.expression!r} of {self.source.name} is unknown, badly written or empty; "
+                            f"its splits are {', '.join(self.own)}.") from None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, i: int) -> str:
+        return f"image {i} of {self.source.name} {self.expression}"
+
+    def read(self, indices: np.ndarray) -> tuple[list[bytes | Path], np.ndarray]:
+        found = self._records.__getitems__([int(i) for i in indices])  # one by one is up to 30 times slower
+        labels = np.array([record[self.source.label_key] for record in found], np.int32)
+        return [record[self.source.image_key] for record in found], labels
+
+    def outline(self) -> list[Any]:
+        shards = sorted(self.folder.glob("*.array_record*"))
+        keys = [self.source.image_key, self.source.label_key]
+        return [self.expression, keys, [[path.name, path.stat().st_size] for path in shards]]
+
+    def identity(self) -> str:
+        times = [path.stat().st_mtime_ns for path in sorted(self.folder.glob("*.array_record*"))]
+        return digest("tfds", str(self.folder.absolute()), self.outline(), times)

@@ -1,0 +1,6 @@
+"""Short texts with a label each."""
+
+from lab.data.messages.messages import Messages
+from lab.data.messages.sources import PythonPackages, TextFolder, TfdsMessages
+
+__all__ = ["Messages", "PythonPackages", "TextFolder", "TfdsMessages"]

@@ -1,0 +1,7 @@
+"""Rows of numbers and categories."""
+
+from lab.data.tables.bundled import Sklearn
+from lab.data.tables.columns import Csv
+from lab.data.tables.tables import Table
+
+__all__ = ["Csv", "Sklearn", "Table"]

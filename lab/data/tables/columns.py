@@ -1,0 +1,322 @@
+"""Comma-separated files: what is in them, cell by cell, and what is wrong with them, by file, line and column."""
+
+import csv
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lab.data.reading import check_encoding, encoding_of, read_text
+from lab.data.tables.numbers import PLAIN, Fields, NumberFormat, doubt, flags
+from lab.errors import UserError
+from lab.files import user_path
+
+HUGE = 1e37  # of numbers
+LONGEST = 1 << 28  # characters in one field; the csv module's own limit of 131,072 is too small for e-mails
+
+
+@dataclass(frozen=True)
+class Csv:
+    """A CSV file with a header line, gzip when named .gz; the separator is a comma, semicolon, tab or |, as in the
+    header, or what a line such as sep=; before it says.
+
+    Quoting as in RFC 4180: a field with a separator, a line end or a quotation mark in it stands in quotation marks.
+    An empty field, NA, N/A, NaN, null or ? is a missing value. Numbers are written as in 1200.5 and -3e4; a column that
+    looks as if it were numbers written otherwise is an error, which names the field that says how. A column without a
+    name is called "column 1" after its place; it must be dropped, unless it is empty.
+    """
+
+    path: str
+    """The file, or the training part where `test` is given."""
+    target: str
+    """The column to predict."""
+    text: str | None = None
+    """The column that holds the message, where texts are classified; not for tables."""
+    test: str | None = None
+    """A second file with the same columns: the test split."""
+    task: Literal["auto", "regression", "classification"] = "auto"
+    """What the target is; auto: classes if it is text or has at most 20 different values, all whole; else a number."""
+    drop: tuple[str, ...] = ()
+    """Columns that are no features, such as row numbers and names; one without a name by its place: "column 1"."""
+    encoding: str = "UTF-8"
+    """How the file is encoded. A byte order mark of UTF-16 or UTF-32 is recognised."""
+    decimal: str = "."
+    """The decimal mark: . or a comma."""
+    thousands: str = ""
+    """What stands between thousands: a comma, a point, a space (of any kind) or an apostrophe."""
+    units: tuple[str, ...] = ()
+    """Signs before or behind a number that are left out: "$", "%" (45% is 45), "kg", "<" (<0.5 is 0.5)."""
+    brackets: bool = False
+    """Numbers in brackets are negative, as in accounts: (1,200) is -1200."""
+    missing: tuple[str, ...] = ()
+    """More words for a missing value, such as "-", "#N/A" or "None"."""
+    categorical: tuple[str, ...] = ()
+    """Columns whose values are categories, even where they look like numbers."""
+
+    def validate(self) -> None:
+        """UserError for fields that contradict each other; nothing is read."""
+        check_encoding(self.encoding)
+        self.form.validate()
+        if not self.path.strip() or not self.target.strip():
+            raise UserError("Csv needs path=, a file, and target=, the name of the column to predict.")
+        for role, name in (("target", self.target), ("text", self.text)):
+            if name in self.drop:
+                raise UserError(f"Csv(drop=...) has the column {name!r}, which is its {role}: leave one of them out.")
+        if self.text == self.target:
+            raise UserError(f"Csv(target={self.target!r}, text={self.text!r}): these must be two columns.")
+
+    @property
+    def form(self) -> NumberFormat:
+        """How the file writes numbers."""
+        return NumberFormat(self.decimal, self.thousands, self.units, self.brackets, self.missing)
+
+    def state(self) -> tuple[int, ...]:
+        """Changes when the files change; UserError when one of them is not there."""
+        found = []
+        for path in (self.path, self.test):
+            if path is not None:
+                try:
+                    stat = user_path(path).stat()
+                except OSError as error:
+                    raise UserError(f"Cannot read {path}: {error.strerror} (looked from {Path.cwd()}).") from None
+                found += [stat.st_size, stat.st_mtime_ns]
+        return tuple(found)
+
+    def read(self) -> "tuple[Columns, Columns | None]":
+        """The cells of `path` and of `test`, without the dropped columns. UserError; see `read_columns`."""
+        self.validate()
+        self.state()
+        both = [read_columns(path, self.form, self.encoding) for path in (self.path, self.test) if path is not None]
+        for table in both:
+            drop = [table.named(name) for name in self.drop]
+            for name in (self.target, *self.categorical, *([self.text] if self.text is not None else [])):
+                table.column(name)
+            for name in drop:
+                if name in table.cells:
+                    table.dropped[name] = table.cells.pop(name)
+            for name in table.unnamed:
+                if name in table.cells:
+                    begin = _some(table.cells[name][:3])
+                    raise UserError(f"{table.title}: {name} of {table.width} has no name in the header (its values "
+                                    f"begin with {begin}); give it one, or leave it out: --data.source.drop '{name}'.")
+        return both[0], both[1] if len(both) == 2 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The cells of a table."""
+
+    title: str
+    """The file, for people."""
+    cells: dict[str, list[str] | np.ndarray]
+    """Name -> one value per row: texts as they are in the file, or float64 with NaN for a missing value."""
+    lines: list[int]
+    """The line of the file that each row begins in, from 1."""
+    form: NumberFormat = PLAIN
+    """How the texts write numbers."""
+    encoding: str = "UTF-8"
+    unnamed: tuple[str, ...] = ()
+    """Those of `names` that stand for columns without one."""
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    """The cells of columns that are no features."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What people should know about how the file was read."""
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns, in the order of the file."""
+        return tuple(self.cells)
+
+    @property
+    def width(self) -> int:
+        """Columns of the file."""
+        return len(self.cells)
+
+    def named(self, name: str) -> str:
+        """The column that `name`, or a number from 1 on as its place, means. UserError when there is none."""
+        place = int(name) - 1 if name.isascii() and name.isdecimal() else -1
+        if name not in self.cells and 0 <= place < self.width:
+            return self.names[place]
+        self.column(name)
+        return name
+
+    def column(self, name: str) -> list[str] | np.ndarray:
+        """The cells of one column. UserError, with the nearest names, when there is none of this name."""
+        if name in self.cells:
+            return self.cells[name]
+        near = difflib.get_close_matches(name.lower(), [n.lower() for n in self.names], n=3, cutoff=0.6)
+        known = [n for lower in near for n in self.names if n.lower() == lower] or self.names
+        some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+        raise UserError(f"{self.title} has no column {name!r}; {'near it are' if near else 'it has'} {some}.")
+
+    def rows(self, rows: Sequence[int]) -> "Columns":
+        """Some of the rows."""
+        cells = {name: [column[row] for row in rows] for name, column in self.cells.items()}
+        return replace(self, cells=cells, lines=[self.lines[row] for row in rows])
+
+    def where(self, row: int, name: str) -> str:
+        """A cell, for people."""
+        return f"{self.title}, line {self.lines[row]}, column {name!r}"
+
+
+def read_columns(path: str | Path, form: NumberFormat = PLAIN, encoding: str = "UTF-8") -> Columns:
+    """All cells of a CSV file; see `Csv` for the format.
+
+    Raises:
+      UserError: unreadable, not in this encoding, empty, no header, a column named twice, a broken quotation, a row
+        with too few or too many fields. Empty lines are passed over.
+    """
+    where = user_path(path)
+    if where.is_dir():
+        raise UserError(f"{path} is a folder, where a CSV file is needed.")
+    text = "".join(read_text(where, encoding)).removeprefix("\ufeff")  # Excel marks UTF-8 with it
+    said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to name the separator
+    text, skipped = (text[said.end():], 1) if said else (text, 0)
+    separator = said[1] if said else max(",;\t|", key=text.partition("\n")[0].count)
+    rows, lines = _rows(path, text, separator, skipped)
+    if not rows:
+        raise UserError(f"{path} is empty.")
+    names = _header(path, rows[0])
+    if len(rows) == 1:
+        raise UserError(f"{path} has a header and no row.")
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(names):
+            raise UserError(f"{path}, line {line}: {len(row)} fields, but the header has {len(names)}; a field with "
+                            f"{separator!r} in it stands in quotation marks.")
+    cells = dict(zip(names, map(list, zip(*rows[1:], strict=True)), strict=True))
+    found = encoding_of(where, encoding)
+    unnamed = [name for name, own in zip(names, rows[0], strict=True) if not own.strip()]
+    empty = [name for name in unnamed if not any(cell.strip() for cell in cells[name])]
+    notes = {"encoding": found} if found != "UTF-8" else {}
+    notes |= {"left out, empty and without a name": ", ".join(empty)} if empty else {}
+    cells = {name: column for name, column in cells.items() if name not in empty}
+    if not cells:
+        raise UserError(f"{path} has no column with a name or a value.")
+    return Columns(str(path), cells, lines[1:], form, found, tuple(n for n in unnamed if n not in empty),
+                   notes=notes | form.lines())
+
+
+def _rows(path: str | Path, text: str, separator: str, skipped: int) -> tuple[list[list[str]], list[int]]:
+    """The rows that are not empty, and the line that each begins in."""
+    if separator in '"\r\n':
+        raise UserError(f"{path} says sep={separator!r} in its first line, which cannot separate fields.")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    limit = csv.field_size_limit(LONGEST)
+    rows, lines, begin = [], [], 1 + skipped
+    try:
+        for row in reader:
+            if row:
+                rows.append(row)
+                lines.append(begin)
+            begin = reader.line_num + 1 + skipped
+    except csv.Error as error:
+        raise UserError(f"{path}, line {begin}: {error}; a quotation mark inside a quoted field is doubled.") from None
+    finally:
+        csv.field_size_limit(limit)
+    return rows, lines
+
+
+def _header(path: str | Path, row: list[str]) -> list[str]:
+    """The names, where one that is empty is called after its place."""
+    names = [name.strip() or f"column {i}" for i, name in enumerate(row, 1)]
+    if all(PLAIN.number(name) is not None for name in names):
+        start = ", ".join(names[:4])
+        raise UserError(f"{path}: the first line ({start}...) has only numbers in it; it must name the columns.")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise UserError(f"{path}: two columns are named {name!r} in the header; rename one.")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------------ numbers
+
+
+def is_numeric(table: Columns, name: str, rows: Sequence[int] | None = None) -> bool:
+    """Whether a column is one of numbers, by its `rows` (all by default): more than 90 % of those with a value are."""
+    cells = table.column(name)
+    return isinstance(cells, np.ndarray) or table.form.is_numeric(cells if rows is None else [cells[i] for i in rows])
+
+
+def refuse_doubts(table: Columns, names: Sequence[str], rows: Sequence[int] | None = None) -> None:
+    """UserError where columns are no numbers by their `rows`, but would be if it were said how they are written."""
+    wanted: Fields = {}
+    doubtful = {}
+    for name in names:
+        cells = table.column(name)
+        if not is_numeric(table, name, rows):
+            own = cells if rows is None else [cells[row] for row in rows]
+            for key, values in (found := doubt(own, table.form)).items():
+                wanted.setdefault(key, set()).update(values)
+            if found:
+                odd = [cell for cell in own if table.form.number(cell) is None and not table.form.is_missing(cell)]
+                doubtful[name] = min(odd, key=len)
+    if doubtful:
+        columns = [f"{name!r} ({cell!r})" for name, cell in doubtful.items()]
+        shown = ", ".join(columns[:4]) + (f" and {len(columns) - 4} more" if len(columns) > 4 else "")
+        raise UserError(f"{table.title}: what looks like numbers is not read as such in the column"
+                        f"{'s' * (len(columns) > 1)} {shown}. Set {flags(wanted)}; or --data.source.categorical where "
+                        f"the values are categories.")
+
+
+def numbers(table: Columns, name: str) -> np.ndarray:
+    """A column of numbers: float64 (n,), NaN where a value is missing. UserError for text and for infinity."""
+    cells = table.column(name)
+    values, odd = (cells, np.isnan(cells) & False) if isinstance(cells, np.ndarray) else table.form.parse(cells)
+    for row in np.flatnonzero(odd | (np.abs(values) > HUGE))[:1]:
+        if not odd[row]:
+            what = "is not finite" if np.isinf(values[row]) else f"is beyond {HUGE:g}, more than float32 holds"
+            raise UserError(f"{table.where(row, name)}: {str(cells[row])!r} {what}; correct it, or leave the field "
+                            f"empty if the value is missing.")
+        fields = doubt([cells[row]], table.form) or {"missing": {cells[row].strip()}}
+        raise UserError(f"{table.where(row, name)}: {cells[row]!r} is not a number; correct it, leave the field empty "
+                        f"if the value is missing, or set {flags(fields)}.")
+    return values
+
+
+def class_targets(tables: "list[Columns]", name: str) -> tuple[tuple[str, ...], list[np.ndarray]]:
+    """The classes in a column of one or more tables: their names, and for each table the class of each row, int32 (n,).
+
+    The names are those in the first table, sorted, as numbers if they are; "3.0" is "3".
+
+    Raises:
+      UserError: a row without a class, or with one that the first table lacks; a column that cannot be classes.
+    """
+    labels = [_labels(table, name) for table in tables]
+    first, numeric = tables[0], not tables[0].form.parse(labels[0])[1].any()
+    names = tuple(sorted(set(labels[0]), key=first.form.number if numeric else None))
+    some = _some(names)
+    if len(names) < 2 or len(names) * 2 > max(len(first), 4):
+        raise UserError(f"{first.title}, column {name!r}: {len(names)} different values in {len(first)} rows ({some}) "
+                        f"are no classes; is it the right target, and is task= right?")
+    place = {label: i for i, label in enumerate(names)}
+    for table, own in zip(tables, labels, strict=True):
+        for row, label in enumerate(own):
+            if label not in place:
+                raise UserError(f"{table.where(row, name)}: the class {label!r} does not occur in {first.title}, which "
+                                f"has {some}.")
+    return names, [np.array([place[label] for label in own], np.int32) for own in labels]
+
+
+def _labels(table: Columns, name: str) -> list[str]:
+    for row, label in enumerate(found := labels(table, name)):
+        if not label:
+            raise UserError(f"{table.where(row, name)}: the target is missing; give it, or delete the row.")
+    return found
+
+
+def labels(table: Columns, name: str) -> list[str]:
+    """A column of classes, where "3.0" is "3"; "" where there is none."""
+    return ["" if table.form.is_missing(value) else re.sub(r"^([+-]?\d+)\.0+$", r"\1", value.strip())
+            for value in map(str, table.column(name))]
+
+
+def _some(values: Sequence[str]) -> str:
+    return ", ".join(map(repr, values[:5])) + (", ..." if len(values) > 5 else "")

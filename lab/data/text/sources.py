@@ -1,0 +1,407 @@
+"""Where text comes from: documents are streamed in pieces, so a corpus may be larger than memory.
+
+A *source* is a value an experiment holds. `open()` looks at names and sizes only and gives a *corpus*:
+
+    title                 for people
+    stored_bytes()        size of the files on disk
+    identity()            cheap key of the files on disk (paths, sizes, times)
+    survey()              one pass over the content: its fingerprint and what the split needs; cached by `identity`
+    rule(survey)          how train and validation were told apart, in words
+    documents(split, survey)   documents in a fixed order, each an iterator of pieces of text
+
+Split of a source that has none: with 20 documents or more, a hash of each document's *name* puts about 10 % of them
+into validation; with fewer, the last 10 % of all characters are validation (on tiny Shakespeare, nanoGPT's split).
+"""
+
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import re
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lab.data import cache_folder, digest
+from lab.data.prepared import described
+from lab.data.reading import check_encoding, encoding_of, read_text
+from lab.data.word_memory import SPACES
+from lab.errors import Absent, UserError
+from lab.files import replace_file, user_path
+
+MANY = 20  # from this many documents on, whole documents are split; below it, the text
+PIECE = 1 << 16  # characters handed to a tokenizer at once
+Documents = Iterator[Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a corpus found. `fingerprint` depends on names and content only, never on where or when."""
+
+    fingerprint: str
+    documents: int
+    characters: int  # of all documents; 0 where no split by characters needs it
+    bytes: int  # UTF-8 bytes; for TfdsText the prepared size, which is close
+    skipped: tuple[str, ...] = ()
+    encodings: tuple[str, ...] = ()  # a sentence for each, where not all files are UTF-8
+
+
+class Corpus(Protocol):
+    """An opened source; see the module's text."""
+
+    title: str
+
+    def identity(self) -> str: ...
+    def stored_bytes(self) -> int: ...
+    def survey(self) -> Survey: ...
+    def rule(self, survey: Survey) -> str: ...
+    def documents(self, split: str, survey: Survey) -> Documents: ...
+
+
+class Source(Protocol):
+    """A frozen dataclass that an experiment holds: `PythonStdlib`, `TextFiles`, `TfdsText`, or one of your own."""
+
+    def validate(self) -> None: ...
+    def open(self) -> Corpus: ...
+
+
+# ---------------------------------------------------------------------------------------------------- streaming
+
+
+def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """Cut text into pieces of at most `size` characters; where the chunks end makes no difference.
+
+    A cut goes in front of a space behind a non-space where there is one: GPT-2's pattern always starts a token there,
+    so byte-level BPE gives the same tokens as on the whole text.
+    """
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        start = 0
+        while len(rest) - start > size:
+            end = _seam(rest, start + size // 2, start + size)
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+def _seam(text: str, low: int, high: int) -> int:
+    for at in range(high - 1, low, -1):
+        if text[at] in SPACES and text[at - 1] not in SPACES:
+            return at
+    return high
+
+
+def between(documents: Documents, start: int, stop: int) -> Documents:
+    """The characters [start, stop) of the concatenated documents, still as documents (some may come out empty)."""
+    position = 0
+
+    def inside(document: Iterator[str]) -> Iterator[str]:
+        nonlocal position
+        for text in document:
+            part = text[max(start - position, 0) : max(stop - position, 0)]
+            position += len(text)
+            if part:
+                yield part
+            if position >= stop:
+                return
+
+    for document in documents:
+        if position >= stop:
+            return
+        yield inside(document)
+
+
+def cached_survey(corpus: Corpus, take: Callable[[], Survey], newest: float) -> Survey:
+    """`take()`, or what it gave the last time this identity was seen. `newest`: latest change of a file, in seconds."""
+    path = cache_folder("sources") / f"{corpus.identity()}.json"
+    try:
+        found = Survey(**json.loads(path.read_bytes()))
+        return dataclasses.replace(found, skipped=tuple(found.skipped), encodings=tuple(found.encodings))
+    except (OSError, ValueError, TypeError):
+        survey = take()
+    # A file changed a moment ago may change again within the clock's resolution: only settled ones are remembered.
+    if time.time() - newest > 2:
+        replace_file(path, json.dumps(dataclasses.asdict(survey)))
+    return survey
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Files:
+    """A corpus of files. `paths`: document name -> path, in reading order. `skip`: pass over what is not text."""
+
+    title: str
+    paths: dict[str, Path]
+    skip: bool = False
+    encoding: str = "UTF-8"
+
+    def _stats(self) -> list[os.stat_result]:
+        try:
+            return [path.stat() for path in self.paths.values()]
+        except OSError as error:
+            raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from None
+
+    def stored_bytes(self) -> int:
+        return sum(s.st_size for s in self._stats())
+
+    def identity(self) -> str:
+        stats = [(s.st_size, s.st_mtime_ns) for s in self._stats()]
+        encoding = () if self.encoding == "UTF-8" else (self.encoding,)
+        return digest("files", sys.version_info[:3], [str(p) for p in self.paths.values()], stats, *encoding)
+
+    def survey(self) -> Survey:
+        return cached_survey(self, self._survey, max(s.st_mtime for s in self._stats()))
+
+    def _survey(self) -> Survey:
+        total, documents, characters, size, skipped, encodings = hashlib.sha256(), 0, 0, 0, [], Counter()
+        for name, path in self.paths.items():
+            content, length, count = hashlib.sha256(), 0, 0
+            try:
+                encodings[encoding_of(path, self.encoding)] += 1
+                for text in read_text(path, self.encoding):
+                    raw = text.encode()
+                    content.update(raw)
+                    length, count = length + len(raw), count + len(text)
+            except UserError:
+                if not self.skip:
+                    raise
+                length = 0
+            if not length:  # nothing in it, or not text
+                skipped.append(name)
+                continue
+            total.update(f"{name}\0{length}\0{content.hexdigest()}\n".encode())
+            documents, characters, size = documents + 1, characters + count, size + length
+        if not documents:
+            raise UserError(f"{self.title} holds no text: {', '.join(list(self.paths)[:3])} is empty.")
+        said = tuple(f"{n} of the files {'is' if n == 1 else 'are'} {name}" for name, n in sorted(encodings.items()))
+        said = () if set(encodings) == {"UTF-8"} else said
+        return Survey(total.hexdigest(), documents, characters, size, tuple(skipped), said)
+
+    def rule(self, survey: Survey) -> str:
+        if survey.documents < MANY:
+            return "validation is the last 10 % of the characters"
+        return "validation is the 10 % of the files that a hash of their names picks"
+
+    def documents(self, split: str, survey: Survey) -> Documents:
+        skipped = set(survey.skipped)
+        names = [name for name in self.paths if name not in skipped]
+        if survey.documents < MANY:
+            everything = (read_text(self.paths[name], self.encoding) for name in names)
+            cut = survey.characters * 9 // 10
+            return between(everything, 0, cut) if split == "train" else between(everything, cut, survey.characters)
+        held = held_out(names)
+        return (read_text(self.paths[name], self.encoding) for name in names
+                if (name in held) == (split == "validation"))
+
+
+def held_out(names: list[str]) -> set[str]:
+    """About a tenth of the names, each chosen by its own hash: adding a file moves no other. Never none."""
+    place = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
+    return {name for name in names if place[name] < 0.1} or {min(names, key=place.__getitem__)}
+
+
+# Left out of PythonStdlib: installed packages; test suites (60 % of all bytes, many of them tables of cases);
+# `encodings`, 120 generated tables that repeat each other and would leak from training into validation; and
+# `pydoc_data`, one generated file of English that would be half of the validation text.
+_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+
+
+@dataclass(frozen=True)
+class PythonStdlib:
+    """The Python source text of the running interpreter's standard library: real text that every machine has.
+
+    Files in the order of their names, without installed packages, tests and generated tables (`encodings`,
+    `pydoc_data`); files that are empty or not UTF-8 are skipped and counted. Whole files are split by a hash of their
+    names (about 10 % validation). Another Python version is another corpus: compare bits per byte only where the
+    fingerprint is equal.
+    """
+
+    def validate(self) -> None:
+        """Nothing to check without reading."""
+
+    def open(self) -> Files:
+        """List the files. UserError where Python came without its library's source text."""
+        root = Path(sysconfig.get_path("stdlib"))
+        found = []
+        for folder, folders, files in os.walk(root):
+            # `config-*` and `_sysconfigdata*` hold the paths of this machine.
+            folders[:] = [f for f in folders if f not in _NOT_STDLIB and not f.startswith("config-")]
+            here = Path(folder).relative_to(root)
+            found += [
+                (here / f).as_posix() for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")
+            ]
+        if len(found) < MANY:
+            raise UserError(f"No source text of Python's standard library in {root}: give TextFiles or another Python.")
+        version = ".".join(map(str, sys.version_info[:3]))
+        return Files(f"Python {version} standard library", {name: root / name for name in sorted(found)}, skip=True)
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Text files on disk, one document each, in the order of their names; `.gz` files are unpacked on the way.
+
+    With 20 files or more a hash of the file names picks about 10 % of them for validation; with fewer, the last 10 % of
+    all characters are validation. Empty files among others are skipped and counted.
+    """
+
+    pattern: str
+    """A file, a folder (all *.txt and *.txt.gz in it), or a pattern such as "~/books/**/*.txt"."""
+    encoding: str = "UTF-8"
+    """How the files are encoded. Files with the byte order mark of UTF-16 or UTF-32 are read as that under UTF-8."""
+
+    def validate(self) -> None:
+        """UserError when the pattern is empty or the encoding unknown."""
+        if not self.pattern.strip():
+            raise UserError('TextFiles needs a file, a folder or a pattern such as "~/books/*.txt".')
+        check_encoding(self.encoding)
+
+    def open(self) -> Files:
+        """Find the files. UserError when there is none."""
+        where = user_path(self.pattern)
+        if where.is_file():
+            found = [where]
+        elif where.is_dir():
+            found = [p for p in where.iterdir() if p.name.endswith((".txt", ".txt.gz")) and p.is_file()]
+        else:
+            found = [Path(p) for p in glob.glob(str(where), recursive=True) if os.path.isfile(p)]
+        if not found:
+            what = "has no *.txt file in it" if where.is_dir() else "does not exist, nor does it match a file"
+            raise Absent(f"{self.pattern} {what} (looked from {Path.cwd()}).")
+        found = sorted({p.absolute() for p in found})
+        base = os.path.commonpath([p.parent for p in found])
+        return Files(f"files {self.pattern}", {p.relative_to(base).as_posix(): p for p in found},
+                     encoding=self.encoding)
+
+
+# --------------------------------------------------------------------------------------------------------- TFDS
+
+
+@dataclass(frozen=True)
+class TfdsText:
+    """A text data set that TFDS has prepared as ArrayRecord, read without TensorFlow; one record is one document.
+
+    Nothing is ever downloaded: `./launch.sh prepare NAME` does that once, in an environment of its own. Where the data
+    set has no validation split (and `validation` is not given), the last 10 % of the training records are validation,
+    or, of fewer than 20 records, the last 10 % of the characters.
+    """
+
+    name: str
+    """Registered name, with configuration and version where needed: "lm1b", "imdb_reviews/plain_text:1.0.0"."""
+    data_dir: str | None = None
+    """Folder of prepared data sets; default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    train: str = "train"
+    """TFDS split expression for training, such as "train[:50%]"."""
+    validation: str | None = None
+    """TFDS split expression for validation, such as "validation+test"; default "validation" where there is one."""
+    feature: str = "text"
+    """Which field of a record is the text."""
+
+    def validate(self) -> None:
+        """UserError when the name cannot be one."""
+        if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", self.name):
+            raise UserError(f'{self.name!r} is not a TFDS name: write "name", "name/config" or "name/config:1.0.0".')
+
+    def open(self) -> "TfdsCorpus":
+        """Find the prepared folder and read its descriptions (no TFDS import, no network). UserError when absent."""
+        self.validate()
+        folder, splits, features = described(self.name, self.data_dir)
+        if self.feature not in features:
+            raise UserError(f"{self.name} has no field {self.feature!r}; it has {', '.join(sorted(features))}.")
+        validation = self.validation or ("validation" if "validation" in splits else None)
+        chosen = dataclasses.replace(self, validation=validation)
+        return TfdsCorpus(f"TFDS {self.name}", chosen, folder, splits)
+
+
+@dataclass(frozen=True)
+class TfdsCorpus:
+    """A corpus of TFDS records; `source.validation` is resolved, `splits` is dataset_info.json's description."""
+
+    title: str
+    source: TfdsText
+    folder: Path
+    splits: dict[str, dict[str, Any]]
+
+    def stored_bytes(self) -> int:
+        return sum(p.stat().st_size for p in self.folder.iterdir())
+
+    def identity(self) -> str:
+        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(self.folder.iterdir())]
+        return digest("tfds", str(self.folder), files, self.source.train, self.source.validation, self.source.feature)
+
+    def survey(self) -> Survey:
+        return cached_survey(self, self._survey, max(p.stat().st_mtime for p in self.folder.iterdir()))
+
+    def _survey(self) -> Survey:
+        # The shards' own bytes: far quicker than decoding every record, and equal wherever the same data was prepared.
+        source = self.source
+        total = hashlib.sha256(digest(source.train, source.validation, source.feature).encode())
+        for path in sorted(self.folder.glob("*.array_record*")):
+            with path.open("rb") as file:
+                total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        records = len(self._records(source.train))
+        if source.validation:
+            self._records(source.validation)  # a wrong expression is said now, not after the training split is done
+        small = not source.validation and records < MANY
+        characters = sum(len(t) for d in self._read(source.train) for t in d) if small else 0
+        size = sum(int(split.get("numBytes", 0)) for split in self.splits.values())
+        return Survey(total.hexdigest(), records, characters, size)
+
+    def rule(self, survey: Survey) -> str:
+        if self.source.validation:
+            return f"train is {self.source.train}, validation is {self.source.validation}"
+        what = "characters" if survey.documents < MANY else "records"
+        return f"validation is the last 10 % of the {what} of {self.source.train}"
+
+    def documents(self, split: str, survey: Survey) -> Documents:
+        train, validation = self.source.train, self.source.validation
+        if validation:
+            return self._read(train if split == "train" else validation)
+        if survey.documents < MANY:
+            cut = survey.characters * 9 // 10
+            first, last = (0, cut) if split == "train" else (cut, survey.characters)
+            return between(self._read(train), first, last)
+        cut = survey.documents * 9 // 10
+        return self._read(train, 0, cut) if split == "train" else self._read(train, cut)
+
+    def _records(self, expression: str) -> Any:
+        import tensorflow_datasets as tfds  # 1.5 s: only when records are really read
+
+        try:
+            return tfds.builder_from_directory(str(self.folder)).as_data_source(split=expression)
+        except ValueError:  # not an expression, an unknown split, or one that selects nothing
+            raise UserError(
+                f"The split {expression!r} of {self.source.name} is unknown, badly written or empty; its splits are "
+                f"{', '.join(self.splits)}."
+            ) from None
+
+    def _read(self, expression: str, start: int = 0, stop: int | None = None) -> Documents:
+        records = self._records(expression)
+        stop = len(records) if stop is None else stop
+        # Reading many records at once is what ArrayRecord is fast at; about 16 MB of them keep memory bounded.
+        size = sum(int(split.get("numBytes", 0)) for split in self.splits.values())
+        count = sum(int(n) for split in self.splits.values() for n in split.get("shardLengths", []))
+        batch = min(max(int(2**24 * count / max(size, 1)), 1), 1024)
+        for first in range(start, stop, batch):
+            for at, record in enumerate(records.__getitems__(list(range(first, min(first + batch, stop)))), first):
+                yield iter((self._text(record[self.source.feature], expression, at),))
+
+    def _text(self, value: bytes | str, expression: str, at: int) -> str:
+        if isinstance(value, str):
+            return value
+        try:
+            return value.decode()
+        except (UnicodeDecodeError, AttributeError) as error:
+            raise UserError(
+                f"Record {at} of {self.source.name} {expression} is not UTF-8 text in {self.source.feature!r}: {error}."
+            ) from None

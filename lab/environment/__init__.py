@@ -1,0 +1,1 @@
+"""Where lab runs: the accelerator, the Python environment, the variables. Standard library only."""

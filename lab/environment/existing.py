@@ -1,0 +1,123 @@
+"""An environment that is there already, instead of one that the launcher builds: `LAB_PYTHON=/path/to/python`, or
+`LAB_ENV=active` for the activated one. For NVIDIA's JAX containers, Colab, TPU VM images, machines without a network.
+
+Nothing is built or changed. Standard library only, see bootstrap.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from lab.environment.accelerator import PLATFORMS, Choice, Stop
+
+# What every command imports. The rest of pyproject.toml is imported where it is used, and what lacks one says so.
+REQUIRED = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tyro")
+FOR_VERB = {"tests": ("pytest", "pytest-xdist"), "ruff": ("ruff",)}
+BACKENDS = {"cuda13": "jax-cuda13-plugin", "cuda12": "jax-cuda12-plugin", "tpu": "libtpu"}
+PROBE = """
+import importlib.metadata, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps([list(sys.version_info[:3]), found]))
+"""
+
+
+def find(environ: Mapping[str, str]) -> str | None:
+    """The Python of the environment that the variables ask for; None where they ask for none.
+
+    Raises:
+      Stop: there is no such Python.
+    """
+    if named := environ.get("LAB_PYTHON"):
+        if found := shutil.which(os.path.expanduser(named)):
+            return os.path.abspath(found)
+        raise Stop(f"LAB_PYTHON={named} is not a program that can be run.")
+    if (wish := environ.get("LAB_ENV", "")) not in ("", "active"):
+        raise Stop(f"LAB_ENV={wish} is not known: LAB_ENV=active uses the activated environment.")
+    if not wish:
+        return None
+    folders = [environ[name] for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if environ.get(name)]
+    places = [os.path.join(folder, "bin") for folder in folders] + [environ.get("PATH", os.defpath)]
+    for name in ("python3", "python"):
+        if found := shutil.which(name, path=os.pathsep.join(places)):
+            return os.path.abspath(found)
+    raise Stop("LAB_ENV=active: no environment is active, and there is no python3 on PATH.")
+
+
+def check(python: str, verb: str, pyproject: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """The versions of what is installed there: of the project's dependencies and JAX's backends.
+
+    Raises:
+      Stop: it is no Python that lab runs on, or a package that this command needs is missing or of a wrong version; the
+        text has the command that installs it.
+    """
+    project, ranges = tomllib.loads(pyproject.read_text("utf-8"))["project"], dependencies(pyproject)
+    needed = [*REQUIRED, *FOR_VERB.get(verb, ())]
+    words = [python, "-P", "-c", PROBE, *ranges, *needed, *BACKENDS.values()]
+    done = subprocess.run(words, env=dict(environ), capture_output=True, text=True)
+    if done.returncode:
+        raise Stop(f"{python} does not run as a Python of 3.11 or newer: {(done.stderr.strip() or 'no reason')[-200:]}")
+    version, found = json.loads(done.stdout)
+    if not satisfies(".".join(map(str, version)), project["requires-python"]):
+        raise Stop(f"{python} is Python {'.'.join(map(str, version))}; lab needs {project['requires-python']}.")
+    wrong = [name for name in needed if name not in found or not satisfies(found[name], ranges.get(name, ""))]
+    if wrong:
+        wanted = " ".join(f"'{name}{ranges.get(name, '')}'" for name in wrong)
+        has = ", ".join(f"{name} {found[name]}" if name in found else f"no {name}" for name in wrong)
+        raise Stop(f"the environment of {python} has {has}. Install it there: {python} -m pip install {wanted}")
+    return found
+
+
+def dependencies(pyproject: Path) -> dict[str, str]:
+    """The project's packages, and the versions that it runs with."""
+    entries = tomllib.loads(pyproject.read_text("utf-8"))["project"]["dependencies"]
+    return dict(re.match(r"([\w-]+)([^\s;]*)", entry).groups() for entry in entries)
+
+
+def satisfies(version: str, wanted: str) -> bool:
+    """Whether a version fits a range such as ">=0.10,<0.13", by the numbers of its release."""
+    def numbers(text: str) -> list[int]:
+        return [int(n) for n in re.match(r"[\d.]*", text)[0].split(".") if n]
+
+    for operator, bound in re.findall(r"(>=|<)\s*([\d.]+)", wanted):
+        if (numbers(version) >= numbers(bound)) != (operator == ">="):
+            return False
+    return True
+
+
+def accelerator_there(choice: Choice, found: Mapping[str, str], python: str) -> Choice:
+    """The build of JAX that this environment has for the machine's accelerator (`choice`).
+
+    Raises:
+      Stop: it has none; JAX would fall back to the CPU.
+    """
+    platform = PLATFORMS[choice.accelerator]
+    for accelerator, package in BACKENDS.items():
+        if package in found and PLATFORMS[accelerator] == platform:
+            return Choice(accelerator, f"{choice.reason}; {package} {found[package]} is installed")
+    if platform == "cpu":
+        return choice
+    raise Stop(f"this machine has an accelerator ({choice.reason}), and {python} no {choice.accelerator}. "
+               f"Install it: {python} -m pip install 'jax[{choice.accelerator}]', or do without: LAB_ACCELERATOR=cpu.")
+
+
+def describe(python: str, choice: Choice, found: Mapping[str, str], pyproject: Path) -> str:
+    """What `./launch.sh env` prints."""
+    backends = set(BACKENDS.values())
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(found.items()) if name not in backends)
+    lines = [f"environment  {python} (nothing is built)", f"accelerator  {choice.accelerator} ({choice.reason})",
+             f"packages     {versions}"]
+    if missing := [name for name in dependencies(pyproject) if name not in found]:
+        lines.append(f"not there    {', '.join(missing)} (a command that needs one of them says so)")
+    return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""``--processes N``: a real run of several processes on one machine, to find the mistakes that only those have."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lab import signals
+from lab.errors import UserError
+from lab.parallel.shared_secret import new_secret
+
+ENDING_SECONDS = 20.0  # what the others get to end by themselves after one has ended
+# What JAX's services say in C++ when a process has died: lines of which none says which one it was. Ours does.
+ECHO = re.compile(rb"[EF]\d{4} [\d:.]+ +\d+ (coordination_service\w*\.cc|preemption_\w+\.cc|client\.h):"
+                  rb"|Additional GRPC error information|:UNKNOWN:Error received from peer")
+FORCE = "--xla_force_host_platform_device_count"
+
+
+def start_processes(args: Sequence[str]) -> int:
+    """Runs ``--processes N`` or ``--processes NxM`` (M devices each) of `args`; returns the exit status of all.
+
+    Process 0 has the screen; what others print to stderr is shown behind their number. SIGTERM and SIGINT go to all of
+    them. When one dies, the others end within seconds.
+
+    Raises:
+      UserError: the numbers are wrong, or there are not that many GPUs.
+    """
+    at = args.index("--processes")
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", args[at + 1] if at + 1 < len(args) else "")
+    rest = [*args[:at], *args[at + 2:]]
+    if not found or not int(found[1]) or found[2] == "0":
+        raise UserError("--processes must be N, or NxM for M devices each: ./launch.sh --processes 2x4 EXPERIMENT.py")
+    if not rest or not (rest[0].endswith(".py") or rest[0] == "bench"):
+        raise UserError("--processes is for training: ./launch.sh --processes 2 EXPERIMENT.py [--flags]")
+    return _Family(rest, int(found[1]), int(found[2]) if found[2] else None).wait()
+
+
+def devices_of(process: int, processes: int, each: int | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that give a process its part of this machine's devices.
+
+    Raises:
+      UserError: there are fewer GPUs than asked for.
+    """
+    if environ.get("LAB_PLATFORM") == "gpu":
+        visible = environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [p.name[6:] for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+        each = each or len(gpus) // processes
+        if not each or each * processes > len(gpus):
+            raise UserError(f"--processes {processes}x{each or 1} needs {processes * (each or 1)} GPUs; there are "
+                            f"{len(gpus)}. LAB_ACCELERATOR=cpu tries it without.")
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[process * each: (process + 1) * each])}
+    if environ.get("LAB_PLATFORM") == "tpu":
+        raise UserError("--processes cannot split a machine's TPU. LAB_ACCELERATOR=cpu tries it without.")
+    flags = environ.get("XLA_FLAGS", "")
+    if each is None:
+        forced = re.search(rf"{FORCE}=(\d+)", flags)
+        each = max(1, int(forced[1]) // processes) if forced else 1
+    return {"XLA_FLAGS": f"{re.sub(rf'{FORCE}=[0-9]+', '', flags)} {FORCE}={each}".strip()}
+
+
+def _free_ports() -> int:
+    """A port that is free together with the next one."""
+    while True:
+        with socket.socket() as a, socket.socket() as b:
+            a.bind(("127.0.0.1", 0))
+            port = a.getsockname()[1]
+            try:
+                b.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+class _Family:
+    """The processes, and this one, which watches them."""
+
+    def __init__(self, args: Sequence[str], processes: int, each: int | None):
+        self.signal: int | None = None
+        port, self.children, secret = _free_ports(), [], new_secret()
+        environs = [devices_of(k, processes, each, os.environ) for k in range(processes)]
+        for k, environ in enumerate(environs):
+            environ |= {"LAB_COORDINATOR": f"127.0.0.1:{port}", "LAB_PROCESSES": str(processes),
+                        "LAB_PROCESS_ID": str(k), "LAB_PARENT": str(os.getpid()), "LAB_SECRET": secret}
+            # A session of its own: Ctrl-C reaches it through this process, once.
+            self.children.append(subprocess.Popen(
+                [sys.executable, "-P", "-m", "lab", *args], env=os.environ | environ, start_new_session=True,
+                stderr=subprocess.PIPE if k else None, stdin=subprocess.DEVNULL))
+        for k, child in enumerate(self.children):
+            if k:
+                threading.Thread(target=_prefix, args=(k, child), daemon=True).start()
+        for number in signals.HEARD:
+            signal.signal(number, self._forward)
+        signals.release()
+
+    def _forward(self, number: int, frame: Any) -> None:
+        self.signal = self.signal or number
+        for child in self.children:
+            if child.poll() is None:
+                child.send_signal(number)  # a second one, too: each knows what it means
+
+    def wait(self) -> int:
+        """The exit status of the first that ended otherwise than with 0; the others follow it or are ended."""
+        limit, told = None, {}
+        while running := [child for child in self.children if child.poll() is None]:
+            ended = [k for k, child in enumerate(self.children) if child.returncode is not None and k not in told]
+            for k in ended:
+                told[k] = self._status(k)
+                limit = limit or time.monotonic() + ENDING_SECONDS
+            if limit and time.monotonic() > limit:
+                self.signal = self.signal or signal.SIGKILL
+                for child in running:
+                    child.kill()
+            time.sleep(0.05)
+        told |= {k: self._status(k) for k in range(len(self.children)) if k not in told}
+        return next((status for status in told.values() if status), 0)
+
+    def _status(self, k: int) -> int:
+        """The exit status of a child that has ended; says when a signal ended it."""
+        code = self.children[k].returncode
+        if code >= 0:
+            return code
+        if self.signal is not None:
+            return {signal.SIGINT: 130, signal.SIGKILL: 1}.get(self.signal, 75)
+        print(f"error: Process {k} was ended by {signal.Signals(-code).name}.", file=sys.stderr, flush=True)
+        return 1
+
+
+def _prefix(k: int, child: subprocess.Popen) -> None:
+    for line in child.stderr:
+        if ECHO.match(line):
+            continue
+        sys.stderr.write(f"[{k}] {line.decode(errors='replace')}")
+        sys.stderr.flush()

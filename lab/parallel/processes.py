@@ -1,0 +1,307 @@
+"""One entry for every launcher: which processes there are, JAX's runtime among them, and what they agree on.
+
+A launcher says who is who by LAB_COORDINATOR (host:port of process 0), LAB_PROCESSES and LAB_PROCESS_ID, or is one that
+is recognised: SLURM's srun, Open MPI's mpirun, SkyPilot, a TPU pod. The port after the coordinator's is used, too.
+LAB_SECRET is the same random text in all processes; without it they must share a home folder (lab/parallel/shared_secret.py).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lab import signals
+from lab.errors import UserError
+from lab.files import make_folder
+from lab.parallel.channel import TOLD, Channel, Hub, own_addresses
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 120.0  # LAB_START_SECONDS: in which all processes must have arrived
+SILENCE_SECONDS = 45.0  # LAB_SILENCE_SECONDS: after which a process counts as lost; one that dies is noticed at once
+
+
+class Launch(NamedTuple):
+    """What a launcher says of this process."""
+
+    launcher: str
+    host: str
+    port: int
+    processes: int
+    process: int
+    local_devices: list[int] | None = None
+    """Which of the machine's GPUs this process drives; None: all that it sees."""
+
+
+def find_launch(environ: Mapping[str, str]) -> Launch | None:
+    """What the launcher set in `environ`; None for one process.
+
+    Raises:
+      UserError: LAB_COORDINATOR, LAB_PROCESSES and LAB_PROCESS_ID do not fit together, or a launcher's own variables
+        are not all there.
+    """
+    if any(environ.get(name) for name in ("LAB_COORDINATOR", "LAB_PROCESSES", "LAB_PROCESS_ID")):
+        return _explicit(environ)
+    if _number(environ, "SKYPILOT_NUM_NODES") > 1:  # it removes SLURM's own variables
+        _need("SkyPilot", environ, "SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK")
+        port = _number(environ, "JAX_COORDINATOR_PORT", 8476)
+        return Launch("SkyPilot", environ["SKYPILOT_NODE_IPS"].split()[0], port,
+                      _number(environ, "SKYPILOT_NUM_NODES"), _number(environ, "SKYPILOT_NODE_RANK", least=0))
+    if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
+        # A shell that srun opened inside a larger allocation is a step of one task; SLURM_NTASKS is the allocation's.
+        tasks = _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS"))
+        if tasks > 1:
+            _need("SLURM", environ, "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID")
+            return _detected("SLURM")._replace(processes=tasks, local_devices=_slurm_devices(environ))
+    if _number(environ, "OMPI_COMM_WORLD_SIZE") > 1:
+        _need("Open MPI", environ, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri")
+        return _detected("Open MPI")
+    several = environ.get("TPU_WORKER_HOSTNAMES", "").count(",") or environ.get("MEGASCALE_NUM_SLICES")
+    platform = environ.get("LAB_PLATFORM")  # elsewhere the variables of a TPU are left over from something else
+    if platform == "tpu" or (several and not platform):
+        found = _detected("TPU pod")
+        return found if found and found.processes > 1 else None
+    return None
+
+
+def _number(environ: Mapping[str, str], name: str, default: int = 1, least: int = 1) -> int:
+    """The number in a variable; `default` where it is not set. Raises UserError where it is none."""
+    text = environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text} must be a number of at least {least}. {_ALONE.format(name)}")
+    return int(text)
+
+
+def _need(launcher: str, environ: Mapping[str, str], *names: str) -> None:
+    """Raises UserError where a launcher that started several processes did not say all of who is who."""
+    if missing := [name for name in names if not environ.get(name)]:
+        set_here = ", ".join(sorted(n for n in environ if n.startswith(names[0].partition("_")[0] + "_")))
+        raise UserError(f"{launcher} seems to have started several processes, but {' and '.join(missing)} "
+                        f"{'is' if len(missing) == 1 else 'are'} not set (there are {set_here}). "
+                        f"{_ALONE.format('them')}")
+
+
+# What to do about variables that do not fit.
+_ALONE = ("If several processes were started, set LAB_COORDINATOR, LAB_PROCESSES and LAB_PROCESS_ID in each; if this "
+          "one is alone, unset {}.")
+
+
+def _explicit(environ: Mapping[str, str]) -> Launch | None:
+    try:
+        host, _, port = environ["LAB_COORDINATOR"].rpartition(":")
+        found = Launch("LAB_COORDINATOR", host.strip("[]"), int(port), int(environ["LAB_PROCESSES"]),
+                       int(environ["LAB_PROCESS_ID"]))
+    except (KeyError, ValueError):
+        raise UserError("Several processes need LAB_COORDINATOR=HOST:PORT of process 0, LAB_PROCESSES=N and "
+                        "LAB_PROCESS_ID=0 ... N-1, all three, in each process.") from None
+    if not host or not 0 < found.port < 65536 or not 0 <= found.process < found.processes:
+        raise UserError(f"LAB_COORDINATOR={environ['LAB_COORDINATOR']} must be HOST:PORT, and LAB_PROCESS_ID="
+                        f"{found.process} in 0 ... LAB_PROCESSES - 1 = {found.processes - 1}.")
+    return found if found.processes > 1 else None
+
+
+def _detected(launcher: str) -> Launch | None:
+    """What JAX itself makes of the environment; the same rules as `jax.distributed.initialize()`."""
+    from jax._src.clusters import ClusterEnv  # not public; JAX would only use it where no time limit can be given
+
+    seconds = int(_seconds("LAB_START_SECONDS", START_SECONDS))
+    try:
+        address, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, seconds)
+    except (LookupError, ValueError, RuntimeError, OSError) as e:  # its variables are another launcher's, or old
+        raise UserError(f"The variables of {launcher} cannot be used ({type(e).__name__}: {str(e)[:160]}). "
+                        f"{_ALONE.format('them')}") from e
+    if address is None or processes is None or process is None:
+        return None
+    host, _, port = address.rpartition(":")
+    return Launch(launcher, host, int(port), processes, process, devices)
+
+
+def _slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
+    """JAX takes GPU i for task i of a node. A node's only task drives all; one bound to a GPU sees it as number 0."""
+    tasks = max(int(n) for n in re.findall(r"(?:^|,)(\d+)", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")))
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(visible.split(",")) if visible else len(glob.glob("/dev/nvidia[0-9]*"))
+    if not count:
+        return None
+    if tasks == 1:
+        return list(range(count))
+    return [0] if count == 1 else [int(environ.get("SLURM_LOCALID", 0))]
+
+
+def _seconds(name: str, default: float) -> float:
+    try:
+        seconds = float(os.environ.get(name) or default)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UserError(f"{name}={os.environ[name]} must be a number of seconds.")
+    return seconds
+
+
+class Processes:
+    """The processes of this run, and this one among them. By default one, for which every agreement is free."""
+
+    def __init__(self, launch: Launch | None = None, channel: Channel | None = None):
+        self.process, self.count = (launch.process, launch.processes) if launch else (0, 1)
+        self.first = self.process == 0
+        self._channel, self._scratch = channel, None
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values (plain JSON) of all processes, in their order; returns when all have come here."""
+        return self._channel.gather(value) if self._channel else [value]
+
+    def share(self, value: Any) -> Any:
+        """Process 0's value (plain JSON) in every process."""
+        return self._channel.gather(value if self.first else None)[0] if self._channel else value
+
+    def stopping(self, wanted: int | None) -> int | None:
+        """The signal for which all processes stop at this very call, or None; `wanted`: one that this process got.
+
+        All processes call this at the same places of their work.
+        """
+        return self._channel.stopping(wanted) if self._channel else wanted
+
+    def check_same(self, mine: dict[str, Any], advice: str) -> None:
+        """Returns when all processes have come here with the same values (plain JSON).
+
+        Raises:
+          UserError: this process's differ from those of process 0, and how; the others hear it and stop, too.
+        """
+        if not self._channel:
+            return
+        first = self.share(mine)
+        if found := [name for name in sorted(mine.keys() | first.keys()) if mine.get(name) != first.get(name)]:
+            shown = "; ".join(f"{name} is {mine.get(name, 'missing')} there and {first.get(name, 'missing')} in "
+                              f"process 0" for name in found[:3])
+            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+            raise UserError(f"{shown}{more}. {advice}")
+        self.gather(None)
+
+    def own_folder(self, folder: Path) -> Path:
+        """Where this process writes what describes the run: `folder` for process 0, and one that is thrown away for the
+        others, which compute all of it as well, since computing takes them all.
+        """
+        if self.first:
+            return folder
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="lab-"))
+            self._channel.at_exit = self._clean
+        return self._scratch
+
+    def log(self, folder: Path) -> Path | None:
+        """This process's log file in the run folder; None for one process alone, whose screen says it all."""
+        if not self._channel:
+            return None
+        self._channel.log = folder / "logs" / f"process-{self.process}.txt"
+        make_folder(self._channel.log.parent)
+        return self._channel.log
+
+    def leave(self, status: int, sentence: str = "") -> None:
+        """Ends this process and all others for the same reason; returns only where there is just one."""
+        if self._channel:
+            self._channel.leave(status, sentence)
+
+    def leave_by(self, error: BaseException) -> None:
+        """Ends all processes by an exception that nobody handled; returns only where there is just one."""
+        if not self._channel:
+            return
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+            self.leave(status, "" if status in TOLD else f"It ended with exit status {status}; see what it printed.")
+        # Whatever went wrong may be a collective's answer to the death of another process, in the words of any of three
+        # libraries (JAX, Gloo, gRPC). The channel then ends this process with a sentence that says which one it was.
+        threading.Event().wait(5)
+        traceback.print_exception(error)
+        self.leave(1, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+    def close(self) -> None:
+        """The ordinary end: all processes come here."""
+        if self._channel:
+            import jax
+
+            self._channel.gather(None, last=True)
+            jax.distributed.shutdown()
+            self._clean()
+
+    def _clean(self) -> None:
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+ALONE = Processes()
+
+
+def start() -> Processes:
+    """Joins the other processes, if the launcher started several. Call it before anything else asks JAX for devices.
+
+    Raises:
+      UserError: some process did not arrive in time (says which), or cannot be reached.
+    """
+    launch = find_launch(os.environ)
+    if launch is None:
+        return Processes()
+    seconds, silence = _seconds("LAB_START_SECONDS", START_SECONDS), _seconds("LAB_SILENCE_SECONDS", SILENCE_SECONDS)
+    # Only process 0 talks, and not the C++ code in it: Gloo greets every peer on standard output.
+    sys.stdout = signals.Output(open(os.devnull if launch.process else os.dup(1), "wb"), line_buffering=True)  # noqa: SIM115
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    port = launch.port + 1 if launch.port < 65535 else launch.port - 1
+    if launch.process == 0:
+        Hub(launch.host, port, launch.processes, seconds, silence)
+    channel = Channel(launch.host, port, launch.process, launch.processes, seconds, silence)
+    processes = Processes(launch, channel)
+    _initialize(launch, processes, seconds, silence)
+    signals.install(processes.leave, quiet=not processes.first)  # in place of JAX's, which only notes a SIGTERM
+    return processes
+
+
+def _initialize(launch: Launch, processes: Processes, seconds: float, silence: float) -> None:
+    """JAX's own runtime. Its time-outs are longer than ours, because it ends a process without a sentence.
+
+    A heartbeat time-out of 60 s ended processes after 38 and 43 s (measured), hence the wide margin.
+    """
+    import jax
+
+    address = f"[{launch.host}]:{launch.port}" if ":" in launch.host else f"{launch.host}:{launch.port}"
+    bind = None  # JAX's way: all addresses of this machine
+    if len(here := own_addresses(launch.host)) == 1:
+        bind = f"[{here[0][1][0]}]:{launch.port}" if ":" in here[0][1][0] else f"{here[0][1][0]}:{launch.port}"
+    if any("_proxy" in name.lower() for name in os.environ):
+        os.environ.setdefault("no_grpc_proxy", launch.host)  # a company's proxy would not reach it
+    late = threading.Timer(seconds, processes.leave, (2, f"JAX's runtime at {address} was not reached within "
+                                                         f"{seconds:g} s. Is that port open between the machines?"))
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            address, launch.processes, launch.process, local_device_ids=launch.local_devices,
+            cluster_detection_method="deactivate", coordinator_bind_address=bind, shutdown_timeout_seconds=30,
+            initialization_timeout=int(seconds) + 30, heartbeat_timeout_seconds=int(2 * silence) + 30)
+    except RuntimeError as e:
+        raise UserError(f"JAX's runtime did not start at {address}: {str(e).splitlines()[0][:200]}.") from e
+    finally:
+        late.cancel()
+
+
+def code_version(file: Path | None) -> dict[str, str]:
+    """Digests of what decides a run besides its flags: lab's files, the experiment's file, versions of packages."""
+    files = {str(path.relative_to(ROOT)): path for path in (ROOT / "lab").rglob("*.py")}
+    if file:
+        files[file.name] = file
+    found = {f"the file {name}": hashlib.sha256(path.read_bytes()).hexdigest()[:12] for name, path in files.items()}
+    for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        found[f"the version of {name}"] = importlib.metadata.version(name)
+    return found | {"the version of Python": platform.python_version()}
+
+

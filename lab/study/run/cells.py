@@ -1,0 +1,132 @@
+"""The cells of a study, arm x seed: what identifies one, what its folder says, and finished ones of other studies."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lab.errors import UserError
+from lab.experiment import Experiment, digest
+from lab.files import no_links
+from lab.study.run.preflight import Arm
+from lab.train import source_code
+from lab.train.run_folder import read_json, write_json
+from lab.train.source_code import changed
+
+STUDY = ("lab.study.run.stacked", "lab.study.run.together", "lab.study.run.forks")  # cells go through these, besides the loop
+__all__ = ["Cell", "cells_of", "changed", "code_of", "finished_elsewhere", "finished_folders", "link", "read_cell"]
+FINISHED = ("done", "diverged", "failed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study, and what it is a function of."""
+
+    arm: str
+    seed: int
+    experiment: Experiment
+    data: str
+    """The data's fingerprint."""
+    code: Mapping[str, str]
+    """See `code_of`."""
+    fork: tuple[int, str] | None = None
+    """Where the arm says so: after how many updates it goes on from the base, and the base's fingerprint."""
+    mode: str = "loop"
+    """How it is carried out: cells of one arm one after another, sharing a program."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits: two cells that have the same compute the same."""
+        fork = [self.fork] if self.fork else []
+        return digest([self.experiment.fingerprint(), self.data, dict(self.code), self.mode, *fork])
+
+    @property
+    def name(self) -> str:
+        """Of its lease."""
+        return f"{self.arm}-{self.seed}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What cell.json and begun.json say of what the cell is a function of."""
+        return {"arm": self.arm, "seed": self.seed, "fingerprint": self.fingerprint, "mode": self.mode,
+                "data": self.data, "code": dict(self.code)}
+
+    def folder(self, study: Path) -> Path:
+        """Its run folder."""
+        return study / "cells" / self.arm / str(self.seed)
+
+
+def cells_of(arm: Arm, base: Arm, seeds: tuple[int, ...], data: str, code: Mapping[str, str]) -> list[Cell]:
+    """The cells of one arm."""
+    fork = (arm.after, base.experiment.fingerprint()) if arm.stated else None
+    return [Cell(arm.name, seed, replace(arm.experiment, seed=seed), data, code, fork) for seed in seeds]
+
+
+def read_cell(folder: Path) -> dict[str, Any] | None:
+    """What cell.json says; None where the cell is not finished.
+
+    Raises:
+      UserError: the folder is damaged.
+    """
+    path = folder / "cell.json"
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+        good = found["status"] in FINISHED and found["fingerprint"] and isinstance(found["code"], dict)
+        if found["status"] == "done":
+            good = good and "final" in read_json(folder / "result.json")
+    except (UserError, KeyError, TypeError, OSError):
+        good = False
+    if not good:
+        raise UserError(f"The cell {folder} is damaged. Delete that folder and type the same command: only this cell "
+                        f"runs again.")
+    return found
+
+
+def finished_elsewhere(studies: Path, but: Path) -> dict[str, Path]:
+    """Fingerprint -> folder, of every cell that is done or diverged in the other studies of a folder."""
+    found = {}
+    for path in sorted(studies.glob("*/cells/*/*/cell.json")):
+        if not path.is_relative_to(but):
+            try:
+                cell = read_cell(path.parent)
+            except UserError:  # not our study: whoever goes on with that one is told
+                continue
+            if cell["status"] != "failed":
+                found[cell["fingerprint"]] = path.parent
+    return found
+
+
+def finished_folders(study: Path, cells: Sequence[Cell]) -> dict[str, Path]:
+    """Name of a cell -> its folder, of those that are finished in this study or in another one beside it."""
+    others = finished_elsewhere(study.parent, study)
+    found = {cell.name: others[cell.fingerprint] for cell in cells if cell.fingerprint in others}
+    return found | {cell.name: folder for cell in cells if read_cell(folder := cell.folder(study))}
+
+
+def link(cell: Cell, source: Path, target: Path) -> None:
+    """Makes a finished cell of another study one of this study: the same files under another name, no second copy."""
+    no_links(source)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=_hard_link,
+                    ignore=lambda folder, names: [n for n in ("cell.json", "begun.json", "lock") if n in names])
+    write_json(target / "cell.json", read_json(source / "cell.json") | cell.identity | {"linked": str(source)})
+
+
+def _hard_link(source: str, target: str) -> None:
+    """Survives the deletion of the other study, unlike a symbolic link; a copy where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def code_of(experiment: Experiment) -> dict[str, str]:
+    """What a cell is a function of besides its experiment and data, see `lab.train.source_code`."""
+    return source_code.code_of(experiment, STUDY)

@@ -1,0 +1,425 @@
+"""Runs the cells of a study, each exactly once, with any number of processes on one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import jax
+
+from lab.errors import CannotWrite, UserError
+from lab.files import make_folder, no_links
+from lab.parallel.processes import ALONE
+from lab.signals import EXIT, Stop
+from lab.study.design.arms import BASE
+from lab.study.run import leases, workers
+from lab.study.run.cells import Cell, changed, finished_elsewhere, finished_folders, link, read_cell
+from lab.study.run.forks import take_over
+from lab.study.run.grouping import Group
+from lab.study.run.preflight import Arm
+from lab.study.run.shared import Bench
+from lab.study.run.together import run_together
+from lab.study.run.units import (
+    FEW_FLOPS,
+    MOST_UPDATES,
+    How,
+    Plan,
+    Unit,
+    cannot,
+    choose,
+    chunk_size,
+    make_units,
+    read_plan,
+)
+from lab.train import loop
+from lab.train.console import Screen, clock
+from lab.train.program import Program
+from lab.train.run_folder import read_json, write_json
+from lab.train.step import State
+
+STOPPED = set(EXIT.values())
+WAIT_SECONDS = 0.5
+
+
+class CellScreen(Screen):
+    """The screen of one cell: what it says goes to a file in its folder, its progress to the study's screen."""
+
+    def __init__(self, outer: Screen, label: str, folder: Path):
+        super().__init__(quiet=True)
+        self._outer, self._label = outer, label
+        make_folder(folder / "logs")
+        self.record(folder / "logs" / "screen.txt")
+
+    def record(self, path: Path | None) -> None:
+        """The loop has no file for one process alone; ours stays."""
+        super().record(path or self._record)
+
+    def progress(self, line: str) -> None:
+        """A line that the next one replaces."""
+        self._outer.progress(f"{self._label}  {line}" if line else "")
+
+
+class Engine:
+    """The cells of one study folder, as this process sees and works on them."""
+
+    def __init__(self, folder: Path, cells: Sequence[Cell], arms: Mapping[str, Arm], groups: Sequence[Group],
+                 screen: Screen, bench: Bench, file: Path | None):
+        """`arms`: all of the study, the base first."""
+        self.folder, self.cells, self.arms, self.groups = folder, list(cells), arms, groups
+        self.screen, self.bench, self.file = screen, bench, file
+        self.leases = folder / "leases"
+        no_links(folder)
+        make_folder(self.leases)
+        make_folder(folder / "cells")
+        self.plan: Plan
+
+    def settle(self, how: How | None, accept: bool, rerun: bool) -> int:
+        """Decides how the study is carried out, unless that was done; returns how many finished cells of the other
+        studies beside this one are taken over. `how`: what the user wants. `accept`, `rerun`: see `_check_code`.
+
+        Raises:
+          UserError: cells of this folder ran otherwise than the user wants; or see `_check_code`.
+        """
+        while not (lease := leases.claim(self.leases, "plan")):
+            self.screen.progress("Waiting for another process, which decides how to run the cells.")
+            time.sleep(WAIT_SECONDS)
+        try:
+            plan = read_plan(self.folder)
+            if plan and how and not any((self.folder / "cells").iterdir()):
+                plan = None  # nothing has begun as it says
+            if plan and how not in (None, plan.how):
+                raise UserError(f"The cells of {self.folder} run as {plan.how!r}, and two ways cannot be compared. "
+                                f"Leave out --execution, or choose another folder with --studies.")
+            self.plan = plan or self._new_plan(how)
+            self.cells = [replace(cell, mode=self.plan.mode) for cell in self.cells]
+            self._check_code(accept, rerun)
+            taken = self._adopt()
+            self._add_units()
+            self.plan.write(self.folder)
+            return taken
+        finally:
+            lease.release()
+
+    def _new_plan(self, how: How | None) -> Plan:
+        elsewhere, own = finished_elsewhere(self.folder.parent, self.folder), self.arms[BASE].experiment.dispatch
+        impossible = {each: why for each in get_args(How) if (why := cannot(each, list(self.arms.values())))}
+        if how in impossible:
+            raise UserError(f"--execution {how}: {impossible[how]} Leave it out, or use --execution loop.")
+        known = [plan for plan in _ways(own) if how in (None, plan.how) and plan.how not in impossible]
+        found = [sum(replace(cell, mode=plan.mode).fingerprint in elsewhere for cell in self.cells) for plan in known]
+        if any(found):  # as most of the cells that need not run again
+            return known[found.index(max(found))]
+        if how is not None:
+            return Plan(how, MOST_UPDATES if self.arms[BASE].flops < FEW_FLOPS else own)
+        seeds = sorted({cell.seed for cell in self.cells})
+        return choose(self.groups, self.arms, seeds, self.bench, self.file, self.screen.say)
+
+    def _add_units(self) -> None:
+        """Gives every cell that has none, and is not finished, a unit."""
+        known = {name for unit in self.plan.units for name in unit.cells}
+        new = [c for c in self.cells if c.name not in known and not self._finished(c)]
+
+        def size(group: Group) -> int:
+            first = next(c for c in new if c.arm in group.arms)
+            program = self.bench.prepared(first.experiment, group.numbers, self.plan.updates).program
+            return chunk_size(len(new), program.compiled.memory_analysis())
+
+        units = make_units(self.groups, new, self.plan.how, size, len(self.plan.units))
+        self.plan = replace(self.plan, units=(*self.plan.units, *units))
+
+    def _finished(self, cell: Cell) -> bool:
+        return (cell.folder(self.folder) / "cell.json").exists()
+
+    def _lease(self, cell: Cell) -> leases.Lease | None:
+        """Whoever has it may touch the cell."""
+        unit = next((unit.name for unit in self.plan.units if cell.name in unit.cells), cell.name)
+        return leases.claim(self.leases, unit)
+
+    def _adopt(self) -> int:
+        """Takes over finished cells of the other studies beside this one; returns how many."""
+        others, taken = finished_elsewhere(self.folder.parent, self.folder), 0
+        for cell in self.cells:
+            source = others.get(cell.fingerprint)
+            if source is None or self._finished(cell) or not self._keeps(source, cell) or not (
+                    lease := self._lease(cell)):
+                continue
+            try:
+                link(cell, source, cell.folder(self.folder))
+                taken += 1
+            finally:
+                lease.release()
+        return taken
+
+    def _keeps(self, source: Path, cell: Cell) -> bool:
+        """Whether the states are there that arms of this study must go on from."""
+        needed = {arm.after for arm in self.arms.values() if arm.stated and cell.arm == BASE}
+        return all((source / "checkpoints" / str(step)).exists() for step in needed)
+
+    def _check_code(self, accept: bool, rerun: bool) -> None:
+        """Finished cells must come from this code and data.
+
+        `accept`: they count as they are. `rerun`: those that do not, and those that failed, are deleted.
+
+        Raises:
+          UserError: some do not, and it was not said what to do; names the files.
+        """
+        other: Counter[str] = Counter()
+        for cell in self.cells:
+            found = read_cell(cell.folder(self.folder))
+            if found is None or (found["fingerprint"] == cell.fingerprint and found["status"] != "failed"):
+                continue
+            if rerun:
+                self._delete(cell)
+            elif found["fingerprint"] != cell.fingerprint:
+                names = changed(found["code"], cell.code) + ["the data"] * (found.get("data") != cell.data)
+                other.update(names or ["the experiment"])
+        if other and not accept:
+            cells = f"{max(other.values())} finished cell{'s' * (max(other.values()) > 1)}"
+            raise UserError(f"{', '.join(other)} changed since {cells} of this study ran. --accept takes them as they "
+                            f"are, --rerun runs them again.")
+
+    def _delete(self, cell: Cell) -> None:
+        if lease := self._lease(cell):
+            try:
+                (cell.folder(self.folder) / "cell.json").unlink()  # first: from here on it is an unfinished one
+                shutil.rmtree(cell.folder(self.folder))
+            finally:
+                lease.release()
+
+    def follow(self) -> None:
+        """Takes the plan of this folder, which another process has made."""
+        self.plan = read_plan(self.folder)
+        self.cells = [replace(cell, mode=self.plan.mode) for cell in self.cells]
+
+    def run_on_cores(self, args: Sequence[str]) -> int:
+        """`run`, by a process on each core; `args`: of the command that they are started with.
+
+        Raises:
+          UserError: processes died.
+        """
+        left = sum(not self._finished(cell) for cell in self.cells)
+        number = min(self.plan.workers, left)
+        with Stop(ALONE).listening() as stop:
+            statuses = workers.run_workers(args, number, self.folder / "logs", self.screen, stop)
+            left = sum(not self._finished(cell) for cell in self.cells)
+            if left and stop():
+                self.screen.say(f"Stopped and saved: {left} cells are left. The same command goes on.")
+                return EXIT[stop.signal]
+        if left:
+            raise UserError(f"{left} cells are left, but the processes for them have ended (exit statuses {statuses}, "
+                            f"see above and {self.folder / 'logs'}). The same command goes on.")
+        return 0
+
+    def run(self) -> int:
+        """Works until every cell is finished, by this process or another; returns the exit status.
+
+        0: finished. 75 / 130: told to stop, the running cell is saved. Raises OSError when the disk is full.
+        """
+        cells, group = {cell.name: cell for cell in self.cells}, None
+        while pending := [unit for unit in self.plan.units if any(
+                name in cells and not self._finished(cells[name]) for name in unit.cells)]:
+            claimed = self._claim(pending, cells, group)
+            if claimed is None:
+                self.screen.progress(f"Waiting for {len(pending)} cells that other processes work on.")
+                time.sleep(WAIT_SECONDS)
+                continue
+            unit, lease = claimed
+            own = [cells[name] for name in unit.cells if name in cells and not self._finished(cells[name])]
+            self._compile_next([u for u in pending if u.group != unit.group], cells)
+            try:
+                status = self._run_together(unit, own) if self.plan.how == "vmap" else self._run(unit, own)
+            finally:
+                lease.release()
+            if status in STOPPED:
+                left = sum(not self._finished(cell) for cell in self.cells)
+                self.screen.say(f"Stopped and saved: {left} cells are left. The same command goes on.")
+                return status
+            group = unit.group
+        return 0
+
+    def _claim(self, pending: Sequence[Unit], cells: Mapping[str, Cell], group: int | None) -> (
+            tuple[Unit, leases.Lease] | None):
+        """The next unit that nobody works on: of the group that is compiled already, else of one that nobody has."""
+        taken = {unit.group for unit in pending if leases.busy(self.leases, unit.name)}
+        ready = [unit for unit in pending if all(self._ready(cells[name]) for name in unit.cells if name in cells)]
+        for unit in sorted(ready, key=lambda u: (u.group != group, u.group in taken)):
+            if lease := leases.claim(self.leases, unit.name):
+                if not all(self._finished(cells[name]) for name in unit.cells if name in cells):  # while we looked
+                    return unit, lease
+                lease.release()
+        return None
+
+    def _base_of(self, cell: Cell) -> Cell | None:
+        """The cell from which this one goes on, if it is one of ours."""
+        forks = self.plan.how != "vmap" and self.arms[cell.arm].after
+        return next((c for c in self.cells if forks and (c.arm, c.seed) == (BASE, cell.seed)), None)
+
+    def _ready(self, cell: Cell) -> bool:
+        base = self._base_of(cell)
+        return base is None or self._finished(base)
+
+    def _prepared(self, unit: Unit, cell: Cell) -> loop.Prepared:
+        found = self.bench.prepared(cell.experiment, unit.numbers, self.plan.updates)
+        if cell.arm == BASE:
+            return replace(found, keep=tuple(sorted({arm.after for arm in self.arms.values() if arm.after})))
+        if base := self._base_of(cell):
+            arm = self.arms[cell.arm]
+
+            def begin(program: Program, own: Path) -> State | None:
+                state = take_over(base.folder(self.folder), arm.after, cell.experiment, base.experiment, program, own)
+                if state is None and arm.stated:
+                    raise UserError(f"The base has no state after update {arm.after} with seed {cell.seed}: it "
+                                    f"diverged or failed before.")
+                return state
+
+            return replace(found, begin=begin)
+        return found
+
+    def _compile_next(self, later: Sequence[Unit], cells: Mapping[str, Cell]) -> None:
+        """In the background, while this unit runs. Only where all its cells are ours: others are another program."""
+        unit = next((u for u in later if all(n in cells and not self._finished(cells[n]) for n in u.cells)), None)
+        if unit:
+            self.bench.ahead([cells[name].experiment for name in unit.cells], unit.numbers, self.plan.updates,
+                             together=self.plan.how == "vmap")
+
+    def _run(self, unit: Unit, cells: Sequence[Cell]) -> int:
+        """Runs the one cell of a unit, from wherever it was, and writes its cell.json; returns the loop's status."""
+        (cell,) = cells
+        folder, start = cell.folder(self.folder), time.monotonic()
+        again = self._begin(cell, folder)
+        errors, status = [], 0
+        if not (folder / "result.json").exists():  # else only its cell.json was missing
+            screen = CellScreen(self.screen, f"cell {self._number()}/{len(self.cells)}  {cell.arm} {cell.seed}", folder)
+            with _failing(errors):
+                status = loop.train(cell.experiment, folder, screen, self.file, prepared=self._prepared(unit, cell))
+        if status not in STOPPED:
+            seconds = time.monotonic() - start
+            self._end(cell, "diverged" if status == 1 else "done", errors, None if again else seconds, clock(seconds))
+        return status
+
+    def _run_together(self, unit: Unit, cells: Sequence[Cell]) -> int:
+        """Runs the cells of a unit at once, from wherever they were, and writes their cell.json; returns the status."""
+        home, start = self.folder / "together" / unit.name, time.monotonic()
+        begun = _begun(home)
+        members = {c.name: c for c in self.cells}
+        if begun and all(n in members and members[n].fingerprint == f for n, f in begun.items()):
+            cells = [members[name] for name in begun]  # also those that finished while others were still written
+        else:
+            shutil.rmtree(home, ignore_errors=True)
+            home.mkdir(parents=True)
+            for cell in cells:
+                self._begin(cell, cell.folder(self.folder), anew=True)
+            write_json(home / "begun.json", {c.name: c.fingerprint for c in cells})
+        again, errors, lives, status = bool(begun), [], [False] * len(cells), 0
+        label = f"cells {self._number()} to {self._number() + len(cells) - 1} of {len(self.cells)}"
+        screen = CellScreen(self.screen, label, home)
+        with _failing(errors):
+            stacked = self.bench.stacked([c.experiment for c in cells], unit.numbers, self.plan.updates)
+            status, lives = run_together(stacked, cells, [c.folder(self.folder) for c in cells], home,
+                                         self.bench.data(cells[0].experiment), screen, self.file, Stop(ALONE))
+        if status not in STOPPED:
+            seconds = (time.monotonic() - start) / len(cells)
+            for cell, alive in zip(cells, lives, strict=True):
+                if not self._finished(cell):
+                    self._end(cell, "done" if alive else "diverged", errors,
+                              None if again else seconds, f"{clock(seconds * len(cells))} for {len(cells)} together")
+            shutil.rmtree(home, ignore_errors=True)
+        return status
+
+    def _number(self) -> int:
+        return 1 + sum(self._finished(cell) for cell in self.cells)
+
+    def _begin(self, cell: Cell, folder: Path, anew: bool = False) -> bool:
+        """Whether an earlier process began this very cell. What other code or data left there is deleted."""
+        if not anew and _begun(folder).get("fingerprint") == cell.fingerprint:
+            return True
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(folder / "begun.json", cell.identity)
+        return False
+
+    def _end(self, cell: Cell, said: str, errors: Sequence[str], seconds: float | None, shown: str) -> None:
+        """Writes cell.json, which makes the cell a finished one; a failed one where there are errors."""
+        folder, error = cell.folder(self.folder), next(iter(errors), None)
+        said = "failed" if error else said
+        write_json(folder / "cell.json", cell.identity | {
+            "status": said, "seconds": seconds and round(seconds, 3), "error": error})
+        result = error or ("" if said == "diverged" else _final(folder, cell.experiment.evaluate.metric))
+        self.screen.say(f"{cell.arm} seed {cell.seed}: {said} {result} ({shown})")
+
+    def summary(self) -> dict[str, int]:
+        """How many cells are done, diverged and failed; together they are all that were planned.
+
+        Raises:
+          UserError: a cell is damaged.
+        """
+        for unit in self.plan.units if any(self.leases.iterdir()) else ():  # of processes that died at the very end
+            if lease := leases.claim(self.leases, unit.name):
+                lease.release()
+        found = Counter(cell["status"] for c in self.cells if (cell := read_cell(c.folder(self.folder))))
+        assert sum(found.values()) == len(self.cells), (found, len(self.cells))
+        return {status: found[status] for status in ("done", "diverged", "failed")}
+
+
+def _begun(folder: Path) -> dict[str, str]:
+    """What begun.json says of whoever began here; nothing where it is not there, or damaged: then it begins anew."""
+    try:
+        found = read_json(folder / "begun.json") if (folder / "begun.json").exists() else {}
+    except UserError:
+        found = {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def _failing(errors: list[str]) -> Iterator[None]:
+    """Collects what fails a cell while others may be well: out of memory, above all. A full disk fails them all."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except (UserError, jax.errors.JaxRuntimeError) as e:
+        errors.append(str(e) if isinstance(e, UserError) else str(e).partition("\n")[0])
+
+
+def _ways(updates: int) -> list[Plan]:
+    """All ways to carry out a study whose base makes so many updates in a call."""
+    return [Plan(how, n) for how in get_args(How) for n in dict.fromkeys((updates, MOST_UPDATES))]
+
+
+def likeliest(folder: Path, cells: Sequence[Cell], updates: int) -> list[Cell]:
+    """The cells as they would be carried out, for a study that is not: as the plan of its folder says, or as most of
+    those that are finished were."""
+    plan = read_plan(folder)
+    modes = [plan.mode] if plan else list(dict.fromkeys(way.mode for way in _ways(updates)))
+    ways = [[replace(cell, mode=mode) for cell in cells] for mode in modes]
+    return max(ways, key=lambda way: len(finished_folders(folder, way)))
+
+
+def mean_seconds(cells: Sequence[Cell], folders: Mapping[str, Path]) -> dict[str, float]:
+    """Arm -> mean seconds of its cells that are done, where they are known. `folders`: as `finished_folders` says."""
+    found: dict[str, list[float]] = {}
+    for cell in cells:
+        said = read_cell(folders[cell.name]) if cell.name in folders else None
+        if said and said["status"] == "done" and said["seconds"] is not None:
+            found.setdefault(cell.arm, []).append(said["seconds"])
+    return {arm: sum(values) / len(values) for arm, values in found.items()}
+
+
+def metric_values(cells: Sequence[Cell], folders: Mapping[str, Path], metric: str, split: str) -> dict[int, float]:
+    """Seed -> the metric at the end, of the cells that are done. `folders`: as `finished_folders` says."""
+    found = {}
+    for cell in cells:
+        if cell.name in folders and read_cell(folders[cell.name])["status"] == "done":
+            result = read_json(folders[cell.name] / "result.json")
+            found[cell.seed] = result["final" if split == "validation" else "test"][metric]
+    return found
+
+
+def _final(folder: Path, metric: str) -> str:
+    return f"{metric} {read_json(folder / 'result.json')['final'][metric]:.4f}"

@@ -1,0 +1,86 @@
+"""Forked arms: an arm that is the base up to some update goes on from the base's state there, instead of repeating it.
+
+Found from what the fields of both experiments declare (the tail of a schedule, the start of an average, evaluation), or
+stated by the arm: ``Fork(500, {"optim.lr.peak": 1e-4})``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lab.errors import UserError
+from lab.experiment import Experiment, to_json
+from lab.files import replace_file
+from lab.models.members import Several
+from lab.train.checkpoint import Checkpoints
+from lab.train.metrics import marked_rows
+from lab.train.program import Program, abstract_state
+from lab.train.step import State
+
+WORTH = 0.1  # of the updates; to share fewer is not worth the waiting
+
+
+def acts_from(base: Experiment, arm: Experiment) -> int:
+    """Completed updates up to which the arm cannot differ from the base; 0 where that is not known."""
+    if base.evaluate.patience is not None or arm.evaluate.patience is not None or base.exact or arm.exact:
+        return 0
+    ours, theirs, first = arm.optim, base.optim, min(arm.steps, base.steps)
+    if (ours.lr, arm.steps) != (theirs.lr, base.steps):
+        if (ours.lr.peak, ours.lr.warmup) != (theirs.lr.peak, theirs.lr.warmup):
+            return 0
+        first = min(first, ours.lr.tail(arm.steps), theirs.lr.tail(base.steps))
+    if (ours.ema, ours.ema_from) != (theirs.ema, theirs.ema_from):
+        first = min([first, *(o.ema_from for o in (ours, theirs) if o.ema is not None)])
+    optim = replace(ours, lr=theirs.lr, ema=theirs.ema, ema_from=theirs.ema_from)
+    rest = replace(arm, optim=optim, steps=base.steps, evaluate=base.evaluate)
+    return first if rest.fingerprint() == base.fingerprint() else 0
+
+
+def check_fork(base: Experiment, arm: Experiment, after: int) -> None:
+    """Raises UserError where an arm cannot go on from the base's state after so many updates."""
+    if not 0 < after < arm.steps or after > base.steps:
+        raise UserError(f"it forks after update {after}, which is not inside its {arm.steps} updates.")
+    if base.evaluate.patience is not None or arm.evaluate.patience is not None:
+        raise UserError("it forks from a run that may stop early: leave out evaluate.patience.")
+    if to_json(base.data) != to_json(arm.data) or base.batch != arm.batch:
+        raise UserError("it forks, and so must have the base's data and batch.")
+    there, here = abstract_state(base), abstract_state(arm)
+    taken = there._replace(opt_state=jax.eval_shape(functools.partial(_taken, arm), there))
+    if str(taken) != str(here):
+        raise UserError("it cannot go on from the base's state: its model or its optimizer has another one.")
+
+
+def _taken(experiment: Experiment, state: State) -> Any:
+    """The optimizer state of the base in this state, as the arm has it."""
+    take_over = experiment.optim.take_over
+    if isinstance(experiment.model, Several):
+        take_over = jax.vmap(take_over, in_axes=(0, 0, 0, None))
+    return take_over(state.opt_state, state.params, state.extra, jnp.array(state.step))
+
+
+def take_over(folder: Path, after: int, experiment: Experiment, base: Experiment, program: Program, own: Path) -> (
+        State | None):
+    """The base's state after so many updates, as the arm has it there; None where it was not kept.
+
+    `folder`, `base`: of the base's run with this seed; `own`, `experiment`: of the arm's. Writes the rows up to there.
+    """
+    kept = Checkpoints(folder / "checkpoints") if (folder / "checkpoints").exists() else None
+    if kept is None or after not in kept.steps():
+        return None
+    state = kept.restore(program.placed(base), after)
+    opt_state = _taken(experiment, state)
+    state = jax.tree.map(lambda x, target: jax.device_put(x, target.sharding), state._replace(opt_state=opt_state),
+                         program.abstract)
+    same = base.evaluate == experiment.evaluate and base.optim.ema == experiment.optim.ema
+    found = marked_rows(folder / "metrics.jsonl", kept.beside(after))
+    rows = [row for row in found if row["split"] == "train" and row["step"] <= after
+            or row["split"] == "validation" and same and row["step"] < after]
+    replace_file(own / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return state

@@ -1,0 +1,106 @@
+"""Which cells can be one program: those whose experiments differ only in numbers that the step treats as data.
+
+A learning rate or a decay reaches the step as a factor, and may as well be an argument of the compiled program. A field
+that Python looks at (a dropout rate, a number of layers) cannot: tracing the step with it fails, and its cells part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from flax.errors import FlaxError
+
+from lab.errors import UserError
+from lab.experiment import Checkpoint, Experiment, Log, digest, flat, override, to_json
+from lab.train.program import abstract_state, batch_spec, one_record
+from lab.train.step import init_state, make_train_step
+
+INGREDIENTS = ("optim.", "model.", "task.")  # numbers elsewhere (splits of the data, say) act outside of the step
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experiments (all with seed 0) that one compiled program serves."""
+
+    numbers: tuple[str, ...]
+    """The dotted fields that are its arguments, besides the seed."""
+    arms: tuple[str, ...]
+
+
+def groups(arms: Mapping[str, Experiment]) -> list[Group]:
+    """Parts arms into as few programs as possible, in their order. Traces them; computes nothing."""
+    found: list[Group] = []
+    for alike in _parted(arms, lambda e: _without(e, _floats(e))):
+        found += _by_tracing({name: arms[name] for name in alike})
+    first = {name: i for i, name in enumerate(arms)}
+    return sorted(found, key=lambda group: first[group.arms[0]])
+
+
+def _by_tracing(arms: Mapping[str, Experiment]) -> list[Group]:
+    """Of arms that differ in numbers only."""
+    numbers = [path for path in _floats(next(iter(arms.values())))
+               if len({flat(to_json(e))[path] for e in arms.values()}) > 1]
+    first = next(iter(arms.values()))
+    if not traceable(first, numbers):
+        numbers = [path for path in numbers if traceable(first, [path])]
+    found = []
+    for alike in _parted(arms, lambda e: [_without(e, numbers), str(abstract_state(e))]):
+        own = {name: arms[name] for name in alike}
+        if len(own) < len(arms):  # fewer may need fewer numbers
+            found += _by_tracing(own)
+        elif numbers and _structure(first, numbers) != str(abstract_state(first)):  # a momentum that is 0 in all
+            found += [Group((), (name,)) for name in own]
+        else:
+            found.append(Group(tuple(numbers), tuple(own)))
+    return found
+
+
+def traceable(experiment: Experiment, numbers: Sequence[str]) -> bool:
+    """Whether an update can be traced without knowing these numbers."""
+    try:
+        _structure(experiment, numbers)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, FlaxError, UserError):
+        return False  # JAX's own errors about tracers are TypeErrors; others come from what a model does with them
+    return True
+
+
+def _structure(experiment: Experiment, numbers: Sequence[str]) -> str:
+    """The shapes of the state when the numbers are arguments."""
+    spec = batch_spec(experiment)
+
+    def begin_and_update(given: Mapping[str, Any], batch: Any) -> Any:
+        own = override(experiment, given)
+        state = init_state(own, one_record(spec))
+        make_train_step(own)(state, batch)
+        return state
+
+    given = {path: jax.ShapeDtypeStruct((), np.float32) for path in numbers}
+    return str(jax.eval_shape(begin_and_update, given | {"seed": jax.ShapeDtypeStruct((), np.uint32)}, spec))
+
+
+def _floats(experiment: Experiment) -> list[str]:
+    return [path for path, value in flat(to_json(experiment)).items()
+            if isinstance(value, float) and path.startswith(INGREDIENTS)]
+
+
+def _without(experiment: Experiment, numbers: Sequence[str]) -> dict[str, Any]:
+    """All that identifies an experiment but the seed and these numbers."""
+    whole = flat(to_json(replace(experiment, seed=0, checkpoint=Checkpoint(), log=Log())))
+    return whole | dict.fromkeys(numbers, "a number")
+
+
+def program_key(experiment: Experiment, numbers: Sequence[str]) -> str:
+    """Experiments with the same key are served by the same program (see `Program.like`)."""
+    return digest([_without(experiment, numbers), list(numbers)])
+
+
+def _parted(arms: Mapping[str, Experiment], key: Any) -> Iterator[list[str]]:
+    """The names of arms that have the same key, in order."""
+    found: dict[str, list[str]] = {}
+    for name, experiment in arms.items():
+        found.setdefault(digest(key(experiment)), []).append(name)
+    yield from found.values()

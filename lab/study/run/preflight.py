@@ -1,0 +1,201 @@
+"""Before the first update of a study: every arm is built, checked, traced and priced; nothing is trained."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax.errors import FlaxError
+from rich.table import Table
+
+from lab.data.pipeline import eval_batches, reader
+from lab.errors import UserError
+from lab.experiment import Experiment, flat, to_json
+from lab.study.design.arms import BASE, Changes, Study
+from lab.study.run.forks import WORTH, acts_from, check_fork
+from lab.train.console import clock, human
+from lab.train.cost import Plan, make_plan, size_of, step_flops
+from lab.train.program import Program, batch_spec
+from lab.train.step import State, make_eval_step
+
+TIMED_FLOPS = 2e12  # on a CPU a base whose update costs more is not timed: that alone would take minutes
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm that is known to work, and what an update of it costs."""
+
+    name: str
+    changes: Changes
+    experiment: Experiment
+    """With seed 0."""
+    parameters: int
+    flops: int
+    """Of one whole update, as it is traced: with the optimizer's products, and what is computed again."""
+    memory: int
+    """Bytes of state and gradients, and at most those kept for the backward pass; of all devices together."""
+    after: int = 0
+    """Completed updates of the base from whose state it goes on, instead of repeating them."""
+    stated: bool = False
+    """Whether that is what the arm is, and not only a way to save time."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The arm as study.json has it."""
+        return {"name": self.name, "changes": {path: to_json(value) for path, value in self.changes.items()},
+                "fingerprint": self.experiment.fingerprint(), "parameters": self.parameters,
+                "flops_per_update": self.flops, "memory_bytes": self.memory, "forked_after": self.after,
+                "fork": self.after if self.stated else 0}
+
+
+def preflight(study: Study) -> list[Arm]:
+    """The arms, the base first. Reads no data and runs nothing on a device.
+
+    Raises:
+      UserError: what `Study.experiments` raises; an arm cannot be built, or does not produce the study's metric.
+    """
+    arms, found = [], study.experiments()
+    base = found[BASE][1]
+    for name, (changes, experiment) in found.items():
+        try:
+            plan = make_plan(experiment)
+            flops, produced = step_flops(experiment), metric_names(experiment, plan.state)
+            if (stated := study.forked(name)) is not None:
+                check_fork(base, experiment, stated)
+        except UserError as e:
+            raise UserError(f"Arm {name}: {e}") from e
+        except (TypeError, ValueError, LookupError, AttributeError, FlaxError) as e:  # the model's or the task's own
+            reason = str(e).strip().partition("\n")[0]
+            raise UserError(f"Arm {name} cannot be built: {type(e).__name__}: {reason}") from e
+        for metric in (study.metric, experiment.evaluate.metric):
+            if metric not in produced:
+                near = difflib.get_close_matches(metric, produced, n=1)
+                raise UserError(f"Arm {name} does not produce the metric {metric!r}; there are {', '.join(produced)}."
+                                + (f" Perhaps you meant {near[0]}." if near else ""))
+        after = stated or (acts_from(base, experiment) if name != BASE else 0)
+        after = after if stated or after >= WORTH * experiment.steps else 0
+        arms.append(Arm(name, changes, experiment, plan.parameters, flops, _memory(plan), after, bool(stated)))
+    return arms
+
+
+def metric_names(experiment: Experiment, state: State) -> list[str]:
+    """The names of all evaluation metrics, from shapes alone. `state`: abstract."""
+    rows = experiment.batch // experiment.microbatches
+    batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch_spec(experiment).items()}
+    shapes = jax.eval_shape(make_eval_step(experiment), state, batch)
+    means = {name: 1.0 for name, x in shapes.items() if isinstance(x, tuple)}
+    counts = {name: np.ones(x.shape, x.dtype) for name, x in shapes.items() if not isinstance(x, tuple)}
+    with np.errstate(all="ignore"):  # ones are no real counts
+        return [*means, *experiment.task.summary(means, counts)]
+
+
+def _memory(plan: Plan) -> int:
+    return size_of(plan.state) + size_of(plan.state.params) + plan.activations
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured on the base, and scaled by FLOPs for the other arms."""
+
+    compile: float
+    """Seconds, as all here."""
+    update: float
+    evaluation: float
+
+    def cell(self, arm: Arm, base: Arm) -> float:
+        """What one cell of an arm will take, without compiling."""
+        experiment = arm.experiment
+        evaluations = 2 + (experiment.steps - 1) // experiment.evaluate.every if experiment.evaluate.every else 2
+        seconds = (experiment.steps - arm.after) * self.update + evaluations * self.evaluation
+        return seconds * arm.flops / max(base.flops, 1)
+
+
+def measure(base: Arm, data: Any, program: Program) -> Timing | None:
+    """Three updates and one evaluation of the base; None where even that would take minutes."""
+    experiment, calls = base.experiment, program.experiment.dispatch
+    if jax.default_backend() == "cpu" and base.flops * calls > TIMED_FLOPS:
+        return None
+    read, state, update, seconds = reader(program), program.init(), program.train, []
+    for call in range(4):
+        batch, start = program.batch(read, call), time.perf_counter()
+        state, values = update(state, batch)
+        jax.block_until_ready(values)
+        seconds.append((time.perf_counter() - start) / calls)
+
+    def batches() -> Any:
+        return eval_batches(data.validation, program.eval_batch, experiment.evaluate.records, program.eval_rows)
+
+    start = time.perf_counter()
+    program.evaluate(state, itertools.islice(batches(), 1))
+    compiled = program.compile_seconds + time.perf_counter() - start
+    start = time.perf_counter()
+    program.evaluate(state, batches())
+    return Timing(compiled, float(np.median(seconds[1:])), time.perf_counter() - start)
+
+
+def guess(base: Arm, data: Any, update: float) -> Timing:
+    """From the seconds of an update alone: an evaluation is a forward pass, about a third of an update, per batch."""
+    experiment = base.experiment
+    records = min(len(data.validation), experiment.evaluate.records or len(data.validation))
+    return Timing(0.0, update, update / 3 * math.ceil(records / experiment.batch))
+
+
+def estimate(arms: list[Arm], left: Mapping[str, int], seconds: Mapping[str, float], timing: Timing | None) -> (
+        float | None):
+    """Seconds for the cells that are `left` of each arm, one after another: from finished cells of the same arm
+    (`seconds`: their mean), else from `timing`; None where neither is known.
+    """
+    total = 0.0
+    for arm in arms:
+        if not left[arm.name]:
+            continue
+        if arm.name in seconds:
+            total += left[arm.name] * seconds[arm.name]
+        elif timing is None:
+            return None
+        else:
+            total += timing.compile + left[arm.name] * timing.cell(arm, arms[0])
+    return total
+
+
+def table(study: Study, arms: list[Arm], left: Mapping[str, int]) -> Table:
+    """Per arm: what it changes, and what it costs."""
+    base = flat(to_json(study.base))
+    found = Table(title=f"{len(arms)} arms x {len(study.seeds)} seeds, compared by {study.split} {study.metric} "
+                        f"({study.mode})", title_justify="left")
+    found.add_column("arm", overflow="fold", ratio=1)
+    found.add_column("changes of the base", overflow="fold", ratio=1)
+    for column in ("parameters", "FLOPs", "memory", "updates", "to run"):
+        found.add_column(column, justify="right", no_wrap=True)
+    for arm in arms:
+        changes = [f"{path.rpartition('.')[2]}: " + (f"{_shown(base[path])} -> " if path in base else "")
+                   + _shown(to_json(value)) for path, value in arm.changes.items()]
+        changes += [f"(goes on from the base after update {arm.after})"] if arm.after else []
+        found.add_row(arm.name, "\n".join(changes), human(arm.parameters), human(arm.flops), human(arm.memory) + "B",
+                      human(arm.experiment.steps), str(left[arm.name]))
+    found.caption = "FLOPs: of an update; memory: at most; to run: cells"
+    return found
+
+
+def _shown(value: Any) -> str:
+    """A JSON value, shortly: of an object its class and what is in it."""
+    if isinstance(value, dict):
+        inner = ", ".join(f"{k}={_shown(v)}" for k, v in value.items() if k != "class")
+        text = f"{value['class'].rpartition('.')[2]}({inner})"
+        return text if len(text) <= 100 else text[:97] + "..."
+    return str(value)
+
+
+def describe_estimate(seconds: float | None, cells: int) -> str:
+    """One line on how long the study will take."""
+    if not cells:
+        return "Every cell is finished already."
+    if seconds is None:
+        return f"{cells} cells to run; how long they will take is unknown until one has finished."
+    return f"{cells} cells to run: about {clock(seconds)}, and the compilations."

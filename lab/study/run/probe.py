@@ -1,0 +1,30 @@
+"""Times an update of one cell in a process of its own, bound to one core: `python -m lab.study.run.probe`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from lab.study.run.workers import pin
+
+
+def probe() -> None:
+    """Prints the seconds of an update of what stdin describes."""
+    from lab.experiment import from_json, load
+    from lab.parallel.backend import start_jax
+    from lab.study.run.shared import Bench
+    from lab.study.run.units import time_alone
+
+    start_jax()
+    told = json.load(sys.stdin)
+    if told["file"]:
+        load(Path(told["file"]))
+    bench = Bench(told["stops"])
+    print(time_alone(from_json(told["experiment"]), told["numbers"], told["updates"], bench))
+    bench.close()
+
+
+if __name__ == "__main__":
+    pin()
+    probe()

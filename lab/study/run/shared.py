@@ -1,0 +1,97 @@
+"""What the cells of a study share: data and compiled programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from lab.experiment import Experiment, digest, to_json
+from lab.study.run.grouping import program_key
+from lab.study.run.stacked import Stacked, common_dispatch
+from lab.train import loop
+from lab.train.program import Program
+
+SMALL_BYTES = 1 << 29
+KEPT = 2  # programs: the one that runs, and the next one
+
+
+class Bench:
+    """Data and programs for one cell or unit after another. It holds one data set, and the last programs used."""
+
+    def __init__(self, stops: Sequence[int] = ()) -> None:
+        """`stops`: steps after which a call must end, because states are taken over there."""
+        self.stops = tuple(stops)
+        self._data: tuple[str, Any] = ("", None)
+        self._programs: dict[str, Future] = {}
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
+
+    def data(self, experiment: Experiment) -> Any:
+        """The experiment's data, loaded. Raises UserError."""
+        key = digest(to_json(experiment.data))
+        if self._data[0] != key:
+            self._programs.clear()  # the old must go before the new comes
+            self._data = ("", None)
+            self._data = (key, experiment.data.load())
+        return self._data[1]
+
+    def _program(self, key: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made in another thread; by an earlier call perhaps."""
+        if key not in self._programs:
+            while len(self._programs) >= KEPT:
+                self._programs.pop(next(iter(self._programs)))
+            self._programs[key] = self._compiler.submit(make)
+        self._programs[key] = found = self._programs.pop(key)  # the last one used goes last
+        return found
+
+    def _run(self, experiment: Experiment, updates: int) -> Experiment:
+        """The experiment as it is carried out: several updates in a call, small records on the device."""
+        arrays = getattr(self.data(experiment).train, "arrays", {})
+        small = experiment.resident == "auto" and 0 < sum(x.nbytes for x in arrays.values()) < SMALL_BYTES
+        return replace(experiment, dispatch=common_dispatch(experiment, updates, self.stops),
+                       resident="always" if small and experiment.parallel == "jit" else experiment.resident)
+
+    def _alone(self, experiment: Experiment, numbers: Sequence[str], updates: int) -> Future:
+        run, train = self._run(experiment, updates), self.data(experiment).train
+
+        def make() -> Program:
+            program = Program(run, train, numbers=numbers)
+            _ = program.compiled
+            return program
+
+        return self._program(program_key(run, numbers), make)
+
+    def _together(self, experiments: Sequence[Experiment], numbers: Sequence[str], updates: int) -> Future:
+        runs, train = [self._run(e, updates) for e in experiments], self.data(experiments[0]).train
+
+        def make() -> Stacked:
+            stacked = Stacked(runs, numbers, train)
+            _ = stacked.compiled
+            return stacked
+
+        return self._program(digest([[to_json(e) for e in runs], list(numbers)]), make)
+
+    def prepared(self, experiment: Experiment, numbers: Sequence[str] = (), updates: int = 1) -> loop.Prepared:
+        """Data and program; compiled by the first cell of a group. Raises UserError."""
+        program = self._alone(experiment, numbers, updates).result()
+        wanted = self._run(experiment, updates)
+        return loop.Prepared(self.data(experiment), program if program.experiment == wanted else program.like(wanted))
+
+    def stacked(self, experiments: Sequence[Experiment], numbers: Sequence[str], updates: int) -> Stacked:
+        """The program of several cells at once, compiled. Raises UserError."""
+        return self._together(experiments, numbers, updates).result()
+
+    def ahead(self, experiments: Sequence[Experiment], numbers: Sequence[str], updates: int, together: bool) -> None:
+        """Begins to compile what will be asked for next, if it needs no other data."""
+        if digest(to_json(experiments[0].data)) == self._data[0]:
+            (self._together(experiments, numbers, updates) if together else
+             self._alone(experiments[0], numbers, updates))
+
+    def compiling(self) -> bool:
+        """Whether a program is being compiled that nobody waits for: a process that ends would wait for it."""
+        return any(not found.done() for found in self._programs.values())
+
+    def close(self) -> None:
+        """Begins no further compilation."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,103 @@
+"""A study on the cores of a CPU: a process on each, which works on the cells as any other process would.
+
+A small model leaves most of a second core unused; two models on a core each do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lab.files import make_folder, open_file
+
+CORE = "LAB_STUDY_CORE"
+SHOWN = re.compile(r"(cell \d+/\d+  .*)|(\S+ seed \d+: (done|diverged|failed) .*)")
+
+
+def pin() -> bool:
+    """Whether this process is a worker. Before JAX is imported: it uses the one core that it was given, and ends when
+    the process that started it does."""
+    core = os.environ.get(CORE)
+    if core is None:
+        return False
+    os.sched_setaffinity(0, {int(core)})
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(75)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return True
+
+
+def cores() -> list[int]:
+    """The cores that this process may use; none where processes cannot be bound to one."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+
+
+def _start(core: int, module: str, args: Sequence[str]) -> subprocess.Popen:
+    environ = os.environ | {CORE: str(core)}
+    if kept := environ.get("JAX_COMPILATION_CACHE_DIR"):  # several cores must not find what was compiled for one
+        environ["JAX_COMPILATION_CACHE_DIR"] = f"{kept}/one-core"
+    return subprocess.Popen([sys.executable, "-P", "-m", module, *args], env=environ, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+
+def seconds_per_update(file: Path | None, experiment: Any, numbers: Sequence[str], updates: int, stops: Sequence[int],
+                       number: int) -> float | None:
+    """Of one cell, when `number` cores do the same at once; None where that cannot be had. `experiment`: as JSON."""
+    told = json.dumps({"file": str(file) if file else None, "experiment": experiment, "numbers": list(numbers),
+                       "updates": updates, "stops": list(stops)})
+    probes = [_start(core, "lab.study.run.probe", ()) for core in cores()[:number]]
+    for probe in probes:  # all begin before the first is waited for
+        probe.stdin.write(told)
+        probe.stdin.close()
+    said = [probe.stdout.read() for probe in probes]
+    if any(probe.wait() for probe in probes):
+        return None
+    return max(json.loads(text.splitlines()[-1]) for text in said) / len(probes)
+
+
+def run_workers(args: Sequence[str], number: int, folder: Path, screen: Any, stop: Any) -> list[int]:
+    """Runs the command `args` on so many cores until all have ended; returns their exit statuses.
+
+    When `stop` says so, they save and end. What they say is in `folder`; errors they say here.
+    """
+    make_folder(folder)
+    workers = [_start(core, "lab", args) for core in cores()[:number]]
+    threads = [threading.Thread(target=_relay, args=(worker, folder / f"worker-{i}.txt", screen), daemon=True)
+               for i, worker in enumerate(workers)]
+    for worker, thread in zip(workers, threads, strict=True):
+        worker.stdin.close()
+        thread.start()
+    told = False
+    while any(worker.poll() is None for worker in workers):
+        if stop() and not told:
+            told = True
+            for worker in workers:
+                worker.terminate()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    return [worker.returncode for worker in workers]
+
+
+def _relay(worker: subprocess.Popen, log: Path, screen: Any) -> None:
+    with open_file(log) as file:
+        for line in worker.stdout:
+            with contextlib.suppress(OSError):  # a full disk, of which the worker itself has more to say
+                file.write(line)
+                file.flush()
+            if found := SHOWN.fullmatch(line.rstrip("\n")):
+                screen.progress(line.rstrip("\n")) if found[1] else screen.say(line.rstrip("\n"))

@@ -1,0 +1,115 @@
+"""What a run will cost, from shapes alone: parameters, FLOPs, bytes. Nothing is computed and no data is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from lab.experiment import Experiment
+from lab.parallel.sharding import path_of
+from lab.train.program import abstract_state, batch_spec
+from lab.train.step import State, make_loss, make_optimizer, make_train_step, prepare
+
+
+def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+    """Floating-point operations of the matrix products and convolutions in a jaxpr, 2 for a multiply-add.
+
+    A scan's body and a Pallas kernel count as often as they run (XLA's own cost analysis counts them once), what a mask
+    leaves out, too; of the branches of a `cond` the largest counts; the body of a `while`, whose trips are unknown,
+    counts once.
+    """
+    total = 0
+    for eqn in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:
+        name, out = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
+        if name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * math.prod(out.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+        elif name == "conv_general_dilated":
+            kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
+            total += 2 * math.prod(out.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+        elif name.startswith("dot_product_attention"):  # cuDNN's: two products of (B, L, N, K) with (B, S, G, K)
+            total += 4 * math.prod(eqn.invars[0].aval.shape) * eqn.invars[1].aval.shape[1]
+        elif name == "cond":
+            total += max(count_flops(branch) for branch in eqn.params["branches"])
+        else:
+            inner = sum(count_flops(p) for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr))
+            total += inner * _runs(name, eqn.params)
+    return total
+
+
+def _runs(name: str, params: dict[str, Any]) -> int:
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return params["length"] if name == "scan" else 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of one experiment. Bytes are for the whole program, not for one device."""
+
+    state: State
+    flops: int
+    """Of one update: 3 x the forward products (the backward pass takes twice as many; recomputation is not counted)."""
+    activations: int
+    """Bytes that the backward pass of one microbatch keeps, before the compiler fuses any of them away."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(x.size for x in jax.tree.leaves(self.state.params))
+
+    def modules(self, depth: int = 1) -> list[tuple[str, int, int]]:
+        """(module, parameters, arrays), to `depth` names; stacked and numbered blocks are one row."""
+        rows: dict[str, list[int]] = {}
+        for path, leaf in jax.tree.leaves_with_path(self.state.params):
+            names = path_of(path).split("/")[:depth]
+            row = rows.setdefault("/".join(_without_number(n) for n in names), [0, 0])
+            row[0], row[1] = row[0] + leaf.size, row[1] + 1
+        return [(name, size, arrays) for name, (size, arrays) in rows.items()]
+
+
+def _without_number(name: str) -> str:
+    stem, _, number = name.rpartition("_")
+    return f"{stem}_*" if stem and number.isdigit() else name
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of all arrays in a tree of (abstract) arrays."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def make_plan(experiment: Experiment) -> Plan:
+    """Traces the forward pass of one microbatch, and nothing more."""
+    state = abstract_state(experiment)
+    rows = experiment.batch // experiment.microbatches
+    batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch_spec(experiment).items()}
+
+    def loss(params: Any, extra: Any, batch: Any) -> tuple[Any, Any]:
+        return make_loss(experiment)(params, extra, prepare(experiment, batch, True, 0), 0, 0)
+
+    def residuals(params: Any, extra: Any, batch: Any) -> Any:
+        return jax.vjp(lambda p: loss(p, extra, batch), params, has_aux=True)[1]
+
+    # Two traces: what prepares the backward pass may take gradients already (a loss in chunks).
+    forward = jax.make_jaxpr(loss)(state.params, state.extra, batch)
+    kept = jax.eval_shape(residuals, state.params, state.extra, batch)
+    return Plan(state, 3 * count_flops(forward) * experiment.microbatches, size_of(kept))
+
+
+def optimizer_flops(experiment: Experiment, state: State) -> int:
+    """FLOPs of the optimizer's own products in one update (Muon's iterations); 0 where it works element by element."""
+    update = make_optimizer(experiment, batch_spec(experiment)).update
+
+    def updated(params: Any, opt_state: Any, extra: Any) -> Any:
+        return update(params, opt_state, params, extra=extra)
+
+    return count_flops(jax.make_jaxpr(updated)(state.params, state.opt_state, state.extra))
+
+
+def step_flops(experiment: Experiment) -> int:
+    """FLOPs of one whole update as it is traced: with the optimizer, and what the backward pass computes again."""
+    return count_flops(jax.make_jaxpr(make_train_step(experiment))(abstract_state(experiment), batch_spec(experiment)))

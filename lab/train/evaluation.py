@@ -1,0 +1,56 @@
+"""A state evaluated on one split, as the `Outcome` from which tasks write their reports."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lab.data.pipeline import eval_batches
+from lab.errors import UserError
+from lab.experiment import Experiment
+from lab.tasks.base import Outcome
+from lab.train.program import Program
+from lab.train.restore import leaves
+from lab.train.step import State
+
+
+def make_outcome(program: Program, state: State, data: Any, split: str, means: Mapping[str, float],
+                 counts: Mapping[str, np.ndarray], folder: Path) -> Outcome:
+    """What a task may write about `state` after it was evaluated on `split`."""
+    records = getattr(data, split)
+    experiment = program.experiment
+    predictions = functools.partial(predict, program, state, records)
+    compute = functools.partial(program.compute, state)
+    return Outcome(experiment.model, compute, data, records, split, means, counts,
+                   predictions, int(jax.device_get(state.step)), experiment.seed, folder)
+
+
+def predict(program: Program, state: State, records: Any) -> dict[str, np.ndarray]:
+    """`Task.predict` of all records, in order."""
+    return program.predict(state, records, eval_batches(records, program.eval_batch, rows=program.eval_rows))
+
+
+def evaluate(program: Program, state: State, data: Any, split: str, folder: Path,
+             records: int | None = None, stop: Callable[[], bool] = lambda: False) -> Outcome | None:
+    """Evaluates `state` on a split, or on `records` evenly spaced records of it. None when `stop` said so in between.
+
+    Raises:
+      UserError: the data has no such split.
+    """
+    rows = getattr(data, split)
+    if rows is None:
+        raise UserError(f"This data has no {split} split.")
+    found = program.evaluate(state, eval_batches(rows, program.eval_batch, records, program.eval_rows), stop)
+    return found and make_outcome(program, state, data, split, *found, folder)
+
+
+def frozen_paths(experiment: Experiment, params: Any) -> list[str]:
+    """The parameters that `init_from.freeze` leaves as they are."""
+    rules = experiment.init_from.freeze
+    return [path for path in leaves(params) if any(re.search(rule, path) for rule in rules)]

@@ -1,0 +1,442 @@
+"""The training loop: the only file that knows time, files and signals. It knows no model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lab.data.pipeline import Prefetch, eval_batches, reader, train_indices
+from lab.errors import UserError, forgiving
+from lab.experiment import Experiment
+from lab.parallel.processes import ALONE, Processes
+from lab.signals import EXIT, Stop
+from lab.tasks.base import Outcome
+from lab.train import metrics, plots
+from lab.train.check import load_data
+from lab.train.checkpoint import Checkpoints
+from lab.train.console import Screen, clock, facts, human
+from lab.train.cost import make_plan
+from lab.train.evaluation import evaluate, frozen_paths, make_outcome
+from lab.train.fitted import write_fitted
+from lab.train.initial import describe, initial_arrays
+from lab.train.program import Program
+from lab.train.run_copy import bring_back, copied
+from lab.train.run_folder import alone, checkpoint_folder, open_folder, shared, write_diverged, write_json, write_result
+from lab.train.step import State
+
+
+class Diverged(Exception):
+    """The loss or the gradient is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the cells of a study share, so that not every one of them pays for it. They draw no pictures either."""
+
+    data: Any
+    """As `experiment.data.load()` returns it."""
+    program: Program
+    """Of the same experiment, seed included; it may make more updates in a call."""
+    keep: tuple[int, ...] = ()
+    """Updates after which the state is saved and kept."""
+    begin: Callable[[Program, Path], State | None] = lambda program, folder: None
+    """The state to begin with, instead of a fresh one, from which arms of a study go on; its rows are in `folder`."""
+
+
+def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
+          tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None,
+          prepared: Prepared | None = None, on_change: str = "refuse") -> int:
+    """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status, in each process.
+
+    `checkpoints`: another place for them than the run folder, see `checkpoint_folder`. `on_change`: see `open_folder`.
+
+    0: finished. 75 / 130 / 141: told to stop, state saved, the same command goes on (`lab.signals`). 1: diverged.
+
+    Raises:
+      UserError: data, folder, checkpoint, devices or disk are not as they must be.
+    """
+    data = prepared.data if prepared else load_data(experiment)
+    processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
+    with alone(folder) if processes.first else contextlib.nullcontext():
+        place = checkpoint_folder(folder, checkpoints)
+        remote = None if place == folder / "checkpoints" else str(place)
+        if processes.first:
+            if remote:
+                bring_back(folder, place, experiment, data.fingerprint)
+            for line in open_folder(folder, experiment, file, data.fingerprint, remote, on_change):
+                screen.say(line)
+            write_fitted(folder, experiment, data)
+        processes.gather(None)  # now the folder is there
+        if checkpoints is None:
+            shared(folder)
+        screen.record(processes.log(folder))
+        with copied(folder, place) if remote and processes.first else contextlib.nullcontext():
+            return _train(experiment, folder, place, screen, data, tensorboard, processes, prepared)
+
+
+def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,
+           processes: Processes, prepared: Prepared | None) -> int:
+    for line in facts(data.summary):
+        screen.say(line)
+    among = f" in {processes.count} processes" if processes.count > 1 else ""
+    screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
+               f"compute in {experiment.precision}")
+    run = _Run(experiment, folder, checkpoints, screen, data, Stop(processes), tensorboard, prepared)
+    try:
+        return run.go()
+    except Diverged as e:
+        screen.say(str(e))
+        return 1
+    finally:
+        run.close()
+
+
+class _Run:
+    """One run: the pure program, and around it the rows, checkpoints and clock."""
+
+    def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: Stop,
+                 tensorboard: bool, prepared: Prepared | None):
+        self.experiment, self.screen, self.data, self.stop = experiment, screen, data, stop
+        self.folder = stop.processes.own_folder(folder)
+        self.prepared, self.pictures = prepared or Prepared(data, Program(experiment, data.train)), prepared is None
+        self.program, keep = self.prepared.program, self.prepared.keep
+        self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes, keep)
+        self.begun_at = 0
+        self.state = self._restore_or_init()
+        self.step = int(self.state.step)
+        if self.step % self.program.experiment.dispatch:
+            raise UserError(f"The run stands after update {self.step}, which is no multiple of --dispatch "
+                            f"{self.program.experiment.dispatch}: go on with --dispatch 1.")
+        self.rows = self._open_rows()
+        self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
+        self.board = _tensorboard(folder) if tensorboard else None
+        self.pending: tuple[int, Any] | None = None
+        self.evaluated: Outcome | None = None  # the last evaluation of this process
+        self.batches: Prefetch | None = None
+        self.clock = _Clock(experiment, data, self.step, self.program.mesh.size)
+
+    def _open_rows(self) -> metrics.Rows:
+        """The rows so far; in other processes than the first only its evaluations, from which decisions follow."""
+        processes, path = self.stop.processes, self.folder / "metrics.jsonl"
+        saved = self.checkpoints.beside(self.step) if self.step in self.checkpoints.steps() else None
+        rows = metrics.Rows(path, self.step, saved if processes.first else None)
+        evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
+        if not processes.first:
+            rows.rows = evaluations
+        if self.step and not rows.rows:  # else there is at least the evaluation before the first update
+            self.screen.say("The run folder is new: metrics, the best state and patience count from here.")
+        return rows
+
+    def _restore_or_init(self) -> State:
+        state = self.checkpoints.restore(self.program.abstract)
+        if state is None:
+            if state := self.prepared.begin(self.program, self.folder):
+                return state
+            if metrics.read_rows(self.folder / "metrics.jsonl"):
+                self.screen.say(f"There is no checkpoint in {self.folder} yet: starting again from update 0.")
+            given, report = initial_arrays(self.experiment.init_from, self.program.abstract, self.data)
+            self._say_pretrained(report)
+            state = self.program.init(given)
+            self.begun_at = int(state.step)  # not 0 where another run goes on
+            if self.begun_at >= self.experiment.steps:
+                raise UserError(f"--steps {self.experiment.steps} counts all updates, and {report['from']} made "
+                                f"{self.begun_at} of them: give more.")
+            return state
+        self.checkpoints.discard_after(int(state.step))
+        self.screen.say(f"Going on after update {int(state.step)} of {self.experiment.steps}.")
+        return state
+
+    def _say_pretrained(self, report: dict[str, Any]) -> None:
+        frozen = frozen_paths(self.experiment, self.program.abstract.params)
+        if report or frozen:
+            write_json(self.folder / "pretrained.json", {**report, "frozen": frozen})
+            self.screen.say(describe(report, frozen, self.folder / "pretrained.json"))
+
+    def go(self) -> int:
+        """Evaluate and save whatever is due at this step, then update; until the last step or a reason to stop."""
+        experiment, n = self.experiment, self.program.experiment.dispatch
+        read, first, last = reader(self.program), self.step // n, experiment.steps // n
+        with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
+            if first < last:
+                self.screen.progress("Compiling ...")
+                _ = self.program.train  # compiled here, while the first batches are read
+                self.screen.say(f"Compiled in {self.program.compile_seconds:.1f} s.")
+            self.clock.start()
+            with self.stop.listening():  # until here there was nothing to save
+                return self._updates()
+
+    def _updates(self) -> int:
+        """From the evaluation before the first update to the last thing that a run writes."""
+        experiment, n = self.experiment, self.program.experiment.dispatch
+        while not self.stop():
+            self._evaluate_if_due()
+            done = self.step == experiment.steps or self._out_of_patience()
+            self._save_if_due(done)
+            if done and not self.stop():
+                return self._finish()
+            if self.stop():
+                break
+            self.evaluated = None  # its copy of the parameters need not live on beside the state
+            with jax.transfer_guard_host_to_device("disallow"):  # a hidden copy in the step would cost every step
+                self.state, values = self.program.train(self.state, next(self.batches))
+            self.step += n
+            self._flush()
+            self.pending = (self.step, values)
+        return self._interrupted()
+
+    def _flush(self) -> None:
+        """Fetches the metrics of the update before the one in flight, so that the device never waits for us."""
+        if self.pending is None:
+            return
+        (last, values), self.pending = self.pending, None
+        values, n = jax.device_get(values), self.program.experiment.dispatch
+        for i in range(n):
+            step = last - n + 1 + i
+            means = metrics.means({k: (s[i], w[i]) for k, (s, w) in values.items()} if n > 1 else values)
+            if not all(math.isfinite(means[k]) for k in ("loss", "gradient_norm", "update_norm", "parameter_norm")):
+                self._diverged(step, means)
+            if step % self.experiment.log.every == 0:
+                self._write({"step": step, "split": "train", **means})
+        self.screen.progress(self.clock.line(last, means))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.board:
+            for name in row.keys() - {"step", "split"}:
+                self.board.add_scalar(f"{row['split']}/{name}", row[name], row["step"])
+
+    def _evaluate_if_due(self) -> None:
+        settings = self.experiment.evaluate
+        ends = self.step in (self.begun_at, self.experiment.steps)
+        due = ends or (settings.every and self.step % settings.every == 0)
+        if not due or (self.evaluations and self.evaluations[-1]["step"] == self.step):
+            return
+        self._flush()
+        batches = eval_batches(self.data.validation, self.program.eval_batch, settings.records, self.program.eval_rows)
+        with self.clock.paused("evaluation"):
+            evaluated = self.program.evaluate(self.state, batches, self.stop)
+        if evaluated is None:
+            return
+        means, counts = evaluated
+        if settings.metric not in means:
+            raise UserError(f"--evaluate.metric {settings.metric} is not computed; there are {', '.join(means)}.")
+        means = {settings.metric: means[settings.metric], **means}
+        self.evaluations.append({"step": self.step, "split": "validation", **means})
+        self._write(self.evaluations[-1])
+        shown = _shown(means)
+        best = "  (best)" if self.step and self.best_step == self.step else ""
+        self.screen.say(f"update {self.step:>6}  validation  {shown}{best}")
+        with self.clock.paused("evaluation"):
+            self.evaluated = make_outcome(self.program, self.state, self.data, "validation", means, counts, self.folder)
+            if self.pictures:
+                with forgiving("The snapshot"):
+                    self.experiment.task.snapshot(self.evaluated)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the best validation metric so far; a function of the rows, so resuming cannot change it."""
+        return self._best["step"]
+
+    @property
+    def _best(self) -> dict[str, Any]:
+        return metrics.best_row(self.evaluations, self.experiment.evaluate.metric, self.experiment.evaluate.mode)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.experiment.evaluate.patience
+        since_best = [row for row in self.evaluations if row["step"] > (self.best_step or 0)]
+        return patience is not None and len(since_best) >= patience
+
+    def _save_if_due(self, done: bool) -> None:
+        settings = self.experiment.checkpoint
+        periods = [p for p in (settings.every, settings.permanent) if p]
+        best = settings.best and self.best_step == self.step and self.experiment.evaluate.every
+        if self.step and (done or best or self.step in self.prepared.keep or any(self.step % p == 0 for p in periods)):
+            self._save()
+
+    def _save(self) -> None:
+        if self.step in self.checkpoints.steps():
+            return
+        self._flush()  # raises before a state that is not finite could be saved
+        self.rows.sync()
+        with self.clock.paused("checkpoint"):
+            self.checkpoints.save(self.step, self.state, self.rows.mark())
+
+    def _interrupted(self) -> int:
+        self._save()
+        self.checkpoints.wait()
+        name = signal.Signals(self.stop.signal).name
+        self.screen.say(f"{name}: saved after update {self.step} of {self.experiment.steps}. "
+                        f"The same command goes on from there.")
+        return EXIT[self.stop.signal]
+
+    def _diverged(self, step: int, means: dict[str, float]) -> None:
+        """Writes what is needed to look into it, and stops the run."""
+        indices = train_indices(step - 1, self.experiment.batch, len(self.data.train), self.experiment.seed)
+        report = write_diverged(self.folder, step, indices, means, self.rows.rows)
+        self.checkpoints.wait()
+        kept = self.checkpoints.steps()
+        last_good = f"the checkpoint after update {kept[-1]} is kept" if kept else "nothing was saved"
+        raise Diverged(f"Update {step}: the loss is {means['loss']}, the gradient norm {means['gradient_norm']} and "
+                       f"the parameter norm {means['parameter_norm']}. Stopped; {last_good}. "
+                       f"The batch and the norms are in {report}. A lower learning rate, a longer warm-up or "
+                       f"--optim.clip may help.")
+
+    def _finish(self) -> int:
+        self._flush()
+        self.screen.progress("")
+        self.checkpoints.wait()
+        result = {"steps": self.step, "stopped_early": self.step < self.experiment.steps,
+                  "final": self.evaluations[-1], "best": self._best,
+                  **self.clock.totals(self.step, self.program, self.batches)}
+        state = self._state_to_report()
+        split = "validation" if self.data.test is None else "test"
+        if split == "validation" and state is self.state and self.evaluated is not None:
+            outcome = self.evaluated
+        else:
+            limit = self.experiment.evaluate.records if split == "validation" else None
+            outcome = evaluate(self.program, state, self.data, split, self.folder, limit, self.stop)
+        if outcome is None or self.stop():
+            return self._interrupted()
+        if split == "test":
+            result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
+            if self.rows.rows[-1]["split"] != "test":
+                self._write(result["test"])
+        write_result(self.folder, result, self.rows.mark())  # first: nothing that follows may cost the run its result
+        if self.pictures:
+            self._show(outcome)
+        self.screen.say(describe_result(result))
+        pictures = sorted((self.folder / "plots").glob("*.png"))
+        self.screen.say(f"Pictures: {', '.join(str(p.relative_to(self.folder)) for p in pictures)}")
+        self.screen.say(f"Everything is in {self.folder}")
+        if self.stop():
+            self.screen.say(f"{signal.Signals(self.stop.signal).name}: the run is finished; ./launch.sh eval "
+                            f"{self.folder} writes the report that was left out.")
+            return EXIT[self.stop.signal]
+        return 0
+
+    def _show(self, outcome: Outcome) -> None:
+        """Pictures, samples and comparisons. Of several processes all end where one fails: the others would wait for
+        it where they compute together."""
+        task, complete = self.experiment.task, False
+        with forgiving("The pictures of the run"):
+            plots.curves(self.rows.rows, self.folder / "plots", task.curves)
+        if self.stop():
+            return
+        with forgiving(f"The report of the run (./launch.sh eval {self.folder} writes it again)"):
+            for line in task.artifacts(outcome):
+                self.screen.say(line)
+            complete = True
+        if not complete:
+            self.stop.processes.leave(0)
+
+    def _state_to_report(self) -> State:
+        """The final state; with early stopping the best one, which is what patience waited for."""
+        best = self.best_step
+        if self.experiment.evaluate.patience is None or best in (None, 0, self.step):
+            return self.state
+        try:
+            state = self.checkpoints.restore(self.program.abstract, best)
+        except UserError as e:  # not kept (--checkpoint.best), or damaged
+            self.screen.say(f"The best state, of update {best}, cannot be had: reporting the last. {e}")
+            return self.state
+        self.screen.say(f"Reporting the best state, of update {best}.")
+        return state
+
+    def close(self) -> None:
+        """Releases files and threads; a save that was started is finished."""
+        self.rows.close()
+        if self.board:
+            self.board.close()
+        self.checkpoints.close()
+
+
+class _Clock:
+    """Seconds, throughput and time to the end. Never part of metrics.jsonl, which must not depend on them."""
+
+    def __init__(self, experiment: Experiment, data: Any, step: int, devices: int):
+        self.experiment, self.data, self.first = experiment, data, step
+        self.units = experiment.batch * data.units_per_record
+        self.devices = devices
+        self.flops = make_plan(experiment).flops if metrics.peak_flops() else math.nan  # 0.4 s, for the MFU alone
+        self.begun = self.last = time.monotonic()
+        self.other = {"evaluation": 0.0, "checkpoint": 0.0}
+        self.rate: float | None = None  # seconds an update, smoothed
+        self.last_step = step
+
+    def start(self) -> None:
+        """The first update is about to start."""
+        self.begun = self.last = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self, what: str) -> Iterator[None]:
+        """Time spent on something else than updates."""
+        start = time.monotonic()
+        yield
+        spent = time.monotonic() - start
+        self.other[what] += spent
+        self.last += spent
+
+    def line(self, step: int, means: dict[str, float]) -> str:
+        """The progress line after update `step`."""
+        now = time.monotonic()
+        if step > self.last_step:
+            seconds = (now - self.last) / (step - self.last_step)
+            self.rate = seconds if self.rate is None else self.rate + 0.1 * (seconds - self.rate)
+            self.last, self.last_step = now, step
+        parts = [f"update {step:>6}/{self.experiment.steps}", f"loss {means['loss']:.4f}"]
+        if self.rate:
+            parts.append(f"{human(self.units / self.rate)} {self.data.unit}/s")
+            parts.append(f"{1000 * self.rate:.0f} ms/update")
+            if utilisation := metrics.mfu(self.flops / self.rate, self.devices):
+                parts.append(f"MFU {utilisation:.1%}")
+            parts.append(f"left {clock(self.rate * (self.experiment.steps - step))}")
+        return "  ".join(parts)
+
+    def totals(self, step: int, program: Program, batches: Any) -> dict[str, Any]:
+        """What result.json says about time, for the updates of this process."""
+        updates, training = step - self.first, time.monotonic() - self.begun - sum(self.other.values())
+        if not updates:
+            return {}
+        rate = training / updates
+        return {"timed_updates": updates, "seconds_per_update": rate, f"{self.data.unit}_per_second": self.units / rate,
+                "mfu": metrics.mfu(self.flops / rate, self.devices), "training_seconds": training,
+                "evaluation_seconds": self.other["evaluation"], "checkpoint_seconds": self.other["checkpoint"],
+                "compile_seconds": program.compile_seconds, "data_wait_seconds": batches.wait_seconds}
+
+
+def _shown(row: dict[str, Any], most: int = 6) -> str:
+    """The first few metrics of a row; metrics.jsonl has all of them."""
+    values = [(name, value) for name, value in row.items() if name not in ("step", "split")]
+    return "  ".join([f"{name} {value:.4f}" for name, value in values[:most]] + ["..."] * (len(values) > most))
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """One or two lines for a person about a finished run."""
+    final = _shown(result["final"])
+    early = " (stopped early)" if result["stopped_early"] else ""
+    lines = [f"Finished after {result['steps']} updates{early}: {final}; best at update {result['best']['step']}"]
+    if "test" in result:
+        lines.append(f"Test split, with the state of update {result['test']['step']}: {_shown(result['test'])}")
+    if "seconds_per_update" in result:
+        share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
+        rate, seconds = 1000 * result["seconds_per_update"], result["training_seconds"]
+        lines.append(f"{rate:.1f} ms an update over {result['timed_updates']} updates ({seconds:.0f} s), {share:.2%} "
+                     f"of it waiting for data; "
+                     f"evaluation {result['evaluation_seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboardX: LAB_EXTRAS=tensorboard ./launch.sh ...") from None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,65 @@
+"""The file of a user's experiment: a copy in the run folder, and which copies this machine may run again.
+
+The copy may come from somebody else, with the rest of a run folder. It is run only where its very content was an
+experiment that was started here, or where the user names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lab.configuration.rebuild import class_paths, find_class
+from lab.errors import UserError
+from lab.experiment import load
+from lab.files import cache_folder, replace_file, user_path
+
+COPY = "experiment.py"  # in the run folder
+KNOWN = "experiments"  # in the cache folder: sha256 of a file -> where it was
+
+
+def keep_copy(folder: Path, file: Path) -> None:
+    """Copies the experiment's file into the run folder, and remembers that it is ours."""
+    content = file.read_bytes()
+    replace_file(folder / COPY, content)
+    known = cache_folder(KNOWN) / hashlib.sha256(content).hexdigest()
+    if not known.exists() or known.read_text("utf-8") != f"{file.resolve()}\n":
+        replace_file(known, f"{file.resolve()}\n")
+
+
+def load_own(folder: Path, described: Mapping[str, Any], file: Path | None) -> None:
+    """Loads the file with the classes of the user's own that a run is built of; `described`: its experiment.json.
+
+    `file`: the experiment's file, where the user named it. Else nothing where the classes are known already, or the
+    copy in the run folder where this machine knows it.
+
+    Raises:
+      UserError: the file cannot be read or run.
+    """
+    wanted = {path for path in class_paths(described.get("experiment")) if not path.startswith("lab.")}
+    if file is not None:
+        file = user_path(str(file))
+        if not file.is_file():
+            raise UserError(f"--experiment {file}: there is no such file.")
+        load(file, name=_module(wanted))
+    elif not all(map(find_class, wanted)) and (copy := _own_copy(folder)):
+        load(*copy, name=_module(wanted))
+
+
+def _own_copy(folder: Path) -> tuple[Path, bytes] | None:
+    """Where the file of a run was, and its content; None where this machine does not know it."""
+    try:
+        content = (folder / COPY).read_bytes()
+        known = cache_folder(KNOWN) / hashlib.sha256(content).hexdigest()
+        return Path(known.read_text("utf-8").rstrip("\n")), content
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _module(wanted: set[str]) -> str | None:
+    """The module name under which the file was known, if there is one."""
+    found = {path.partition(".")[0] if path.startswith("user_") else path.rpartition(".")[0] for path in wanted}
+    named = [name for name in found if name.startswith(("user_", "experiments."))]
+    return named[0] if len(named) == 1 else None

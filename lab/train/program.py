@@ -1,0 +1,267 @@
+"""The pure step, compiled once for these devices: the state born sharded, the update, and whole evaluations."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lab.errors import UserError
+from lab.experiment import Experiment, override, value_at
+from lab.parallel.sharding import batch_sharding, constrained, make_mesh, process_rows, put, state_shardings
+from lab.train import metrics
+from lab.train.gradients import compiled, in_fixed_order, pmapped
+from lab.train.step import State, eval_variables, init_state, make_eval_step, make_predict_step, make_train_step
+
+# The algebraic simplifier works on a divided program once more than on that of one device, and then they differ.
+EXACT = {"xla_disable_hlo_passes": "algsimp"}
+# cuBLAS adds biases and residuals as it multiplies, which XLA's own products do not (gpt_small on an H100, 64 rows of
+# 1,024 tokens: 135.3 ms an update, now 131.9).
+GPU = {"xla_gpu_enable_triton_gemm": False}
+DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
+
+
+def batch_spec(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of one global batch, without reading any data."""
+    spec = {name: jax.ShapeDtypeStruct((experiment.batch, *shape), dtype)
+            for name, (shape, dtype) in experiment.data.record_spec().items()}
+    return spec | _numbered(experiment.batch)
+
+
+def _numbered(batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {"weight": jax.ShapeDtypeStruct((batch,), np.float32), "index": jax.ShapeDtypeStruct((batch,), np.int32)}
+
+
+def one_record(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    """A batch of one record, all zeros, from which a model learns its shapes. `spec`: see `batch_spec`."""
+    return {name: np.zeros((1, *s.shape[1:]), s.dtype) for name, s in spec.items()}
+
+
+class OnlyNumbered:
+    """Records of which only the number is read: what they hold is on the devices already."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {}
+
+
+def numbers_of(experiment: Experiment, paths: Sequence[str] = ()) -> dict[str, np.generic]:
+    """The seed and the numbers in some (dotted) fields, as a compiled program takes them."""
+    return {"seed": np.uint32(experiment.seed)} | {path: np.float32(value_at(experiment, path)) for path in paths}
+
+
+def abstract_state(experiment: Experiment) -> State:
+    """The shapes of the state, without computing it."""
+    return jax.eval_shape(functools.partial(init_state, experiment), batch_spec(experiment))
+
+
+class Program:
+    """An experiment on this machine's devices."""
+
+    def __init__(self, experiment: Experiment, train: Any = None, devices: Sequence[Any] | None = None,
+                 numbers: Sequence[str] = ()):
+        """`train`: the training records, which go to the devices once and for all if they fit (`resident`). `devices`:
+        by default all; for `lower` they may be those of a machine that is not there. `numbers`: (dotted) fields that
+        are arguments of what is compiled, as the seed is: see `like`.
+
+        Raises UserError when the batch or the state does not divide among the devices.
+        """
+        self.experiment, self.numbers = experiment, tuple(numbers)
+        self.spec = self.train_spec = batch_spec(experiment)
+        self.mesh = make_mesh(experiment.mesh, devices)
+        self.everywhere = NamedSharding(self.mesh, PartitionSpec())  # what every process can read
+        self.stacked = experiment.dispatch > 1
+        self.eval_batch = experiment.batch // experiment.microbatches  # what memory was meant for
+        self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches,
+                                             stacked=self.stacked)
+        self.eval_sharding = batch_sharding(self.mesh, self.eval_batch)
+        self.abstract = self.placed(experiment)
+        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        gpu = self.mesh.devices.flat[0].platform == "gpu"
+        self.options = GPU | (DETERMINISTIC if experiment.deterministic else {}) if gpu else {}
+        self._evaluate = self._with_numbers(make_eval_step)
+        self._predict = self._with_numbers(make_predict_step)
+        self._computing: dict[tuple, Callable[..., Any]] = {}
+        self.resident = None
+        if train is not None and fits(experiment, train):
+            self.resident = jax.device_put(train.arrays, self.everywhere)
+            self.train_spec = _numbered(experiment.batch)
+        self.train_records = train if self.resident is None else OnlyNumbered(len(train))
+
+    def placed(self, experiment: Experiment) -> State:
+        """The shapes of an experiment's state and where its arrays live on this mesh."""
+        state = abstract_state(experiment)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
+                            state_shardings(state, self.mesh, experiment.mesh.rules))
+
+    @functools.cached_property
+    def given(self) -> dict[str, jax.Array]:
+        """The experiment's seed and `numbers`, on every device."""
+        return jax.device_put(numbers_of(self.experiment, self.numbers), self.everywhere)
+
+    @functools.cached_property
+    def rows(self) -> slice:
+        """The rows of a training batch that this process reads."""
+        return process_rows(self.train_sharding, self.experiment.batch)
+
+    @functools.cached_property
+    def eval_rows(self) -> slice:
+        """The same for evaluation."""
+        return process_rows(self.eval_sharding, self.eval_batch)
+
+    def _with_numbers(self, make: Callable[[Experiment], Callable]) -> Callable:
+        """A jitted step whose seed is an argument, so that another seed finds it in the compilation cache."""
+        def step(state: State, batch: Any, given: Mapping[str, jax.Array]) -> Any:
+            with constrained(self.mesh):
+                return make(override(self.experiment, given))(state, batch)
+
+        return jax.jit(step, out_shardings=self.everywhere, compiler_options=self.options)
+
+    @functools.cached_property
+    def _init(self) -> Callable[..., State]:
+        def init(batch: Any, given: Mapping[str, jax.Array], arrays: Any) -> State:
+            return init_state(override(self.experiment, given), batch, arrays)
+
+        return jax.jit(init, out_shardings=self.shardings, compiler_options=self.options)
+
+    def init(self, arrays: dict[str, Any] | None = None) -> State:
+        """The state before the first update, created where it lives; `arrays`: see `init_state`."""
+        return self._init(one_record(self.spec), self.given, arrays)
+
+    def lower(self) -> jax.stages.Lowered:
+        """One update (or `dispatch` of them) for these devices, not compiled yet; the state is donated."""
+        experiment, used = self.experiment, set()
+
+        def update(state: State, batch: Any, given: Mapping[str, jax.Array], resident: Any) -> tuple[State, Any]:
+            seeded = override(experiment, given)
+            if experiment.parallel == "pmap":
+                return pmapped(seeded, self.mesh)(state, batch)
+            total = (in_fixed_order(seeded, self.mesh) if experiment.exact else
+                     compiled(seeded, self.mesh, self.shardings.params))
+            make = make_train_step(seeded, total)
+
+            def step(state: State, batch: Any) -> tuple[State, Any]:
+                rows = jax.tree.map(lambda x: x[batch["index"]], resident or {})
+                rows = jax.lax.with_sharding_constraint(rows, rows_sharding)
+                return make(state, {**batch, **rows})
+
+            with constrained(self.mesh) if not experiment.exact else contextlib.nullcontext(set()) as axes:
+                result = jax.lax.scan(step, state, batch) if self.stacked else step(state, batch)
+            used.update(axes)
+            return result
+
+        rows_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches)
+        jitted = jax.jit(update, donate_argnums=0,
+                         in_shardings=(self.shardings, self.train_sharding, self.everywhere, self.everywhere),
+                         out_shardings=(self.shardings, self.everywhere))
+        leading = (experiment.dispatch,) if self.stacked else ()
+        batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.train_spec)
+        given = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in numbers_of(experiment, self.numbers).items()}
+        lowered = jitted.lower(self.abstract, batch, given, self.resident)
+        if self.mesh.shape["sequence"] > 1 and "sequence" not in used:
+            raise UserError(f"--mesh.sequence {self.mesh.shape['sequence']} divides no activation of this model: it is "
+                            f"for Transformers, and for a length that it divides.")
+        return lowered
+
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        """`lower`, compiled. A compiled program, not a jitted function: another shape is an error instead of a silent
+        second compilation. The seed is an argument of it, so that another seed finds it in the compilation cache.
+        """
+        start = time.monotonic()
+        found = self.lower().compile(self.options | (EXACT if self.experiment.exact else {}))
+        self.compile_seconds = time.monotonic() - start
+        return found
+
+    @functools.cached_property
+    def train(self) -> Callable[[State, Any], tuple[State, Any]]:
+        """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
+
+        With `dispatch` > 1 the batch and the metrics have a leading axis of updates.
+        """
+        compiled = self.compiled
+        return lambda state, batch: compiled(state, batch, self.given, self.resident)
+
+    def like(self, experiment: Experiment) -> Program:
+        """That of an experiment with another seed and other `numbers`: what is compiled, and the data on the devices,
+        serve both.
+        """
+        _ = self.compiled, self._init  # now, so that the copy shares them
+        other = copy.copy(self)
+        other.experiment = override(self.experiment, {n: value_at(experiment, n) for n in ("seed", *self.numbers)})
+        other.compile_seconds = 0.0
+        for cached in ("given", "train"):  # these belong to one experiment
+            vars(other).pop(cached, None)
+        return other
+
+    def batch(self, read: Callable[[int], dict[str, np.ndarray]], call: int) -> dict[str, jax.Array]:
+        """The batch of call number `call`, on the devices. ``read(call)``: this process's rows of it (see `reader` in
+        lab/data/pipeline.py), with a leading axis of updates where there are several in a call.
+        """
+        return put(read(call), self.train_sharding, self.experiment.batch)
+
+    def _put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        return put(rows, self.eval_sharding, self.eval_batch)
+
+    def evaluate(self, state: State, batches: Iterator[dict[str, np.ndarray]],
+                 stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
+        """(means over all batches with the task's summary, counts); None when `stop` said so in between."""
+        total = None
+        for rows in batches:
+            if stop():
+                return None
+            total = metrics.add(total, self._evaluate(state, self._put(rows), self.given))
+        means, counts = metrics.means(total), metrics.counts(total)
+        return means | self.experiment.task.summary(means, counts), counts
+
+    def computing(self, f: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+        """``(state, arrays, given) -> f(model, variables to evaluate with, *arrays, **static)``, jitted for this mesh
+        as evaluation is (kernels that the compiler cannot divide get each device's rows); one for equal arguments.
+        """
+        def make(experiment: Experiment) -> Callable:
+            return lambda state, arrays: f(experiment.model, eval_variables(experiment, state), *arrays, **static)
+
+        key = (f, *sorted(static.items()))
+        if key not in self._computing:
+            self._computing[key] = self._with_numbers(make)
+        return self._computing[key]
+
+    def compute(self, state: State, f: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
+        """The result of `computing` as NumPy arrays, in every process; all must call it alike."""
+        arrays = jax.device_put(arrays, self.everywhere)
+        return jax.device_get(self.computing(f, **static)(state, arrays, self.given))
+
+    def predict(self, state: State, records: Any, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """`Task.predict` of all `records`, in order: name -> (number of records, ...). `batches`: their batches."""
+        parts = [jax.device_get(self._predict(state, self._put(rows), self.given)) for rows in batches]
+        return {name: np.concatenate([part[name] for part in parts])[: len(records)] for name in parts[0]}
+
+
+def fits(experiment: Experiment, train: Any) -> bool:
+    """Whether the training records are to be kept on the devices: what `resident` says, and if "auto" where they take
+    less than a quarter of an accelerator's memory. On a CPU there is nothing to gain: its memory is the host's.
+
+    Raises:
+      UserError: "always", but the records are read piece by piece and not held in memory.
+    """
+    arrays, resident = getattr(train, "arrays", None), experiment.resident
+    if arrays is None or experiment.parallel == "pmap":
+        if resident == "always":
+            raise UserError("--resident always: these records are read piece by piece, not held in memory.")
+        return False
+    if resident != "auto":
+        return resident == "always"
+    memory = (jax.devices()[0].memory_stats() or {}) if jax.default_backend() != "cpu" else {}
+    return sum(x.nbytes for x in arrays.values()) < memory.get("bytes_limit", 0) / 4

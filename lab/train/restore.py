@@ -1,0 +1,69 @@
+"""A run folder opened again: its experiment, the program for this machine's devices, and a state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lab.errors import UserError
+from lab.experiment import Experiment, Mesh
+from lab.parallel.sharding import path_of
+from lab.train.checkpoint import Checkpoints
+from lab.train.fitted import without_data
+from lab.train.metrics import best_row, marked_rows, read_rows
+from lab.train.program import Program
+from lab.train.run_folder import checkpoint_folder, read_folder
+from lab.train.step import State
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """path -> array, of a tree."""
+    return {path_of(path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def open_run(run: Path, step: int | None = None, best: bool = False, experiment: Experiment | None = None,
+             file: Path | None = None) -> tuple[Experiment, Program, State]:
+    """The program of a run and the state of its checkpoint: the latest, the best, or that of `step`.
+
+    `experiment`: that of the run, where the caller has it; by default it is built again from the folder. `file`: the
+    experiment's file, where the user named it.
+
+    Raises:
+      UserError: there is no run, no such checkpoint, or only damaged ones.
+    """
+    experiment = experiment or read_folder(run, file)
+    opened = without_data(run, experiment)
+    opened.validate()
+    if best and step is not None:
+        raise UserError("--best and --step exclude each other.")
+    folder = checkpoint_folder(run)
+    if not folder.exists():
+        raise UserError(f"{run} has no checkpoint yet.")
+    checkpoints = Checkpoints(folder)
+    if best:
+        step = _best_step(run, experiment, checkpoints)
+    try:
+        program = Program(opened)
+    except UserError:  # a run may be looked at on another number of devices than it was trained on
+        devices = math.gcd(experiment.batch // experiment.microbatches, jax.device_count())
+        program = Program(replace(opened, mesh=Mesh(devices)))
+    state = checkpoints.restore(program.abstract, step)
+    checkpoints.close()
+    if state is None:
+        raise UserError(f"{run} has no checkpoint yet.")
+    return experiment, program, state
+
+
+def _best_step(run: Path, experiment: Experiment, checkpoints: Checkpoints) -> int:
+    """The step with the best validation metric. Raises UserError where there is none, or the rows were changed."""
+    path = run / "metrics.jsonl"
+    marked_rows(path, checkpoints.beside())
+    rows = [row for row in read_rows(path) if row["split"] == "validation" and row["step"]]
+    step = best_row(rows, experiment.evaluate.metric, experiment.evaluate.mode)["step"]
+    if step is None:
+        raise UserError(f"{run} has no evaluation after an update yet, so no checkpoint is its best.")
+    return step

@@ -1,0 +1,85 @@
+"""A copy of the run folder beside its checkpoints, where these are in another place than the run folder.
+
+A machine that is rented by the hour goes away with its disk: by preemption, or as soon as the run has ended. Then the
+checkpoints in the bucket are all that is left, unless metrics, pictures and the result are there, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lab.errors import forgiving
+from lab.experiment import Experiment
+from lab.train.run_folder import check_same
+
+SECONDS = 60.0  # between two copies
+NAME = "run"  # of the copy, in the folder of the checkpoints
+LEFT_OUT = ("checkpoints", "lock", "launch")
+
+
+class _Copy:
+    """Copies what changed since the last time."""
+
+    def __init__(self, folder: Path, place: Any):
+        self.folder, self.place, self.seen = folder, place / NAME, {}
+
+    def update(self) -> None:
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder)
+            if name.parts[0] in LEFT_OUT or path.suffix == ".tmp" or path.is_symlink() or not path.is_file():
+                continue
+            stat = path.stat()
+            if self.seen.get(name) != (stat.st_mtime_ns, stat.st_size):
+                target = self.place.joinpath(*name.parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+                self.seen[name] = stat.st_mtime_ns, stat.st_size
+
+
+@contextlib.contextmanager
+def copied(folder: Path, place: Any) -> Iterator[None]:
+    """While this is open, and once more at its end, the run folder is copied to run/ in `place`, by another thread.
+
+    `place`: a pathlib.Path or an etils.epath.Path. What fails is said, and the run goes on.
+    """
+    copy, done = _Copy(folder, place), threading.Event()
+
+    def work() -> None:
+        while not done.wait(SECONDS):
+            with forgiving(f"The copy of the run folder in {place}"):
+                copy.update()
+
+    thread = threading.Thread(target=work, name="run-copy", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        with forgiving(f"The copy of the run folder in {place}"):
+            copy.update()
+
+
+def bring_back(folder: Path, place: Any, experiment: Experiment, data_fingerprint: str) -> None:
+    """Fills a new run folder with the copy that an earlier machine left in `place`, but for its result.
+
+    Raises:
+      UserError: what is in `place` is of another experiment or other data.
+    """
+    if (folder / "experiment.json").exists() or not (place / NAME / "experiment.json").exists():
+        return
+    check_same(place, experiment, data_fingerprint)
+    _fetch(place / NAME, folder)
+
+
+def _fetch(source: Any, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir():
+            _fetch(path, target / path.name)
+        elif path.name != "result.json":  # written by the end of the run, which comes again
+            (target / path.name).write_bytes(path.read_bytes())

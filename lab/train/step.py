@@ -1,0 +1,180 @@
+"""The step: all that is compiled, all of it pure. State, its beginning, one update, one evaluated batch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from lab.configuration.parts import check_loss
+from lab.experiment import Experiment
+from lab.models.members import Several, per_member
+from lab.optim.matrices import matrices
+from lab.parallel.sharding import path_of
+from lab.tasks.base import prepared
+from lab.train.frozen import frozen_statistics
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Any]
+
+
+class State(NamedTuple):
+    """All that a checkpoint needs; everything else follows from (experiment, seed, step)."""
+
+    step: Array
+    """Completed updates, int32."""
+    params: Any
+    extra: Any
+    """Mutable collections of the model (BatchNorm statistics)."""
+    opt_state: Any
+
+
+def key_for(seed: int | Array, name: str, *counts: int | Array) -> Array:
+    """The random key for one purpose: ``fold_in(key(seed), name, counts...)``. No key is ever split or stored."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    for count in counts:
+        key = jax.random.fold_in(key, count)
+    return key
+
+
+def cast(tree: Any, precision: str) -> Any:
+    """Floating-point arrays in the compute type. Differentiable: gradients arrive in the type of the parameters."""
+    def one(x: Array) -> Array:
+        return x.astype(precision) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(one, tree)
+
+
+def prepare(experiment: Experiment, batch: Batch, train: bool, *counts: int | Array) -> Batch:
+    """The batch as the task sees it: each record with a random key of its own, through the data's transform.
+
+    The key is a function of (seed, counts, record): augmentation and masking do not depend on the batch's order or
+    size, nor on devices.
+    """
+    key = key_for(experiment.seed, "records", *counts)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["index"])
+    return prepared(experiment.data, batch, keys, train)
+
+
+def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] | None = None) -> State:
+    """The state before the first update, for batches shaped like `batch`.
+
+    `given`: arrays that replace those just drawn, by their path in `params` or `extra`: pretrained ones. Those of the
+    optimizer's state and the step of a run that goes on are there as "state/opt_state/..." and "state/step".
+    """
+    raw, batch = batch, prepare(experiment, batch, False)
+    variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), batch)
+    extra = {name: value for name, value in variables.items() if name != "params"}
+    fresh = State(jnp.zeros((), jnp.int32), variables["params"], extra, ())
+    state = jax.tree.map_with_path(lambda path, x: (given or {}).get(path_of(path[1:]), x), fresh)
+    state = state._replace(opt_state=make_optimizer(experiment, raw).init(state.params, state.extra))
+    return jax.tree.map_with_path(lambda path, x: (given or {}).get(f"state/{path_of(path)}", x), state)
+
+
+def make_optimizer(experiment: Experiment, batch: Batch) -> optax.GradientTransformationExtraArgs:
+    """The experiment's optimizer for its model (for each member by itself, of several); `batch`: see `init_state`."""
+    optimizer, several = experiment.optimizer, isinstance(experiment.model, Several)
+    tx = optimizer.build(experiment.steps, matrices(experiment, batch) if optimizer.needs_matrices else {})
+    return per_member(tx) if several else tx
+
+
+Gradient = Callable[..., Any]
+"""(params, extra, rows, step, part) -> (grads, (weight, metrics, extra)): the sums of some rows, the part-th ones."""
+Total = Callable[[Gradient, State, Batch], Any]
+"""(gradient, state, batch) -> (grads, (weight, metrics, extra)): the sums of the whole batch."""
+
+
+def microbatched(n: int) -> Total:
+    """Sums over n parts, one after another; part j is rows j::n, which every device has its share of."""
+    def total(gradient: Gradient, state: State, batch: Batch) -> Any:
+        if n == 1:
+            return gradient(state.params, state.extra, batch, state.step, 0)
+        parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            extra, sums = carry
+            part, rows = inputs
+            grads, (weight, metrics, extra) = gradient(state.params, extra, rows, state.step, part)
+            return (extra, jax.tree.map(jnp.add, sums, (grads, weight, metrics))), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        grads, (weight, metrics, _) = jax.eval_shape(gradient, state.params, state.extra, first, state.step, 0)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, weight, metrics))
+        (extra, (grads, weight, metrics)), _ = jax.lax.scan(body, (state.extra, zeros), (jnp.arange(n), parts))
+        return grads, (weight, metrics, extra)
+
+    return total
+
+
+def make_loss(experiment: Experiment) -> Callable[..., tuple[Array, tuple]]:
+    """``(params, extra, rows, step, part) -> (loss sum, (weight, metrics, extra))`` of some rows, in training."""
+    def loss(params: Any, extra: Any, rows: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
+        rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
+        variables = {"params": cast(params, experiment.precision), **extra}
+        with frozen_statistics(experiment.optimizer):
+            result = experiment.task.loss(experiment.model, variables, rows, rngs, train=True)
+        loss_sum, weight, metrics, extra = check_loss(experiment.task, result, train=True)
+        return loss_sum, (weight, metrics, extra)
+
+    return loss
+
+
+def make_train_step(experiment: Experiment, total: Total | None = None) -> Callable[[State, Batch],
+                                                                                    tuple[State, Metrics]]:
+    """One update as a pure function. Numbers in the experiment may be traced scalars.
+
+    The gradient is that of (sum of losses) / (sum of weights) over the whole batch, whatever the microbatches; every
+    metric is (sum, weight). `total`: how the sums come about, by default over `experiment.microbatches`.
+    """
+    rate = experiment.optim.rate(experiment.steps)
+    gradient = jax.grad(make_loss(experiment), has_aux=True)
+    total = total or microbatched(experiment.microbatches)
+
+    def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        optimizer = make_optimizer(experiment, batch)
+        batch = prepare(experiment, batch, True, state.step)
+        grads, (weight, metrics, extra) = total(gradient, state, batch)
+        grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
+        with jax.named_scope("optimizer"):  # profiles tell its operations by this name
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, extra=extra)
+            params = optax.apply_updates(state.params, updates)
+        one = jnp.ones(())
+        metrics |= {"gradient_norm": (optax.tree.norm(grads), one), "update_norm": (optax.tree.norm(updates), one),
+                    "parameter_norm": (optax.tree.norm(params), one), "learning_rate": (rate(state.step), one)}
+        return State(state.step + 1, params, extra, opt_state), metrics
+
+    return train_step
+
+
+def eval_params(experiment: Experiment, state: State) -> Any:
+    """What to evaluate and sample with: the parameters, averaged if the optimizer averages, in the compute type."""
+    return cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
+
+
+def eval_variables(experiment: Experiment, state: State) -> dict[str, Any]:
+    """`eval_params` and the mutable collections that go with them, as a model takes them."""
+    return {"params": eval_params(experiment, state), **experiment.optim.eval_extra(state.opt_state, state.extra)}
+
+
+def make_eval_step(experiment: Experiment) -> Callable[[State, Batch], Metrics]:
+    """Metrics of one batch, with `eval_params`."""
+    def eval_step(state: State, batch: Batch) -> Metrics:
+        batch = prepare(experiment, batch, False)
+        found = experiment.task.loss(experiment.model, eval_variables(experiment, state), batch, {}, train=False)
+        return check_loss(experiment.task, found, train=False)[2]
+
+    return eval_step
+
+
+def make_predict_step(experiment: Experiment) -> Callable[[State, Batch], dict[str, Array]]:
+    """`Task.predict` of one batch, with `eval_params`: name -> (B, ...)."""
+    def predict_step(state: State, batch: Batch) -> dict[str, Array]:
+        batch = prepare(experiment, batch, False)
+        return experiment.task.predict(experiment.model, eval_variables(experiment, state), batch)
+
+    return predict_step
