@@ -145,8 +145,8 @@ class OptimPart(Protocol):
 class StartPart(Protocol):
     """A beginning such as Pretrained(...). See lab/pretrained.py."""
 
-    freeze: tuple[str, ...]
-    """Regular expressions of parameters that are not updated."""
+    def frozen(self) -> tuple[tuple[str, float], ...]:
+        """(regular expression, 0.0) of parameters that are not updated, as multipliers of the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Experiment:
     @property
     def optimizer(self) -> Any:
         """The optimizer with the frozen parameters at rate 0."""
-        frozen = tuple((rule, 0.0) for rule in self.init_from.freeze)
+        frozen = self.init_from.frozen()
         return dataclasses.replace(self.optim, groups=frozen + self.optim.groups) if frozen else self.optim
 
     def filled(self) -> Experiment:

@@ -1,9 +1,7 @@
 """Parameters to begin with: those of another run (transfer learning), or word vectors from a file.
 
-A value for `Experiment.init_from` has `validate()` and `freeze` (regexes of parameters that are not updated). The arrays
-of those here are read by lab/train/initial.py; one of your own has ``load(state, data) -> (arrays by path, report)``.
-Paths are those within the state's parameters and mutable collections: ``block_0/attn/query/kernel``,
-``batch_stats/stem_norm/mean``.
+The arrays are read by lab/train/initial.py. Paths are those within the state's parameters and mutable
+collections: ``block_0/attn/query/kernel``, ``batch_stats/stem_norm/mean``.
 """
 
 from __future__ import annotations
@@ -23,8 +21,20 @@ def _check_rules(**rules: tuple[str, ...]) -> None:
                 raise UserError(f"--init-from.{name}: {rule!r} is not a regular expression ({e}).") from None
 
 
+class Start:
+    """The base of values for `Experiment.init_from`: frozen dataclasses with a field `freeze`. One of your own also has
+    ``load(state, data) -> (arrays by path, report)``.
+    """
+
+    freeze: tuple[str, ...]
+
+    def frozen(self) -> tuple[tuple[str, float], ...]:
+        """(regular expression, 0.0) of parameters that are not updated, as multipliers of the learning rate."""
+        return tuple((rule, 0.0) for rule in self.freeze)
+
+
 @dataclass(frozen=True)
-class Pretrained:
+class Pretrained(Start):
     """The parameters of another run, where paths agree; what that run lacks begins at random.
 
     Averaged parameters are taken where that run's optimizer averages. Optimizer state is never taken.
@@ -47,7 +57,7 @@ class Pretrained:
 
 
 @dataclass(frozen=True)
-class Continue:
+class Continue(Start):
     """Another run at one of its checkpoints, to go on from under other settings: its parameters, the state of its
     optimizer, and its number of updates. That run stays as it is; this is a new one.
 
@@ -73,7 +83,7 @@ class Continue:
 
 
 @dataclass(frozen=True)
-class WordVectors:
+class WordVectors(Start):
     """Pretrained word vectors in GloVe's text format (a word and its numbers on each line) for an embedding.
 
     The first line may be a header as word2vec and fastText write it: the numbers of words and of dimensions. Rows of

@@ -53,7 +53,7 @@ class Checkout:
 
     def __init__(self, folder: Path):
         self.folder = folder / "my checkout"
-        (self.folder / "lab").mkdir(parents=True)
+        (self.folder / "lab/environment").mkdir(parents=True)
         for name in ("launch.sh", "pyproject.toml", "constraints.txt", "lab/__init__.py", "lab/bootstrap.py",
                      "lab/environment/__init__.py", "lab/environment/accelerator.py", "lab/environment/build.py",
                      "lab/environment/existing.py", "lab/environment/variables.py", "lab/signals.py"):

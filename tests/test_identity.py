@@ -16,7 +16,6 @@ from lab.errors import UserError
 from lab.experiment import Checkpoint, Experiment, Mesh, load
 from lab.models.cnn import ConvNet, ResNet
 from lab.train import loop, run_folder, source_code
-from lab.train.gradients import mixes_rows
 from lab.train.metrics import read_rows
 from lab.train.source_code import code_of, digests
 from tests.conftest import ROOT
@@ -25,7 +24,12 @@ from tests.test_loop import Quiet
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 
+def mixes_rows(experiment):
+    return experiment.task.mixes_rows(experiment.model, experiment.data, experiment.precision)
+
+
 @pytest.fixture(scope="module")
+
 def place(tmp_path_factory) -> Path:
     """A folder with own.py, which defines a model."""
     folder = tmp_path_factory.mktemp("identity")
