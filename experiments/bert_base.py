@@ -1,12 +1,12 @@
-"""BERT base, masked language modelling on Wikipedia; its twin reads packages of Python's standard library.
+"""BERT base, masked language modelling on Wikipedia; its local config reads packages of Python's standard library.
 
-    ./launch.sh experiments/bert_base.py            # no accelerator: the twin
+    ./launch.sh experiments/bert_base.py            # no accelerator: the local config
     ./launch.sh prepare wikipedia/20230601.en
     LAB_EXTRAS=tiktoken ./launch.sh experiments/bert_base.py --full
 
 The real one has GPT-2's tokenizer (124.7M parameters) and no second sentence (RoBERTa, Liu et al. 2019, found that it
-does not help). Not trained here, only planned (``--full --dry-run``: 15.8E FLOPs) and run as the twin, from which
-bert_classify.py can begin.
+does not help). Not trained here, only planned (``--full --dry-run``: 15.8E FLOPs) and run as the local config, from
+which bert_classify.py can begin.
 """
 
 from dataclasses import replace
@@ -23,8 +23,8 @@ experiment = Experiment(
     data=Text(TfdsText("wikipedia/20230601.en"), GPT2(), length=512),
     model=BERT(vocab=50_258, context=512, segments=0),    # the last id is [MASK]
     task=MaskedLM(),
-    optim=AdamW(lr=LinearDecay(4e-4, warmup=10_000, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
-    steps=100_000, batch=512, microbatches=16, precision="bfloat16",
+    optim=AdamW(lr=LinearDecay(4e-4, warmup=10_000, end=0.0), b1=0.9, b2=0.98, weight_decay=0.01, grad_clip_norm=1.0),
+    steps=100_000, batch=512, grad_accum_steps=16, precision="bfloat16",
     evaluate=Evaluate(every=5000, records=2048), checkpoint=Checkpoint(every=1000),
 )
 
@@ -34,7 +34,7 @@ local = replace(
     # With so few updates learned positions teach a masked language model nothing but frequencies (measured).
     model=BERT(depth=2, width=128, heads=2, context=64, vocab=2049, segments=0, dropout=0.0,
                position="rotary"),
-    optim=AdamW(lr=LinearDecay(2e-3, warmup=60, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
-    steps=800, batch=32, microbatches=1, precision="float32",
+    optim=AdamW(lr=LinearDecay(2e-3, warmup=60, end=0.0), b1=0.9, b2=0.98, weight_decay=0.01, grad_clip_norm=1.0),
+    steps=800, batch=32, grad_accum_steps=1, precision="float32",
     evaluate=Evaluate(every=200, records=512), checkpoint=Checkpoint(every=200),
 )

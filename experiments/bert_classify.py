@@ -4,7 +4,7 @@
     ./launch.sh experiments/bert_classify.py --full --data.source.path train.csv --data.source.test test.csv
     ... --vary init_from.run=None --seeds 3 --split test      # a study: against the same from scratch
 
-The twin begins at random unless told `--init-from.run RUN`, RUN being a run of bert_base.py's twin.
+The local config begins at random unless told `--init-from.run RUN`, RUN being a run of bert_base.py's local config.
 
 Measured by that study (2-core CPU busy with other work, 2026-11-22; BANKING77, 77 intents, 3,080 test messages, 600
 updates, 3 seeds): 64.6 % (sd 0.6) from the first run, 39.4 % (sd 1.8) from scratch; 25.1 points apart, 95 % interval
@@ -29,7 +29,7 @@ experiment = replace(
                  source=Csv("banking77/train.csv", target="category", text="text", test="banking77/test.csv")),
     model=bert_messages.experiment.model.clone(classes=77, pool="mean", dropout=0.1),
     task=Classify(),
-    optim=AdamW(lr=LinearDecay(1e-3, warmup=50, end=0.0), decay=0.01, clip=1.0),
+    optim=AdamW(lr=LinearDecay(1e-3, warmup=50, end=0.0), weight_decay=0.01, grad_clip_norm=1.0),
     steps=600, batch=64, init_from=Pretrained("runs/bert_messages"),
     evaluate=Evaluate(every=200, metric="accuracy", mode="max"), checkpoint=Checkpoint(every=200),
 )

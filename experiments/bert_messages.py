@@ -22,7 +22,7 @@ experiment = replace(
     data=Messages(Csv("banking77/train.csv", target="category", text="text"), Bytes(), length=96),
     model=BERT(depth=2, width=128, heads=4, context=96, vocab=258, segments=0, dropout=0.0, position="rotary"),
     task=MaskedLM(rate=0.25),
-    optim=AdamW(lr=LinearDecay(3e-3, warmup=200, end=0.0), b1=0.9, b2=0.98, decay=0.01, clip=1.0),
+    optim=AdamW(lr=LinearDecay(3e-3, warmup=200, end=0.0), b1=0.9, b2=0.98, weight_decay=0.01, grad_clip_norm=1.0),
     steps=3000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500),
 )
 

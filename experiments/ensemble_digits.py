@@ -15,8 +15,8 @@ from lab.optim import AdamW, Cosine
 experiment = replace(
     mnist_cnn.local,
     model=Ensemble(MLP(classes=10, depth=2, width=64, dropout=0.2), members=5),
-    optim=AdamW(lr=Cosine(3e-3, warmup=20, end=0.01), decay=0.05),
-    steps=600, dispatch=20, evaluate=Evaluate(every=100), checkpoint=Checkpoint(every=100),
+    optim=AdamW(lr=Cosine(3e-3, warmup=20, end=0.01), weight_decay=0.05),
+    steps=600, steps_per_call=20, evaluate=Evaluate(every=100), checkpoint=Checkpoint(every=100),
 )
 
 local = experiment

@@ -1,4 +1,4 @@
-"""A convolutional network on Fashion-MNIST with augmentation (flips, shifts by a pixel); the twin uses digits.
+"""A convolutional network on Fashion-MNIST with augmentation (flips, shifts by a pixel); the local config uses digits.
 
     ./launch.sh experiments/fashion_cnn.py
     ./launch.sh experiments/fashion_cnn.py --full      # first: ./launch.sh prepare fashion_mnist
@@ -22,11 +22,11 @@ experiment = Experiment(
                 augment=Augment(flip=True, crop=1)),
     model=ConvNet(channels=(32, 64, 128), convs=(1, 2, 1), dense=128, dropout=0.0, dense_dropout=0.3),
     task=Classify(),
-    optim=AdamW(lr=Cosine(2e-3, warmup=300, end=0.0), decay=0.1, ema=0.998),
+    optim=AdamW(lr=Cosine(2e-3, warmup=300, end=0.0), weight_decay=0.1, ema=0.998),
     steps=4149, batch=128,    # 9 epochs
     evaluate=Evaluate(every=922), checkpoint=Checkpoint(every=922),
 )
 
-# Digits are no clothes: a mirrored 2 is none, so the twin shifts, rotates and zooms instead.
+# Digits are no clothes: a mirrored 2 is none, so the local config shifts, rotates and zooms instead.
 local = replace(mnist_cnn.local, data=replace(mnist_cnn.local.data, augment=Augment(shift=0.1, rotate=10, zoom=0.1)),
-                optim=AdamW(lr=Cosine(3e-3, warmup=60, end=0.01), decay=0.05, ema=0.99))
+                optim=AdamW(lr=Cosine(3e-3, warmup=60, end=0.01), weight_decay=0.05, ema=0.99))

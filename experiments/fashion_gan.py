@@ -1,4 +1,5 @@
-"""A generative adversarial network that draws clothes (Fashion-MNIST); the twin draws scikit-learn's 8x8 digits.
+"""A generative adversarial network that draws clothes (Fashion-MNIST); the local config draws scikit-learn's 8x8
+digits.
 
     ./launch.sh experiments/fashion_gan.py
     ./launch.sh experiments/fashion_gan.py --full      # first: ./launch.sh prepare fashion_mnist
@@ -19,13 +20,21 @@ from lab.optim import Adam, LinearDecay
 from lab.tasks.adversarial import Adversarial
 
 experiment = Experiment(
-    data=Images(TfdsImages("fashion_mnist"), shape=(28, 28, 1), validation=1000),    # mean and std 0.5: pixels in [-1, 1]
+    data=Images(TfdsImages("fashion_mnist"), shape=(28, 28, 1), validation=1000),  # mean and std 0.5: pixels in [-1, 1]
     model=GAN(shape=(28, 28, 1)),
     task=Adversarial(),
     # Two parameter groups by path, here with the same rate; the samples come from averaged parameters.
-    optim=Adam(lr=LinearDecay(5e-4, end=0.0), b1=0.5, b2=0.999, ema=0.995,
-               groups=(("^generator/", 1.0), ("^discriminator/", 1.0))),
-    steps=4000, batch=64, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500, best=False),
+    optim=Adam(
+        lr=LinearDecay(5e-4, end=0.0),
+        b1=0.5,
+        b2=0.999,
+        ema=0.995,
+        lr_multipliers=(("^generator/", 1.0), ("^discriminator/", 1.0)),
+    ),
+    steps=4000,
+    batch=64,
+    evaluate=Evaluate(every=500),
+    checkpoint=Checkpoint(every=500, best=False),
 )
 
 local = replace(experiment, data=Images(Sklearn("digits"), shape=(8, 8, 1)), model=GAN(shape=(8, 8, 1)),

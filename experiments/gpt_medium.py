@@ -1,10 +1,10 @@
-"""GPT-2 medium (355M parameters); its twin is gpt_small's.
+"""GPT-2 medium (355M parameters); its local config is gpt_small's.
 
     LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_medium.py --full     # first: ./launch.sh prepare lm1b
 
-Not trained, only planned (``--full --dry-run``) and run as the twin: 10.5G tokens, 16 hours at the 180,000 tokens a
-second that one H100 does with 32 rows at once (2026-11-26). By ``plan`` (2026-11-23): on one H200 19.8 GiB and at least 1,285 ms an
-update; on v5e-8 with ``--microbatches 16`` 11.6 GiB a chip and at least 806 ms.
+Not trained, only planned (``--full --dry-run``) and run as the local config: 10.5G tokens, 16 hours at the 180,000
+tokens a second that one H100 does with 32 rows at once (2026-11-26). By ``plan`` (2026-11-23): on one H200 19.8 GiB and
+at least 1,285 ms an update; on v5e-8 with ``--grad-accum-steps 16`` 11.6 GiB a chip and at least 806 ms.
 """
 
 from dataclasses import replace
@@ -17,8 +17,8 @@ experiment = replace(
     gpt_small.experiment,
     # Scanned it would compile faster (7 s instead of 26 for an H200), and move 1.3 times as many bytes an update.
     model=GPT(depth=24, width=1024, heads=16, vocab=50304),
-    optim=AdamW(lr=Cosine(3e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
-    microbatches=32,
+    optim=AdamW(lr=Cosine(3e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, weight_decay=0.1, grad_clip_norm=1.0),
+    grad_accum_steps=32,
 )
 
 local = gpt_small.local

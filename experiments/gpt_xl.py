@@ -1,12 +1,13 @@
-"""GPT-2 XL (1.56B parameters), scanned layers and recomputed blocks; its twin is gpt_small's, scanned and recomputed.
+"""GPT-2 XL (1.56B parameters), scanned layers and recomputed blocks; its local config is gpt_small's, scanned and
+recomputed.
 
     LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_xl.py --full     # first: ./launch.sh prepare lm1b
     LAB_EXTRAS=plan ./launch.sh plan experiments/gpt_xl.py --on v5e-16
-    LAB_EXTRAS=plan ./launch.sh plan experiments/gpt_xl.py --on v5e-256 --mesh.data 4 --microbatches 2
+    LAB_EXTRAS=plan ./launch.sh plan experiments/gpt_xl.py --on v5e-256 --mesh.data 4 --grad-accum-steps 2
 
-Not trained here (no accelerator), only planned (``--full --dry-run``) and run as the twin: 10.5G tokens, about 76 hours
-on one H100 at 40 % of its peak, by its FLOPs. Parameters and optimizer state are divided among all devices; the width
-of 1,600 can be divided by 64 but not by 256.
+Not trained here (no accelerator), only planned (``--full --dry-run``) and run as the local config: 10.5G tokens, about
+76 hours on one H100 at 40 % of its peak, by its FLOPs. Parameters and optimizer state are divided among all devices;
+the width of 1,600 can be divided by 64 but not by 256.
 """
 
 from dataclasses import replace
@@ -21,8 +22,8 @@ experiment = replace(
     gpt_small.experiment,
     model=GPT(depth=48, width=1600, heads=25, vocab=50304, scan=True, remat="blocks"),
     task=LanguageModel(),  # a device has few rows, and along "fsdp" every chunk would send the embedding's gradient
-    optim=AdamW(lr=Cosine(2e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, decay=0.1, clip=1.0),
-    microbatches=32, mesh=Mesh(data=1, fsdp=-1),
+    optim=AdamW(lr=Cosine(2e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, weight_decay=0.1, grad_clip_norm=1.0),
+    grad_accum_steps=32, mesh=Mesh(data=1, fsdp=-1),
 )
 
 local = replace(gpt_small.local, model=gpt_small.local.model.clone(scan=True, remat="blocks"))

@@ -1,9 +1,11 @@
-"""ViT-S/16 on ImageNet, 90 epochs, mean pooling and fixed positions; the twin is a small ViT on scikit-learn's digits.
+"""ViT-S/16 on ImageNet, 90 epochs, mean pooling and fixed positions; the local config is a small ViT on scikit-learn's
+digits.
 
     ./launch.sh experiments/imagenet_vit_s16.py --full      # first: ./launch.sh prepare imagenet2012
 
 Expected: about 75 % top-1. Beyer et al. 2022 ("Better plain ViT baselines for ImageNet-1k") reach 76.5 % with this
-recipe and RandAugment, which is not here. Not trained here, only planned (``--full --dry-run``) and run as the twin.
+recipe and RandAugment, which is not here. Not trained here, only planned (``--full --dry-run``) and run as the local
+config.
 """
 
 from dataclasses import replace
@@ -21,12 +23,12 @@ experiment = replace(
                  augment=Augment(resized_crop=0.05, flip=True, mixup=0.2)),
     model=ViT(depth=12, width=384, heads=6, patch=16, classes=1000, pool="mean", position="sincos"),
     task=Classify(),
-    optim=AdamW(lr=Cosine(1e-3, warmup=10_000, end=0.0), b1=0.9, b2=0.999, decay=0.1, clip=1.0),
+    optim=AdamW(lr=Cosine(1e-3, warmup=10_000, end=0.0), b1=0.9, b2=0.999, weight_decay=0.1, grad_clip_norm=1.0),
 )
 
 local = replace(
     mnist_cnn.local,
     model=ViT(depth=4, width=64, heads=4, patch=2, classes=10, pool="mean", position="sincos"),
-    optim=AdamW(lr=Cosine(2e-3, warmup=50, end=0.0), decay=0.1, clip=1.0),
+    optim=AdamW(lr=Cosine(2e-3, warmup=50, end=0.0), weight_decay=0.1, grad_clip_norm=1.0),
     steps=800, evaluate=Evaluate(every=200, metric="accuracy", mode="max"),
 )

@@ -1,4 +1,4 @@
-"""A small Transformer tells good from bad film reviews (IMDB); the twin sorts Python by package.
+"""A small Transformer tells good from bad film reviews (IMDB); the local config sorts Python by package.
 
     ./launch.sh experiments/imdb_transformer.py
     ./launch.sh experiments/imdb_transformer.py --full      # first: ./launch.sh prepare imdb_reviews
@@ -22,7 +22,7 @@ experiment = Experiment(
     data=Messages(TfdsMessages("imdb_reviews/plain_text"), Words(20_000), length=300, truncate="start"),
     model=BERT(depth=1, width=64, heads=2, context=300, vocab=20_000, segments=0, classes=2, pool="mean", dropout=0.5),
     task=Classify(),
-    optim=AdamW(lr=Cosine(1e-3, warmup=100, end=0.01), decay=0.1, clip=1.0),
+    optim=AdamW(lr=Cosine(1e-3, warmup=100, end=0.01), weight_decay=0.1, grad_clip_norm=1.0),
     steps=704, batch=64,    # 2 epochs
     evaluate=Evaluate(every=176, metric="accuracy", mode="max", patience=3), checkpoint=Checkpoint(every=176),
 )

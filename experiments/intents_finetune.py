@@ -4,7 +4,7 @@
     ./launch.sh experiments/intents_finetune.py --full --data.source.path train.csv --data.source.test test.csv
     ... --init-from.run runs/intents        # begins with the first run's parameters
 
-Any CSV with a column of texts and one of classes will do. The twin sorts Python by package.
+Any CSV with a column of texts and one of classes will do. The local config sorts Python by package.
 
 Measured (2-core CPU, 2026-11-22, seed 0): macro F1 0.842 from scratch and 0.829 from the first run, so that this little
 pretraining does not help; TF-IDF and logistic regression 0.897.
@@ -25,7 +25,7 @@ experiment = replace(
                  source=Csv("banking77/train.csv", target="category", text="text", test="banking77/test.csv")),
     model=intents_pretrain.experiment.model.clone(classes=77, pool="mean", dropout=0.2),
     task=Classify(),
-    optim=AdamW(lr=LinearDecay(1e-3, warmup=50, end=0.0), decay=0.05, clip=1.0),
+    optim=AdamW(lr=LinearDecay(1e-3, warmup=50, end=0.0), weight_decay=0.05, grad_clip_norm=1.0),
     steps=600, batch=64, evaluate=Evaluate(every=200, metric="f1", mode="max"), init_from=Pretrained(),
 )
 

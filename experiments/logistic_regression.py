@@ -19,7 +19,7 @@ experiment = Experiment(
     # scikit-learn's default C=1 adds |w|^2 / 2 to the sum of 409 losses: 1/409 a record. Of two classes both rows of
     # weights are penalised here, each half the difference, so twice that is the same penalty.
     optim=SGD(lr=Cosine(0.5, warmup=0), momentum=0.9, l2=2 / 409),
-    steps=2000, batch=64, dispatch=100, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=0),
+    steps=2000, batch=64, steps_per_call=100, evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=0),
 )
 
 local = experiment

@@ -1,10 +1,10 @@
-"""A convolutional network on MNIST, learning rate 1e-3, batch 64; the twin uses scikit-learn's 8x8 digits.
+"""A convolutional network on MNIST, learning rate 1e-3, batch 64; the local config uses scikit-learn's 8x8 digits.
 
     ./launch.sh experiments/mnist_cnn.py
     ./launch.sh experiments/mnist_cnn.py --full      # first: ./launch.sh prepare mnist
 
 Expected: 99 % (textbooks). Measured (2-core CPU, 2026-11-22, seed 0): 99.46 % of the 10,000 test images after 6 epochs
-of 55,000 (99.40 % with an earlier version), 6 minutes on a busy machine. Twin: 99.7 % of 359 digits in half a
+of 55,000 (99.40 % with an earlier version), 6 minutes on a busy machine. Local config: 99.7 % of 359 digits in half a
 minute.
 """
 

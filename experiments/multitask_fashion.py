@@ -25,7 +25,7 @@ experiment = replace(
     task=MultiTask((Part("class", Classify()),
                     Part("group", Classify(), weight=0.5, groups=CLOTHES, group_names=("top", "long", "shoe", "bag")),
                     Part("image", Regress(), weight=0.5, target="inputs"))),
-    optim=AdamW(lr=Cosine(2e-3, warmup=100, end=0.01), decay=0.05),
+    optim=AdamW(lr=Cosine(2e-3, warmup=100, end=0.01), weight_decay=0.05),
     steps=2000, evaluate=Evaluate(every=500),
 )
 

@@ -1,4 +1,4 @@
-"""A bidirectional LSTM on 20 Newsgroups, with early stopping; the twin sorts pieces of Python by their package.
+"""A bidirectional LSTM on 20 Newsgroups, with early stopping; the local config sorts pieces of Python by their package.
 
     ./launch.sh experiments/newsgroups_lstm.py
     ./launch.sh experiments/newsgroups_lstm.py --full --data.source.path 20news-bydate.tar.xz    # or downloaded
@@ -22,7 +22,7 @@ experiment = Experiment(
     data=Messages(Sklearn("20newsgroups"), Words(10_000), length=100),
     model=LSTM(vocab=10_000, width=100, hidden=64, dropout=0.5, pool="max", classes=20),
     task=Classify(),
-    optim=AdamW(lr=Cosine(3e-3, warmup=100), decay=0.01, clip=1.0),
+    optim=AdamW(lr=Cosine(3e-3, warmup=100), weight_decay=0.01, grad_clip_norm=1.0),
     steps=1600, batch=128,    # 20 epochs
     evaluate=Evaluate(every=80, metric="accuracy", mode="max", patience=3), checkpoint=Checkpoint(every=80),
 )

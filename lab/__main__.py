@@ -34,7 +34,7 @@ def overview() -> str:
     width = max(len(name) for name, _ in rows + list(experiments().items())) + 2
     lines = ["lab: a functional research codebase in JAX", "", "usage: ./launch.sh ..."]
     lines += [f"  {name:<{width}}{what}" for name, what in rows]
-    lines += ["", "experiments (with no accelerator their small local twin runs; --full forces the real one):"]
+    lines += ["", "experiments (with no accelerator their small local config runs; --full forces the real one):"]
     return "\n".join(lines + [f"  {name:<{width}}{what}" for name, what in experiments().items()])
 
 

@@ -80,8 +80,8 @@ class Run:
         Of a `batch()` that is `batch["inputs"]`, for language models `batch["tokens"][:, :-1]`. `params`: others than
         the run's own. `named`: further arguments of the model, such as `mask`.
         """
-        extra = self.experiment.optim.eval_extra(self.state.opt_state, self.state.extra)
-        variables = {"params": self.params if params is None else params, **extra}
+        model_state = self.experiment.optim.eval_model_state(self.state.opt_state, self.state.model_state)
+        variables = {"params": self.params if params is None else params, **model_state}
         return self.experiment.model.apply(variables, inputs, train=False, **named)
 
     @functools.cached_property
@@ -174,7 +174,7 @@ def fit(experiment: Experiment, folder: str | Path | None = None, *, quiet: bool
     with Screen(quiet=quiet) as screen:
         if run.result is not None:
             run.data  # noqa: B018 (says where the folder is of another experiment, or the data changed)
-            screen.say(f"{place} is finished already.")
+            screen.info(f"{place} is finished already.")
             return run
         status = loop.train(experiment, place, screen)
     if status == 1:

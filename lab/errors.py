@@ -71,7 +71,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     text = str(error)
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:  # JAX's, of a device
         return 2, (f"The memory of the device does not hold this ({text.splitlines()[0][:200]}). A larger "
-                   f"--microbatches or a smaller --batch needs less.")
+                   f"--grad-accum-steps or a smaller --batch needs less.")
     if isinstance(error, MemoryError) or (isinstance(error, ImportError | RuntimeError)
                                           and any(sign in text for sign in _NO_MEMORY)):
         return 2, ("There is not enough memory, or the limit on it is too low (ulimit -v). Raise it and run the same "

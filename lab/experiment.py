@@ -75,7 +75,8 @@ class Log:
 
 @dataclass(frozen=True)
 class Mesh:
-    """How devices are laid out. The result does not depend on it (up to the order of sums). See lab/parallel/sharding.py.
+    """How devices are laid out. The result does not depend on it (up to the order of sums). See
+    lab/parallel/sharding.py.
 
     One of the four may be -1: all devices that the others leave.
     """
@@ -145,7 +146,7 @@ class OptimPart(Protocol):
 class StartPart(Protocol):
     """A beginning such as Pretrained(...). See lab/pretrained.py."""
 
-    def frozen(self) -> tuple[tuple[str, float], ...]:
+    def frozen_rules(self) -> tuple[tuple[str, float], ...]:
         """(regular expression, 0.0) of parameters that are not updated, as multipliers of the learning rate."""
 
 
@@ -161,11 +162,11 @@ class Experiment:
     """Updates of the parameters; a run makes exactly this many."""
     batch: int
     """Records in an update, over all devices and microbatches."""
-    microbatches: int = 1
+    grad_accum_steps: int = 1
     """Parts that the batch is computed in, one after another, to save memory. The result is the same up to rounding,
     and a run may go on with another number; except with dropout or batch statistics (BatchNorm), which belong to a
     part: there another number is another experiment."""
-    dispatch: int = field(default=1, metadata=HOW)
+    steps_per_call: int = field(default=1, metadata=HOW)
     """Updates in one compiled call (a scan); more than 1 helps models so small that starting a step costs."""
     seed: int = 0
     """Decides initial weights, order of the data and dropout."""
@@ -179,21 +180,23 @@ class Experiment:
     mesh: Mesh = field(default=Mesh(), metadata=HOW)
     parallel: Literal["jit", "pmap"] = "jit"
     """How an update is spread over devices: by the compiler, or as plain data parallelism by jax.pmap. Where results
-    depend on `microbatches` they depend on this, too."""
+    depend on `grad_accum_steps` they depend on this, too."""
     exact: bool = False
     """The same bits on every number of devices that divides virtual_shards, at some cost (lab/train/gradients.py)."""
     virtual_shards: int = 8
     """Parts of a batch that are computed alone when exact; without, nothing reads it."""
     deterministic: bool = field(default=False, metadata=HOW)
     """The same bits every time on GPUs, at some cost; CPUs and TPUs give them anyway."""
-    resident: Literal["auto", "always", "never"] = field(default="auto", metadata=HOW)
+    data_on_device: Literal["auto", "always", "never"] = field(default="auto", metadata=HOW)
     """Keep the training records on the devices and gather batches there; auto: on accelerators, where they fit."""
 
     @property
     def optimizer(self) -> Any:
         """The optimizer with the frozen parameters at rate 0."""
-        frozen = self.init_from.frozen()
-        return dataclasses.replace(self.optim, groups=frozen + self.optim.groups) if frozen else self.optim
+        frozen = self.init_from.frozen_rules()
+        return (
+            dataclasses.replace(self.optim, lr_multipliers=frozen + self.optim.lr_multipliers) if frozen else self.optim
+        )
 
     def filled(self) -> Experiment:
         """The same with what follows from other fields: `model.vocab`, where it is None, is the tokenizer's.
@@ -202,7 +205,7 @@ class Experiment:
         """
         if getattr(self.model, "vocab", 0) is not None:
             return self
-        size = self.data.hints().get("vocab") or self.data.load().facts.get("vocab")
+        size = self.data.metadata().get("vocab") or self.data.load().metadata.get("vocab")
         if not size:
             raise UserError("--model.vocab follows the tokenizer where it is left out, but this data has none.")
         return dataclasses.replace(self, model=self.model.clone(vocab=size + getattr(self.model, "reserved_ids", 0)))
@@ -217,10 +220,10 @@ class Experiment:
         check_numbers(flat(to_json(self)))
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed must be in [0, 2^32), not {self.seed}.")
-        for name, least in (("steps", 1), ("batch", 1), ("microbatches", 1), ("dispatch", 1)):
+        for name, least in (("steps", 1), ("batch", 1), ("grad_accum_steps", 1), ("steps_per_call", 1)):
             _at_least(f"--{name}", getattr(self, name), least)
-        if self.batch % self.microbatches:
-            raise UserError(f"--batch {self.batch} is not divisible by --microbatches {self.microbatches}.")
+        if self.batch % self.grad_accum_steps:
+            raise UserError(f"--batch {self.batch} is not divisible by --grad-accum-steps {self.grad_accum_steps}.")
         _at_least("--evaluate.every", self.evaluate.every, 0)
         _at_least("--evaluate.records", self.evaluate.records, 1)
         _at_least("--evaluate.patience", self.evaluate.patience, 1)
@@ -232,21 +235,25 @@ class Experiment:
         for flag, value in (("--steps", self.steps), ("--evaluate.every", self.evaluate.every),
                             ("--checkpoint.every", self.checkpoint.every),
                             ("--checkpoint.permanent", self.checkpoint.permanent)):
-            if (value or 0) % self.dispatch:
-                raise UserError(f"{flag} {value} is not a multiple of --dispatch {self.dispatch}.")
+            if (value or 0) % self.steps_per_call:
+                raise UserError(f"{flag} {value} is not a multiple of --steps-per-call {self.steps_per_call}.")
         self.optim.validate(self.steps)
         for part in (self.data, self.model, self.task, self.init_from):
             if hasattr(part, "validate"):  # a user's model need not have it
                 part.validate()
-        check_model(self.model, self.data.hints())
+        check_model(self.model, self.data.metadata())
 
     def _validate_parallel(self) -> None:
         self.mesh.validate()
         _at_least("--virtual-shards", self.virtual_shards, 1)
-        if self.parallel == "pmap" and (self.dispatch > 1 or self.resident == "always" or self.exact):
-            raise UserError("--parallel pmap is for plain updates: leave out --dispatch, --resident and --exact.")
-        if self.exact and self.microbatches > 1:
-            raise UserError("--exact computes its virtual shards one after another already: leave out --microbatches.")
+        if self.parallel == "pmap" and (self.steps_per_call > 1 or self.data_on_device == "always" or self.exact):
+            raise UserError(
+                "--parallel pmap is for plain updates: leave out --steps-per-call, --data-on-device and --exact."
+            )
+        if self.exact and self.grad_accum_steps > 1:
+            raise UserError(
+                "--exact computes its virtual shards one after another already: leave out --grad-accum-steps."
+            )
         if self.exact and self.batch % self.virtual_shards:
             raise UserError(f"--batch {self.batch} is not divisible by --virtual-shards {self.virtual_shards}.")
 
@@ -265,9 +272,9 @@ class Experiment:
         value = to_json(self, identity=True)
         if not self.exact:
             del value["virtual_shards"]
-        alone = {name for name, one in (("microbatches", 1), ("parallel", "jit")) if getattr(self, name) == one}
+        alone = {name for name, one in (("grad_accum_steps", 1), ("parallel", "jit")) if getattr(self, name) == one}
         return tuple({name: item for name, item in value.items() if name not in left_out}
-                     for left_out in (alone, {"microbatches", "parallel"}))
+                     for left_out in (alone, {"grad_accum_steps", "parallel"}))
 
     def may_be(self, fingerprint: str) -> bool:
         """Whether this experiment can have a fingerprint, as far as can be said without tracing its model."""
@@ -278,10 +285,10 @@ class Experiment:
         return digest(self.identity())
 
 
-def check_model(model: Any, facts: Mapping[str, Any]) -> None:
-    """Raises UserError where a model that can tell does not fit data with these facts."""
+def check_model(model: Any, metadata: Mapping[str, Any]) -> None:
+    """Raises UserError where a model that can tell does not fit data with these metadata."""
     if hasattr(model, "check"):
-        model.check(facts)
+        model.check(metadata)
 
 
 def _at_least(flag: str, value: int | None, least: int) -> None:

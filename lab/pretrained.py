@@ -28,7 +28,7 @@ class Start:
 
     freeze: tuple[str, ...]
 
-    def frozen(self) -> tuple[tuple[str, float], ...]:
+    def frozen_rules(self) -> tuple[tuple[str, float], ...]:
         """(regular expression, 0.0) of parameters that are not updated, as multipliers of the learning rate."""
         return tuple((rule, 0.0) for rule in self.freeze)
 

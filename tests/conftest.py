@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def computing(model: Any, variables: Any) -> Callable[..., Any]:
-    """`lab.tasks.base.Outcome.compute` for variables that are at hand."""
+    """`lab.tasks.base.EvalResult.compute` for variables that are at hand."""
     import jax
 
     def compute(f: Callable, *arrays: Any, **static: Any) -> Any:

@@ -343,6 +343,6 @@ def test_values_out_of_range(kwargs, name):
 def test_mixing_needs_the_number_of_classes():
     ingredient = data(Augment(mixup=0.2))
     ingredient.validate()
-    assert ingredient.hints()["classes"] == 5
+    assert ingredient.metadata()["classes"] == 5
     with pytest.raises(UserError, match="--data.classes"):
         dataclasses.replace(ingredient, classes=None).validate()

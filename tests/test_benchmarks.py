@@ -45,23 +45,31 @@ def messages(tmp_path):
 @pytest.fixture
 def experiments(tiny, messages):
     """One of each kind; together every part of an update that the experiments under comparison have, but dropout."""
-    optim = AdamW(lr=Cosine(1e-2, warmup=2), decay=5.0, clip=0.05)
+    optim = AdamW(lr=Cosine(1e-2, warmup=2), weight_decay=5.0, grad_clip_norm=0.05)
     rest = {"optim": optim, "steps": 8, "batch": 8, "seed": 3}
     digits = Images(Sklearn("digits"), shape=(8, 8, 1), mean=(0.3,), std=(0.37,))
     tumours, diabetes = Table(Sklearn("breast_cancer")), Table(Sklearn("diabetes"))
     small = {"vocab": 50, "width": 6, "hidden": 5, "classes": 2}
     return {
-        "GPT": dataclasses.replace(tiny, optim=optim, microbatches=2),
+        "GPT": dataclasses.replace(tiny, optim=optim, grad_accum_steps=2),
         "GPT, no bias": dataclasses.replace(tiny, optim=optim, model=tiny.model.clone(bias=False, tied=False)),
-        "ConvNet": Experiment(digits, ConvNet(channels=(4, 6), convs=(1, 2), dense=7, dropout=0.0, dense_dropout=0.0),
-                              Classify(), **rest | {"optim": dataclasses.replace(optim, ema=0.9)}),
+        "ConvNet": Experiment(
+            digits,
+            ConvNet(channels=(4, 6), convs=(1, 2), dense=7, dropout=0.0, dense_dropout=0.0),
+            Classify(),
+            **rest | {"optim": dataclasses.replace(optim, ema=0.9)},
+        ),
         "LSTM": Experiment(messages, LSTM(**small, pool="max"), Classify(), **rest),
-        "LSTM, deep": Experiment(messages, LSTM(**small, depth=2), Classify(),
-                                 **rest | {"optim": Adam(lr=1e-2, l2=0.3)}),
+        "LSTM, deep": Experiment(
+            messages, LSTM(**small, depth=2), Classify(), **rest | {"optim": Adam(lr=1e-2, l2=0.3)}
+        ),
         "LSTM, one way": Experiment(messages, LSTM(**small, bidirectional=False, pool="mean"), Classify(), **rest),
-        "logistic": Experiment(tumours, Linear(classes=2), Classify(),
-                               **rest | {"optim": SGD(lr=Cosine(0.5), momentum=0.9, l2=0.3)}),
-        "linear": Experiment(diabetes, Linear(), Regress(), **rest | {"optim": SGD(lr=Cosine(0.1), clip=0.1)}),
+        "logistic": Experiment(
+            tumours, Linear(classes=2), Classify(), **rest | {"optim": SGD(lr=Cosine(0.5), momentum=0.9, l2=0.3)}
+        ),
+        "linear": Experiment(
+            diabetes, Linear(), Regress(), **rest | {"optim": SGD(lr=Cosine(0.1), grad_clip_norm=0.1)}
+        ),
     }
 
 
@@ -129,7 +137,7 @@ def test_both_sides_compute_the_same(name, choice, experiments, tmp_path):
 def test_what_is_not_written_in_torch_is_refused(experiments):
     for change, match in (({"optim": Lion(lr=1e-3)}, "no Lion"), ({"task": Classify(label_smoothing=0.1)}, "smoothing"),
                           ({"model": experiments["GPT"].model}, "no Classify of GPT"),
-                          ({"optim": AdamW(lr=1e-3, groups=(("conv", 0.5),))}, "no groups")):
+                          ({"optim": AdamW(lr=1e-3, lr_multipliers=(("conv", 0.5),))}, "no groups")):
         with pytest.raises(UserError, match=match):
             torch_job.check(dataclasses.replace(experiments["ConvNet"], **change))
     torch_job.check(experiments["ConvNet"])

@@ -293,14 +293,14 @@ def test_flags_that_tyro_refuses(typed, flag, value, words):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--batch", "9", "--microbatches", "2"], "--batch 9 is not divisible by --microbatches 2"),
+    (["--batch", "9", "--grad-accum-steps", "2"], "--batch 9 is not divisible by --grad-accum-steps 2"),
     (["--model.heads", "3"], "--model.width 16 is not divisible by --model.heads 3"),
     (["--model.kv-heads", "3"], "--model.heads 2 is not divisible by --model.kv-heads 3"),
     (["--batch", "12", "--run-dir", "no"], "--batch 12 is not divisible by 8 devices. Use a multiple of 8"),
     (["--mesh.data", "9", "--run-dir", "no"], "--mesh.data 9 needs 9 devices; this machine has 8"),
     (["--steps", "0"], "--steps must be at least 1, not 0"),
     (["--steps", "1"], "optim.lr.warmup is 2 updates, more than the run's 1"),
-    (["--dispatch", "3"], "--steps 20 is not a multiple of --dispatch 3"),
+    (["--steps-per-call", "3"], "--steps 20 is not a multiple of --steps-per-call 3"),
     (["--model.dropout", "1.5"], "--model.dropout must be in"),
     (["--optim.lr.peak", "nan"], "optim.lr.peak is nan"),
     (["--model.vocab", "100", "--run-dir", "no"], "The vocabulary is too small: the tokenizer has 256 tokens and the "
@@ -451,11 +451,11 @@ def test_the_twin(typed, place, monkeypatch):
     text = EXPERIMENT.format(corpus=str(place / "corpus.txt")) + "local = replace(experiment, steps=4)\n"
     (place / "twins.py").write_text(text)
     bad = ["--mesh.data", "99"]  # parsed, and stopped before any work
-    assert "No accelerator found: running the local twin" in typed("twins.py", *bad)[1]
-    assert "Running the local twin (--local)." in typed("twins.py", "--local", *bad)[1]
-    assert "local twin" not in typed("twins.py", "--full", *bad)[1]
+    assert "No accelerator found: running the local config" in typed("twins.py", *bad)[1]
+    assert "Running the local config (--local)." in typed("twins.py", "--local", *bad)[1]
+    assert "local config" not in typed("twins.py", "--full", *bad)[1]
     monkeypatch.setenv("LAB_PLATFORM", "gpu")
-    assert "local twin" not in typed("twins.py", *bad)[1]
+    assert "local config" not in typed("twins.py", *bad)[1]
 
 
 # --------------------------------------------------------------------------------------------------- the commands

@@ -86,7 +86,7 @@ def test_a_finished_run_is_extended(base, tmp_path):
 def test_the_schedule_is_evaluated_anew_and_a_checkpoint_may_be_named(base, tmp_path):
     """From update 2 of 4, to 10 updates in all at another peak: the rates are those of the new schedule there."""
     experiment, run = base
-    optim = AdamW(lr=Cosine(3e-2, warmup=0), clip=1.0)
+    optim = AdamW(lr=Cosine(3e-2, warmup=0), grad_clip_norm=1.0)
     for i, start in enumerate((Continue(str(run), 2), Continue(str(run / "checkpoints" / "2")))):
         other = replace(experiment, optim=optim, steps=10, init_from=start)
         status, said = train(other, tmp_path / str(i))
@@ -114,7 +114,7 @@ def test_stopped_and_gone_on(base, tmp_path):
     ({"init_from": Continue("RUN/checkpoints/2", 4)}, "name two checkpoints"),
     ({"init_from": Continue("gone")}, "is no run folder"),
     ({"init_from": Continue("RUN", freeze="head")}, "--init-from.freeze must be a tuple of str"),
-    ({"dispatch": 3, "steps": 9}, "after update 4, which is no multiple of --dispatch 3"),
+    ({"steps_per_call": 3, "steps": 9}, "after update 4, which is no multiple of --steps-per-call 3"),
 ])
 def test_mistakes(base, tmp_path, change, message):
     experiment, run = base
@@ -159,8 +159,8 @@ def after(optim, updates: int = 3, steps: int = 10):
     return state, tx.init(PARAMS)
 
 
-OPTIMIZERS = [SGD(lr=0.1, momentum=0.9), Adam(lr=0.1), AdamW(lr=Cosine(0.1), clip=1.0, ema=0.9), Lion(lr=0.1),
-              ScheduleFreeAdamW(lr=0.1), AdamW(lr=0.1, groups=(("a/", 0.0),))]
+OPTIMIZERS = [SGD(lr=0.1, momentum=0.9), Adam(lr=0.1), AdamW(lr=Cosine(0.1), grad_clip_norm=1.0, ema=0.9), Lion(lr=0.1),
+              ScheduleFreeAdamW(lr=0.1), AdamW(lr=0.1, lr_multipliers=(("a/", 0.0),))]
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda o: f"{type(o).__name__}{len(o.groups)}")
@@ -182,7 +182,9 @@ def test_what_has_no_place_begins_afresh_and_is_named():
     assert counts["ScaleByScheduleState.count"] == 3 and counts["EmaState.count"] == 3
     assert counts["ScaleByAdamState.count"] is None
     assert {path.rpartition("/")[2] for path in fresh} == {"count", "kernel", "bias"} and left == []
-    moved = take_over(after(AdamW(lr=0.1))[0], after(AdamW(lr=0.1, clip=1.0, decay=0.0, ema=0.5))[1], 3)
+    moved = take_over(
+        after(AdamW(lr=0.1))[0], after(AdamW(lr=0.1, grad_clip_norm=1.0, weight_decay=0.0, ema=0.5))[1], 3
+    )
     assert not [path for path in moved[1] if "mu" in path or "nu" in path]  # another place in the chain
     gone = take_over(after(AdamW(lr=0.1))[0], after(SGD(lr=0.1))[1], 3)
     assert any("mu" in path for path in gone[2])

@@ -235,7 +235,9 @@ def test_different_code(place, tmp_path):
     with (tmp_path / "lab" / "step.py").open("a") as file:
         file.write("# changed\n")
     said = ends(talk(body))
-    assert re.search(r"error: Process 2 \(.*\): the file lab/train/step.py is \w+ there and \w+ in process 0\. Bring", said)
+    assert re.search(
+        r"error: Process 2 \(.*\): the file lab/train/step.py is \w+ there and \w+ in process 0\. Bring", said
+    )
 
 
 def test_a_mistake_that_all_make(place):

@@ -44,7 +44,7 @@ def test_a_mistake_of_the_program_is_a_traceback():
 
 def test_the_device_has_too_little_memory():
     status, sentence = explain(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore"))
-    assert status == 2 and "--microbatches" in sentence and "more" not in sentence.partition(").")[0]
+    assert status == 2 and "--grad-accum-steps" in sentence and "more" not in sentence.partition(").")[0]
 
 
 def test_a_file_that_cannot_be_written_to_is_named(tmp_path):

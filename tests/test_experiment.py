@@ -61,8 +61,8 @@ def test_differences_name_the_path(tiny):
 @pytest.mark.parametrize(("change", "message"), [
     ({"steps": 0}, "--steps must be at least 1"),
     ({"batch": 0}, "--batch must be at least 1"),
-    ({"microbatches": 3}, "--batch 8 is not divisible by --microbatches 3"),
-    ({"dispatch": 3}, "--steps 8 is not a multiple of --dispatch 3"),
+    ({"grad_accum_steps": 3}, "--batch 8 is not divisible by --grad-accum-steps 3"),
+    ({"steps_per_call": 3}, "--steps 8 is not a multiple of --steps-per-call 3"),
     ({"evaluate": Evaluate(records=0)}, "--evaluate.records must be at least 1"),
     ({"checkpoint": Checkpoint(keep=0)}, "--checkpoint.keep must be at least 1"),
     ({"log": Log(every=0)}, "--log.every must be at least 1"),

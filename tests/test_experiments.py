@@ -37,7 +37,7 @@ def shrunk(experiment):
             model = model.clone(**fields)
     optim = replace(experiment.optim, lr=replace(lr, warmup=min(lr.warmup, 1)))
     evaluate = replace(experiment.evaluate, every=0, records=8, patience=None)
-    return replace(experiment, model=model, optim=optim, steps=3, batch=8, dispatch=1, evaluate=evaluate,
+    return replace(experiment, model=model, optim=optim, steps=3, batch=8, steps_per_call=1, evaluate=evaluate,
                    checkpoint=Checkpoint(every=0))
 
 
@@ -56,7 +56,7 @@ def test_the_twin_trains(path, tmp_path):
     experiment.validate()
     later = [shrunk(load(other).local).fingerprint() for other in EXPERIMENTS[EXPERIMENTS.index(path) + 1:]]
     if experiment.fingerprint() in later:
-        return  # one file's twin may be another's; that one runs it
+        return  # one file's local config may be another's; that one runs it
     with Screen(quiet=True) as screen:
         assert train(experiment, tmp_path / "run", screen, path) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())

@@ -23,7 +23,7 @@ from lab.experiment import Experiment, Mesh, check_types, load
 from lab.models.cnn import ConvNet
 from lab.optim import AdamW, Cosine
 from lab.pretrained import Pretrained, WordVectors
-from lab.tasks.base import Outcome
+from lab.tasks.base import EvalResult
 from lab.tasks.supervised import Classify
 from tests.conftest import ROOT
 from tests.test_layout import configuration_classes
@@ -33,7 +33,7 @@ IMAGES = Experiment(data=Images(Sklearn("digits"), shape=(8, 8, 1)), model=ConvN
 
 
 def held_by_experiments() -> list[type]:
-    return [c for c in configuration_classes() if c is not Outcome]
+    return [c for c in configuration_classes() if c is not EvalResult]
 
 
 @pytest.mark.parametrize("cls", held_by_experiments(), ids=lambda c: f"{c.__module__}.{c.__name__}")
@@ -57,31 +57,46 @@ def test_shipped_experiments_fit(path):
             check_types(getattr(value, "base", value))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"init_from": Pretrained("run", include="conv")}, r'--init-from.include must be a tuple of str, .* not \'conv\''),
-    ({"init_from": Pretrained("run", exclude="conv")}, "--init-from.exclude must be a tuple of str"),
-    ({"init_from": WordVectors("f", freeze="^embedding")}, "--init-from.freeze must be a tuple of str"),
-    ({"init_from": AdamW(lr=1e-3)}, r"--init-from must be a beginning such as Pretrained\(...\) with load\(\)"),
-    ({"optim": AdamW(lr=1e-3, groups=("embedding", 0.1))}, r"--optim.groups must be a tuple of \(str, float\)"),
-    ({"optim": AdamW(lr=1e-3, groups=(("embedding", "0.1"),))}, "--optim.groups must be"),
-    ({"optim": AdamW(lr=1e-3, clip=True)}, "--optim.clip must be float or None, not True"),
-    ({"optim": AdamW(lr=Cosine("fast"))}, "--optim.lr.peak must be float, not 'fast'"),
-    ({"optim": None}, r"--optim must be an optimizer such as AdamW\(...\) with build\(\), not None"),
-    ({"model": ConvNet}, r"--model must be .* not the class ConvNet itself \(write ConvNet\(...\)\)"),
-    ({"model": ConvNet(classes=10, channels="16")}, "--model.channels must be a tuple of int"),
-    ({"model": ConvNet(classes=10, channels=(8, 16.0))}, "--model.channels must be a tuple of int"),
-    ({"task": Classify(class_weights="balanced")}, "--task.class-weights must be a tuple of float"),
-    ({"task": IMAGES.model}, r"--task must be a task such as Classify\(\) with loss\(\)"),
-    ({"data": replace(IMAGES.data, mean=0.5)}, "--data.mean must be a tuple of float, .* not 0.5"),
-    ({"data": replace(IMAGES.data, shape=(8, 8))}, r"--data.shape must be \(int, int, int\)"),
-    ({"data": replace(IMAGES.data, augment=Bytes())}, "--data.augment must be Augment"),
-    ({"data": replace(IMAGES.data, augment=Augment(flip="yes"))}, "--data.augment.flip must be"),
-    ({"data": replace(IMAGES.data, source=Csv("a.csv", target="y"))}, "--data.source must be Idx or ImageFolder or"),
-    ({"mesh": Mesh(rules=("a", "b"))}, r"--mesh.rules must be a tuple of \(str, str\)"),
-    ({"mesh": Mesh(data=True)}, "--mesh.data must be int, not True"),
-    ({"precision": "float64"}, "--precision must be 'float32', 'bfloat16', not 'float64'"),
-    ({"steps": 4.0}, "--steps must be int, not 4.0"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"init_from": Pretrained("run", include="conv")},
+            r"--init-from.include must be a tuple of str, .* not \'conv\'",
+        ),
+        ({"init_from": Pretrained("run", exclude="conv")}, "--init-from.exclude must be a tuple of str"),
+        ({"init_from": WordVectors("f", freeze="^embedding")}, "--init-from.freeze must be a tuple of str"),
+        (
+            {"init_from": AdamW(lr=1e-3)},
+            r"--init-from must be a beginning such as Pretrained\(...\) with frozen_rules\(\)",
+        ),
+        (
+            {"optim": AdamW(lr=1e-3, lr_multipliers=("embedding", 0.1))},
+            r"--optim.lr-multipliers must be a tuple of \(str, float\)",
+        ),
+        ({"optim": AdamW(lr=1e-3, lr_multipliers=(("embedding", "0.1"),))}, "--optim.lr-multipliers must be"),
+        ({"optim": AdamW(lr=1e-3, grad_clip_norm=True)}, "--optim.grad-clip-norm must be float or None, not True"),
+        ({"optim": AdamW(lr=Cosine("fast"))}, "--optim.lr.peak must be float, not 'fast'"),
+        ({"optim": None}, r"--optim must be an optimizer such as AdamW\(...\) with build\(\), not None"),
+        ({"model": ConvNet}, r"--model must be .* not the class ConvNet itself \(write ConvNet\(...\)\)"),
+        ({"model": ConvNet(classes=10, channels="16")}, "--model.channels must be a tuple of int"),
+        ({"model": ConvNet(classes=10, channels=(8, 16.0))}, "--model.channels must be a tuple of int"),
+        ({"task": Classify(class_weights="balanced")}, "--task.class-weights must be a tuple of float"),
+        ({"task": IMAGES.model}, r"--task must be a task such as Classify\(\) with loss\(\)"),
+        ({"data": replace(IMAGES.data, mean=0.5)}, "--data.mean must be a tuple of float, .* not 0.5"),
+        ({"data": replace(IMAGES.data, shape=(8, 8))}, r"--data.shape must be \(int, int, int\)"),
+        ({"data": replace(IMAGES.data, augment=Bytes())}, "--data.augment must be Augment"),
+        ({"data": replace(IMAGES.data, augment=Augment(flip="yes"))}, "--data.augment.flip must be"),
+        (
+            {"data": replace(IMAGES.data, source=Csv("a.csv", target="y"))},
+            "--data.source must be Idx or ImageFolder or",
+        ),
+        ({"mesh": Mesh(rules=("a", "b"))}, r"--mesh.rules must be a tuple of \(str, str\)"),
+        ({"mesh": Mesh(data=True)}, "--mesh.data must be int, not True"),
+        ({"precision": "float64"}, "--precision must be 'float32', 'bfloat16', not 'float64'"),
+        ({"steps": 4.0}, "--steps must be int, not 4.0"),
+    ],
+)
 def test_what_does_not_fit_is_a_sentence(change, message):
     check_types(IMAGES)  # negative control
     with pytest.raises(UserError, match=message):

@@ -17,7 +17,7 @@ from lab.errors import UserError
 from lab.models.gan import GAN, pixel_shuffle, stages
 from lab.optim import Adam
 from lab.tasks.adversarial import GAP, GRID, Adversarial, generate_images, grid, judge_scores, latents, over_time
-from lab.tasks.base import Outcome
+from lab.tasks.base import EvalResult
 from tests.conftest import computing
 
 B = 8
@@ -118,11 +118,13 @@ combined = jax.jit(scalar, static_argnums=(0, 1))
 def separate(model: nn.Module, kind: str, variables: Any, batch: Any) -> Any:
     """Two losses with a gradient each, from the papers' formulas and without any stop-gradient."""
     both, weight = variables["params"], batch["weight"]
-    extra = {name: value for name, value in variables.items() if name != "params"}
+    model_state = {name: value for name, value in variables.items() if name != "params"}
     z = latents(batch["key"], model.latent)
 
     def run(method: str, inputs: Any, **params: Any) -> Any:
-        return model.apply({"params": both | params, **extra}, inputs, True, method=method, mutable=["batch_stats"])[0]
+        return model.apply(
+            {"params": both | params, **model_state}, inputs, True, method=method, mutable=["batch_stats"]
+        )[0]
 
     def of_discriminator(params: Any) -> Any:
         real, fake = (run("discriminate", x, discriminator=params) for x in (batch["inputs"], run("generate", z)))
@@ -175,9 +177,9 @@ def test_losses_in_closed_form(kind):
 
 def test_metrics_count_real_records_only(variables):
     batch = batch_of()
-    loss, weight, metrics, extra = jax.jit(
+    loss, weight, metrics, model_state = jax.jit(
         lambda b: Adversarial().loss(MODEL, variables, b, {}, train=False))(batch)
-    assert apart(extra["batch_stats"], variables["batch_stats"]) == 0  # evaluation leaves the statistics alone
+    assert apart(model_state["batch_stats"], variables["batch_stats"]) == 0  # evaluation leaves the statistics alone
 
     @jax.jit
     def logits(images: Any, z: Any) -> Any:
@@ -290,8 +292,8 @@ def test_what_does_not_fit():
 # ---------------------------------------------------------------------------------------------------------- samples
 
 
-def outcome(folder: Any, variables: Any, step: int = 1, seed: int = 0) -> Outcome:
-    return Outcome(model=MODEL, compute=computing(MODEL, variables), data=None, records=None, split="validation",
+def outcome(folder: Any, variables: Any, step: int = 1, seed: int = 0) -> EvalResult:
+    return EvalResult(model=MODEL, compute=computing(MODEL, variables), data=None, records=None, split="validation",
                    means={}, counts={}, predictions=dict, step=step, seed=seed, folder=folder)
 
 
@@ -354,7 +356,7 @@ def test_evaluation_draws_the_averaged_generator(variables, tmp_path):
     """The optimizer's average, which `lab.train.step.eval_params` hands to evaluation, is what the grid shows."""
     from lab.train.step import State, eval_params
 
-    optim = Adam(0.05, b1=0.5, ema=0.99, groups=(("^generator/", 1.0), ("^discriminator/", 0.0)))
+    optim = Adam(0.05, b1=0.5, ema=0.99, lr_multipliers=(("^generator/", 1.0), ("^discriminator/", 0.0)))
     tx, params, batch = optim.build(10), variables["params"], batch_of()
     state = tx.init(params)  # raises UserError if a group matches no path
     for _ in range(3):

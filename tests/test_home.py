@@ -86,7 +86,10 @@ def test_no_path_is_opened_without_it():
     """One mechanism: whoever takes a path from a person calls `user_path`, and opens no field that is one otherwise."""
     for path in (ROOT / "lab").rglob("*.py"):
         source = path.read_text()
-        assert path.name in ("files.py", "prepare.py", "accelerator.py", "existing.py", "variables.py", "build.py", "bootstrap.py") or \
-            "expanduser" not in source, path
+        assert (
+            path.name
+            in ("files.py", "prepare.py", "accelerator.py", "existing.py", "variables.py", "build.py", "bootstrap.py")
+            or "expanduser" not in source
+        ), path
         assert not re.search(r"(?<!user_)(\bPath|\bopen)\(self\.(path|folder|pattern|run|data_dir)\b", source), path
     assert WordVectors("x").path == "x"

@@ -89,7 +89,11 @@ def test_strings_that_are_values_count(tmp_path):
 
 def test_a_docstring_of_the_loop_changes_nothing(monkeypatch):
     before = digests({"lab.train.loop", "lab.models.gpt"})
-    assert {"lab/train/loop.py", "lab/train/step.py", "lab/models/layers.py"} <= before.keys() and "lab/train/plots.py" not in before
+    assert {
+        "lab/train/loop.py",
+        "lab/train/step.py",
+        "lab/models/layers.py",
+    } <= before.keys() and "lab/train/plots.py" not in before
     read = Path.read_bytes
 
     def with_(change):
@@ -158,7 +162,7 @@ def test_edited_code_of_an_unfinished_run(place, run, typed, mistake):
         status, out, _ = typed(*words, "--accept")
         assert status == 0 and "Going on though own.py changed" in out and "Going on after update 2 of 4" in out
         found = json.loads((run / "environment-2.json").read_text())
-        assert found["accepted"] == ["own.py"] and found["how"]["microbatches"] == 1
+        assert found["accepted"] == ["own.py"] and found["how"]["grad_accum_steps"] == 1
         assert "finished already" in typed(*words)[1]
     finally:
         edited(place)
@@ -220,8 +224,14 @@ def test_a_description_that_describes_no_run(run, mistake, text):
 
 
 def test_how_a_run_is_carried_out_is_not_identity(tiny):
-    same = [{"dispatch": 2}, {"virtual_shards": 4}, {"microbatches": 2}, {"mesh": Mesh(data=1)}, {"parallel": "pmap"},
-            {"resident": "never"}]
+    same = [
+        {"steps_per_call": 2},
+        {"virtual_shards": 4},
+        {"grad_accum_steps": 2},
+        {"mesh": Mesh(data=1)},
+        {"parallel": "pmap"},
+        {"data_on_device": "never"},
+    ]
     other = [{"exact": True}, {"batch": 16}, {"steps": 16}]
     assert {replace(tiny, **change).fingerprint() for change in same} == {tiny.fingerprint()}
     assert len({replace(tiny, **change).fingerprint() for change in other}) == 3
@@ -238,8 +248,8 @@ def test_what_belongs_to_a_part_of_the_batch_is_identity(tiny):
     assert isinstance(normed.model, ResNet) and isinstance(plain.model, ConvNet)
     for experiment, mixes in ((tiny, False), (dropped, True), (normed, True), (plain, plain.model.dropout > 0)):
         assert mixes_rows(experiment) == mixes
-        for change in ({"microbatches": 2}, {"parallel": "pmap"}):
-            whole = replace(experiment, batch=8, dispatch=1)
+        for change in ({"grad_accum_steps": 2}, {"parallel": "pmap"}):
+            whole = replace(experiment, batch=8, steps_per_call=1)
             assert (replace(whole, **change).fingerprint() != whole.fingerprint()) == mixes, (experiment.model, change)
 
 
@@ -262,8 +272,8 @@ def stopped(experiment: Experiment, folder: Path, at: int) -> None:
 
 
 @pytest.mark.parametrize(("first", "then"), [
-    ({"microbatches": 1}, {"microbatches": 4}), ({"dispatch": 1}, {"dispatch": 2}),
-    ({"dispatch": 2}, {"dispatch": 1, "microbatches": 2})])
+    ({"grad_accum_steps": 1}, {"grad_accum_steps": 4}), ({"steps_per_call": 1}, {"steps_per_call": 2}),
+    ({"steps_per_call": 2}, {"steps_per_call": 1, "grad_accum_steps": 2})])
 def test_a_run_goes_on_in_another_way(lone, tmp_path, first, then):
     """After running out of memory, say: the rows agree to 1e-6 with those of a run that did not change; it is noted."""
     with Quiet() as screen:
@@ -276,8 +286,8 @@ def test_a_run_goes_on_in_another_way(lone, tmp_path, first, then):
     assert [row[2] for row in rows] == pytest.approx([row[2] for row in wanted], abs=1e-6)
     found = json.loads((tmp_path / "run/environment-2.json").read_text())["how"]
     assert all(found[name] == value for name, value in then.items())
-    told = any("Going on with --microbatches" in line for line in screen.lines)
-    assert told == (first.get("microbatches", 1) != then.get("microbatches", 1))
+    told = any("Going on with --grad-accum-steps" in line for line in screen.lines)
+    assert told == (first.get("grad_accum_steps", 1) != then.get("grad_accum_steps", 1))
 
 
 def test_dropout_does_not_go_on_with_other_microbatches(place, lone, tmp_path):
@@ -288,11 +298,11 @@ def test_dropout_does_not_go_on_with_other_microbatches(place, lone, tmp_path):
     assert mixes_rows(dropped) and not mixes_rows(lone)
     for n in (1, 2):
         with Quiet() as screen:
-            assert loop.train(replace(dropped, microbatches=n), tmp_path / str(n), screen) == 0
+            assert loop.train(replace(dropped, grad_accum_steps=n), tmp_path / str(n), screen) == 0
     one, two = ([row[2] for row in losses(tmp_path / str(n))] for n in (1, 2))
     assert np.max(np.abs(np.subtract(one, two))) > 1e-3
     with Quiet() as screen, pytest.raises(UserError, match="microbatches is 1 there and 2 here"):
-        loop.train(replace(dropped, microbatches=2), tmp_path / "1", screen)
+        loop.train(replace(dropped, grad_accum_steps=2), tmp_path / "1", screen)
 
 
 def test_a_step_between_two_calls(lone, tmp_path):
@@ -302,8 +312,8 @@ def test_a_step_between_two_calls(lone, tmp_path):
     for path in (tmp_path / "run/checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > 3:
             shutil.rmtree(path)
-    with Quiet() as screen, pytest.raises(UserError, match="after update 3, .* go on with --dispatch 1"):
-        loop.train(replace(every, dispatch=2, checkpoint=Checkpoint(every=2)), tmp_path / "run", screen)
+    with Quiet() as screen, pytest.raises(UserError, match="after update 3, .* go on with --steps-per-call 1"):
+        loop.train(replace(every, steps_per_call=2, checkpoint=Checkpoint(every=2)), tmp_path / "run", screen)
 
 
 def test_settings_of_jax_that_change_numbers_are_not_taken(place, tmp_path):

@@ -102,7 +102,7 @@ def test_idx(tmp_path, pack):
     found = rows(data)
     assert sorted(found["train"] + found["validation"]) == sorted(
         (x.tobytes(), i % 4) for i, x in enumerate(pixels(20, 6, 5)))
-    assert data.facts == {"height": 6, "width": 5, "channels": 1, "classes": 4}
+    assert data.metadata == {"height": 6, "width": 5, "channels": 1, "classes": 4}
     assert isinstance(data.train, Arrays) and data.summary["train images"] == 15
     assert "5 of the 20 training images" in data.summary["split"] and "fixed shuffle" in data.summary["split"]
 
@@ -110,7 +110,7 @@ def test_idx(tmp_path, pack):
 def test_idx_with_names_and_one_file(tmp_path):
     folder = write_idx(tmp_path)
     data = Images(Idx(str(folder), names=("a", "b", "c", "d", "e")), (6, 5, 1)).load()
-    assert data.classes == ("a", "b", "c", "d", "e") and data.facts["classes"] == 5 and data.test is None
+    assert data.classes == ("a", "b", "c", "d", "e") and data.metadata["classes"] == 5 and data.test is None
     path = folder / "train-images-idx3-ubyte"
     one = Images(Idx(str(path)), (6, 5, 1)).load()
     assert rows(one) == rows(data) and one.fingerprint == Images(Idx(str(folder)), (6, 5, 1)).load().fingerprint
@@ -180,7 +180,7 @@ def test_image_folder(tmp_path):
     (tmp_path / "dog" / "more").mkdir()
     (tmp_path / "dog" / "more" / "last.JPEG").write_bytes(encoded(np.full((6, 5, 3), 77, np.uint8), "JPEG"))
     data = folder_data(tmp_path, validation=0.2, test=5).load()
-    assert data.classes == ("bird", "cat", "dog") and data.facts["classes"] == 3
+    assert data.classes == ("bird", "cat", "dog") and data.metadata["classes"] == 3
     assert (len(data.test), len(data.validation), len(data.train)) == (5, 5, 21)  # 0.2 of the other 26
     found = sum(rows(data).values(), [])
     jpeg = (np.full((6, 5, 3), 77, np.uint8).tobytes(), 2)
@@ -509,7 +509,7 @@ def test_imagenet_needs_no_data_for_a_dry_run(tmp_path):
                   augment=Augment(resized_crop=0.08, flip=True, mixup=0.2))
     data.validate()
     assert data.record_spec() == {"inputs": ((256, 256, 3), np.uint8), "targets": ((), np.int32)}
-    assert data.hints() == {"height": 224, "width": 224, "channels": 3, "classes": 1000}
+    assert data.metadata() == {"height": 224, "width": 224, "channels": 3, "classes": 1000}
     with pytest.raises(UserError, match="./launch.sh prepare imagenet2012"):
         data.describe()
 
@@ -530,7 +530,7 @@ def test_shared_cifar10(shared):
 
     data = Images(TfdsImages("cifar10", str(shared / "tfds")), (32, 32, 3)).load()
     assert (len(data.train), len(data.validation), len(data.test)) == (3600, 400, 1000)
-    assert data.classes[:2] == ("airplane", "automobile") and data.facts["classes"] == 10
+    assert data.classes[:2] == ("airplane", "automobile") and data.metadata["classes"] == 10
     theirs = builder_from_directory(str(shared / "tfds" / "cifar10" / "3.0.2")).as_data_source(split="test[:50]")
     ours = data.test[np.arange(50)]
     assert all(np.array_equal(record["image"], image) and record["label"] == label for record, image, label

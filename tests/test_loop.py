@@ -40,7 +40,7 @@ class Quiet(Screen):
         super().__init__(quiet=True)
         self.lines, self.at, self.action, self.updates = [], at, action, 0
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         self.lines.append(line)
 
     def progress(self, line: str) -> None:
@@ -173,7 +173,7 @@ def test_batches_come_in_the_order_of_the_pipeline(tmp_path, monkeypatch):
 
 
 def test_several_updates_a_dispatch(tmp_path, reference):
-    experiment = toy(dispatch=4)
+    experiment = toy(steps_per_call=4)
     assert go(experiment, tmp_path / "a")[0] == 0
     rows, single = (read_rows(f / "metrics.jsonl") for f in (tmp_path / "a", reference))
     assert [(r["step"], r["split"]) for r in rows] == [(r["step"], r["split"]) for r in single]

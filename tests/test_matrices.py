@@ -254,10 +254,16 @@ class Normed(nn.Module):
 
 
 MEMBERS = 3
-OPTIMIZERS = {"sgd": SGD(0.1, momentum=0.9, clip=0.3, l2=0.1), "adam": Adam(0.05, l1=0.01),
-              "adamw": AdamW(0.05, clip=0.3, ema=0.9), "lion": Lion(0.02, clip=0.3), "muon": Muon(0.05, ema=0.9),
-              "muon, clipped": Muon(0.05, clip=0.3, groups=(("first", 0.5), ("second/bias", 0.0))),
-              "adafactor": Adafactor(0.1, factored_from=4, momentum=0.5), "schedule-free": ScheduleFreeAdamW(0.05)}
+OPTIMIZERS = {
+    "sgd": SGD(0.1, momentum=0.9, grad_clip_norm=0.3, l2=0.1),
+    "adam": Adam(0.05, l1=0.01),
+    "adamw": AdamW(0.05, grad_clip_norm=0.3, ema=0.9),
+    "lion": Lion(0.02, grad_clip_norm=0.3),
+    "muon": Muon(0.05, ema=0.9),
+    "muon, clipped": Muon(0.05, grad_clip_norm=0.3, lr_multipliers=(("first", 0.5), ("second/bias", 0.0))),
+    "adafactor": Adafactor(0.1, factored_from=4, momentum=0.5),
+    "schedule-free": ScheduleFreeAdamW(0.05),
+}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -275,17 +281,24 @@ def test_members_train_exactly_as_alone(name, monkeypatch):
         for batch in batches:
             state, _ = step(state, batch)
         evaluated = experiment.optim.eval_params(state.opt_state, state.params)
-        return state.params, state.extra, evaluated, experiment.optim.eval_extra(state.opt_state, state.extra)
+        return (
+            state.params,
+            state.model_state,
+            evaluated,
+            experiment.optim.eval_model_state(state.opt_state, state.model_state),
+        )
 
     def alone(m: int) -> Any:
         params = jax.tree.map(lambda x: x[m], start.params["member"])
-        extra = jax.tree.map(lambda x: x[m], {k: v["member"] for k, v in start.extra.items()})
-        return trained(single, start._replace(params=params, extra=extra, opt_state=begin(params, extra)), step)
+        model_state = jax.tree.map(lambda x: x[m], {k: v["member"] for k, v in start.model_state.items()})
+        return trained(
+            single, start._replace(params=params, model_state=model_state, opt_state=begin(params, model_state)), step
+        )
 
     def gap(together: Any) -> float:
-        params, extra, evaluated, statistics = together
+        params, model_state, evaluated, statistics = together
         found = [(params["member"], evaluated["member"],
-                  [{k: v["member"] for k, v in tree.items()} for tree in (extra, statistics)])]
+                  [{k: v["member"] for k, v in tree.items()} for tree in (model_state, statistics)])]
         differences = []
         for m in range(MEMBERS):
             own = jax.tree.map(lambda x, m=m: x[m], found[0])
@@ -298,5 +311,7 @@ def test_members_train_exactly_as_alone(name, monkeypatch):
     assert gap(trained(whole, start, jax.jit(make_train_step(whole)))) < 1e-5
     if name in ("sgd", "adafactor"):  # the negative control: one optimizer for all members together
         monkeypatch.setattr("lab.train.step.per_member", lambda tx: tx)
-        state = start._replace(opt_state=jax.jit(make_optimizer(whole, batches[0]).init)(start.params, start.extra))
+        state = start._replace(
+            opt_state=jax.jit(make_optimizer(whole, batches[0]).init)(start.params, start.model_state)
+        )
         assert gap(trained(whole, state, jax.jit(make_train_step(whole)))) > 1e-3

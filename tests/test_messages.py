@@ -79,7 +79,7 @@ def test_words_learn_from_the_training_split_only(mail):
     train = {word for text in data.texts["train"] for word in words(text)}
     assert set(data.vocabulary[2:]) == train and data.vocabulary[:2] == ["", "<unk>"]
     only = Messages(mail, Words(4), length=8).load()
-    assert only.facts["vocab"] == 4 and only.encode("zebra")[0] == 1
+    assert only.metadata["vocab"] == 4 and only.encode("zebra")[0] == 1
     two = write_folder(Path(mail.path).parent / "two", {
         "train/a": ["x y"], "train/b": ["y z"], "test/a": ["x secret secret secret"], "validation/b": ["z secret"]})
     assert Messages(TextFolder(str(two)), length=8).load().vocabulary[2:] == ["y", "x", "z"]
@@ -128,7 +128,7 @@ def test_ids_move_up_where_text_makes_id_0():
             assert np.array_equal(a + moved, b) and b.min() > 0
             assert plain.decode(a) == padded.decode(b)
         assert padded.byte_counts[padded.encode("ab")].sum() == plain.byte_counts[plain.encode("ab")].sum()
-        assert Messages(PythonPackages(), tokenizer).hints().get("vocab", padded.size) >= padded.size
+        assert Messages(PythonPackages(), tokenizer).metadata().get("vocab", padded.size) >= padded.size
     assert (fit(Bytes(), texts).encode("\x00") == 0).all()  # why they must move
 
 
@@ -138,13 +138,18 @@ def test_loaded_records_keep_what_was_promised(mail):
         spec = Messages(mail, tokenizer, length=12).record_spec()
         batch = data.train[np.arange(len(data.train))]
         assert {name: (a.shape[1:], a.dtype.type) for name, a in batch.items()} == spec
-        assert batch["inputs"].max() < data.facts["vocab"]
+        assert batch["inputs"].max() < data.metadata["vocab"]
         for ids, mask, label, text in zip(*batch.values(), data.texts["train"], strict=True):
             assert np.array_equal(ids[mask > 0], data.encode(text)[-12:])
             assert data.classes[label] == ("ham" if text.rpartition(" ")[0] in HAM else "spam")
         assert data.decode(np.concatenate([data.encode("buy now"), [0, 0]])) == "buy now"
         assert bool(data.vocabulary) == isinstance(tokenizer, Words)
-        assert (data.unit, data.units_per_record, data.facts["classes"], data.facts["length"]) == ("messages", 1, 2, 12)
+        assert (data.unit, data.units_per_record, data.metadata["classes"], data.metadata["length"]) == (
+            "messages",
+            1,
+            2,
+            12,
+        )
         assert data.test is None and data.summary["train messages"] == len(data.train) == 36
     same = {"inputs": 1}
     assert Messages(mail).transform(same, True) is same
@@ -236,8 +241,8 @@ def test_another_run_gets_the_same_ids(mail, tmp_path, tokenizer):
     for path in ("run", "run/tokenizer.json"):
         saved = Saved(str(tmp_path / path))
         data = Messages(other, saved, length=10).load()
-        assert data.tokenizer_state == first.tokenizer_state and saved.vocab_size_hint == first.facts["vocab"]
-        assert Messages(other, saved).hints()["vocab"] == data.facts["vocab"] == first.facts["vocab"]
+        assert data.tokenizer_state == first.tokenizer_state and saved.vocab_size_hint == first.metadata["vocab"]
+        assert Messages(other, saved).metadata()["vocab"] == data.metadata["vocab"] == first.metadata["vocab"]
         assert np.array_equal(data.encode("milk at lunch"), first.encode("milk at lunch"))
         assert data.vocabulary == first.vocabulary
     if not isinstance(tokenizer, Bytes | Chars):  # negative control: a tokenizer of its own has other ids
@@ -252,7 +257,7 @@ def test_text_gives_its_tokenizer_to_messages(mail, text_file, tmp_path):
     bpe = Text(TextFiles(str(text_file)), BPE(270), 16).load()
     (tmp_path / "tokenizer.json").write_text(bpe.tokenizer_state)
     data = Messages(mail, Saved(str(tmp_path)), length=10).load()
-    assert data.facts["vocab"] == 270 and np.array_equal(data.encode("pure seed"), bpe.encode("pure seed"))
+    assert data.metadata["vocab"] == 270 and np.array_equal(data.encode("pure seed"), bpe.encode("pure seed"))
     assert (bpe.test, bpe.classes, bpe.reference(), bpe.unit) == (None, (), [], "tokens")
     fails("no reader", bpe.read, text_file)
     (tmp_path / "tokenizer.json").write_text(Text(TextFiles(str(text_file)), Bytes(), 16).load().tokenizer_state)
@@ -261,7 +266,7 @@ def test_text_gives_its_tokenizer_to_messages(mail, text_file, tmp_path):
 
 def test_saved_errors(tmp_path, mail):
     fails("no readable .*tokenizer.json", Messages(mail, Saved(str(tmp_path))).load)
-    assert Messages(mail, Saved(str(tmp_path))).hints() == {"length": 100}
+    assert Messages(mail, Saved(str(tmp_path))).metadata() == {"length": 100}
     good = saved_form(Bytes(), with_padding(Bytes().restore("")))
     for bad in ("", "[]", '{"version": "1.0"}', good[:-3], good.replace("Bytes", "Other"),
                 json.dumps(json.loads(good) | {"fields": {"size": 3}})):
@@ -376,8 +381,11 @@ def test_tfds(tmp_path, monkeypatch):
 
 
 def test_imdb(shared):
-    data = Messages(TfdsMessages("imdb_reviews/plain_text", str(shared / "tfds"), train="train[:300]", test="test[:100]"),
-                    Words(500), length=50).load()
+    data = Messages(
+        TfdsMessages("imdb_reviews/plain_text", str(shared / "tfds"), train="train[:300]", test="test[:100]"),
+        Words(500),
+        length=50,
+    ).load()
     assert data.classes == ("neg", "pos") and (len(data.train) + len(data.validation), len(data.test)) == (300, 100)
     accuracy = float(re.search(r"accuracy ([\d.]+)", data.reference()[0])[1])
     assert 0.6 < accuracy < 1  # far from chance on 100 reviews: text and label belong together

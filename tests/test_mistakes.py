@@ -135,7 +135,7 @@ def test_a_mistake_is_a_sentence_with_its_line(place: Path, mistake: Callable, n
 
 def test_what_is_right_is_not_refused(place: Path, typed: Callable):
     """The same file without a mistake, also with a model and data that have nothing but what they must have."""
-    right = ["experiment = e\n", "experiment = replace(e, optim=Optax(optax.adam(1e-3), clip=1.0))\n",
+    right = ["experiment = e\n", "experiment = replace(e, optim=Optax(optax.adam(1e-3), grad_clip_norm=1.0))\n",
              DATA.format("dataset()"), MODEL.format('return nn.Dense(2, name="out")(inputs)')]
     for i, text in enumerate(right):
         (place / f"right_{i}.py").write_text(HEAD + text)

@@ -15,7 +15,7 @@ from PIL import Image
 from lab.data.pipeline import Arrays, eval_batches
 from lab.errors import UserError
 from lab.models.multitask import ClassifyAndReconstruct
-from lab.tasks.base import Outcome
+from lab.tasks.base import EvalResult
 from lab.tasks.multitask import MultiTask, Part
 from lab.tasks.supervised import Classify, Regress
 from lab.train import metrics
@@ -158,7 +158,7 @@ def test_evaluation_predictions_and_report(tmp_path):
     assert columns["class_prediction"] == [Data.classes[i] for i in predictions["class_prediction"]]
     np.testing.assert_allclose(columns["image_error"], np.square(want[0] - want[1]).mean(1), rtol=2e-2)
 
-    lines = TASK.artifacts(Outcome(MODEL, computing(MODEL, None), Data(), RECORDS, "validation", found, counts,
+    lines = TASK.artifacts(EvalResult(MODEL, computing(MODEL, None), Data(), RECORDS, "validation", found, counts,
                                    lambda: predictions, 1, 0, tmp_path))
     for start in ("class: Validation split, 11 records: accuracy", "group: Validation split, 11 records: accuracy",
                   "image: Validation split, 11 records: mean squared error"):
@@ -243,7 +243,7 @@ def test_flags_and_json_reach_into_the_parts():
 @pytest.mark.parametrize("groups, reconstruct, shape", [(3, True, (7, 9, 3)), (0, False, (8, 8, 1)),
                                                         (0, True, (4, 5, 1))])
 def test_heads_are_chosen_by_fields(groups, reconstruct, shape):
-    model = ClassifyAndReconstruct(classes=4, groups=groups, reconstruct=reconstruct, channels=(2, 3), code=5)
+    model = ClassifyAndReconstruct(classes=4, lr_multipliers=groups, reconstruct=reconstruct, channels=(2, 3), code=5)
     x = jax.ShapeDtypeStruct((2, *shape), jnp.bfloat16)
     outputs, shapes = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False), x)
     want = {"class": (2, 4)} | ({"group": (2, 3)} if groups else {}) | ({"image": (2, *shape)} if reconstruct else {})

@@ -152,14 +152,14 @@ def np_muon(momentum=0.95, rms=0.2, adam_b2=0.95):
     return step
 
 
-def reference(step, decay=0.0, decayed=DECAYED, coupled=0.0):
+def reference(step, weight_decay=0.0, decayed=DECAYED, coupled=0.0):
     rate, result = RATE.build(UPDATES), {}
     for path, w in START.items():
         state = {}
         for t in range(UPDATES):
             g = gradient(path, t, w) + coupled * w * (path in decayed)
             u = step(state, g, t, w, path) if step.__code__.co_argcount == 5 else step(state, g, t, w)
-            w = w - float(rate(t)) * (u + decay * w * (path in decayed))
+            w = w - float(rate(t)) * (u + weight_decay * w * (path in decayed))
         result[path] = w
     return result
 
@@ -169,19 +169,19 @@ CASES = {  # name: (optimizer, reference, a wrong optimizer that the same compar
     "momentum": (SGD(RATE, momentum=0.9), reference(np_sgd(0.9)), SGD(RATE, momentum=0.9, nesterov=True)),
     "nesterov": (SGD(RATE, momentum=0.9, nesterov=True), reference(np_sgd(0.9, True)), SGD(RATE, momentum=0.9)),
     "sgd with l2": (SGD(RATE, momentum=0.9, l2=0.1), reference(np_sgd(0.9), coupled=0.1),
-                    SGD(RATE, momentum=0.9, decay=0.1)),
-    "sgd with decay": (SGD(RATE, momentum=0.9, decay=0.1), reference(np_sgd(0.9), 0.1),
+                    SGD(RATE, momentum=0.9, weight_decay=0.1)),
+    "sgd with decay": (SGD(RATE, momentum=0.9, weight_decay=0.1), reference(np_sgd(0.9), 0.1),
                        SGD(RATE, momentum=0.9, l2=0.1)),
     "adam": (Adam(RATE), reference(np_adam(0.9, 0.999)), Adam(RATE, b2=0.99)),
-    "adam with l2": (Adam(RATE, l2=0.1), reference(np_adam(0.9, 0.999), coupled=0.1), Adam(RATE, decay=0.1)),
+    "adam with l2": (Adam(RATE, l2=0.1), reference(np_adam(0.9, 0.999), coupled=0.1), Adam(RATE, weight_decay=0.1)),
     "adamw": (AdamW(RATE), reference(np_adam(0.9, 0.95), 0.1), Adam(RATE, b2=0.95, l2=0.1)),
     "adamw's mask": (AdamW(RATE), reference(np_adam(0.9, 0.95), 0.1), AdamW(RATE, no_decay="dense")),
     "adamw, other mask": (AdamW(RATE, no_decay="out"),
                           reference(np_adam(0.9, 0.95), 0.1, {"dense/kernel"}), AdamW(RATE)),
     "lion": (Lion(RATE), reference(np_lion(0.9, 0.99), 0.3), Lion(RATE, b2=0.95)),
     "adafactor": (Adafactor(RATE), reference(np_adafactor(128)), Adafactor(RATE, factored_from=5)),
-    "adafactor, factored": (Adafactor(RATE, factored_from=6, decay=0.1), reference(np_adafactor(6), 0.1),
-                            Adafactor(RATE, factored_from=6, decay=0.1, relative=False)),
+    "adafactor, factored": (Adafactor(RATE, factored_from=6, weight_decay=0.1), reference(np_adafactor(6), 0.1),
+                            Adafactor(RATE, factored_from=6, weight_decay=0.1, relative=False)),
     "adafactor, absolute": (Adafactor(RATE, relative=False, threshold=0.5),
                             reference(np_adafactor(128, threshold=0.5, relative=False)),
                             Adafactor(RATE, relative=False)),
@@ -269,7 +269,7 @@ def test_muon_orthogonal_with_equal_rms(shape):
     u, _, vh = np.linalg.svd(np.random.default_rng(0).normal(size=shape), full_matrices=False)
     g = u * np.geomspace(0.1, 10, min(shape)) @ vh
     params, grads = {"kernel": jnp.zeros(shape)}, {"kernel": jnp.asarray(g, jnp.float32)}
-    step = np.asarray(step_of(Muon(1.0, decay=0.0, rms=0.25), params, grads)["kernel"], np.float64)
+    step = np.asarray(step_of(Muon(1.0, weight_decay=0.0, rms=0.25), params, grads)["kernel"], np.float64)
     singular = np.linalg.svd(step, compute_uv=False) / (0.25 * np.sqrt(max(shape)))
     assert singular.min() > 0.6 and singular.max() < 1.3  # those of the gradient span a factor of 100
     assert 0.7 < np.sqrt(np.mean(step**2)) / 0.25 < 1.2
@@ -284,7 +284,7 @@ def test_muon_takes_stacks_and_heads_as_matrices():
                         "query": {"kernel": draw(3, 6, 2, 4), "bias": draw(3, 2, 4)},
                         "out": {"kernel": draw(3, 2, 4, 6)}},
              "conv": {"kernel": draw(3, 3, 2, 4)}, "head": draw(6, 9), "wte": {"embedding": draw(9, 6)}}
-    muon = Muon(1.0, decay=0.0)
+    muon = Muon(1.0, weight_decay=0.0)
 
     def one(g):
         return np.asarray(step_of(muon, {"kernel": g}, {"kernel": g})["kernel"])
@@ -379,7 +379,7 @@ def numbered(optimizer, peak, x):
     values = {name: scale * x for name, scale in NUMBERS.items() if name in fields}
     if isinstance(optimizer, ScheduleFreeAdamW):
         del values["ema"]
-    return replace(optimizer, lr=Cosine(peak, 2, 0.3 * x), groups=(("dense", 0.5 * x),), **values)
+    return replace(optimizer, lr=Cosine(peak, 2, 0.3 * x), lr_multipliers=(("dense", 0.5 * x),), **values)
 
 
 def trained(optimizer):
@@ -405,8 +405,10 @@ def test_traced_numbers_equal_separate_runs(name):
 
 
 def test_traced_zero_stays_and_does_nothing():
-    with_zero = jax.jit(lambda z: trained(AdamW(0.1, decay=z, l1=z, l2=z, groups=(("out", z),))))(jnp.float32(0))
-    without = trained(AdamW(0.1, decay=0.0))
+    with_zero = jax.jit(lambda z: trained(AdamW(0.1, weight_decay=z, l1=z, l2=z, lr_multipliers=(("out", z),))))(
+        jnp.float32(0)
+    )
+    without = trained(AdamW(0.1, weight_decay=0.0))
     np.testing.assert_allclose(with_zero["dense"]["kernel"], without["dense"]["kernel"], rtol=1e-5)
     np.testing.assert_array_equal(with_zero["out"]["kernel"], nest(START)["out"]["kernel"])
 
@@ -468,7 +470,7 @@ def test_masks_and_updates_are_the_same_under_scan():
     assert thrice["blocks/attention/query/kernel"] == Matrix((0,), (1,), (2, 3), False)
     assert once["block_1/attention/out/kernel"] == Matrix((), (0, 1), (2,), False)
 
-    for optimizer in (AdamW(0.1, decay=0.5), Muon(0.1, decay=0.5), Lion(0.1)):
+    for optimizer in (AdamW(0.1, weight_decay=0.5), Muon(0.1, weight_decay=0.5), Lion(0.1)):
         trees = ((params, jax.tree.map(lambda x: np.cos(7 * x), params)) for params in (stacked, unrolled))
         scanned, rolled = (step_of(optimizer, params, grads, found)
                            for (params, grads), found in zip(trees, (thrice, once), strict=True))
@@ -495,19 +497,24 @@ def test_penalties_are_gradients():
 def test_clip_by_global_norm():
     params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([0.0, 4.0])}
-    np.testing.assert_allclose(step_of(SGD(1.0, clip=1.0), params, grads)["b"], [0, -0.8], rtol=1e-6)
-    np.testing.assert_allclose(step_of(SGD(1.0, clip=6.0), params, grads)["b"], [0, -4.0], rtol=1e-6)
-    frozen = step_of(SGD(1.0, clip=4.0, groups=(("a", 0.0),)), params, grads)  # |b| alone is 4
+    np.testing.assert_allclose(step_of(SGD(1.0, grad_clip_norm=1.0), params, grads)["b"], [0, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(step_of(SGD(1.0, grad_clip_norm=6.0), params, grads)["b"], [0, -4.0], rtol=1e-6)
+    frozen = step_of(SGD(1.0, grad_clip_norm=4.0, lr_multipliers=(("a", 0.0),)), params, grads)  # |b| alone is 4
     np.testing.assert_allclose(frozen["b"], [0, -4.0], rtol=1e-6)
-    assert not np.isfinite(step_of(SGD(1.0, clip=1.0), params, {**grads, "a": jnp.full(2, jnp.nan)})["b"]).any()
+    assert not np.isfinite(
+        step_of(SGD(1.0, grad_clip_norm=1.0), params, {**grads, "a": jnp.full(2, jnp.nan)})["b"]
+    ).any()
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_groups(name):
-    optimizer = replace(ALL[name], decay=0.1, groups=(("dense", 0.25), ("^out/", 0.0), ("dense|wte", 3.0)))
+    optimizer = replace(
+        ALL[name], weight_decay=0.1, lr_multipliers=(("dense", 0.25), ("^out/", 0.0), ("dense|wte", 3.0))
+    )
+
     def first(o):
         return step_of(o, nest(START), nest({p: n[0] for p, n in NOISE.items()}))
-    found, plain = first(optimizer), first(replace(optimizer, groups=()))
+    found, plain = first(optimizer), first(replace(optimizer, lr_multipliers=()))
     for module, multiplier in (("dense", 0.25), ("wte", 3.0), ("norm", 1.0)):
         jax.tree.map(lambda a, b, m=multiplier: np.testing.assert_allclose(a, m * b, rtol=1e-3, atol=1e-5),
                      found[module], plain[module])
@@ -521,7 +528,7 @@ def test_groups_that_fit_nothing():
                             ((("dense", 0.5), ("dense/bias", 2.0)), "that an earlier group has not taken"),
                             ((("", 0.0),), "freezes every parameter")):
         with pytest.raises(UserError, match=message):
-            AdamW(0.1, groups=groups).build(5).init(nest(START))
+            AdamW(0.1, lr_multipliers=groups).build(5).init(nest(START))
 
 
 # --- EMA, state -----------------------------------------------------------------------------------------------------
@@ -553,7 +560,7 @@ def test_ema():
 def test_state(name):
     """Paths for sharding rules, `eval_shape`, a structure that stays, donation of parameters and state."""
     optimizer = ALL[name] if name == "schedule-free" else replace(ALL[name], ema=0.9)
-    optimizer = replace(optimizer, clip=1.0, l2=0.1, groups=(("norm", 0.0),))
+    optimizer = replace(optimizer, grad_clip_norm=1.0, l2=0.1, lr_multipliers=(("norm", 0.0),))
     tx, params = optimizer.build(5, MATRICES), nest(START)
     shapes = jax.eval_shape(tx.init, params)
     held = [path for path in START if not path.startswith("norm") or optimizer.ema is not None]
@@ -577,7 +584,7 @@ def kinds(tree):
 @pytest.mark.parametrize("name", ["muon", "schedule-free"])
 def test_orbax_round_trip(name, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
-    optimizer = replace(ALL[name], groups=(("norm", 0.0),))
+    optimizer = replace(ALL[name], lr_multipliers=(("norm", 0.0),))
     optimizer = optimizer if name == "schedule-free" else replace(optimizer, ema=0.9)
     tx, params = optimizer.build(5, MATRICES), nest(START)
     _, state = tx.update(params, tx.init(params), params)
@@ -593,21 +600,40 @@ def test_orbax_round_trip(name, tmp_path):
 # --- validation, convergence, command line --------------------------------------------------------------------------
 
 WRONG = [
-    (SGD(-0.1), r"lr\.peak is -0\.1, but must be 0 or more"), (SGD(float("nan")), r"lr\.peak"),
-    (SGD(float("inf")), r"lr\.peak"), (SGD(Constant(0.1, -1)), r"lr\.warmup"),
-    (SGD(Constant(0.1, 101)), "101 updates, more than the run's 100"), (SGD(LinearDecay(0.1, 100)), "none of the run's 100"),
-    (SGD(Cosine(0.1, 100)), "none of the run's 100"), (SGD(Cosine(0.1, 1, 1.5)), r"lr\.end is 1\.5"),
-    (SGD(LinearDecay(0.1, 1, -0.1)), r"lr\.end"), (SGD(InverseSqrt(0.1)), r"lr\.warmup is 0"),
-    (SGD(WarmupStableDecay(0.1, 5)), r"lr\.decay is 0"), (SGD(WarmupStableDecay(0.1, 50, 51)), "exceed the run's 100"),
-    (SGD(0.1, clip=0.0), "clip is 0, but must be above 0, or None"), (SGD(0.1, decay=-1.0), "decay"),
-    (SGD(0.1, l1=-1.0), "l1"), (SGD(0.1, l2=-1.0), "l2"), (SGD(0.1, ema=1.0), "ema is 1"), (SGD(0.1, ema=0.0), "ema"),
-    (SGD(0.1, groups=(("(", 1.0),)), r"groups: '\(' is not a regular expression"),
-    (SGD(0.1, groups=(("a", -1.0),)), r"groups \('a'\) is -1"), (SGD(0.1, no_decay="["), "no_decay"),
-    (SGD(0.1, momentum=1.0), "momentum is 1"), (SGD(0.1, nesterov=True), "nesterov needs optim.momentum"),
-    (Adam(0.1, b1=1.0), r"b1 is 1, but must be in \[0, 1\)"), (Adam(0.1, b2=-0.1), "b2"), (Adam(0.1, eps=0.0), "eps"),
-    (Lion(0.1, b2=2.0), "b2"), (Adafactor(0.1, exponent=0.0), "exponent"), (Adafactor(0.1, threshold=0.0), "threshold"),
-    (Adafactor(0.1, factored_from=0), "factored_from"), (Muon(0.1, rms=0.0), "rms"),
-    (Muon(0.1, adam_lr=0.0), "adam_lr"), (Muon(0.1, adam="("), "adam"), (Muon(0.1, momentum=1.0), "momentum"),
+    (SGD(-0.1), r"lr\.peak is -0\.1, but must be 0 or more"),
+    (SGD(float("nan")), r"lr\.peak"),
+    (SGD(float("inf")), r"lr\.peak"),
+    (SGD(Constant(0.1, -1)), r"lr\.warmup"),
+    (SGD(Constant(0.1, 101)), "101 updates, more than the run's 100"),
+    (SGD(LinearDecay(0.1, 100)), "none of the run's 100"),
+    (SGD(Cosine(0.1, 100)), "none of the run's 100"),
+    (SGD(Cosine(0.1, 1, 1.5)), r"lr\.end is 1\.5"),
+    (SGD(LinearDecay(0.1, 1, -0.1)), r"lr\.end"),
+    (SGD(InverseSqrt(0.1)), r"lr\.warmup is 0"),
+    (SGD(WarmupStableDecay(0.1, 5)), r"lr\.decay is 0"),
+    (SGD(WarmupStableDecay(0.1, 50, 51)), "exceed the run's 100"),
+    (SGD(0.1, grad_clip_norm=0.0), "grad_clip_norm is 0, but must be above 0, or None"),
+    (SGD(0.1, weight_decay=-1.0), "decay"),
+    (SGD(0.1, l1=-1.0), "l1"),
+    (SGD(0.1, l2=-1.0), "l2"),
+    (SGD(0.1, ema=1.0), "ema is 1"),
+    (SGD(0.1, ema=0.0), "ema"),
+    (SGD(0.1, lr_multipliers=(("(", 1.0),)), r"lr_multipliers: '\(' is not a regular expression"),
+    (SGD(0.1, lr_multipliers=(("a", -1.0),)), r"lr_multipliers \('a'\) is -1"),
+    (SGD(0.1, no_decay="["), "no_decay"),
+    (SGD(0.1, momentum=1.0), "momentum is 1"),
+    (SGD(0.1, nesterov=True), "nesterov needs optim.momentum"),
+    (Adam(0.1, b1=1.0), r"b1 is 1, but must be in \[0, 1\)"),
+    (Adam(0.1, b2=-0.1), "b2"),
+    (Adam(0.1, eps=0.0), "eps"),
+    (Lion(0.1, b2=2.0), "b2"),
+    (Adafactor(0.1, exponent=0.0), "exponent"),
+    (Adafactor(0.1, threshold=0.0), "threshold"),
+    (Adafactor(0.1, factored_from=0), "factored_from"),
+    (Muon(0.1, rms=0.0), "rms"),
+    (Muon(0.1, adam_lr=0.0), "adam_lr"),
+    (Muon(0.1, adam="("), "adam"),
+    (Muon(0.1, momentum=1.0), "momentum"),
     (ScheduleFreeAdamW(0.1, b1=0.0), r"b1 is 0, but must be in \(0, 1\)"),
     (ScheduleFreeAdamW(0.1, ema=0.9), "already averages"),
 ]
@@ -624,7 +650,9 @@ def test_validate_lets_good_and_traced_values_pass():
         optimizer.validate(100)
     with pytest.raises(UserError, match="steps is 0"):
         SGD(0.1).validate(0)
-    jax.jit(lambda x: AdamW(Cosine(x, 1, x), decay=x, b1=x, clip=x, groups=(("a", x),)).validate(5))(-9.0)
+    jax.jit(
+        lambda x: AdamW(Cosine(x, 1, x), weight_decay=x, b1=x, grad_clip_norm=x, lr_multipliers=(("a", x),)).validate(5)
+    )(-9.0)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -633,7 +661,7 @@ def test_convergence(name):
     x, target = jnp.asarray(rng.normal(size=(32, 6)), jnp.float32), jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
     def loss(p):
         return jnp.mean((x @ p["kernel"] + p["bias"] - x @ target - 1.0) ** 2)
-    optimizer = replace(ALL[name], lr=LinearDecay({"sgd": 0.02, "adafactor": 0.3}.get(name, 0.1), 10), decay=0.0)
+    optimizer = replace(ALL[name], lr=LinearDecay({"sgd": 0.02, "adafactor": 0.3}.get(name, 0.1), 10), weight_decay=0.0)
     tx, params = optimizer.build(200, MATRICES), {"kernel": jnp.zeros((6, 4)), "bias": jnp.full(4, 0.1)}
 
     def update(carry, _):
@@ -650,10 +678,25 @@ def parse(default, *arguments):
 
 
 def test_command_line():
-    default = AdamW(Cosine(6e-4, warmup=10), clip=1.0)
+    default = AdamW(Cosine(6e-4, warmup=10), grad_clip_norm=1.0)
     assert parse(default) == default
-    found = parse(default, "--lr.peak", "3", "--decay", "0.2", "--clip", "None", "--groups", "wte", "0.5", "wpe", "0")
-    assert found == AdamW(Cosine(3.0, 10), decay=0.2, clip=None, groups=(("wte", 0.5), ("wpe", 0.0)))
+    flags = (
+        "--lr.peak",
+        "3",
+        "--weight-decay",
+        "0.2",
+        "--grad-clip-norm",
+        "None",
+        "--lr-multipliers",
+        "wte",
+        "0.5",
+        "wpe",
+        "0",
+    )
+    found = parse(default, *flags)
+    assert found == AdamW(
+        Cosine(3.0, 10), weight_decay=0.2, grad_clip_norm=None, lr_multipliers=(("wte", 0.5), ("wpe", 0.0))
+    )
     assert parse(SGD(0.1), "--lr.peak", "0.2", "--ema", "0.9") == SGD(0.2, ema=0.9)
     for optimizer in ALL.values():
         assert parse(replace(optimizer, lr=WarmupStableDecay(0.1, 1, 2)), "--lr.decay", "5").lr.decay == 5
@@ -668,7 +711,7 @@ def test_command_line():
 def test_every_flag_is_documented(capsys):
     @dataclasses.dataclass(frozen=True)
     class Mute(SGD):
-        extra: float = 1.0
+        model_state: float = 1.0
 
     for optimizer in (*ALL.values(), Mute(0.1)):
         with pytest.raises(SystemExit):

@@ -33,9 +33,18 @@ def gpt() -> Experiment:
     from lab.data.tokenizers import Bytes
 
     base = gpt_char.local
-    return replace(base, data=replace(base.data, tokenizer=Bytes(), length=32), batch=16, microbatches=1, dispatch=1,
-                   model=GPT(depth=2, width=64, heads=8, context=32, vocab=256), precision="float32",
-                   optim=AdamW(lr=Constant(1e-3), clip=1.0), steps=UPDATES, mesh=Mesh(data=1))
+    return replace(
+        base,
+        data=replace(base.data, tokenizer=Bytes(), length=32),
+        batch=16,
+        grad_accum_steps=1,
+        steps_per_call=1,
+        model=GPT(depth=2, width=64, heads=8, context=32, vocab=256),
+        precision="float32",
+        optim=AdamW(lr=Constant(1e-3), grad_clip_norm=1.0),
+        steps=UPDATES,
+        mesh=Mesh(data=1),
+    )
 
 
 @functools.cache
@@ -67,9 +76,9 @@ def alone(gpt: Experiment) -> np.ndarray:
 @pytest.mark.parametrize(("changes", "part"), [
     ({"mesh": Mesh(data=8)}, 1), ({"mesh": Mesh(1, fsdp=8)}, 8), ({"mesh": Mesh(1, tensor=8)}, 8),
     ({"mesh": Mesh(1, sequence=8)}, 1), ({"mesh": Mesh(2, 2, 2)}, 4), ({"mesh": Mesh(1, 2, 2, 2)}, 4),
-    ({"mesh": Mesh(data=8), "microbatches": 2}, 1), ({"mesh": Mesh(data=8), "parallel": "pmap"}, 1),
+    ({"mesh": Mesh(data=8), "grad_accum_steps": 2}, 1), ({"mesh": Mesh(data=8), "parallel": "pmap"}, 1),
     ({"mesh": Mesh(data=8), "exact": True}, 1),
-], ids=["data", "fsdp", "tensor", "sequence", "data-fsdp-tensor", "fsdp-tensor-sequence", "microbatches", "pmap",
+], ids=["data", "fsdp", "tensor", "sequence", "data-fsdp-tensor", "fsdp-tensor-sequence", "grad_accum_steps", "pmap",
         "exact"])
 def test_the_curve_is_that_of_one_device(gpt, alone, changes, part):
     losses, _, program = trained(replace(gpt, **changes))
@@ -85,7 +94,7 @@ def test_another_seed_is_another_curve(gpt, alone):
 
 
 def test_scanned_blocks_and_microbatches_are_divided_too(gpt):
-    scanned = replace(gpt, model=gpt.model.clone(scan=True, remat="blocks"), microbatches=2)
+    scanned = replace(gpt, model=gpt.model.clone(scan=True, remat="blocks"), grad_accum_steps=2)
     one, eight = trained(scanned, 4)[0], trained(replace(scanned, mesh=Mesh(2, 2, 2)), 4)
     assert np.abs(one - eight[0]).max() < 1e-5
     specs = {s.spec for s in jax.tree.leaves(eight[2].shardings) if len(s.spec) == 3}
@@ -143,15 +152,15 @@ def test_a_cpu_gathers_parameters_too(larger):
 
 
 def test_gradients_are_sent_once_however_many_microbatches(larger):
-    once, parameters = moved(replace(larger, mesh=Mesh(8), microbatches=2))
+    once, parameters = moved(replace(larger, mesh=Mesh(8), grad_accum_steps=2))
     assert 2 * parameters <= once["all-reduce"] < 2.1 * parameters  # in float32
     dropping = larger.model.clone(dropout=0.1)  # negative control: masks are drawn for all rows, so it is as it was
-    each, _ = moved(replace(larger, mesh=Mesh(8), microbatches=2, model=dropping))
+    each, _ = moved(replace(larger, mesh=Mesh(8), grad_accum_steps=2, model=dropping))
     assert each["all-reduce"] > 3.9 * parameters
 
 
 def test_dropout_is_that_of_one_device(gpt):
-    small = replace(gpt, microbatches=2, model=gpt.model.clone(depth=1, width=32, dropout=0.1))
+    small = replace(gpt, grad_accum_steps=2, model=gpt.model.clone(depth=1, width=32, dropout=0.1))
     one, eight = (trained(replace(small, mesh=mesh), 2)[0] for mesh in (Mesh(1), Mesh(8)))
     assert np.abs(one - eight).max() < 1e-5
     plain = trained(replace(small, model=small.model.clone(dropout=0.0)), 2)[0]
@@ -186,10 +195,10 @@ def test_what_cannot_be_spread_is_said(changes, message):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"exact": True, "microbatches": 2}, "leave out --microbatches"),
+    ({"exact": True, "grad_accum_steps": 2}, "leave out --grad-accum-steps"),
     ({"exact": True, "virtual_shards": 3}, "--batch 8 is not divisible by --virtual-shards 3"),
     ({"exact": True, "virtual_shards": 0}, "--virtual-shards must be at least 1"),
-    ({"parallel": "pmap", "dispatch": 4}, "leave out --dispatch"),
+    ({"parallel": "pmap", "steps_per_call": 4}, "leave out --steps-per-call"),
     ({"parallel": "shmap"}, "--parallel must be 'jit', 'pmap'"),
 ])
 def test_what_does_not_go_together_is_said(changes, message):
@@ -200,7 +209,7 @@ def test_what_does_not_go_together_is_said(changes, message):
 def test_exact_refuses_batch_statistics():
     from experiments import cifar_resnet
 
-    small = replace(cifar_resnet.local, exact=True, batch=8, mesh=Mesh(data=2), microbatches=1)
+    small = replace(cifar_resnet.local, exact=True, batch=8, mesh=Mesh(data=2), grad_accum_steps=1)
     assert isinstance(small.model, ResNet)
     with pytest.raises(UserError, match="not for models with batch statistics"):
         Program(small).lower()

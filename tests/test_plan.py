@@ -27,7 +27,7 @@ class Tokens:
     def record_spec(self):
         return {"tokens": ((self.length + 1,), np.int32), "bytes": ((), np.int32)}
 
-    def hints(self):
+    def metadata(self):
         return {}
 
     def transform(self, batch, train):
@@ -167,7 +167,7 @@ def test_scan_remat_and_microbatches_do_not_change_the_flops():
     plan = make_plan(experiment(TINY))
     for model in (replace_model(scan=True), replace_model(remat="blocks")):
         assert make_plan(experiment(model)).flops == plan.flops
-    assert make_plan(experiment(TINY, microbatches=4)).flops == plan.flops
+    assert make_plan(experiment(TINY, grad_accum_steps=4)).flops == plan.flops
     assert make_plan(experiment(TINY, precision="bfloat16")).flops == plan.flops
     assert make_plan(replace(experiment(TINY), task=LanguageModel(chunk=4))).flops == plan.flops
     assert make_plan(experiment(TINY, batch=8)).flops == 2 * plan.flops  # negative controls
@@ -186,7 +186,7 @@ def test_activations_shrink_with_remat_microbatches_and_bfloat16():
     all_of_it = kept(fields={"scan": True})
     assert kept(fields={"remat": "blocks"}) < 0.5 * kept()
     assert kept(fields={"scan": True, "remat": "blocks"}) < 0.5 * all_of_it
-    half = kept(fields={"scan": True}, microbatches=2)
+    half = kept(fields={"scan": True}, grad_accum_steps=2)
     assert half == kept(fields={"scan": True}, batch=8)
     assert half < 0.7 * all_of_it
     assert kept(fields={"scan": True}, precision="bfloat16") < 0.9 * all_of_it

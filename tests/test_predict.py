@@ -190,7 +190,7 @@ def test_every_kind_of_data_comes_back_from_json(tmp_path, monkeypatch):
     for spec, new in kinds:
         data = spec.load()
         again = spec.restored(json.loads(json.dumps(data.saved())), getattr(data, "tokenizer_state", ""))
-        assert (again.fingerprint, again.facts, again.classes) == (data.fingerprint, data.facts, data.classes)
+        assert (again.fingerprint, again.metadata, again.classes) == (data.fingerprint, data.metadata, data.classes)
         assert again.train is None and again.unit == data.unit
         if new is None:
             assert np.array_equal(again.encode("some é"), data.encode("some é"))

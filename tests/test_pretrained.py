@@ -136,7 +136,7 @@ SOURCE = toy(model=Normed(), optim=AdamW(lr=Constant(0.05), ema=0.9), steps=8, e
 TUNED = replace(SOURCE, checkpoint=Checkpoint(every=2, keep=10))
 PARAMETERS = ["hidden/bias", "hidden/kernel", "norm/bias", "norm/scale", "out/bias", "out/kernel"]
 STATISTICS = ["batch_stats/norm/mean", "batch_stats/norm/var"]
-PLAIN = toy(data=Held(), resident="never")
+PLAIN = toy(data=Held(), data_on_device="never")
 
 
 @pytest.fixture(scope="module")
@@ -172,13 +172,15 @@ def test_parameters_come_averaged_and_the_optimizer_starts_afresh(source):
     there, here = state_of(source), jax.device_get(program_of(TUNED).init(given))
     assert bits(here.params) == bits(there.opt_state.ema)
     assert apart(here.params, there.params) > 1e-3  # the negative control: these are not the last ones
-    assert bits(here.extra) == bits(there.opt_state.extra)  # statistics go with the weights: averaged, too
-    assert apart(here.extra, there.extra) > 1e-3
+    assert bits(here.model_state) == bits(there.opt_state.model_state)  # statistics go with the weights: averaged, too
+    assert apart(here.model_state, there.model_state) > 1e-3
     fresh = jax.device_get(program_of(TUNED).init())
-    assert apart(here.extra, fresh.extra) > 1e-2 and apart(here.params, fresh.params) > 1e-2
+    assert apart(here.model_state, fresh.model_state) > 1e-2 and apart(here.params, fresh.params) > 1e-2
     assert here.step == 0 and there.step == 8
     assert bits(here.opt_state.ema) == bits(here.params)
-    assert bits(here.opt_state._replace(ema=None, extra=None)) == bits(fresh.opt_state._replace(ema=None, extra=None))
+    assert bits(here.opt_state._replace(ema=None, model_state=None)) == bits(
+        fresh.opt_state._replace(ema=None, model_state=None)
+    )
     assert sum(int(np.count_nonzero(x)) for x in jax.tree.leaves(there.opt_state.inner)) > 50  # it had moments
     assert report == {"from": str(source), "step": 8, "fingerprint": SOURCE.fingerprint(), "random": [],
                       "loaded": PARAMETERS + STATISTICS, "not taken": []}
@@ -209,7 +211,7 @@ def test_include_and_exclude(source, rules, loaded):
     given, report = load(Pretrained(str(source), **rules))
     left = [path for path in PARAMETERS + STATISTICS if path not in loaded]
     assert (report["loaded"], report["random"], report["not taken"]) == (loaded, left, left)
-    there = bits(state_of(source).opt_state.ema) | bits(state_of(source).opt_state.extra)
+    there = bits(state_of(source).opt_state.ema) | bits(state_of(source).opt_state.model_state)
     assert {path: x.tobytes() for path, x in given.items()} == {path: there[path] for path in loaded}
 
 
@@ -288,7 +290,9 @@ def test_frozen_parameters_stay_and_the_others_change(source, tuned, tmp_path):
     for name in ("norm", "out"):
         for path, x in leaves(end.params[name]).items():
             assert apart(x, leaves(ema[name])[path]) > 1e-3, (name, path)
-    assert apart(end.extra, state_of(source).extra) > 1e-3  # the norm is not frozen, so its statistics are not
+    assert (
+        apart(end.model_state, state_of(source).model_state) > 1e-3
+    )  # the norm is not frozen, so its statistics are not
     assert sum(x.size for x in jax.tree.leaves(end.opt_state.inner)) < 2 * sum(
         x.size for x in jax.tree.leaves(end.params))  # no moments for what is frozen
     free = replace(frozen(source), init_from=replace(frozen(source).init_from, freeze=()))
@@ -304,7 +308,7 @@ def test_frozen_parameters_that_began_at_random(tmp_path):
     for params in (end.params, experiment.optim.eval_params(end.opt_state, end.params)):
         changed = {path for path, x in bits(params).items() if x != bits(begin.params)[path]}
         assert changed == {"hidden/bias", "out/bias", "out/kernel"}
-    assert bits(begin.extra) == bits(end.extra) == bits(end.opt_state.extra)
+    assert bits(begin.model_state) == bits(end.model_state) == bits(end.opt_state.model_state)
     given = load(Pretrained(str(tmp_path / "run")))[0]
     average, last = leaves(params), leaves(end.params)
     assert apart([given[p] for p in PARAMETERS], [average[p] for p in PARAMETERS]) < 1e-6  # for another run
@@ -315,7 +319,7 @@ def test_frozen_parameters_that_began_at_random(tmp_path):
 
 def test_a_frozen_norm_computes_as_in_evaluation(source):
     """Its output depends on no other record of the batch; a trained one's does."""
-    variables = {"params": state_of(source).params, **state_of(source).extra}
+    variables = {"params": state_of(source).params, **state_of(source).model_state}
     x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
 
     def first(rules, x):
@@ -333,10 +337,10 @@ def test_averaged_weights_come_with_averaged_statistics(source):
     state = program.init()
     for step in range(4):
         state, _ = program.train(state, program.batch(reader(program), step))
-        d, mean = min(SOURCE.optim.ema, (1 + step) / (10 + step)), mean or jax.device_get(program.init().extra)
-        mean = jax.tree.map(lambda m, x, d=d: d * m + (1 - d) * np.asarray(x), mean, state.extra)
+        d, mean = min(SOURCE.optim.ema, (1 + step) / (10 + step)), mean or jax.device_get(program.init().model_state)
+        mean = jax.tree.map(lambda m, x, d=d: d * m + (1 - d) * np.asarray(x), mean, state.model_state)
     used = {k: v for k, v in eval_variables(SOURCE, state).items() if k != "params"}
-    assert apart(used, mean) < 1e-6 < 1e-3 < apart(used, state.extra)
+    assert apart(used, mean) < 1e-6 < 1e-3 < apart(used, state.model_state)
     with pytest.raises(UserError, match="schedule-free AdamW evaluates averaged weights, whose batch statistics"):
         abstract_state(replace(SOURCE, optim=ScheduleFreeAdamW(lr=Constant(0.05))))
 
@@ -518,7 +522,7 @@ def test_a_run_on_texts_keeps_its_tokenizer(colours, tmp_path, vectors):
 def updated(program: Program, updates: int = 4) -> tuple[State, list]:
     """(state, metrics of every call) after some updates with the records of the program's data."""
     experiment, state, history = program.experiment, program.init(), []
-    for call in range(updates // experiment.dispatch):
+    for call in range(updates // experiment.steps_per_call):
         state, values = program.train(state, program.batch(reader(program), call))
         history.append(jax.device_get(values))
     return jax.device_get(state), history
@@ -534,9 +538,9 @@ def held(**changes: Any) -> Experiment:
     return toy(data=Noisy(), batch=16, optim=SGD(lr=Constant(0.3)), **changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"dispatch": 4, "microbatches": 2}], ids=["plain", "scanned"])
+@pytest.mark.parametrize("changes", [{}, {"steps_per_call": 4, "grad_accum_steps": 2}], ids=["plain", "scanned"])
 def test_resident_records_change_nothing(changes):
-    never, always = (held(resident=r, **changes) for r in ("never", "always"))
+    never, always = (held(data_on_device=r, **changes) for r in ("never", "always"))
     assert bits(trained(always)) == bits(trained(never))
     program = program_of(always)
     batch = program.batch(reader(program), 0)
@@ -546,20 +550,20 @@ def test_resident_records_change_nothing(changes):
 
 def test_resident_records_are_what_is_trained_on(monkeypatch):
     """The negative control: with the rows moved by one place, it is another run."""
-    program = program_of(held(resident="always"))
+    program = program_of(held(data_on_device="always"))
     before = trained(program.experiment)[0]
     monkeypatch.setattr(program, "resident", jax.tree.map(lambda x: np.roll(x, 1, axis=0), program.resident))
     assert apart(updated(program)[0].params, before.params) > 1e-3
 
 
 def test_resident_records_on_eight_devices():
-    one, eight = held(resident="always"), held(resident="always", mesh=Mesh(data=8))
+    one, eight = held(data_on_device="always"), held(data_on_device="always", mesh=Mesh(data=8))
     assert apart(trained(eight)[0], trained(one)[0]) < 1e-6
     assert all(len(x.sharding.device_set) == 8 for x in program_of(eight).resident.values())
 
 
 def test_resident_records_compile_once():
-    experiment = held(resident="always")
+    experiment = held(data_on_device="always")
     program, data = program_of(experiment), experiment.data.load()
     trained(experiment)
     state = program.init()
@@ -577,7 +581,7 @@ def test_resident_records_compile_once():
 
 
 def test_a_run_with_resident_records(plain_run, tmp_path):
-    always = replace(PLAIN, resident="always")
+    always = replace(PLAIN, data_on_device="always")
     assert always.fingerprint() == PLAIN.fingerprint()  # how, not what
     assert go(always, tmp_path / "run", 5, interrupt())[0] == 75
     assert go(always, tmp_path / "run")[0] == 0
@@ -590,10 +594,10 @@ def test_which_records_stay_on_the_devices(tmp_path, monkeypatch):
     table, arrays = Points().load().train, Held().load().train
 
     def kept(resident: str, records: Any) -> bool:
-        return fits(toy(resident=resident), records)
+        return fits(toy(data_on_device=resident), records)
 
-    with pytest.raises(UserError, match="--resident always: these records are read piece by piece"):
-        go(toy(resident="always"), tmp_path / "run")
+    with pytest.raises(UserError, match="--data-on-device always: these records are read piece by piece"):
+        go(toy(data_on_device="always"), tmp_path / "run")
     assert not kept("auto", table) and not kept("never", arrays) and kept("always", arrays)
     assert not kept("auto", arrays)  # on a CPU there is nothing to gain
     size = sum(x.nbytes for x in arrays.arrays.values())
@@ -667,8 +671,8 @@ def test_training_noise_is_that_of_step_and_record():
 
 def test_microbatches_and_devices_leave_the_noise_alone():
     noisy = held(task=Jittered())
-    assert apart(trained(replace(noisy, microbatches=4, mesh=Mesh(data=4)))[0], trained(noisy)[0]) < 1e-6
-    assert apart(trained(held(resident="never"))[0], trained(noisy)[0]) > 1e-2  # the task did add noise
+    assert apart(trained(replace(noisy, grad_accum_steps=4, mesh=Mesh(data=4)))[0], trained(noisy)[0]) < 1e-6
+    assert apart(trained(held(data_on_device="never"))[0], trained(noisy)[0]) > 1e-2  # the task did add noise
 
 
 def test_the_given_arrays_are_named_by_path():
@@ -676,6 +680,6 @@ def test_the_given_arrays_are_named_by_path():
     given = {"hidden/bias": np.arange(8, dtype=np.float32), "batch_stats/norm/mean": np.full(8, 3, np.float32)}
     here, fresh = program_of(SOURCE).init(given), program_of(SOURCE).init()
     changed = {path for path, x in bits(here).items() if x != bits(fresh)[path]}
-    assert changed == {"params/hidden/bias", "extra/batch_stats/norm/mean", "opt_state/ema/hidden/bias",
-                       "opt_state/extra/batch_stats/norm/mean"}
+    assert changed == {"params/hidden/bias", "model_state/batch_stats/norm/mean", "opt_state/ema/hidden/bias",
+                       "opt_state/model_state/batch_stats/norm/mean"}
     assert initial_arrays(Pretrained(), None, None) == ({}, {})

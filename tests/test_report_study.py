@@ -115,7 +115,11 @@ def test_times_are_of_a_program_and_have_an_interval_and_no_ratio(study):
 
 
 def test_results_csv_has_all_metrics_whole_changes_and_folders(study):
-    long = {"class": "lab.optim.optimizers.Muon", "lr": {"class": "lab.optim.schedules.Cosine", "peak": 1e-3}, "note": "x" * 100}
+    long = {
+        "class": "lab.optim.optimizers.Muon",
+        "lr": {"class": "lab.optim.schedules.Cosine", "peak": 1e-3},
+        "note": "x" * 100,
+    }
     arms = json.loads((study / "study.json").read_text())["arms"]
     arms[1]["changes"] = {"optim": long}
     rewrite(study / "study.json", arms=arms)
@@ -286,7 +290,10 @@ def test_settings_of_the_compiler_are_part_of_the_environment(study):
 
 def test_changed_code_is_a_warning(study):
     """Arms with different models have different files; only a file that both have and that differs is said."""
-    for name, files in {"base": {"lab/train/step.py": "a"}, "rms": {"lab/train/step.py": "a", "lab/models/gpt.py": "b"}}.items():
+    for name, files in {
+        "base": {"lab/train/step.py": "a"},
+        "rms": {"lab/train/step.py": "a", "lab/models/gpt.py": "b"},
+    }.items():
         for seed in range(5):
             rewrite(study / f"cells/{name}/{seed}/cell.json", code=files)
     assert "WARNING" not in made(study)[0]
@@ -377,12 +384,18 @@ def test_factorial_of_named_edits_and_a_grid_of_objects(place):
     factors["norm"] = edit
     rewrite(place / "s/study.json", design={"kind": "factorial", "factors": factors})
     assert (block(results := read_study(place / "s"), sections(results, False)[0]).values == found.values).all()
-    values = [{"class": "lab.optim.schedules.Constant", "peak": 0.1}, {"class": "lab.optim.schedules.LinearDecay", "peak": 0.1}]
+    values = [
+        {"class": "lab.optim.schedules.Constant", "peak": 0.1},
+        {"class": "lab.optim.schedules.LinearDecay", "peak": 0.1},
+    ]
     arms = {f"{i}{norm}": {"optim.lr": v, "model.norm": norm} for i, v in enumerate(values) for norm in ("a", "b", "c")}
     design = {"kind": "grid", "factors": {"optim.lr": values, "model.norm": ["a", "b", "c"]}}
     folder = make_study(place / "g", arms, design=design)
     results = read_study(folder)
-    assert block(results, sections(results, False)[0]).levels["optim.lr"] == ["Constant(peak=0.1)", "LinearDecay(peak=0.1)"]
+    assert block(results, sections(results, False)[0]).levels["optim.lr"] == [
+        "Constant(peak=0.1)",
+        "LinearDecay(peak=0.1)",
+    ]
     assert "Main effects" not in made(folder)[0] and (folder / "pictures/interactions.png").exists()
 
 

@@ -20,7 +20,7 @@ from lab.data.pipeline import Arrays
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.tables import TableData
 from lab.experiment import Checkpoint, Evaluate, Experiment, load
-from lab.tasks.base import Outcome
+from lab.tasks.base import EvalResult
 from lab.train import loop, restore
 from lab.train.evaluation import predict
 from lab.train.metrics import read_rows
@@ -47,12 +47,12 @@ class Aimed(Kinds):
 
     aim: float = 0.0
 
-    reported: ClassVar[list[Outcome]] = []
+    reported: ClassVar[list[EvalResult]] = []
 
     def summary(self, found: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {"distance": abs(found["loss"] - self.aim)}
 
-    def artifacts(self, outcome: Outcome) -> list[str]:
+    def artifacts(self, outcome: EvalResult) -> list[str]:
         self.reported.append(outcome)
         return []
 
@@ -62,7 +62,7 @@ def quick(monkeypatch) -> Iterator[list[str]]:
     """Programs are shared, and no picture is drawn; the list gets each split evaluated at an end."""
     splits, evaluate = [], loop.evaluate
 
-    def watched(program: Program, state: Any, data: Any, split: str, *args: Any) -> Outcome:
+    def watched(program: Program, state: Any, data: Any, split: str, *args: Any) -> EvalResult:
         splits.append(split)
         return evaluate(program, state, data, split, *args)
 
@@ -226,7 +226,7 @@ def compiled_once(monkeypatch):
     monkeypatch.setattr(restore, "Program", opened)
 
 
-def written(place: Path, name: str) -> dict[str, Any]:
+def accumulation_dtype(place: Path, name: str) -> dict[str, Any]:
     return json.loads((place / name).read_text())
 
 
@@ -240,7 +240,7 @@ def test_a_run_reports_on_its_test_split(place):
 
 def test_eval_writes_the_whole_report(place, typed):
     status, out, _ = typed("eval", "tumours", "--split", "test")
-    result, found = result_of(place / "tumours"), written(place, "tumours/evaluation-test-20.json")
+    result, found = result_of(place / "tumours"), accumulation_dtype(place, "tumours/evaluation-test-20.json")
     assert status == 0 and (found["step"], found["split"]) == (20, "test")
     assert found == pytest.approx(result["test"], abs=1e-6)
     assert {"loss", "accuracy", "precision", "recall", "f1", "auc"} <= set(found)
@@ -254,7 +254,7 @@ def test_eval_writes_the_whole_report(place, typed):
 
 def test_eval_of_a_split_a_step_and_a_part(place, typed):
     status, out, _ = typed("eval", "tumours", "--split", "validation", "--step", "10")
-    found = written(place, "tumours/evaluation-validation-10.json")
+    found = accumulation_dtype(place, "tumours/evaluation-validation-10.json")
     _, tenth, last = rows_of(place / "tumours", "validation")
     assert status == 0 and "46 of 46 validation records" in out
     assert found == pytest.approx(tenth, abs=1e-6) and abs(found["loss"] - last["loss"]) > 1e-4
@@ -262,13 +262,13 @@ def test_eval_of_a_split_a_step_and_a_part(place, typed):
     assert report.startswith("Validation split, 46 records")
     status, out, _ = typed("eval", "tumours", "--split", "test", "--step", "10", "--records", "20")
     assert status == 0 and "20 of 114 test records" in out
-    assert written(place, "tumours/evaluation-test-10.json")["split"] == "test"
+    assert accumulation_dtype(place, "tumours/evaluation-test-10.json")["split"] == "test"
     best = min((tenth, last), key=lambda row: row["loss"])["step"]
     assert typed("eval", "tumours", "--best", "--split", "validation")[0] == 0
-    assert written(place, f"tumours/evaluation-validation-{best}.json")["split"] == "validation"
+    assert accumulation_dtype(place, f"tumours/evaluation-validation-{best}.json")["split"] == "validation"
     assert typed("eval", "digits")[0] == 0  # without a test split
     final = result_of(place / "digits")["final"]
-    assert written(place, "digits/evaluation-validation-20.json") == pytest.approx(final, abs=1e-6)
+    assert accumulation_dtype(place, "digits/evaluation-validation-20.json") == pytest.approx(final, abs=1e-6)
 
 
 def test_what_cannot_be_evaluated(place, mistake):
@@ -283,7 +283,7 @@ def test_what_cannot_be_evaluated(place, mistake):
 
 def test_a_gan_and_its_judge(place, typed, mistake, monkeypatch):
     status, out, _ = typed("eval", "gan", "--judge", "digits")
-    found = written(place, "gan/evaluation-validation-2.json")
+    found = accumulation_dtype(place, "gan/evaluation-validation-2.json")
     assert status == 0 and found["judge_samples"] == 2000 and f"{found['judge_entropy']:.6f}" in out
     assert 0.1 <= found["judge_confidence"] <= 1 and 1 <= found["judge_classes"] <= 10
     assert (place / "gan" / "evaluation-validation-2" / "plots" / "samples.png").exists()

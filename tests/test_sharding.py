@@ -224,7 +224,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes(monkeypatch):
 
 
 def test_batches_land_on_the_devices():
-    program = Program(toy(mesh=Mesh(data=8), dispatch=4), toy().data.load().train)
+    program = Program(toy(mesh=Mesh(data=8), steps_per_call=4), toy().data.load().train)
     batch, read = program.batch(pipeline.reader(program), 1), reader(toy())
     assert batch["x"].shape == (4, 8, 6)
     assert {s.data.shape for s in batch["x"].addressable_shards} == {(4, 1, 6)}

@@ -54,7 +54,7 @@ class Points:
     def validate(self) -> None:
         """Nothing can be wrong."""
 
-    def hints(self) -> dict[str, int]:
+    def metadata(self) -> dict[str, int]:
         return {}
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -71,7 +71,7 @@ class Points:
         train, validation = (Table(x=x[part], y=y[part]) for part in (slice(self.records), slice(self.records, n)))
         return SimpleNamespace(train=train, validation=validation, test=None,
                                fingerprint=f"points {self.records} {self.draw}",
-                               facts={}, unit=self.unit, units_per_record=1, summary={"records": self.records})
+                               metadata={}, unit=self.unit, units_per_record=1, summary={"records": self.records})
 
 
 class Perceptron(nn.Module):
@@ -107,11 +107,11 @@ class Kinds(Task):
     def loss(self, model: nn.Module, variables: Any, batch: Mapping[str, jax.Array], rngs: Any,
              train: bool) -> tuple[jax.Array, jax.Array, dict, Any]:
         x = batch["x"].astype(jax.tree.leaves(variables["params"])[0].dtype)
-        logits, extra = apply(model, variables, x, rngs=rngs, train=train)
+        logits, model_state = apply(model, variables, x, rngs=rngs, train=train)
         nll = -jax.nn.log_softmax(logits.astype(jnp.float32))[jnp.arange(len(x)), batch["y"]]
         weight, total = batch["weight"].sum(), (nll * batch["weight"]).sum()
         right = ((logits.argmax(-1) == batch["y"]) * batch["weight"]).sum()
-        return total, weight, {"loss": (total, weight), "accuracy": (right, weight)}, extra
+        return total, weight, {"loss": (total, weight), "accuracy": (right, weight)}, model_state
 
     def summary(self, found: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {"error": 1 - found["accuracy"]}
@@ -142,7 +142,7 @@ def ragged(batch: Mapping[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
 def reader(experiment: Experiment, uneven: bool = False) -> Callable[[int], dict[str, np.ndarray]]:
     """call -> the batch of that call of the update, read one update at a time."""
     read = functools.partial(train_batch, experiment.data.load().train, batch=experiment.batch, seed=experiment.seed)
-    one, n = (lambda step: ragged(read(step), step)) if uneven else read, experiment.dispatch
+    one, n = (lambda step: ragged(read(step), step)) if uneven else read, experiment.steps_per_call
     return one if n == 1 else lambda call: jax.tree.map(lambda *rows: np.stack(rows),
                                                         *(one(call * n + i) for i in range(n)))
 
@@ -151,7 +151,7 @@ def run(experiment: Experiment, updates: int = 4, *, uneven: bool = False) -> tu
     """The state after some updates, and the metrics of every call, on the host."""
     program, read, history = Program(experiment), reader(experiment, uneven), []
     state = program.init()
-    for call in range(updates // experiment.dispatch):
+    for call in range(updates // experiment.steps_per_call):
         state, values = program.train(state, program.batch(read, call))
         history.append(jax.device_get(values))
     return jax.device_get(state), history
@@ -199,7 +199,7 @@ def test_gpt_on_one_and_eight_devices(tiny):
 
 
 def test_microbatches_are_exact_with_uneven_weights(plain):
-    state, history = run(toy(microbatches=4, mesh=Mesh(data=2)), uneven=True)
+    state, history = run(toy(grad_accum_steps=4, mesh=Mesh(data=2)), uneven=True)
     assert apart(state, plain[0]) < 1e-5
     assert apart([means(m) for m in history], [means(m) for m in plain[1]]) < 1e-5
     # Negative control: the mean of the gradients of the microbatches' means is another gradient.
@@ -220,12 +220,12 @@ def test_microbatches_are_exact_with_uneven_weights(plain):
 
 def test_mutable_collections_go_through_microbatches():
     for microbatches in (1, 4):
-        state, _ = run(toy(model=Perceptron(counts=True), microbatches=microbatches), updates=2)
-        assert state.extra["stats"]["calls"] == 2 * microbatches
+        state, _ = run(toy(model=Perceptron(counts=True), grad_accum_steps=microbatches), updates=2)
+        assert state.model_state["stats"]["calls"] == 2 * microbatches
 
 
 def test_dispatch_equals_single_updates(plain):
-    experiment = toy(dispatch=4)
+    experiment = toy(steps_per_call=4)
     state, (history,) = run(experiment, uneven=True)
     assert apart(state, plain[0]) < 1e-6
     single = jax.tree.map(lambda *x: np.stack(x), *plain[1])
@@ -254,8 +254,8 @@ def test_dropout_depends_on_seed_step_and_microbatch_only():
     start = init_state(experiment, batch)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def loss_of(microbatches: int, seed: int, step: int) -> jax.Array:
-        update = make_train_step(replace(experiment, seed=seed, microbatches=microbatches))
+    def loss_of(grad_accum_steps: int, seed: int, step: int) -> jax.Array:
+        update = make_train_step(replace(experiment, seed=seed, grad_accum_steps=grad_accum_steps))
         total, weight = update(start._replace(step=step), batch)[1]["loss"]
         return total / weight
 

@@ -117,7 +117,7 @@ def test_the_fingerprint_is_of_what_is_compared(tiny):
     ({"a": {"seed": 1}}, {}, "Arm a: the seed is an axis of every study"),
     ({"a": {"model.norm": "batchnorm"}}, {}, "Arm a: --model.norm must be 'layernorm', 'rmsnorm', not 'batchnorm'"),
     ({"a": {"model.heads": 3}}, {}, "Arm a: --model.width 16 is not divisible by --model.heads 3"),
-    ({"a": {"optim.groups": (("nothing", 0.1),)}}, {}, "Arm a: .*matches no parameter"),
+    ({"a": {"optim.lr_multipliers": (("nothing", 0.1),)}}, {}, "Arm a: .*matches no parameter"),
     ({"a": {"model.norm": "layernorm"}}, {}, r"Arm a is equal to the base: its changes \(model.norm=layernorm\)"),
     ({"a": {"checkpoint.every": 4}}, {}, "Arm a is equal to the base"),  # how a run is carried out is no difference
     ({"a": RMS, "b": RMS}, {}, "The arms a and b are the same experiment"),
@@ -230,7 +230,13 @@ def test_a_reseeded_program_is_that_of_the_other_seed(tiny):
 
 def test_code_is_that_of_the_experiments_own_parts(tiny):
     found = code_of(tiny)
-    assert {"lab/models/gpt.py", "lab/models/layers.py", "lab/optim/optimizers.py", "lab/train/step.py", "jax"} <= found.keys()
+    assert {
+        "lab/models/gpt.py",
+        "lab/models/layers.py",
+        "lab/optim/optimizers.py",
+        "lab/train/step.py",
+        "jax",
+    } <= found.keys()
     assert not {"lab/models/vit.py", "lab/study/run/engine.py", "lab/train/console.py"} & found.keys()
     assert changed(found, found | {"lab/optim/optimizers.py": "other"}) == ["lab/optim/optimizers.py"]
 
@@ -401,8 +407,10 @@ def test_changed_code_is_named(typed, mistake, copied):
     cell = json.loads(path.read_text())
     cell["code"]["lab/optim/optimizers.py"], cell["fingerprint"] = "other", "of other code"
     path.write_text(json.dumps(cell))
-    assert mistake(*copied) == ("error: lab/optim/optimizers.py changed since 1 finished cell of this study ran. --accept takes "
-                                "them as they are, --rerun runs them again.\n")
+    assert mistake(*copied) == (
+        "error: lab/optim/optimizers.py changed since 1 finished cell of this study ran. --accept takes "
+        "them as they are, --rerun runs them again.\n"
+    )
     assert "exclude each other" in mistake(*copied, "--accept", "--rerun")
     status, out, _ = typed(*copied, "--accept")
     assert status == 0 and not ran(out)

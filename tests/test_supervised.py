@@ -18,7 +18,7 @@ from lab.data.tables.features import Target
 from lab.errors import UserError
 from lab.models.members import Members
 from lab.tasks import reports
-from lab.tasks.base import Outcome
+from lab.tasks.base import EvalResult
 from lab.tasks.supervised import Classify, Regress
 from lab.train import metrics
 from tests.conftest import computing
@@ -170,8 +170,8 @@ def test_large_logits_do_not_overflow():
 @functools.cache
 def trainer(task, model):
     def loss(x, batch):
-        total, weights, found, extra = task.loss(model, VARIABLES, batch | {"inputs": x}, {}, train=True)
-        assert extra == {}
+        total, weights, found, model_state = task.loss(model, VARIABLES, batch | {"inputs": x}, {}, train=True)
+        assert model_state == {}
         return total, (weights, found)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -443,7 +443,7 @@ class Data:
 def outcome(task, records, outputs, data, folder, split="validation"):
     found = task.predict(Identity(), VARIABLES, {"inputs": outputs} | {
         name: records.arrays[name] for name in ("scale", "offset") if name in records.arrays})
-    return Outcome(None, computing(None, None), data, records, split, {}, {}, lambda: jax.device_get(found), 0, 0,
+    return EvalResult(None, computing(None, None), data, records, split, {}, {}, lambda: jax.device_get(found), 0, 0,
                    folder)
 
 

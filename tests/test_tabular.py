@@ -87,7 +87,7 @@ def test_features_equal_those_of_scikit_learn_fitted_on_the_training_rows(houses
     # Had all rows been used, as is so often done, this comparison would have seen it.
     leaked = by_scikit_learn(rows, parts["train"], np.arange(N), numeric, texts)
     assert np.abs(data.train.arrays["inputs"] - leaked).max() > 0.01
-    assert data.facts == {"features": 7} and data.classes == ()
+    assert data.metadata == {"features": 7} and data.classes == ()
     assert data.train.arrays["inputs"].dtype == np.float32
     np.testing.assert_array_equal(data.train.arrays["inputs"][:, 3], 0)  # the constant column
 
@@ -202,7 +202,10 @@ def test_a_second_file_is_the_test_split(tmp_path):
     assert [len(r) for r in (data.train, data.validation, data.test)] == [36, 4, 20]
     wanted = by_scikit_learn(rows, np.arange(40, 60), parts["train"], ["size", "rooms", "far", "constant"], ["town"])
     np.testing.assert_allclose(data.test.arrays["inputs"], wanted, rtol=2e-5, atol=2e-6)
-    assert data.classes == ("2", "9", "10") and data.facts == {"features": 7, "classes": 3}  # as numbers, not letters
+    assert data.classes == ("2", "9", "10") and data.metadata == {
+        "features": 7,
+        "classes": 3,
+    }  # as numbers, not letters
     names = np.array(data.classes)[data.test.arrays["targets"]]
     assert names.tolist() == [row["class"] for row in rows[40:]]
     assert "b.csv" in data.summary["split"] and "imputed size of the test file" in data.summary
@@ -220,7 +223,9 @@ def test_what_the_ingredient_says_of_itself(houses):
     assert from_json(to_json(table)) == table
     data = table.load()
     shape = {name: (array.shape[1:], array.dtype) for name, array in data.validation.arrays.items()}
-    assert table.record_spec() == shape and table.hints() == {} and table.units_per_record == data.units_per_record == 1
+    assert (
+        table.record_spec() == shape and table.metadata() == {} and table.units_per_record == data.units_per_record == 1
+    )
     assert table.unit == data.unit == "rows" and table.describe() == data.summary
     assert table.transform({"inputs": 1}, True) == {"inputs": 1}
     assert data.summary["train rows"] == 43 and data.summary["test rows"] == 12
@@ -378,7 +383,7 @@ def test_names_are_no_categories(tmp_path):
     source = Csv(write(tmp_path / "houses.csv", rows), "price", drop=("class",))
     with pytest.raises(UserError, match=r"column 'id': 43 different texts .* more than the 40 categories .* drop="):
         Table(source, categories=40).load()
-    assert Table(source, categories=43, unseen="zeros").load().facts == {"features": 7 + 43}
+    assert Table(source, categories=43, unseen="zeros").load().metadata == {"features": 7 + 43}
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lab.errors import UserError
-from lab.tasks.base import Outcome, apply
+from lab.tasks.base import EvalResult, apply
 from lab.tasks.language import LanguageModel
 from tests.conftest import computing
 
@@ -32,8 +32,10 @@ class Bigram(nn.Module):
 
 
 def traced(task, batch=BATCH, table=TABLE):
-    loss, weight, metrics, extra = task.loss(Bigram(), {"params": {"table": jnp.asarray(table)}}, batch, {}, train=True)
-    assert extra == {}
+    loss, weight, metrics, model_state = task.loss(
+        Bigram(), {"params": {"table": jnp.asarray(table)}}, batch, {}, train=True
+    )
+    assert model_state == {}
     return loss, weight, metrics
 
 
@@ -205,8 +207,8 @@ class Counting(nn.Module):
 def test_mutable_collections_change_in_training_only():
     variables = {"params": {}, "batch_stats": {"seen": jnp.ones(())}}
     for train, want in ((True, 4.0), (False, 1.0)):
-        out, extra = apply(Counting(), variables, jnp.ones(3), rngs={}, train=train)
-        assert float(extra["batch_stats"]["seen"]) == want
+        out, model_state = apply(Counting(), variables, jnp.ones(3), rngs={}, train=train)
+        assert float(model_state["batch_stats"]["seen"]) == want
         assert (out == 1).all()
     assert float(variables["batch_stats"]["seen"]) == 1.0  # pure
 
@@ -245,7 +247,7 @@ class Constant:
 
 def test_artifacts_are_texts_and_a_comparison_with_compressors(tmp_path):
     data = Validation()
-    outcome = Outcome(Constant(), computing(Constant(), {"params": {}}), data, data.validation, "validation",
+    outcome = EvalResult(Constant(), computing(Constant(), {"params": {}}), data, data.validation, "validation",
                       {"bits_per_byte": 1.25}, {}, dict, step=1, seed=0, folder=tmp_path)
     lines = LanguageModel(samples=2).artifacts(outcome)
     raw = Validation.raw

@@ -63,12 +63,12 @@ def train(experiment: Experiment, folder: Path, checkpoints: Path | None = None)
     return read_rows(folder / "metrics.jsonl")
 
 
-def together(experiments: list[Experiment], root: Path, dispatch: int) -> tuple[list[Path], list[bool]]:
+def together(experiments: list[Experiment], root: Path, steps_per_call: int) -> tuple[list[Path], list[bool]]:
     """Runs them as one program, and returns their folders and which lived."""
     data = experiments[0].data.load()
     cells = [Cell(f"arm{i}", e.seed, e, data.fingerprint, {}) for i, e in enumerate(experiments)]
     folders = [root / "cells" / c.name for c in cells]
-    stacked = Stacked([replace(e, dispatch=dispatch) for e in experiments], NUMBERS, data.train)
+    stacked = Stacked([replace(e, steps_per_call=steps_per_call) for e in experiments], NUMBERS, data.train)
     with loop.Stop(ALONE).listening() as stop:
         status, lives = run_together(stacked, cells, folders, root / "home", data, Screen(quiet=True), None, stop)
     assert status == 0
@@ -92,7 +92,7 @@ def grown(base, tmp_path_factory):
     """Eight of nine cells (three arms, three seeds) after 50 updates, on eight devices; and two of them alone."""
     root = tmp_path_factory.mktemp("grown")
     experiments = [replace(override(base, arm), seed=seed) for seed in range(3) for arm in RATES][:8]
-    folders, lives = together(experiments, root, dispatch=10)
+    folders, lives = together(experiments, root, steps_per_call=10)
     assert all(lives)
     alone = {i: root / "alone" / str(i) for i in (2, 4)}
     for i, folder in alone.items():
@@ -137,7 +137,7 @@ def test_a_dead_cell_stops_changing(base, tmp_path):
     """At the update and with the report that it would have alone; its neighbours are what they are without it."""
     base = replace(base, steps=12, model=base.model.clone(dropout=0.0), evaluate=Evaluate(every=4, records=8))
     dead, good = override(base, {"optim.lr.peak": 1e17}), override(base, {"optim.lr.peak": 3e-3})
-    folders, lives = together([good, dead], tmp_path / "both", dispatch=4)
+    folders, lives = together([good, dead], tmp_path / "both", steps_per_call=4)
     assert lives == [True, False]
     assert loop.train(replace(dead, mesh=Mesh(data=1)), tmp_path / "dead", Screen(quiet=True)) == 1
     ours, theirs = (json.loads((f / "diverged.json").read_text()) for f in (folders[1], tmp_path / "dead"))
@@ -148,7 +148,7 @@ def test_a_dead_cell_stops_changing(base, tmp_path):
     assert int(state.step) == ours["update"] - 1 and all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     rows = [r["step"] for r in read_rows(folders[1] / "metrics.jsonl") if r["split"] == "train"]
     assert rows == list(range(1, ours["update"]))
-    alone, _ = together([good], tmp_path / "one", dispatch=4)
+    alone, _ = together([good], tmp_path / "one", steps_per_call=4)
     a, b = (read_rows(f / "metrics.jsonl") for f in (folders[0], alone[0]))
     np.testing.assert_allclose([r["loss"] for r in a], [r["loss"] for r in b], rtol=1e-6)
 
@@ -160,16 +160,21 @@ def test_groups(base):
     """What the step computes with may differ in a group; not what Python looks at, nor what changes the state."""
     arms = {"base": base}
     for name, changes in {
-            "rate": {"optim.lr.peak": 3e-3}, "clip": {"optim.clip": 0.5}, "clip2": {"optim.clip": 0.7},
-            "decay": {"optim.decay": 0.2}, "decay0": {"optim.decay": 0.0}, "deep": {"model.depth": 2},
-            "deep_rate": {"model.depth": 2, "optim.lr.peak": 3e-3},
-            "plain": {"optim": SGD(lr=Cosine(1e-2, warmup=2))},
-            "heavy": {"optim": SGD(lr=Cosine(1e-2, warmup=2), momentum=0.9)},
-            "heavier": {"optim": SGD(lr=Cosine(1e-2, warmup=2), momentum=0.99)}}.items():
+        "rate": {"optim.lr.peak": 3e-3},
+        "clip": {"optim.grad_clip_norm": 0.5},
+        "clip2": {"optim.grad_clip_norm": 0.7},
+        "decay": {"optim.weight_decay": 0.2},
+        "decay0": {"optim.weight_decay": 0.0},
+        "deep": {"model.depth": 2},
+        "deep_rate": {"model.depth": 2, "optim.lr.peak": 3e-3},
+        "plain": {"optim": SGD(lr=Cosine(1e-2, warmup=2))},
+        "heavy": {"optim": SGD(lr=Cosine(1e-2, warmup=2), momentum=0.9)},
+        "heavier": {"optim": SGD(lr=Cosine(1e-2, warmup=2), momentum=0.99)},
+    }.items():
         arms[name] = override(base, changes)
     assert groups(arms) == [
-        Group(("optim.lr.peak", "optim.decay"), ("base", "rate", "decay")),
-        Group(("optim.clip",), ("clip", "clip2")), Group((), ("decay0",)),
+        Group(("optim.lr.peak", "optim.weight_decay"), ("base", "rate", "decay")),
+        Group(("optim.grad_clip_norm",), ("clip", "clip2")), Group((), ("decay0",)),
         Group(("optim.lr.peak",), ("deep", "deep_rate")), Group((), ("plain",)),
         Group(("optim.momentum",), ("heavy", "heavier"))]
 

@@ -140,7 +140,7 @@ def test_every_experiment_can_be_planned(path, without_cuda):
     experiment = shrunk(load(path).local)
     later = [shrunk(load(other).local).fingerprint() for other in EXPERIMENTS[EXPERIMENTS.index(path) + 1:]]
     if experiment.fingerprint() in later:
-        return  # one file's twin may be another's; that one is planned
+        return  # one file's local config may be another's; that one is planned
     plan = compile_plan(experiment, topologies.find("h200:8"))
     assert 0 < plan.memory.parameters + plan.memory.optimizer < plan.topology.chip.memory
     assert plan.model_flops > 0 and plan.roofline.seconds == plan.roofline.compute > 0
@@ -208,7 +208,7 @@ def test_without_the_compiler(capsys, monkeypatch):
 def on_h200():
     """A GPT with GPT-2's vocabulary, compiled for one H200: its plan, and the program's text."""
     model = GPT(depth=2, width=256, heads=4, vocab=50304, context=512)
-    experiment = replace(load(ROOT / "experiments/gpt_small.py").experiment, model=model, batch=16, microbatches=2,
+    experiment = replace(load(ROOT / "experiments/gpt_small.py").experiment, model=model, batch=16, grad_accum_steps=2,
                          data=Text(PythonStdlib(), GPT2(), length=512), task=LanguageModel(chunk=128))
     topology = topologies.find("h200:1")
     os.environ.update(topologies.environment(topology))
@@ -308,7 +308,7 @@ def test_fsdp_divides_the_state_of_gpt2_medium(chips):
     topology = topologies.find(f"v5e-{chips}")
     os.environ.update(topologies.environment(topology))
     experiment = load(ROOT / "experiments/gpt_medium.py").experiment
-    experiment = replace(experiment, mesh=Mesh(data=1, fsdp=chips), microbatches=1,
+    experiment = replace(experiment, mesh=Mesh(data=1, fsdp=chips), grad_accum_steps=1,
                          model=experiment.model.clone(scan=True))  # else biases are too small to be divided
     program = Program(experiment, devices=topologies.devices(topology))
     whole = size_of(program.abstract)
@@ -328,15 +328,15 @@ def test_alternatives(tiny):
     experiment = replace(tiny, batch=64)
     found = dict(alternatives(experiment, too_large(experiment, {"data": 8})))
     single = [flags for flags in found if flags.count("--") == 1]
-    assert {"--mesh.fsdp 8", "--model.remat blocks", "--microbatches 4"} <= set(single)
+    assert {"--mesh.fsdp 8", "--model.remat blocks", "--grad-accum-steps 4"} <= set(single)
     assert found["--mesh.fsdp 8"].mesh == Mesh(data=1, fsdp=8)
     assert found["--model.remat blocks"].model.remat == "blocks"
-    assert found["--microbatches 4"].microbatches == 4
+    assert found["--grad-accum-steps 4"].grad_accum_steps == 4
     *_, last = found.values()
-    assert (last.mesh.fsdp, last.model.remat, last.microbatches) == (8, "blocks", 4)
+    assert (last.mesh.fsdp, last.model.remat, last.grad_accum_steps) == (8, "blocks", 4)
     for changed in found.values():
         assert (changed.batch, changed.optim, changed.data) == (experiment.batch, experiment.optim, experiment.data)
-    done = replace(last, microbatches=8)
+    done = replace(last, grad_accum_steps=8)
     assert not list(alternatives(done, too_large(done, {"fsdp": 8})))  # nothing is left to change
 
 
@@ -350,4 +350,4 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys, compiled_in_haste):  #
     show(experiment, "v5e-4")
     out = capsys.readouterr().out
     assert "It does NOT fit" in out
-    assert re.search(r"--microbatches \d+: [\d.]+ GiB, fits, at least [\d.]+ s an update", out), out
+    assert re.search(r"--grad-accum-steps \d+: [\d.]+ GiB, fits, at least [\d.]+ s an update", out), out

@@ -34,7 +34,7 @@ def test_it_is_the_tokenizers(letters, text_file, tmp_path):
     for tokenizer in (Bytes(), BPE(300), Chars()):
         spec = replace(letters, data=replace(letters.data, tokenizer=tokenizer))
         found = spec.filled()
-        assert found.model.vocab == spec.data.load().facts["vocab"] and found.filled() is found
+        assert found.model.vocab == spec.data.load().metadata["vocab"] and found.filled() is found
         assert replace(spec, model=found.model).fingerprint() == found.fingerprint()
         assert from_json(to_json(found)) == found  # a run is opened with what it had
         masked = replace(spec, model=BERT(depth=1, width=8, heads=1, context=8), task=MaskedLM())

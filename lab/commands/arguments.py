@@ -53,21 +53,21 @@ def check_run_dir(run_dir: str | None) -> None:
                         "--checkpoint-dir gs://...")
 
 
-def choose_twin(module: Any, args: Sequence[str]) -> tuple[Experiment | Study, str]:
-    """The experiment or study of a file, or its `local` twin; and one line that says which and why."""
+def choose_config(module: Any, args: Sequence[str]) -> tuple[Experiment | Study, str]:
+    """The experiment or study of a file, or its `local` config; and one line that says which and why."""
     local = getattr(module, "local", None)
     real = module.study if hasattr(module, "study") else module.experiment
     if hasattr(module, "study") and local is not None and not hasattr(local, "arms"):
-        raise UserError("Where a file has a `study`, its `local` must be a Study, too: its twin.")
+        raise UserError("Where a file has a `study`, its `local` must be a Study, too.")
     if "--full" in args and "--local" in args:
         raise UserError("--full and --local exclude each other.")
     if "--full" in args or local is None:
         return real, ""
     if "--local" in args:
-        return local, "Running the local twin (--local)."
+        return local, "Running the local config (--local)."
     platform = os.environ.get("LAB_PLATFORM") or start_jax()
     if platform == "cpu":
-        return local, "No accelerator found: running the local twin (--full forces the real experiment)."
+        return local, "No accelerator found: running the local config (--full forces the real experiment)."
     return real, ""
 
 
@@ -81,7 +81,7 @@ def parse(path: Path, args: Sequence[str], options: type, module: Any = None) ->
     from lab.experiment import check_types, load
 
     module = module or load(path)
-    default, line = choose_twin(module, args)
+    default, line = choose_config(module, args)
     default = getattr(default, "base", default)
     check_types(default)  # tyro would say less
     if line:

@@ -49,7 +49,7 @@ class BenchOptions:
     full: bool = False
     """Measure the real experiment, also without an accelerator."""
     local: bool = False
-    """Measure the small local twin, also with an accelerator."""
+    """Measure the small local config, also with an accelerator."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -74,7 +74,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
     data = load_data(experiment)
     program = Program(experiment, data.train)
     program.options = program.options | xla_options(options.xla)
-    state, update, read, n = program.init(), program.train, reader(program), experiment.dispatch
+    state, update, read, n = program.init(), program.train, reader(program), experiment.steps_per_call
     calls = -(-options.updates // n)
     with Prefetch(lambda call: program.batch(read, call), 0, 1 + WARM + calls) as batches:
         state, values = jax.block_until_ready(update(state, next(batches)))
@@ -152,7 +152,7 @@ def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[
     state is used up.
     """
     if program.stacked or program.resident is not None:
-        program = Program(replace(program.experiment, dispatch=1, resident="never"), data.train)
+        program = Program(replace(program.experiment, steps_per_call=1, data_on_device="never"), data.train)
         state = program.init()
     kept, batch = [state], program.batch(reader(program), 0)
 
@@ -161,7 +161,7 @@ def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[
             seeded = override(program.experiment, given)
             with constrained(program.mesh):
                 rows = prepare(seeded, batch, True, state.step)
-                return microbatched(seeded.microbatches)(differentiate(make_loss(seeded)), state, rows)
+                return microbatched(seeded.grad_accum_steps)(differentiate(make_loss(seeded)), state, rows)
 
         compiled = jax.jit(part).lower(kept[0], batch, program.given).compile()
         return lambda: compiled(kept[0], batch, program.given)

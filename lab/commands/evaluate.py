@@ -14,7 +14,7 @@ from lab.data.pipeline import Arrays
 from lab.errors import UserError
 from lab.files import make_folder, no_links
 from lab.tasks.adversarial import Adversarial, generate_images, judge_scores
-from lab.tasks.base import Outcome
+from lab.tasks.base import EvalResult
 from lab.train import evaluation
 from lab.train.restore import open_run
 from lab.train.run_folder import check_same, write_json
@@ -25,9 +25,15 @@ def main(args: Sequence[str]) -> int:
     return call("eval", evaluate, args)
 
 
-def evaluate(run: Annotated[Path, tyro.conf.Positional], step: int | None = None, best: bool = False, records: int | None = None,
-             split: Literal["test", "validation"] = "validation", judge: Path | None = None,
-             experiment: Path | None = None) -> None:
+def evaluate(
+    run: Annotated[Path, tyro.conf.Positional],
+    step: int | None = None,
+    best: bool = False,
+    records: int | None = None,
+    split: Literal["test", "validation"] = "validation",
+    judge: Path | None = None,
+    experiment: Path | None = None,
+) -> None:
     """Evaluates a checkpoint of a run, and writes the task's whole report to evaluation-<split>-<step>/ in its folder.
 
     Args:
@@ -62,7 +68,7 @@ def evaluate(run: Annotated[Path, tyro.conf.Positional], step: int | None = None
     print(f"Written to {run / name}.json and {folder}")
 
 
-def _judged(outcome: Outcome, judge: Path, number: int = 2000) -> dict[str, Any]:
+def _judged(outcome: EvalResult, judge: Path, number: int = 2000) -> dict[str, Any]:
     """How a classifier of the same images labels `number` samples of a GAN."""
     _, program, state = open_run(judge)
     images = generate_images(outcome.compute, number, outcome.seed)

@@ -20,7 +20,7 @@ class PlanOptions:
     full: bool = False
     """Plan the real experiment; this is the default."""
     local: bool = False
-    """Plan the small local twin."""
+    """Plan the small local config."""
 
 
 def main(args: Sequence[str]) -> int:

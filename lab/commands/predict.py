@@ -22,9 +22,17 @@ def main(args: Sequence[str]) -> int:
     return call("predict", predict, args)
 
 
-def predict(run: Annotated[Path, tyro.conf.Positional], input: Path | None = None, output: Path = Path("predictions.csv"),
-            split: Literal["test", "validation", "train"] | None = None, id: str | None = None, strict: bool = False,
-            step: int | None = None, best: bool = False, experiment: Path | None = None) -> None:
+def predict(
+    run: Annotated[Path, tyro.conf.Positional],
+    input: Path | None = None,
+    output: Path = Path("predictions.csv"),
+    split: Literal["test", "validation", "train"] | None = None,
+    id: str | None = None,
+    strict: bool = False,
+    step: int | None = None,
+    best: bool = False,
+    experiment: Path | None = None,
+) -> None:
     """Writes the predictions of a run as CSV: for new records, or for those of one of its own splits.
 
     Args:

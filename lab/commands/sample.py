@@ -21,9 +21,19 @@ def main(args: Sequence[str]) -> int:
     return call("sample", sample, args)
 
 
-def sample(run: Annotated[Path, tyro.conf.Positional], prompt: tuple[str, ...] = ("",), new_tokens: int = 200, temperature: float = 0.8,
-           top_k: int | None = None, top_p: float = 1.0, greedy: bool = False, seed: int = 0, step: int | None = None,
-           best: bool = False, experiment: Path | None = None) -> None:
+def sample(
+    run: Annotated[Path, tyro.conf.Positional],
+    prompt: tuple[str, ...] = ("",),
+    new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    greedy: bool = False,
+    seed: int = 0,
+    step: int | None = None,
+    best: bool = False,
+    experiment: Path | None = None,
+) -> None:
     """Continues texts with a trained language model.
 
     Args:

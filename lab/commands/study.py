@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lab.commands.arguments import choose_twin, parse
+from lab.commands.arguments import choose_config, parse
 from lab.errors import UserError
 from lab.parallel.backend import start_jax
 
@@ -19,7 +19,7 @@ def study(path: Path, module: Any, args: Sequence[str], processes: Processes) ->
     from lab.study.run.command import StudyOptions, make_study, run_study
 
     base, options, _ = parse(path, args, StudyOptions, module)
-    written = choose_twin(module, args)[0] if hasattr(module, "study") else None
+    written = choose_config(module, args)[0] if hasattr(module, "study") else None
     checked = make_study(written, base, options)
     if processes.count > 1:
         raise UserError("A study runs in one process at a time. Start the same command several times instead: they "

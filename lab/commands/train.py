@@ -36,7 +36,7 @@ class TrainOptions:
     full: bool = False
     """Run the real experiment, also without an accelerator."""
     local: bool = False
-    """Run the small local twin, also with an accelerator."""
+    """Run the small local config, also with an accelerator."""
 
 
 def train(args: Sequence[str], processes: Processes) -> int:
@@ -66,10 +66,10 @@ def train(args: Sequence[str], processes: Processes) -> int:
     compare(processes, experiment, options, folder, path)
     result = processes.share(finished(folder) if processes.first else None)
     with Screen(quiet=not processes.first) as screen:
-        screen.say(f"Run folder: {folder}")
+        screen.info(f"Run folder: {folder}")
         if result is not None and not processes.share(processes.first and run_again(folder, experiment, on_change)):
-            screen.say("This run is finished already. Delete its folder, or change the seed, to run it again.")
-            screen.say(loop.describe_result(result))
+            screen.info("This run is finished already. Delete its folder, or change the seed, to run it again.")
+            screen.info(loop.describe_result(result))
             return 0
         return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes,
                           checkpoints=options.checkpoint_dir, on_change=on_change)

@@ -11,12 +11,22 @@ from lab.errors import UserError, where
 
 # part -> (its base class, what it must have, an example)
 PARTS = {
-    "data": ("lab.data.dataset.Data", ("load", "record_spec", "hints", "transform", "validate", "unit",
-                                       "units_per_record"), "Table(Sklearn(\"iris\"))"),
+    "data": (
+        "lab.data.dataset.Data",
+        ("load", "record_spec", "metadata", "transform", "validate", "unit", "units_per_record"),
+        'Table(Sklearn("iris"))',
+    ),
     "model": ("flax.linen.Module", ("init", "apply"), "MLP(classes=10)"),
-    "task": ("lab.tasks.base.Task", ("loss", "init", "check", "validate", "summary", "artifacts", "snapshot", "curves"),
-             "Classify()"),
-    "optim": ("lab.optim.optimizers.Optimizer", ("build", "direction", "validate", "lr", "groups"), "AdamW(lr=1e-3)"),
+    "task": (
+        "lab.tasks.base.Task",
+        ("loss", "init", "check", "validate", "summary", "artifacts", "snapshot", "curves"),
+        "Classify()",
+    ),
+    "optim": (
+        "lab.optim.optimizers.Optimizer",
+        ("build", "direction", "validate", "lr", "lr_multipliers"),
+        "AdamW(lr=1e-3)",
+    ),
 }
 
 # part -> method -> the arguments that it is called with, by place and by name
@@ -70,7 +80,7 @@ def check_loss(task: Any, result: Any, train: bool) -> tuple[Any, Any, dict[str,
         what = f"{len(result)} values" if isinstance(result, tuple) else what
         raise UserError(f"{here} returns {what}. It must return four: the sum of losses, the sum of weights, the "
                         f"metrics as name -> (sum, weight), and the model's mutable collections ({{}} for none).")
-    total, weight, metrics, extra = result
+    total, weight, metrics, model_state = result
     for name, x in (("sum of losses", total), ("sum of weights", weight)):
         if getattr(x, "shape", ()) != () or isinstance(x, str) or x is None:
             raise UserError(f"{here}: the {name} must be one number, not {getattr(x, 'shape', x)}.")
@@ -79,6 +89,6 @@ def check_loss(task: Any, result: Any, train: bool) -> tuple[Any, Any, dict[str,
     for name, value in metrics.items():
         if not isinstance(value, tuple) and (train or name == "loss") or isinstance(value, tuple) and len(value) != 2:
             raise UserError(f"{here}: the metric {name!r} must be (sum, weight), so that batches add.")
-    if not isinstance(extra, Mapping):
-        raise UserError(f"{here}: the mutable collections must be a dict, not a {type(extra).__name__}.")
+    if not isinstance(model_state, Mapping):
+        raise UserError(f"{here}: the mutable collections must be a dict, not a {type(model_state).__name__}.")
     return result

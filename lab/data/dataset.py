@@ -34,8 +34,8 @@ class Data:
     def validate(self) -> None:
         """Raises UserError for a field out of range; reads nothing."""
 
-    def hints(self) -> dict[str, int]:
-        """What is known of `Dataset.facts` without reading."""
+    def metadata(self) -> dict[str, int]:
+        """What is known of `Dataset.metadata` without reading."""
         return {}
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -75,7 +75,7 @@ class Dataset:
     test: Records | None = None
     fingerprint: str = ""
     """Depends on content, split and preprocessing only, never on where the files are. "": of the arrays in memory."""
-    facts: dict[str, int] = field(default_factory=dict)
+    metadata: dict[str, int] = field(default_factory=dict)
     """What a model must fit: classes, features, vocab, length."""
     unit: str = "records"
     units_per_record: int = 1
@@ -88,8 +88,8 @@ class Dataset:
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         if not self.fingerprint:
             self.fingerprint = digest(*(_content(name, records) for name, records in splits.items() if records))
-        if self.classes and "classes" not in self.facts:
-            self.facts = {**self.facts, "classes": len(self.classes)}
+        if self.classes and "classes" not in self.metadata:
+            self.metadata = {**self.metadata, "classes": len(self.classes)}
         if not self.summary:
             self.summary = {f"{name} {self.unit}": len(records) for name, records in splits.items() if records}
 
@@ -99,7 +99,7 @@ class Dataset:
 
     def saved(self) -> dict[str, Any]:
         """A JSON value from which the `restored` of the data ingredient makes this again, without its records."""
-        return {"fingerprint": self.fingerprint, "facts": self.facts, "unit": self.unit,
+        return {"fingerprint": self.fingerprint, "metadata": self.metadata, "unit": self.unit,
                 "units_per_record": self.units_per_record, "classes": list(self.classes)}
 
     def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> "Incoming":
@@ -125,7 +125,7 @@ class Dataset:
 
 def restored(saved: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a `Dataset` without records."""
-    known = {name: saved[name] for name in ("fingerprint", "facts", "unit", "units_per_record")}
+    known = {name: saved[name] for name in ("fingerprint", "metadata", "unit", "units_per_record")}
     return known | {"train": None, "validation": None, "test": None, "summary": {}, "classes": tuple(saved["classes"])}
 
 

@@ -156,14 +156,15 @@ def _in_epoch(records: Records, indices: np.ndarray, epochs: np.ndarray, seed: i
 
 
 def reader(program: Any) -> Callable[[int], Batch]:
-    """For a `lab.train.program.Program`: this process's rows of the training batch of a call, by the number of calls before.
+    """For a `lab.train.program.Program`: this process's rows of the training batch of a call, by the number of calls
+    before.
 
     Where a call makes several updates, they are the first axis.
     """
     experiment, records = program.experiment, program.train_records
     own = {"batch": experiment.batch, "seed": experiment.seed, "rows": program.rows}
     if program.stacked:
-        return lambda call: train_batches(records, call, experiment.dispatch, **own)
+        return lambda call: train_batches(records, call, experiment.steps_per_call, **own)
     return lambda call: train_batch(records, call, **own)
 
 

@@ -1,8 +1,9 @@
 """`--sky OPTIONS`: writes a SkyPilot task into the run folder and launches it: cloud GPUs, TPUs, Kubernetes, SLURM.
 
-SkyPilot finds the machines, copies the checkout, starts one process per node (lab/parallel/processes.py knows its variables).
-Spot machines become a managed job, which SkyPilot recovers after preemption and after exit status 75. A run folder on
-a machine's own disk goes with the machine; what stays is in the bucket: checkpoints, and the run folder's copy in run/.
+SkyPilot finds the machines, copies the checkout, starts one process per node (lab/parallel/processes.py knows its
+variables). Spot machines become a managed job, which SkyPilot recovers after preemption and after exit status 75. A run
+folder on a machine's own disk goes with the machine; what stays is in the bucket: checkpoints, and the run folder's
+copy in run/.
 """
 
 from __future__ import annotations

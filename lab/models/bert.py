@@ -58,9 +58,9 @@ class BERT(Transformer):
         """Ids beyond the tokenizer's: [MASK]."""
         return int(self.classes is None)
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts (vocab, length, classes) does not fit the model."""
-        vocab, length = facts.get("vocab", 0), facts.get("length", 0)
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata (vocab, length, classes) does not fit the model."""
+        vocab, length = metadata.get("vocab", 0), metadata.get("length", 0)
         if vocab > (self.vocab or math.inf):
             raise UserError(f"The vocabulary is too small: the tokenizer has {vocab} tokens and the model "
                             f"{self.vocab}. Use --model.vocab {vocab + (self.classes is None)}.")
@@ -70,7 +70,7 @@ class BERT(Transformer):
         if length > self.context:
             raise UserError(f"--data.length {length} is longer than --model.context {self.context}.")
         if self.classes is not None:  # a masked LM takes texts of any classes
-            check_classes(self.classes, facts)
+            check_classes(self.classes, metadata)
 
     @nn.compact
     def __call__(self, tokens_BL: Array, *, train: bool, mask: Array | None = None, segments: Array | None = None,

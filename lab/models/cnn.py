@@ -89,14 +89,14 @@ class ConvNet(nn.Module):
         if min(self.channels + self.convs) < 1:
             raise UserError("--model.channels and --model.convs must be at least 1 in every stage.")
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts (classes, height, width) does not fit the model."""
-        check_classes(self.classes, facts)
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata (classes, height, width) does not fit the model."""
+        check_classes(self.classes, metadata)
         least = 2 ** len(self.channels)
         for side in ("height", "width"):
-            if facts.get(side, least) < least:
+            if metadata.get(side, least) < least:
                 raise UserError(f"{len(self.channels)} stages halve the image as often, and its {side} is only "
-                                f"{facts[side]}. Give fewer --model.channels and --model.convs.")
+                                f"{metadata[side]}. Give fewer --model.channels and --model.convs.")
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
@@ -164,9 +164,9 @@ class ResNet(nn.Module):
         """Raises UserError for a field out of range."""
         check_sizes(classes=self.classes, width=self.width)
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts (classes) does not fit the model."""
-        check_classes(self.classes, facts)
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata (classes) does not fit the model."""
+        check_classes(self.classes, metadata)
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:

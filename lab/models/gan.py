@@ -85,7 +85,7 @@ class Discriminator(nn.Module):
 class GAN(nn.Module):
     """Generator and discriminator as the submodules "generator" and "discriminator", so that paths tell them apart.
 
-    Two learning rates: ``optim=Adam(..., groups=(("^generator/", 1.0), ("^discriminator/", 0.5)))``.
+    Two learning rates: ``optim=Adam(..., lr_multipliers=(("^generator/", 1.0), ("^discriminator/", 0.5)))``.
     """
 
     latent: int = 64
@@ -123,9 +123,9 @@ class GAN(nn.Module):
             raise UserError(f"--model.shape must be height, width (even, {2 * SMALLEST} or more) and 1 or 3 channels, "
                             f"not {self.shape}.")
 
-    def check(self, facts: Mapping[str, int]) -> None:
+    def check(self, metadata: Mapping[str, int]) -> None:
         """Raises UserError when images of other sizes than `shape` come."""
-        found = tuple(facts.get(name, own) for name, own in zip(("height", "width", "channels"), self.shape,
+        found = tuple(metadata.get(name, own) for name, own in zip(("height", "width", "channels"), self.shape,
                                                                strict=True))
         if found != tuple(self.shape):
             raise UserError(f"The images are {' x '.join(map(str, found))} (height, width, channels): "

@@ -74,7 +74,7 @@ def generate(model: nn.Module, params: Any, prompt_BL: Array, lengths_B: Array, 
 def _generate(model: nn.Module, variables: Mapping[str, Any], prompt_BL: Array, lengths_B: Array, key: Array,
               temperature: Array, top_p: Array, stop: Array, *, new_tokens: int, top_k: int | None,
               vocab: int | None) -> Array:
-    """`generate` as `Outcome.compute` takes it."""
+    """`generate` as `EvalResult.compute` takes it."""
     return generate(model, variables["params"], prompt_BL, lengths_B, jax.random.wrap_key_data(key),
                     new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, vocab=vocab)
 
@@ -83,7 +83,7 @@ def sample_texts(compute: Callable[..., Any], context: int, text: Any, prompts: 
                  new_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float = 1.0) -> list[str]:
     """Continues text prompts, all in one batch. `text` encodes and decodes (`encode`, `decode`, `eot`); `compute`: see
-    `lab.tasks.base.Outcome`; `context`: the model's; `new_tokens` None: as many as still fit it.
+    `lab.tasks.base.EvalResult`; `context`: the model's; `new_tokens` None: as many as still fit it.
 
     Where prompt and new tokens exceed the context a window slides along: when it is full, its last half is kept and
     the text goes on from there, so that each token sees at least half a context. An empty prompt starts from the
@@ -102,7 +102,7 @@ def sample_texts(compute: Callable[..., Any], context: int, text: Any, prompts: 
                  longest, new_tokens, context, half, context)
         encoded = [ids[-max(half, context - new_tokens):] for ids in encoded]
     stop = -1 if text.eot is None else text.eot
-    vocab = getattr(text, "facts", {}).get("vocab")
+    vocab = getattr(text, "metadata", {}).get("vocab")
     numbers = np.float32(temperature), np.float32(top_p), np.int32(stop)
     out = np.zeros((len(encoded), 0), np.int32)
     key = jax.random.key(seed)

@@ -33,13 +33,13 @@ class GPT(Transformer):
         if self.softcap is not None and self.softcap <= 0:
             raise UserError(f"--model.softcap must be above 0, or None, not {self.softcap}.")
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts (vocab, length) does not fit the model."""
-        if facts.get("vocab", 0) > (self.vocab or math.inf):
-            raise UserError(f"The vocabulary is too small: the tokenizer has {facts['vocab']} tokens and the model "
-                            f"{self.vocab}. Use --model.vocab {facts['vocab']}.")
-        if facts.get("length", 0) > self.context:
-            raise UserError(f"--data.length {facts['length']} is longer than --model.context {self.context}.")
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata (vocab, length) does not fit the model."""
+        if metadata.get("vocab", 0) > (self.vocab or math.inf):
+            raise UserError(f"The vocabulary is too small: the tokenizer has {metadata['vocab']} tokens and the model "
+                            f"{self.vocab}. Use --model.vocab {metadata['vocab']}.")
+        if metadata.get("length", 0) > self.context:
+            raise UserError(f"--data.length {metadata['length']} is longer than --model.context {self.context}.")
 
     @nn.compact
     def __call__(self, tokens_BL: Array, *, train: bool, mask: Array | None = None, positions: Array | None = None,

@@ -26,6 +26,7 @@ from lab.errors import UserError
 from lab.models import splash
 from lab.models.cudnn import cudnn_attention
 from lab.models.precision import (
+    accumulation_dtype,
     add_broadcast,
     elementwise,
     platform,
@@ -34,7 +35,6 @@ from lab.models.precision import (
     rows_of,
     sequence_devices,
     softmax,
-    written,
 )
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -57,7 +57,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
-        y = project(x, kernel, written(x.dtype))
+        y = project(x, kernel, accumulation_dtype(x.dtype))
         if self.bias:
             y = add_broadcast(y, self.param("bias", nn.initializers.zeros, (self.features,)))
         # Named because a policy of `jax.checkpoint` sees no product in a custom derivative.
@@ -199,7 +199,8 @@ class Transformer(nn.Module):
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping: nothing; all but the results of the projections and of
     splash attention (dots); or the inside of every block (blocks). GPT small, 64 rows of 1,024 tokens on one H200, by
-    `plan` (2026-11-23): 23.4, 15.6 and 6.6 GiB of temporaries; a small twin's processor time: 1, 1.09 and 1.17."""
+    `plan` (2026-11-23): 23.4, 15.6 and 6.6 GiB of temporaries; a small local config's processor time: 1, 1.09 and
+    1.17."""
     scan: bool = False
     """One block compiled and scanned over stacked parameters (fast to compile), instead of depth blocks in a row."""
 

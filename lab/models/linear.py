@@ -14,9 +14,9 @@ from lab.models.layers import Dense, dropout
 from lab.models.members import Members, Several
 
 
-def check_classes(classes: int | None, facts: Mapping[str, int], flag: str = "--model.classes") -> None:
-    """Raises UserError if data with these facts has another number of classes; `classes` None is a regression."""
-    found = facts.get("classes", classes)
+def check_classes(classes: int | None, metadata: Mapping[str, int], flag: str = "--model.classes") -> None:
+    """Raises UserError if data with these metadata has another number of classes; `classes` None is a regression."""
+    found = metadata.get("classes", classes)
     if found == classes:
         return
     if classes is None:
@@ -58,9 +58,9 @@ class Linear(nn.Module):
         """Raises UserError for a field out of range."""
         check_sizes(classes=self.classes)
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts (classes) does not fit the model."""
-        check_classes(self.classes, facts)
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata (classes) does not fit the model."""
+        check_classes(self.classes, metadata)
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
@@ -88,9 +88,9 @@ class MLP(nn.Module):
         check_sizes(classes=self.classes, depth=self.depth, width=self.width)
         check_rates(dropout=self.dropout)
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts (classes) does not fit the model."""
-        check_classes(self.classes, facts)
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata (classes) does not fit the model."""
+        check_classes(self.classes, metadata)
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
@@ -119,10 +119,10 @@ class Ensemble(Several):
         if isinstance(self.member, Linear):
             raise UserError("All members would stay equal: Linear starts at zero. Use MLP as --model.member.")
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts does not fit the members."""
-        check_classes(self.member.classes, facts, "--model.member.classes")
-        self.member.check(facts)
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata does not fit the members."""
+        check_classes(self.member.classes, metadata, "--model.member.classes")
+        self.member.check(metadata)
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool, **kwargs: Any) -> Members:

@@ -32,7 +32,7 @@ class Members(NamedTuple):
 
 def per_member(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """`tx` for each member by itself: norms, factored moments and orthogonal steps see one member's arrays only."""
-    def update(grads: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-        return jax.vmap(lambda g, s, p, e: tx.update(g, s, p, **e))(grads, state, params, extra)
+    def update(grads: Any, state: Any, params: Any, **model_state: Any) -> tuple[Any, Any]:
+        return jax.vmap(lambda g, s, p, e: tx.update(g, s, p, **e))(grads, state, params, model_state)
 
     return optax.GradientTransformationExtraArgs(jax.vmap(tx.init), update)

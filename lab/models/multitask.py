@@ -40,14 +40,14 @@ class ClassifyAndReconstruct(nn.Module):
         if not self.channels or min(self.channels) < 1:
             raise UserError("--model.channels must be one number or more, each at least 1.")
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts (classes, height, width) does not fit the model."""
-        check_classes(self.classes, facts)
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata (classes, height, width) does not fit the model."""
+        check_classes(self.classes, metadata)
         least = 2 ** len(self.channels)
         for side in ("height", "width"):
-            if facts.get(side, least) < least:
+            if metadata.get(side, least) < least:
                 raise UserError(f"{len(self.channels)} poolings halve the image as often, and its {side} is only "
-                                f"{facts[side]}. Give fewer --model.channels.")
+                                f"{metadata[side]}. Give fewer --model.channels.")
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> dict[str, Array]:

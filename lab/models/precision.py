@@ -27,7 +27,7 @@ def sequence_devices() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
 
 
-def written(dtype: Any) -> Any:
+def accumulation_dtype(dtype: Any) -> Any:
     """The type in which a product that `dtype` is wanted of is asked for. CPUs are fast at float32 only, TPUs round it
     on the chip, and GPUs, which also accumulate bfloat16 in float32, would write it to memory and read it again.
     """
@@ -49,7 +49,7 @@ def _reduced_product(spec: str, dtype: Any, a: Array, b: Array) -> Array:
     """The derivative is written out so that its two products also take operands of reduced precision: left to autodiff,
     the float32 cotangent would turn both into mixed products, which no matrix unit (AMX, tensor core, MXU) runs.
     """
-    return jnp.einsum(spec, a, b, preferred_element_type=written(dtype)).astype(dtype)
+    return jnp.einsum(spec, a, b, preferred_element_type=accumulation_dtype(dtype)).astype(dtype)
 
 
 def _forward(spec: str, dtype: Any, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:

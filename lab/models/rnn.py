@@ -51,12 +51,12 @@ class LSTM(nn.Module):
         check_sizes(vocab=self.vocab, width=self.width, hidden=self.hidden, depth=self.depth, classes=self.classes)
         check_rates(dropout=self.dropout)
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts (vocab, classes) does not fit the model."""
-        if facts.get("vocab", 0) > (self.vocab or math.inf):
-            raise UserError(f"The vocabulary is too small: the tokenizer has {facts['vocab']} tokens and the model "
-                            f"{self.vocab}. Use --model.vocab {facts['vocab']}.")
-        check_classes(self.classes, facts)
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata (vocab, classes) does not fit the model."""
+        if metadata.get("vocab", 0) > (self.vocab or math.inf):
+            raise UserError(f"The vocabulary is too small: the tokenizer has {metadata['vocab']} tokens and the model "
+                            f"{self.vocab}. Use --model.vocab {metadata['vocab']}.")
+        check_classes(self.classes, metadata)
 
     @nn.compact
     def __call__(self, tokens_BL: Array, *, train: bool, mask: Array | None = None) -> Array:

@@ -33,8 +33,8 @@ def splash_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, *, causal: boo
 
 
 class OnDevice(nn.Module):
-    """`splash_attention` as a module of its own, because the compiler cannot divide a kernel: lab/parallel/sharding.py gives
-    every device its rows and heads."""
+    """`splash_attention` as a module of its own, because the compiler cannot divide a kernel: lab/parallel/sharding.py
+    gives every device its rows and heads."""
 
     causal: bool
     save: str

@@ -52,12 +52,12 @@ class ViT(Transformer):
         if self.position == "sincos" and self.width % 4:
             raise UserError(f"--model.position sincos needs a --model.width divisible by 4, not {self.width}.")
 
-    def check(self, facts: Mapping[str, int]) -> None:
-        """Raises UserError if data with these facts (classes, height, width) does not fit the model."""
-        check_classes(self.classes, facts)
+    def check(self, metadata: Mapping[str, int]) -> None:
+        """Raises UserError if data with these metadata (classes, height, width) does not fit the model."""
+        check_classes(self.classes, metadata)
         for side in ("height", "width"):
-            if facts.get(side, 0) % self.patch:
-                raise UserError(f"The images' {side} of {facts[side]} pixels is not divisible by --model.patch "
+            if metadata.get(side, 0) % self.patch:
+                raise UserError(f"The images' {side} of {metadata[side]} pixels is not divisible by --model.patch "
                                 f"{self.patch}.")
 
     @nn.compact

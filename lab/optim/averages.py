@@ -27,36 +27,39 @@ class EmaState(NamedTuple):
 
     count: jax.Array  # completed updates
     ema: Any  # float32
-    extra: Any  # the same average of the model's statistics, float32
+    model_state: Any  # the same average of the model's statistics, float32
     inner: Any
 
     @classmethod
-    def begin(cls, params: Any, extra: Any, inner: Any, count: jax.Array) -> EmaState:
+    def begin(cls, params: Any, model_state: Any, inner: Any, count: jax.Array) -> EmaState:
         """After `count` updates, none of them averaged yet."""
-        ema, extra = jax.tree.map(lambda x: jnp.array(x, jnp.float32), (params, extra))
-        return cls(count, ema, extra, inner)
+        ema, model_state = jax.tree.map(lambda x: jnp.array(x, jnp.float32), (params, model_state))
+        return cls(count, ema, model_state, inner)
 
 
 def with_ema(inner: optax.GradientTransformation, decay: Any, start: int) -> optax.GradientTransformationExtraArgs:
-    """Averages the parameters and the model's statistics (`extra`) after each update, beginning with those after
+    """Averages the parameters and the model's statistics (`model_state`) after each update, beginning with those after
     `start` updates (so there is nothing to debias). The decay of update start + t, t = 0, 1, ..., is
     min(decay, (1 + t) / (10 + t)), which soon forgets the start (TensorFlow's rule). `decay` None: only `inner`.
 
     The statistics are averaged, too, because BatchNorm's are those of the activations that the weights make: averaged
     weights with the last update's statistics are another function.
     """
-    def init(params: Any, extra: Any = ()) -> Any:
+    def init(params: Any, model_state: Any = ()) -> Any:
         state = inner.init(params)
-        return state if decay is None else EmaState.begin(params, extra, state, jnp.zeros([], jnp.int32))
+        return state if decay is None else EmaState.begin(params, model_state, state, jnp.zeros([], jnp.int32))
 
-    def update(grads: Any, state: Any, params: Any, extra: Any = ()) -> tuple[Any, Any]:
+    def update(grads: Any, state: Any, params: Any, model_state: Any = ()) -> tuple[Any, Any]:
         if decay is None:
             return inner.update(grads, state, params)
         updates, inner_state = inner.update(grads, state.inner, params)
         t = state.count - start
         d = jnp.minimum(decay, (1 + t) / (10 + t))
-        ema, averaged = jax.tree.map(lambda e, x: jnp.where(t < 0, x.astype(e.dtype), e + (1 - d) * (x - e)),
-                                     (state.ema, state.extra), (optax.apply_updates(params, updates), extra))
+        ema, averaged = jax.tree.map(
+            lambda e, x: jnp.where(t < 0, x.astype(e.dtype), e + (1 - d) * (x - e)),
+            (state.ema, state.model_state),
+            (optax.apply_updates(params, updates), model_state),
+        )
         return updates, EmaState(state.count + 1, ema, averaged, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,9 +7,9 @@ decided by Python values alone (None, or a Python 0).
 One update of every optimizer but the schedule-free one, for a parameter w with path p, loss gradient g:
 
     g <- g + l1 sign(w) + l2 w              (matrices only, as weight decay)
-    g <- g min(1, clip / |g|)               (norm over all trained parameters)
+    g <- g min(1, grad_clip_norm / |g|)               (norm over all trained parameters)
     u <- direction(g)                       (Adam, Lion, ...)
-    w <- w - lr(count) multiplier(p) (u + decay w)
+    w <- w - lr(count) multiplier(p) (u + weight_decay w)
 
 Paths are the names joined by "/", such as `blocks/attention/query/kernel`. What is a matrix, and a hidden one, is read
 from the model's program (lab/optim/matrices.py), never from names.
@@ -49,9 +49,9 @@ class Optimizer:
     lr: Schedule | float
     """Learning rate: a schedule, or a number, which becomes `Constant(number)`."""
     _: KW_ONLY
-    clip: float | None = None
+    grad_clip_norm: float | None = None
     """Greatest global gradient norm; None for no clipping (Pascanu et al. 2013). Frozen parameters do not count."""
-    decay: float = 0.0
+    weight_decay: float = 0.0
     """Decoupled weight decay, multiplied by the learning rate (Loshchilov & Hutter 2019)."""
     l1: float = 0.0
     """Penalty l1 * sum |w|, added to the gradient (as l1 * sign(w)) before clipping. Masked as weight decay is."""
@@ -61,7 +61,7 @@ class Optimizer:
     """Decay of an exponential moving average of the parameters, used to evaluate and sample; None for none."""
     ema_from: int = 0
     """Completed updates before the average begins; until then it is the parameters themselves."""
-    groups: tuple[tuple[str, float], ...] = ()
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
     """Learning-rate multipliers: (regex searched in the path, multiplier). First match wins; 0 freezes exactly."""
     no_decay: str | None = None
     """Regex of paths of matrices that get neither weight decay nor penalties. Nothing but matrices gets any."""
@@ -94,7 +94,7 @@ class Optimizer:
 
     def group(self, path: str) -> Any:
         """Learning-rate multiplier of the first group that matches."""
-        return next((multiplier for pattern, multiplier in self.groups if re.search(pattern, path)), 1.0)
+        return next((multiplier for pattern, multiplier in self.lr_multipliers if re.search(pattern, path)), 1.0)
 
     def multiplier(self, path: str, matrix: Matrix | None) -> Any:
         """All that the learning rate of this parameter is multiplied by."""
@@ -103,12 +103,12 @@ class Optimizer:
     @property
     def needs_matrices(self) -> bool:
         """Whether anything depends on which parameters are matrices."""
-        return not (_off(self.decay) and _off(self.l1) and _off(self.l2))
+        return not (_off(self.weight_decay) and _off(self.l1) and _off(self.l2))
 
     def build(self, steps: int, matrices: Mapping[str, Matrix] = NONE) -> optax.GradientTransformationExtraArgs:
-        """The optax transformation for a run of `steps` updates. ``init(params, extra)``, ``update(grads, state,
-        params, extra=extra)``, where `extra` are the model's statistics after this update: an average of the
-        parameters averages them, too. `matrices`: by path, see lab/optim/matrices.py.
+        """The optax transformation for a run of `steps` updates. ``init(params, model_state)``, ``update(grads, state,
+        params, model_state=model_state)``, where `model_state` are the model's statistics after this update: an average
+        of the parameters averages them, too. `matrices`: by path, see lab/optim/matrices.py.
 
         `init` raises UserError where a rule fits no parameter (see `check`)."""
 
@@ -122,22 +122,22 @@ class Optimizer:
 
         rate = self.rate(steps)
         step = [self.directions(matrices)]
-        if not _off(self.decay):
-            step += [optax.add_decayed_weights(self.decay, mask=lambda params: self.decays(params, matrices))]
+        if not _off(self.weight_decay):
+            step += [optax.add_decayed_weights(self.weight_decay, mask=lambda params: self.decays(params, matrices))]
         step += [optax.scale_by_learning_rate(rate), optax.stateless(multiply)]
         tx = []
         if not (_off(self.l1) and _off(self.l2)):
             tx += [optax.stateless(penalise)]
-        if self.clip is not None:
-            tx += [optax.clip_by_global_norm(self.clip)]
+        if self.grad_clip_norm is not None:
+            tx += [optax.clip_by_global_norm(self.grad_clip_norm)]
         tx = optax.chain(*tx, self.wrap(optax.chain(*step), rate))
-        if any(_off(multiplier) for _, multiplier in self.groups):  # frozen parameters get no state at all
+        if any(_off(multiplier) for _, multiplier in self.lr_multipliers):  # frozen parameters get no state at all
             tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, self._labels)
         tx = with_ema(tx, self.ema, self.ema_from)
 
-        def init(params: Params, extra: Any = ()) -> Any:
-            self.check(params, matrices, extra)
-            return tx.init(params, extra)
+        def init(params: Params, model_state: Any = ()) -> Any:
+            self.check(params, matrices, model_state)
+            return tx.init(params, model_state)
 
         return optax.GradientTransformationExtraArgs(init, tx.update)
 
@@ -154,44 +154,50 @@ class Optimizer:
             return params
         return jax.tree.map(lambda e, p: e.astype(p.dtype), find(opt_state, EmaState).ema, params)
 
-    def eval_extra(self, opt_state: Any, extra: Any) -> Any:
+    def eval_model_state(self, opt_state: Any, model_state: Any) -> Any:
         """The model's statistics that go with `eval_params`."""
         if self.ema is None:
-            return extra
-        return jax.tree.map(lambda e, x: e.astype(x.dtype), find(opt_state, EmaState).extra, extra)
+            return model_state
+        return jax.tree.map(lambda e, x: e.astype(x.dtype), find(opt_state, EmaState).model_state, model_state)
 
-    def take_over(self, opt_state: Any, params: Params, extra: Any, count: jax.Array) -> Any:
+    def take_over(self, opt_state: Any, params: Params, model_state: Any, count: jax.Array) -> Any:
         """The state, after `count` updates, of an optimizer that differs from this one in its average only, as ours."""
         averages = isinstance(opt_state, EmaState)
         if self.ema is not None and not averages:
-            return EmaState.begin(params, extra, opt_state, count)
+            return EmaState.begin(params, model_state, opt_state, count)
         return opt_state.inner if averages and self.ema is None else opt_state
 
-    def check(self, params: Params, matrices: Mapping[str, Matrix], extra: Any) -> None:
+    def check(self, params: Params, matrices: Mapping[str, Matrix], model_state: Any) -> None:
         """UserError when a group's regex fits no parameter (or only those of earlier groups) or nothing is trained."""
         paths = jax.tree.leaves(map_paths(lambda path, _: path, params))
-        first = {next((i for i, (r, _) in enumerate(self.groups) if re.search(r, path)), None) for path in paths}
-        for i, (pattern, _) in enumerate(self.groups):
+        first = {
+            next((i for i, (r, _) in enumerate(self.lr_multipliers) if re.search(r, path)), None) for path in paths
+        }
+        for i, (pattern, _) in enumerate(self.lr_multipliers):
             if i not in first:
                 taken = " that an earlier group has not taken" if any(re.search(pattern, p) for p in paths) else ""
                 shown = ", ".join(paths[:: max(len(paths) // 4, 1)][:5])
-                raise UserError(f"optim.groups or init_from.freeze: {pattern!r} matches no parameter{taken}. Some "
-                                f"paths: {shown}.")
+                raise UserError(
+                    f"optim.lr_multipliers or init_from.freeze: {pattern!r} matches no parameter{taken}. Some "
+                    f"paths: {shown}."
+                )
         if "trained" not in jax.tree.leaves(self._labels(params)):
-            raise UserError("optim.groups or init_from.freeze freezes every parameter: nothing would be trained.")
+            raise UserError(
+                "optim.lr_multipliers or init_from.freeze freezes every parameter: nothing would be trained."
+            )
 
     def validate(self, steps: int) -> None:
         """UserError, in plain words, for a number out of range. Traced values are not looked at."""
         require("steps", steps, "at least 1 update", lambda v: v >= 1)
         self.lr.validate(steps)
-        require("clip", self.clip, "above 0, or None for no clipping", lambda v: v > 0)
-        for name in ("decay", "l1", "l2"):
+        require("grad_clip_norm", self.grad_clip_norm, "above 0, or None for no clipping", lambda v: v > 0)
+        for name in ("weight_decay", "l1", "l2"):
             require(name, getattr(self, name), "0 or more", lambda v: v >= 0)
         require("ema", self.ema, "in (0, 1), or None for no average", lambda v: 0 < v < 1)
         require("ema_from", self.ema_from, "0 or more updates", lambda v: v >= 0)
-        for pattern, multiplier in self.groups:
-            require_regex("groups", pattern)
-            require(f"groups ({pattern!r})", multiplier, "0 (frozen) or more", lambda v: v >= 0)
+        for pattern, multiplier in self.lr_multipliers:
+            require_regex("lr_multipliers", pattern)
+            require(f"lr_multipliers ({pattern!r})", multiplier, "0 (frozen) or more", lambda v: v >= 0)
         if self.no_decay is not None:
             require_regex("no_decay", self.no_decay)
         for name in ("b1", "b2", "momentum"):
@@ -240,7 +246,7 @@ class AdamW(Adam):
 
     b2: float = 0.95
     """Decay of the second moment."""
-    decay: float = 0.1
+    weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
 
 
@@ -253,7 +259,7 @@ class Lion(Optimizer):
     """Weight of the momentum in the step."""
     b2: float = 0.99
     """Decay of the momentum."""
-    decay: float = 0.3
+    weight_decay: float = 0.3
     """Decoupled weight decay, multiplied by the learning rate."""
 
     def direction(self) -> optax.GradientTransformation:
@@ -355,14 +361,14 @@ class Muon(AdamW):
         return optax.partition({"muon": muon, "adam": super().direction()},
                                lambda params: map_paths(lambda path, _: "muon" if path in hidden else "adam", params))
 
-    def check(self, params: Params, matrices: Mapping[str, Matrix], extra: Any) -> None:
-        super().check(params, matrices, extra)
+    def check(self, params: Params, matrices: Mapping[str, Matrix], model_state: Any) -> None:
+        super().check(params, matrices, model_state)
         if not any(self.orthogonal(path, matrix) for path, matrix in matrices.items()):
             raise UserError("optim: Muon finds no hidden matrix in this model (its output layer is none). Use AdamW.")
 
     def validate(self, steps: int) -> None:
         super().validate(steps)
-        require("adam_lr", self.adam_lr, "above 0 (freeze with optim.groups)", lambda v: v > 0)
+        require("adam_lr", self.adam_lr, "above 0 (freeze with optim.lr_multipliers)", lambda v: v > 0)
         if self.adam is not None:
             require_regex("adam", self.adam)
 
@@ -431,9 +437,9 @@ class ScheduleFreeAdamW(AdamW):
 
         return jax.tree.map(mean, state.z, params, is_leaf=masked)
 
-    def check(self, params: Params, matrices: Mapping[str, Matrix], extra: Any) -> None:
-        super().check(params, matrices, extra)
-        if jax.tree.leaves(extra):
+    def check(self, params: Params, matrices: Mapping[str, Matrix], model_state: Any) -> None:
+        super().check(params, matrices, model_state)
+        if jax.tree.leaves(model_state):
             raise UserError("optim: schedule-free AdamW evaluates averaged weights, whose batch statistics are not "
                             "those of the trained ones. Use AdamW with optim.ema, which averages both.")
 

@@ -35,7 +35,7 @@ def start_jax() -> str:
     import jax
 
     # On CPUs an update then runs in the thread that asks for it, and malloc gives that thread the one heap that may be
-    # large. Temporaries above 64 MiB from another one were mapped and faulted in anew at every update (twin of
+    # large. Temporaries above 64 MiB from another one were mapped and faulted in anew at every update (local config of
     # gpt_small: 142 ms, now 123), and one heap for all threads is locked too often (gpt_char, bfloat16: 34 ms, now 28).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     prune_ours()

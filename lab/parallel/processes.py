@@ -2,7 +2,8 @@
 
 A launcher says who is who by LAB_COORDINATOR (host:port of process 0), LAB_PROCESSES and LAB_PROCESS_ID, or is one that
 is recognised: SLURM's srun, Open MPI's mpirun, SkyPilot, a TPU pod. The port after the coordinator's is used, too.
-LAB_SECRET is the same random text in all processes; without it they must share a home folder (lab/parallel/shared_secret.py).
+LAB_SECRET is the same random text in all processes; without it they must share a home folder
+(lab/parallel/shared_secret.py).
 """
 
 from __future__ import annotations

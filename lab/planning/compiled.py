@@ -71,12 +71,12 @@ class CompiledPlan:
 def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
     """Compiles the train step for `topology` (GPUs: only traces it where JAX's packages for them are not installed).
 
-    Records that `resident` keeps on the devices are not counted.
+    Records that `data_on_device` keeps on the devices are not counted.
 
     Raises:
       UserError: the mesh or the batch does not fit the devices, or the compiler is not installed.
     """
-    experiment = replace(experiment, dispatch=1, deterministic=False)  # the compiler needs a GPU for that
+    experiment = replace(experiment, steps_per_call=1, deterministic=False)  # the compiler needs a GPU for that
     devices = topologies.devices(topology)
     program = Program(experiment, devices=devices)
     state, placed, cost = program.abstract, program.shardings, make_plan(experiment)
@@ -133,12 +133,12 @@ def alternatives(experiment: Experiment, plan: CompiledPlan) -> Iterator[tuple[s
     if getattr(experiment.model, "remat", None) == "none":
         changes.append(("--model.remat blocks", {"model": experiment.model.clone(remat="blocks")}))
     rows = devices // math.prod(sizes.get(axis, 1) for axis in ("tensor", "sequence"))
-    more = [n for n in range(experiment.microbatches + 1, experiment.batch // rows + 1)
+    more = [n for n in range(experiment.grad_accum_steps + 1, experiment.batch // rows + 1)
             if experiment.batch % (n * rows) == 0]
     if more:
-        wanted = experiment.microbatches * _shrink(plan)
+        wanted = experiment.grad_accum_steps * _shrink(plan)
         number = next((n for n in more if n >= wanted), more[-1])
-        changes.append((f"--microbatches {number}", {"microbatches": number}))
+        changes.append((f"--grad-accum-steps {number}", {"grad_accum_steps": number}))
     for flags, fields in changes:
         yield flags, replace(experiment, **fields)
     if len(changes) > 1:

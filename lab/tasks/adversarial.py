@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from lab.errors import UserError
 from lab.files import make_folder, replace_file
-from lab.tasks.base import Loss, Outcome, Task, apply
+from lab.tasks.base import EvalResult, Loss, Task, apply
 
 GRID = 8  # a grid of samples has this many rows and columns
 GAP = 2  # pixels between the pictures of a grid
@@ -84,12 +84,12 @@ class Adversarial(Task):
                             "deviation 0.5, so that they are in [-1, 1] as the generator's are).")
         params = variables["params"]
         run = functools.partial(apply, model, rngs=rngs, train=train)
-        fakes, extra = run(variables, latents(batch["key"], model.latent), method="generate")
-        real, extra = run({"params": params, **extra}, images, method="discriminate")
-        fake, extra = run({"params": params, **extra}, jax.lax.stop_gradient(fakes), method="discriminate")
+        fakes, model_state = run(variables, latents(batch["key"], model.latent), method="generate")
+        real, model_state = run({"params": params, **model_state}, images, method="discriminate")
+        fake, model_state = run({"params": params, **model_state}, jax.lax.stop_gradient(fakes), method="discriminate")
         # Forward this is the same computation once more, which XLA finds; backward only the images get a gradient.
         still = {**params, "discriminator": jax.lax.stop_gradient(params["discriminator"])}
-        fooled, _ = run({"params": still, **extra}, fakes, method="discriminate")
+        fooled, _ = run({"params": still, **model_state}, fakes, method="discriminate")
         discriminator, generator = self.losses(real, fake, fooled)
 
         def total(values_B: Array) -> tuple[Array, Array]:
@@ -98,14 +98,14 @@ class Adversarial(Task):
         metrics = {"loss": total(discriminator + generator), "generator_loss": total(generator),
                    "discriminator_loss": total(discriminator), "real_accuracy": total(real > 0),
                    "fake_accuracy": total(fake < 0)}
-        return *metrics["loss"], metrics, extra
+        return *metrics["loss"], metrics, model_state
 
-    def snapshot(self, outcome: Outcome) -> None:
+    def snapshot(self, outcome: EvalResult) -> None:
         """Writes samples/step-<step>.png: 8 x 8 samples of noise that depends on the seed only, so one can compare."""
         path = outcome.folder / "samples" / f"step-{outcome.step:06d}.png"
         _save(path, grid(generate_images(outcome.compute, GRID * GRID, outcome.seed)))
 
-    def artifacts(self, outcome: Outcome) -> list[str]:
+    def artifacts(self, outcome: EvalResult) -> list[str]:
         """Writes plots/samples.png, and plots/samples_over_time.png from the grids of this run's `snapshot`s."""
         plots = outcome.folder / "plots"
         _save(plots / "samples.png", grid(generate_images(outcome.compute, GRID * GRID, outcome.seed)))
@@ -132,7 +132,7 @@ def _generate(model: nn.Module, variables: Mapping[str, Any], seed: Array, first
 def generate_images(compute: Callable[..., Any], number: int, seed: int, batch: int = 64) -> np.ndarray:
     """`number` samples, uint8 (number, H, W, C); sample i is decided by (variables, seed, i), whatever the batch.
 
-    `compute`: see `Outcome`.
+    `compute`: see `EvalResult`.
     """
     parts = [compute(_generate, np.uint32(seed), np.uint32(first), batch=batch)
              for first in range(0, number, batch)]

@@ -1,4 +1,4 @@
-"""What a task is: batch -> (loss sum, weight, metrics, extra). The loop knows no model, and a task knows no loop.
+"""What a task is: batch -> (loss sum, weight, metrics, model_state). The loop knows no model, and a task knows no loop.
 
 A task is a frozen dataclass. Losses and metrics are sums with their weights, never means, so that microbatches, devices
 and hosts add and divide once.
@@ -34,18 +34,20 @@ def apply(model: nn.Module, variables: Mapping[str, Any], *inputs: Array, rngs: 
     """
     dtype = next((x.dtype for x in jax.tree.leaves(variables["params"])), None)
     inputs = tuple(x.astype(dtype or x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in inputs)
-    extra = {name: value for name, value in variables.items() if name != "params"}
-    if not train or not extra:
+    model_state = {name: value for name, value in variables.items() if name != "params"}
+    if not train or not model_state:
         output = model.apply(variables, *inputs, train=train, rngs=rngs, **kwargs)
     else:
-        output, extra = model.apply(variables, *inputs, train=train, rngs=rngs, mutable=list(extra), **kwargs)
+        output, model_state = model.apply(
+            variables, *inputs, train=train, rngs=rngs, mutable=list(model_state), **kwargs
+        )
     if output is None:
         raise UserError(f"{where(type(model))}{type(model).__name__} returns None; it must return its output.")
-    return output, extra
+    return output, model_state
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EvalResult:
     """An evaluated model, with all that a task may write or draw about it."""
 
     model: Any
@@ -120,17 +122,17 @@ class Task:
         """The table of predictions: column -> one value per record."""
         raise UserError(f"{type(self).__name__} makes no predictions.")
 
-    def artifacts(self, outcome: Outcome) -> list[str]:
+    def artifacts(self, outcome: EvalResult) -> list[str]:
         """Writes what is worth looking at when a run ends; returns lines for a person."""
         return []
 
-    def snapshot(self, outcome: Outcome) -> None:
+    def snapshot(self, outcome: EvalResult) -> None:
         """Writes what is worth looking at after each evaluation of a run."""
 
 
 def prepared(data: Any, batch: Mapping[str, Array], keys: Array, train: bool) -> Mapping[str, Array]:
     """A batch through the data's transform. `keys` (B,): a random key for each record."""
-    vocab = data.hints().get("vocab")  # of the tokenizer; a model's may be padded
+    vocab = data.metadata().get("vocab")  # of the tokenizer; a model's may be padded
     known = {"vocab": jnp.full(keys.shape, vocab, jnp.int32)} if vocab else {}
     return data.transform({**batch, **known, "key": keys}, train)
 
@@ -158,9 +160,9 @@ def mixes_rows(task: Any, model: Any, data: Any, precision: str) -> bool:
 
 @functools.lru_cache(64)
 def _mixes_rows(task: Any, model: Any, data: Any, precision: str) -> bool:
-    def loss(params: Any, extra: Any, batch: Any) -> Array:
+    def loss(params: Any, model_state: Any, batch: Any) -> Array:
         params = jax.tree.map(lambda x: x.astype(precision) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
-        return task.loss(model, {"params": params, **extra}, batch, {"dropout": jax.random.key(0)}, train=True)[0]
+        return task.loss(model, {"params": params, **model_state}, batch, {"dropout": jax.random.key(0)}, train=True)[0]
 
     def ready(batch: Any, train: bool) -> Any:
         return prepared(data, batch, jax.random.split(jax.random.key(0), 2), train)
@@ -169,8 +171,8 @@ def _mixes_rows(task: Any, model: Any, data: Any, precision: str) -> bool:
         batch = {name: jax.ShapeDtypeStruct((2, *shape), dtype) for name, (shape, dtype) in data.record_spec().items()}
         batch |= {"weight": jax.ShapeDtypeStruct((2,), jnp.float32), "index": jax.ShapeDtypeStruct((2,), jnp.int32)}
         variables = jax.eval_shape(lambda batch: task.init(model, jax.random.key(0), ready(batch, False)), batch)
-        extra = {name: value for name, value in variables.items() if name != "params"}
+        model_state = {name: value for name, value in variables.items() if name != "params"}
         batch = jax.eval_shape(lambda batch: ready(batch, True), batch)
-        return bool(jax.tree.leaves(extra)) or draws(jax.grad(loss), variables["params"], extra, batch)
+        return bool(jax.tree.leaves(model_state)) or draws(jax.grad(loss), variables["params"], model_state, batch)
     except Exception:  # of a model that cannot be built
         return True

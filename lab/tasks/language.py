@@ -15,7 +15,7 @@ from jax import Array
 
 from lab.errors import UserError, forgiving
 from lab.files import make_folder, replace_file
-from lab.tasks.base import Loss, Outcome, Task, apply
+from lab.tasks.base import EvalResult, Loss, Task, apply
 from lab.tasks.chunks import over_chunks
 from lab.tasks.cross_entropy import cross_entropy
 
@@ -74,16 +74,16 @@ class LanguageModel(Task):
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], targets_BL.shape).astype(jnp.float32)
         numbers = None if self._plain() else (self.label_smoothing, self.z_loss, batch.get("vocab", [None])[0])
         if self.chunk is None:
-            logits_BLV, extra = apply(model, variables, inputs_BL, rngs=rngs, train=train)
+            logits_BLV, model_state = apply(model, variables, inputs_BL, rngs=rngs, train=train)
             objective, (nll, right) = _sums(logits_BLV, (targets_BL, weight_BL), numbers)
         else:
-            (x_BLD, kernel_DV), extra = apply(model, variables, inputs_BL, rngs=rngs, train=train, head=False)
+            (x_BLD, kernel_DV), model_state = apply(model, variables, inputs_BL, rngs=rngs, train=train, head=False)
             objective, (nll, right) = over_chunks(lambda x, kernel, *rest: _sums(model.logits(x, kernel), *rest),
                                                   self.chunk, x_BLD, kernel_DV, (targets_BL, weight_BL), numbers)
         weight = weight_BL.sum()
         metrics = {"loss": (nll, weight), "accuracy": (right, weight),
                    "bits_per_byte": (nll / jnp.log(2.0), (batch["bytes"] * batch["weight"]).sum())}
-        return objective, weight, metrics | ({"objective": (objective, weight)} if numbers else {}), extra
+        return objective, weight, metrics | ({"objective": (objective, weight)} if numbers else {}), model_state
 
     def _plain(self) -> bool:
         return all(isinstance(x, int | float) and x == 0 for x in (self.label_smoothing, self.z_loss))
@@ -92,7 +92,7 @@ class LanguageModel(Task):
         """Perplexity: the exponential of the mean cross-entropy."""
         return {"perplexity": float(np.exp(means["loss"]))}
 
-    def artifacts(self, outcome: Outcome) -> list[str]:
+    def artifacts(self, outcome: EvalResult) -> list[str]:
         """Writes sampled texts to samples/; returns lines for a person."""
         lines = []
         with forgiving("The comparison with gzip and xz"):
@@ -105,7 +105,7 @@ class LanguageModel(Task):
             lines += self._samples(outcome)
         return lines
 
-    def _samples(self, outcome: Outcome) -> list[str]:
+    def _samples(self, outcome: EvalResult) -> list[str]:
         from lab.models.generate import sample_texts
 
         data, folder = outcome.data, outcome.folder

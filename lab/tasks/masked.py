@@ -15,7 +15,7 @@ from jax import Array
 
 from lab.errors import UserError
 from lab.files import make_folder, replace_file
-from lab.tasks.base import Loss, Outcome, Task, apply
+from lab.tasks.base import EvalResult, Loss, Task, apply
 from lab.tasks.cross_entropy import cross_entropy
 
 HIDDEN, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become [MASK] and any token; the others stay
@@ -66,7 +66,7 @@ class MaskedLM(Task):
         real_BL = fields["mask"] if "mask" in fields else jnp.ones_like(tokens_BL)
         known = batch["vocab"][0] if "vocab" in batch else None
         inputs_BL, chosen_BM, weight_BM = self.hide(tokens_BL, real_BL, batch["key"], model.vocab, known)
-        logits_BMV, extra = apply(model, variables, inputs_BL, rngs=rngs, train=train, select=chosen_BM, **fields)
+        logits_BMV, model_state = apply(model, variables, inputs_BL, rngs=rngs, train=train, select=chosen_BM, **fields)
         weight_BM = weight_BM * batch["weight"][:, None]
         targets_BM = jnp.take_along_axis(tokens_BL, chosen_BM, axis=1)
         nll_BM, _, right_BM = cross_entropy(logits_BMV, targets_BM)
@@ -74,7 +74,7 @@ class MaskedLM(Task):
         real = (real_BL.sum(axis=1) * batch["weight"]).sum()
         metrics = {"loss": (nll, weight), "accuracy": ((right_BM * weight_BM).sum(), weight),
                    "masked_share": (weight, real)}
-        return nll, weight, metrics, extra
+        return nll, weight, metrics, model_state
 
     def hide(self, tokens_BL: Array, real_BL: Array, keys_B: Array, vocab: int,
              known: Array | None = None) -> tuple[Array, Array, Array]:
@@ -106,7 +106,7 @@ class MaskedLM(Task):
         """Perplexity: the exponential of the mean cross-entropy."""
         return {"perplexity": float(np.exp(means["loss"]))}
 
-    def artifacts(self, outcome: Outcome) -> list[str]:
+    def artifacts(self, outcome: EvalResult) -> list[str]:
         """Writes samples/masked.txt: texts, what the model saw of them, and what it guessed."""
         if not self.samples or not hasattr(outcome.data, "decode"):
             return []

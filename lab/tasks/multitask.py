@@ -14,7 +14,7 @@ from jax import Array
 
 from lab.errors import UserError
 from lab.tasks import reports
-from lab.tasks.base import Loss, Outcome, Task
+from lab.tasks.base import EvalResult, Loss, Task
 from lab.tasks.supervised import Classify, Regress, forward
 from lab.train import plots
 
@@ -103,7 +103,7 @@ class MultiTask(Task):
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:
         """`batch` as for the parts' tasks. Raises UserError where the model's outputs do not fit the parts."""
-        outputs, extra = forward(model, variables, batch, rngs, train)
+        outputs, model_state = forward(model, variables, batch, rngs, train)
         self._check(outputs)
         total, weight, metrics = 0.0, batch["weight"].astype(jnp.float32).sum(), {}
         for part in self.parts:
@@ -111,7 +111,7 @@ class MultiTask(Task):
             loss, _, found = part.task.score(outputs[part.name], own["targets"], own, train)
             total += part.weight * loss
             metrics |= part.named(found)
-        return total, weight, {"loss": (total, weight)} | metrics, extra
+        return total, weight, {"loss": (total, weight)} | metrics, model_state
 
     def check(self, output: Any, data: Any) -> None:
         """`Classify.check` and `Regress.check` of every part."""
@@ -177,7 +177,7 @@ class MultiTask(Task):
                 found |= part.named(part.task.columns(own, data))
         return found
 
-    def artifacts(self, outcome: Outcome) -> list[str]:
+    def artifacts(self, outcome: EvalResult) -> list[str]:
         """The pictures and tables of the parts, in files <part>_...; returns their lines for the screen."""
         lines = []
         for part in self.parts:
@@ -201,7 +201,7 @@ def _errors(predictions: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.square(difference).reshape(len(difference), -1).mean(-1)
 
 
-def _reconstructions(outcome: Outcome, name: str) -> str:
+def _reconstructions(outcome: EvalResult, name: str) -> str:
     """Draws plots/<name>.png, for images: inputs, and below them what the model makes of them. Returns a line."""
     found = outcome.predict()
     errors = _errors(found)

@@ -15,7 +15,7 @@ import numpy as np
 
 from lab.errors import forgiving
 from lab.files import replace_file
-from lab.tasks.base import Outcome
+from lab.tasks.base import EvalResult
 from lab.train import plots
 
 MOST = 25  # worst records that are written
@@ -46,7 +46,7 @@ def read_some(data: Any, name: str) -> dict[str, np.ndarray]:
     return found
 
 
-def beside(outcome: Outcome) -> list[str]:
+def beside(outcome: EvalResult) -> list[str]:
     """Lines for the screen: what simple methods reach on the test split, or validation where there is none."""
     same = outcome.split == ("validation" if outcome.data.test is None else "test")
     lines: list[str] = []
@@ -174,7 +174,7 @@ def shortened(confusion: np.ndarray, names: Sequence[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- worst
 
 
-def write_worst(outcome: Outcome, chosen: np.ndarray, facts: Mapping[str, Sequence[str]], prefix: str = "") -> None:
+def write_worst(outcome: EvalResult, chosen: np.ndarray, facts: Mapping[str, Sequence[str]], prefix: str = "") -> None:
     """Writes the `chosen` records, worst first, each with its `facts` (name -> one text for each), as people see them.
 
     Images: plots/worst.png. Texts (integers, where the data can decode them): worst.txt. Tables: worst.csv, with the

@@ -24,7 +24,7 @@ from lab.errors import UserError
 from lab.files import replace_file
 from lab.models.members import Members
 from lab.tasks import reports
-from lab.tasks.base import Loss, Metrics, Outcome, Task, apply
+from lab.tasks.base import EvalResult, Loss, Metrics, Task, apply
 from lab.train import plots
 
 Score = tuple[Array, Array, Metrics]
@@ -56,8 +56,8 @@ class Supervised(Task):
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:
         """`batch`: "inputs", "targets", "weight" (B,) 1 real and 0 padding; see `score`."""
-        output, extra = forward(model, variables, batch, rngs, train)
-        return *self.score(output, batch["targets"], batch, train), extra
+        output, model_state = forward(model, variables, batch, rngs, train)
+        return *self.score(output, batch["targets"], batch, train), model_state
 
     def predict(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> dict[str, Array]:
         """See `answer`."""
@@ -153,7 +153,7 @@ class Classify(Supervised):
 
     def check(self, output: Any, data: Any) -> None:
         """Raises UserError where the model has another number of classes than the data, or a target is no class."""
-        self.check_targets(output, reports.read_some(data, "targets"), data.facts.get("classes"))
+        self.check_targets(output, reports.read_some(data, "targets"), data.metadata.get("classes"))
 
     def check_targets(self, output: Any, splits: Mapping[str, np.ndarray], classes: int | None) -> None:
         """`check` of the targets of each split, for data of that many classes (None: unknown)."""
@@ -188,12 +188,12 @@ class Classify(Supervised):
         return {"prediction": [names[i] for i in predictions["prediction"]],
                 **{name: probabilities[:, i].tolist() for i, name in enumerate(reports.column_names("p", names))}}
 
-    def artifacts(self, outcome: Outcome) -> list[str]:
+    def artifacts(self, outcome: EvalResult) -> list[str]:
         """Writes plots/confusion.png, report.txt and the worst mistakes; returns a table for the screen."""
         targets = reports.read(outcome.records, "targets")["targets"]
         return self.report(outcome, targets, outcome.data.classes) + reports.beside(outcome)
 
-    def report(self, outcome: Outcome, targets: np.ndarray, classes: Sequence[str], prefix: str = "") -> list[str]:
+    def report(self, outcome: EvalResult, targets: np.ndarray, classes: Sequence[str], prefix: str = "") -> list[str]:
         """`artifacts` for these targets, int (n,), and names of classes; `prefix` begins the names of the files."""
         predictions = outcome.predict()
         predicted, probabilities = predictions["prediction"], predictions["probabilities"]
@@ -358,11 +358,11 @@ class Regress(Supervised):
         """The prediction in units of the target."""
         return {"prediction": in_units(predictions, "prediction").tolist()}
 
-    def artifacts(self, outcome: Outcome) -> list[str]:
+    def artifacts(self, outcome: EvalResult) -> list[str]:
         """Writes plots/scatter.png and the records with the largest errors; returns lines for the screen."""
         return self.report(outcome) + reports.beside(outcome)
 
-    def report(self, outcome: Outcome, prefix: str = "") -> list[str]:
+    def report(self, outcome: EvalResult, prefix: str = "") -> list[str]:
         """`artifacts` without what others reach; `prefix` begins the names of the files."""
         true = in_units(reports.read(outcome.records, "targets", "scale", "offset"), "targets")
         predicted = in_units(outcome.predict(), "prediction")

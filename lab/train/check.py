@@ -27,14 +27,14 @@ def load_data(experiment: Experiment) -> Any:
 def check_data(experiment: Experiment, data: Any) -> None:
     """Raises UserError where the loaded data is not what data must be, or model and task do not fit it."""
     here = f"{where(type(experiment.data).load)}{type(experiment.data).__name__}.load()"
-    if missing := [name for name in ("train", "validation", "fingerprint", "facts") if not hasattr(data, name)]:
+    if missing := [name for name in ("train", "validation", "fingerprint", "metadata") if not hasattr(data, name)]:
         what = f"a {type(data).__name__} without {', '.join(missing)}" if data is not None else "None"
         raise UserError(f"{here} returns {what}; it must return a Dataset (lab.data.dataset).")
     spec = batch_spec(experiment)
     for split in ("train", "validation", "test"):
         if (records := getattr(data, split, None)) is not None:
             _check_records(f"{here}: the {split} split", records, spec)
-    check_model(experiment.model, data.facts)
+    check_model(experiment.model, data.metadata)
     for output in model_outputs(experiment):
         try:
             experiment.task.check(output, data)

@@ -79,7 +79,7 @@ class Screen:
             self._live.update(Text(""))
             self._live.stop()
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """A line that stays."""
         if self._record:
             with self._record.open("a", encoding="utf-8") as file:
@@ -92,7 +92,7 @@ class Screen:
             self._live.update(Text(line))
         elif line and time.monotonic() - self._said >= 10:
             self._said = time.monotonic()
-            self.say(line)
+            self.info(line)
 
 
 class _SayLog(logging.Handler):
@@ -107,4 +107,4 @@ class _SayLog(logging.Handler):
         if message not in self.said:
             self.said.add(message)
             first = message.partition(" ")[0].rstrip(":,")  # a word; a file keeps its name
-            self.screen.say(message[:1].upper() + message[1:] if first.isalpha() else message)
+            self.screen.info(message[:1].upper() + message[1:] if first.isalpha() else message)

@@ -85,29 +85,29 @@ def size_of(tree: Any) -> int:
 def make_plan(experiment: Experiment) -> Plan:
     """Traces the forward pass of one microbatch, and nothing more."""
     state = abstract_state(experiment)
-    rows = experiment.batch // experiment.microbatches
+    rows = experiment.batch // experiment.grad_accum_steps
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch_spec(experiment).items()}
 
-    def loss(params: Any, extra: Any, batch: Any) -> tuple[Any, Any]:
-        return make_loss(experiment)(params, extra, prepare(experiment, batch, True, 0), 0, 0)
+    def loss(params: Any, model_state: Any, batch: Any) -> tuple[Any, Any]:
+        return make_loss(experiment)(params, model_state, prepare(experiment, batch, True, 0), 0, 0)
 
-    def residuals(params: Any, extra: Any, batch: Any) -> Any:
-        return jax.vjp(lambda p: loss(p, extra, batch), params, has_aux=True)[1]
+    def residuals(params: Any, model_state: Any, batch: Any) -> Any:
+        return jax.vjp(lambda p: loss(p, model_state, batch), params, has_aux=True)[1]
 
     # Two traces: what prepares the backward pass may take gradients already (a loss in chunks).
-    forward = jax.make_jaxpr(loss)(state.params, state.extra, batch)
-    kept = jax.eval_shape(residuals, state.params, state.extra, batch)
-    return Plan(state, 3 * count_flops(forward) * experiment.microbatches, size_of(kept))
+    forward = jax.make_jaxpr(loss)(state.params, state.model_state, batch)
+    kept = jax.eval_shape(residuals, state.params, state.model_state, batch)
+    return Plan(state, 3 * count_flops(forward) * experiment.grad_accum_steps, size_of(kept))
 
 
 def optimizer_flops(experiment: Experiment, state: State) -> int:
     """FLOPs of the optimizer's own products in one update (Muon's iterations); 0 where it works element by element."""
     update = make_optimizer(experiment, batch_spec(experiment)).update
 
-    def updated(params: Any, opt_state: Any, extra: Any) -> Any:
-        return update(params, opt_state, params, extra=extra)
+    def updated(params: Any, opt_state: Any, model_state: Any) -> Any:
+        return update(params, opt_state, params, model_state=model_state)
 
-    return count_flops(jax.make_jaxpr(updated)(state.params, state.opt_state, state.extra))
+    return count_flops(jax.make_jaxpr(updated)(state.params, state.opt_state, state.model_state))
 
 
 def step_flops(experiment: Experiment) -> int:

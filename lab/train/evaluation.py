@@ -1,4 +1,4 @@
-"""A state evaluated on one split, as the `Outcome` from which tasks write their reports."""
+"""A state evaluated on one split, as the `EvalResult` from which tasks write their reports."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import numpy as np
 from lab.data.pipeline import eval_batches
 from lab.errors import UserError
 from lab.experiment import Experiment
-from lab.tasks.base import Outcome
+from lab.tasks.base import EvalResult
 from lab.train.program import Program
 from lab.train.restore import leaves
 from lab.train.step import State
 
 
-def make_outcome(program: Program, state: State, data: Any, split: str, means: Mapping[str, float],
-                 counts: Mapping[str, np.ndarray], folder: Path) -> Outcome:
+def make_eval_result(program: Program, state: State, data: Any, split: str, means: Mapping[str, float],
+                 counts: Mapping[str, np.ndarray], folder: Path) -> EvalResult:
     """What a task may write about `state` after it was evaluated on `split`."""
     records = getattr(data, split)
     experiment = program.experiment
     predictions = functools.partial(predict, program, state, records)
     compute = functools.partial(program.compute, state)
-    return Outcome(experiment.model, compute, data, records, split, means, counts,
+    return EvalResult(experiment.model, compute, data, records, split, means, counts,
                    predictions, int(jax.device_get(state.step)), experiment.seed, folder)
 
 
@@ -37,7 +37,7 @@ def predict(program: Program, state: State, records: Any) -> dict[str, np.ndarra
 
 
 def evaluate(program: Program, state: State, data: Any, split: str, folder: Path,
-             records: int | None = None, stop: Callable[[], bool] = lambda: False) -> Outcome | None:
+             records: int | None = None, stop: Callable[[], bool] = lambda: False) -> EvalResult | None:
     """Evaluates `state` on a split, or on `records` evenly spaced records of it. None when `stop` said so in between.
 
     Raises:
@@ -47,7 +47,7 @@ def evaluate(program: Program, state: State, data: Any, split: str, folder: Path
     if rows is None:
         raise UserError(f"This data has no {split} split.")
     found = program.evaluate(state, eval_batches(rows, program.eval_batch, records, program.eval_rows), stop)
-    return found and make_outcome(program, state, data, split, *found, folder)
+    return found and make_eval_result(program, state, data, split, *found, folder)
 
 
 def frozen_paths(experiment: Experiment, params: Any) -> list[str]:

@@ -50,7 +50,7 @@ def without_data(run: Path, experiment: Experiment) -> Experiment:
 def _reading_nothing(data: Any, spec: dict[str, Any], saved: dict[str, Any], tokenizer: str) -> Any:
     """The same value, in JSON and in comparisons, but whose methods that would read records answer from `saved`."""
     shapes = {name: (tuple(shape), np.dtype(kind).type) for name, (shape, kind) in spec.items()}
-    answers = {"validate": lambda: None, "hints": lambda: saved["facts"], "record_spec": lambda: shapes,
+    answers = {"validate": lambda: None, "metadata": lambda: saved["metadata"], "record_spec": lambda: shapes,
                "load": lambda: data.restored(saved, tokenizer)}
     found = copy.copy(data)
     for name, answer in answers.items():

@@ -14,7 +14,7 @@ def frozen_statistics(optimizer: Any) -> contextlib.AbstractContextManager[None]
     where it has none, its statistics by their path) computes with its running statistics and leaves them as they are,
     as in evaluation.
     """
-    if not optimizer.groups:
+    if not optimizer.lr_multipliers:
         return contextlib.nullcontext()
 
     def evaluated(call: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:

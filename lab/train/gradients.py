@@ -36,9 +36,9 @@ def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) ->
         return gradient_placed
 
     def total(gradient: Gradient, state: State, batch: Any) -> Any:
-        sums = microbatched(experiment.microbatches)
-        if mesh.size != mesh.shape["data"] or mesh.size == 1 or jax.tree.leaves(state.extra) or draws(
-                gradient, state.params, state.extra, batch, state.step, 0):
+        sums = microbatched(experiment.grad_accum_steps)
+        if mesh.size != mesh.shape["data"] or mesh.size == 1 or jax.tree.leaves(state.model_state) or draws(
+                gradient, state.params, state.model_state, batch, state.step, 0):
             return sums(placed(gradient), state, batch)
 
         def own(state: State, rows: Any) -> Any:
@@ -48,7 +48,7 @@ def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) ->
         everywhere, divided = PartitionSpec(), PartitionSpec("data")
         spread = jax.shard_map(own, mesh=mesh, in_specs=(everywhere, divided), out_specs=everywhere, check_vma=False)
         grads, weight, metrics = spread(state._replace(opt_state=()), batch)
-        return grads, (weight, metrics, state.extra)
+        return grads, (weight, metrics, state.model_state)
 
     return total
 
@@ -68,14 +68,14 @@ def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., An
     devices = list(mesh.devices.flat)
 
     def total(gradient: Gradient, state: State, batch: Any) -> Any:
-        first = jax.lax.axis_index("data") * experiment.microbatches
+        first = jax.lax.axis_index("data") * experiment.grad_accum_steps
 
-        def own(params: Any, extra: Any, rows: Any, step: Any, part: Any) -> Any:
-            return gradient(params, extra, rows, step, first + part)
+        def own(params: Any, model_state: Any, rows: Any, step: Any, part: Any) -> Any:
+            return gradient(params, model_state, rows, step, first + part)
 
-        grads, (weight, metrics, extra) = microbatched(experiment.microbatches)(own, state, batch)
+        grads, (weight, metrics, model_state) = microbatched(experiment.grad_accum_steps)(own, state, batch)
         grads, weight, metrics = jax.lax.psum((grads, weight, metrics), "data")
-        return grads, (weight, metrics, jax.lax.pmean(extra, "data"))
+        return grads, (weight, metrics, jax.lax.pmean(model_state, "data"))
 
     step = make_train_step(experiment, total)
     over_devices = jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=None, devices=devices)
@@ -105,7 +105,7 @@ def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
                         f"{devices}. Use --mesh.data.")
 
     def total(gradient: Gradient, state: State, batch: Any) -> Any:
-        if jax.tree.leaves(state.extra):
+        if jax.tree.leaves(state.model_state):
             raise UserError("--exact is not for models with batch statistics: every part would have its own.")
 
         def on_a_device(params: Any, rows: Any, step: Any) -> Any:
@@ -114,7 +114,7 @@ def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
             cut = jax.tree.map(lambda x: x.reshape(own, x.shape[0] // own, *x.shape[1:]), rows)
 
             def one(inputs: Any) -> Any:
-                grads, (weight, metrics, _) = gradient(params, state.extra, inputs[1], step, inputs[0])
+                grads, (weight, metrics, _) = gradient(params, state.model_state, inputs[1], step, inputs[0])
                 return grads, weight, metrics
 
             # The barriers keep the compiler from fusing across, which it would do where there is nothing to gather.
@@ -126,7 +126,7 @@ def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
         spread = jax.shard_map(on_a_device, mesh=mesh, in_specs=(everywhere, divided, everywhere), out_specs=everywhere,
                                check_vma=False)
         grads, weight, metrics = spread(state.params, batch, state.step)
-        return grads, (weight, metrics, state.extra)
+        return grads, (weight, metrics, state.model_state)
 
     return total
 

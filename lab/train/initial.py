@@ -73,8 +73,8 @@ def from_run(start: Pretrained, state: Any, data: Any) -> tuple[Given, Report]:
     _same_tokenizer(folder, data)
     experiment, _, found = open_run(folder, step, file=user_path(start.experiment) if start.experiment else None)
     averaged = experiment.optim.eval_params(found.opt_state, found.params)
-    extra = experiment.optim.eval_extra(found.opt_state, found.extra)
-    there, wanted = leaves(averaged) | leaves(extra), leaves(state.params) | leaves(state.extra)
+    model_state = experiment.optim.eval_model_state(found.opt_state, found.model_state)
+    there, wanted = leaves(averaged) | leaves(model_state), leaves(state.params) | leaves(state.model_state)
     given, new = {}, []
     for path, x in wanted.items():
         chosen = any(re.search(r, path) for r in start.include) and not any(re.search(r, path) for r in start.exclude)
@@ -107,7 +107,7 @@ def from_checkpoint(start: Continue, state: Any, data: Any) -> tuple[Given, Repo
     _same_tokenizer(folder, data)
     file = user_path(start.experiment) if start.experiment else None
     experiment, _, found = open_run(folder, start.step if step is None else step, file=file)
-    there, wanted = leaves(found.params) | leaves(found.extra), leaves(state.params) | leaves(state.extra)
+    there, wanted = leaves(found.params) | leaves(found.model_state), leaves(state.params) | leaves(state.model_state)
     if wrong := [path for path, x in wanted.items() if path in there and there[path].shape != x.shape]:
         raise UserError(f"{wrong[0]} is {there[wrong[0]].shape} in {start.run} and {wanted[wrong[0]].shape} here: a "
                         f"run goes on with the model that it has.")

@@ -18,18 +18,26 @@ from lab.errors import UserError, forgiving
 from lab.experiment import Experiment
 from lab.parallel.processes import ALONE, Processes
 from lab.signals import EXIT, Stop
-from lab.tasks.base import Outcome
+from lab.tasks.base import EvalResult
 from lab.train import metrics, plots
 from lab.train.check import load_data
 from lab.train.checkpoint import Checkpoints
 from lab.train.console import Screen, clock, facts, human
 from lab.train.cost import make_plan
-from lab.train.evaluation import evaluate, frozen_paths, make_outcome
+from lab.train.evaluation import evaluate, frozen_paths, make_eval_result
 from lab.train.fitted import write_fitted
 from lab.train.initial import describe, initial_arrays
 from lab.train.program import Program
 from lab.train.run_copy import bring_back, copied
-from lab.train.run_folder import alone, checkpoint_folder, open_folder, shared, write_diverged, write_json, write_result
+from lab.train.run_folder import (
+    checkpoint_folder,
+    lock_run_folder,
+    open_folder,
+    shared,
+    write_diverged,
+    write_json,
+    write_result,
+)
 from lab.train.step import State
 
 
@@ -65,14 +73,14 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
     """
     data = prepared.data if prepared else load_data(experiment)
     processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
-    with alone(folder) if processes.first else contextlib.nullcontext():
+    with lock_run_folder(folder) if processes.first else contextlib.nullcontext():
         place = checkpoint_folder(folder, checkpoints)
         remote = None if place == folder / "checkpoints" else str(place)
         if processes.first:
             if remote:
                 bring_back(folder, place, experiment, data.fingerprint)
             for line in open_folder(folder, experiment, file, data.fingerprint, remote, on_change):
-                screen.say(line)
+                screen.info(line)
             write_fitted(folder, experiment, data)
         processes.gather(None)  # now the folder is there
         if checkpoints is None:
@@ -85,15 +93,15 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
 def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,
            processes: Processes, prepared: Prepared | None) -> int:
     for line in facts(data.summary):
-        screen.say(line)
+        screen.info(line)
     among = f" in {processes.count} processes" if processes.count > 1 else ""
-    screen.say(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
+    screen.info(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
                f"compute in {experiment.precision}")
     run = _Run(experiment, folder, checkpoints, screen, data, Stop(processes), tensorboard, prepared)
     try:
         return run.go()
     except Diverged as e:
-        screen.say(str(e))
+        screen.info(str(e))
         return 1
     finally:
         run.close()
@@ -112,14 +120,14 @@ class _Run:
         self.begun_at = 0
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
-        if self.step % self.program.experiment.dispatch:
-            raise UserError(f"The run stands after update {self.step}, which is no multiple of --dispatch "
-                            f"{self.program.experiment.dispatch}: go on with --dispatch 1.")
+        if self.step % self.program.experiment.steps_per_call:
+            raise UserError(f"The run stands after update {self.step}, which is no multiple of --steps-per-call "
+                            f"{self.program.experiment.steps_per_call}: go on with --steps-per-call 1.")
         self.rows = self._open_rows()
         self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
         self.board = _tensorboard(folder) if tensorboard else None
         self.pending: tuple[int, Any] | None = None
-        self.evaluated: Outcome | None = None  # the last evaluation of this process
+        self.evaluated: EvalResult | None = None  # the last evaluation of this process
         self.batches: Prefetch | None = None
         self.clock = _Clock(experiment, data, self.step, self.program.mesh.size)
 
@@ -132,7 +140,7 @@ class _Run:
         if not processes.first:
             rows.rows = evaluations
         if self.step and not rows.rows:  # else there is at least the evaluation before the first update
-            self.screen.say("The run folder is new: metrics, the best state and patience count from here.")
+            self.screen.info("The run folder is new: metrics, the best state and patience count from here.")
         return rows
 
     def _restore_or_init(self) -> State:
@@ -141,7 +149,7 @@ class _Run:
             if state := self.prepared.begin(self.program, self.folder):
                 return state
             if metrics.read_rows(self.folder / "metrics.jsonl"):
-                self.screen.say(f"There is no checkpoint in {self.folder} yet: starting again from update 0.")
+                self.screen.info(f"There is no checkpoint in {self.folder} yet: starting again from update 0.")
             given, report = initial_arrays(self.experiment.init_from, self.program.abstract, self.data)
             self._say_pretrained(report)
             state = self.program.init(given)
@@ -151,31 +159,31 @@ class _Run:
                                 f"{self.begun_at} of them: give more.")
             return state
         self.checkpoints.discard_after(int(state.step))
-        self.screen.say(f"Going on after update {int(state.step)} of {self.experiment.steps}.")
+        self.screen.info(f"Going on after update {int(state.step)} of {self.experiment.steps}.")
         return state
 
     def _say_pretrained(self, report: dict[str, Any]) -> None:
         frozen = frozen_paths(self.experiment, self.program.abstract.params)
         if report or frozen:
             write_json(self.folder / "pretrained.json", {**report, "frozen": frozen})
-            self.screen.say(describe(report, frozen, self.folder / "pretrained.json"))
+            self.screen.info(describe(report, frozen, self.folder / "pretrained.json"))
 
     def go(self) -> int:
         """Evaluate and save whatever is due at this step, then update; until the last step or a reason to stop."""
-        experiment, n = self.experiment, self.program.experiment.dispatch
+        experiment, n = self.experiment, self.program.experiment.steps_per_call
         read, first, last = reader(self.program), self.step // n, experiment.steps // n
         with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
             if first < last:
                 self.screen.progress("Compiling ...")
                 _ = self.program.train  # compiled here, while the first batches are read
-                self.screen.say(f"Compiled in {self.program.compile_seconds:.1f} s.")
+                self.screen.info(f"Compiled in {self.program.compile_seconds:.1f} s.")
             self.clock.start()
             with self.stop.listening():  # until here there was nothing to save
                 return self._updates()
 
     def _updates(self) -> int:
         """From the evaluation before the first update to the last thing that a run writes."""
-        experiment, n = self.experiment, self.program.experiment.dispatch
+        experiment, n = self.experiment, self.program.experiment.steps_per_call
         while not self.stop():
             self._evaluate_if_due()
             done = self.step == experiment.steps or self._out_of_patience()
@@ -197,7 +205,7 @@ class _Run:
         if self.pending is None:
             return
         (last, values), self.pending = self.pending, None
-        values, n = jax.device_get(values), self.program.experiment.dispatch
+        values, n = jax.device_get(values), self.program.experiment.steps_per_call
         for i in range(n):
             step = last - n + 1 + i
             means = metrics.means({k: (s[i], w[i]) for k, (s, w) in values.items()} if n > 1 else values)
@@ -233,9 +241,11 @@ class _Run:
         self._write(self.evaluations[-1])
         shown = _shown(means)
         best = "  (best)" if self.step and self.best_step == self.step else ""
-        self.screen.say(f"update {self.step:>6}  validation  {shown}{best}")
+        self.screen.info(f"update {self.step:>6}  validation  {shown}{best}")
         with self.clock.paused("evaluation"):
-            self.evaluated = make_outcome(self.program, self.state, self.data, "validation", means, counts, self.folder)
+            self.evaluated = make_eval_result(
+                self.program, self.state, self.data, "validation", means, counts, self.folder
+            )
             if self.pictures:
                 with forgiving("The snapshot"):
                     self.experiment.task.snapshot(self.evaluated)
@@ -273,7 +283,7 @@ class _Run:
         self._save()
         self.checkpoints.wait()
         name = signal.Signals(self.stop.signal).name
-        self.screen.say(f"{name}: saved after update {self.step} of {self.experiment.steps}. "
+        self.screen.info(f"{name}: saved after update {self.step} of {self.experiment.steps}. "
                         f"The same command goes on from there.")
         return EXIT[self.stop.signal]
 
@@ -287,7 +297,7 @@ class _Run:
         raise Diverged(f"Update {step}: the loss is {means['loss']}, the gradient norm {means['gradient_norm']} and "
                        f"the parameter norm {means['parameter_norm']}. Stopped; {last_good}. "
                        f"The batch and the norms are in {report}. A lower learning rate, a longer warm-up or "
-                       f"--optim.clip may help.")
+                       f"--optim.grad-clip-norm may help.")
 
     def _finish(self) -> int:
         self._flush()
@@ -312,17 +322,17 @@ class _Run:
         write_result(self.folder, result, self.rows.mark())  # first: nothing that follows may cost the run its result
         if self.pictures:
             self._show(outcome)
-        self.screen.say(describe_result(result))
+        self.screen.info(describe_result(result))
         pictures = sorted((self.folder / "plots").glob("*.png"))
-        self.screen.say(f"Pictures: {', '.join(str(p.relative_to(self.folder)) for p in pictures)}")
-        self.screen.say(f"Everything is in {self.folder}")
+        self.screen.info(f"Pictures: {', '.join(str(p.relative_to(self.folder)) for p in pictures)}")
+        self.screen.info(f"Everything is in {self.folder}")
         if self.stop():
-            self.screen.say(f"{signal.Signals(self.stop.signal).name}: the run is finished; ./launch.sh eval "
+            self.screen.info(f"{signal.Signals(self.stop.signal).name}: the run is finished; ./launch.sh eval "
                             f"{self.folder} writes the report that was left out.")
             return EXIT[self.stop.signal]
         return 0
 
-    def _show(self, outcome: Outcome) -> None:
+    def _show(self, outcome: EvalResult) -> None:
         """Pictures, samples and comparisons. Of several processes all end where one fails: the others would wait for
         it where they compute together."""
         task, complete = self.experiment.task, False
@@ -332,7 +342,7 @@ class _Run:
             return
         with forgiving(f"The report of the run (./launch.sh eval {self.folder} writes it again)"):
             for line in task.artifacts(outcome):
-                self.screen.say(line)
+                self.screen.info(line)
             complete = True
         if not complete:
             self.stop.processes.leave(0)
@@ -345,9 +355,9 @@ class _Run:
         try:
             state = self.checkpoints.restore(self.program.abstract, best)
         except UserError as e:  # not kept (--checkpoint.best), or damaged
-            self.screen.say(f"The best state, of update {best}, cannot be had: reporting the last. {e}")
+            self.screen.info(f"The best state, of update {best}, cannot be had: reporting the last. {e}")
             return self.state
-        self.screen.say(f"Reporting the best state, of update {best}.")
+        self.screen.info(f"Reporting the best state, of update {best}.")
         return state
 
     def close(self) -> None:

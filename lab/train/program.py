@@ -72,9 +72,9 @@ class Program:
 
     def __init__(self, experiment: Experiment, train: Any = None, devices: Sequence[Any] | None = None,
                  numbers: Sequence[str] = ()):
-        """`train`: the training records, which go to the devices once and for all if they fit (`resident`). `devices`:
-        by default all; for `lower` they may be those of a machine that is not there. `numbers`: (dotted) fields that
-        are arguments of what is compiled, as the seed is: see `like`.
+        """`train`: the training records, which go to the devices once and for all if they fit (`data_on_device`).
+        `devices`: by default all; for `lower` they may be those of a machine that is not there. `numbers`: (dotted)
+        fields that are arguments of what is compiled, as the seed is: see `like`.
 
         Raises UserError when the batch or the state does not divide among the devices.
         """
@@ -82,9 +82,9 @@ class Program:
         self.spec = self.train_spec = batch_spec(experiment)
         self.mesh = make_mesh(experiment.mesh, devices)
         self.everywhere = NamedSharding(self.mesh, PartitionSpec())  # what every process can read
-        self.stacked = experiment.dispatch > 1
-        self.eval_batch = experiment.batch // experiment.microbatches  # what memory was meant for
-        self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches,
+        self.stacked = experiment.steps_per_call > 1
+        self.eval_batch = experiment.batch // experiment.grad_accum_steps  # what memory was meant for
+        self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.grad_accum_steps,
                                              stacked=self.stacked)
         self.eval_sharding = batch_sharding(self.mesh, self.eval_batch)
         self.abstract = self.placed(experiment)
@@ -141,7 +141,7 @@ class Program:
         return self._init(one_record(self.spec), self.given, arrays)
 
     def lower(self) -> jax.stages.Lowered:
-        """One update (or `dispatch` of them) for these devices, not compiled yet; the state is donated."""
+        """One update (or `steps_per_call` of them) for these devices, not compiled yet; the state is donated."""
         experiment, used = self.experiment, set()
 
         def update(state: State, batch: Any, given: Mapping[str, jax.Array], resident: Any) -> tuple[State, Any]:
@@ -162,11 +162,11 @@ class Program:
             used.update(axes)
             return result
 
-        rows_sharding = batch_sharding(self.mesh, experiment.batch, experiment.microbatches)
+        rows_sharding = batch_sharding(self.mesh, experiment.batch, experiment.grad_accum_steps)
         jitted = jax.jit(update, donate_argnums=0,
                          in_shardings=(self.shardings, self.train_sharding, self.everywhere, self.everywhere),
                          out_shardings=(self.shardings, self.everywhere))
-        leading = (experiment.dispatch,) if self.stacked else ()
+        leading = (experiment.steps_per_call,) if self.stacked else ()
         batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.train_spec)
         given = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in numbers_of(experiment, self.numbers).items()}
         lowered = jitted.lower(self.abstract, batch, given, self.resident)
@@ -189,7 +189,7 @@ class Program:
     def train(self) -> Callable[[State, Any], tuple[State, Any]]:
         """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
 
-        With `dispatch` > 1 the batch and the metrics have a leading axis of updates.
+        With `steps_per_call` > 1 the batch and the metrics have a leading axis of updates.
         """
         compiled = self.compiled
         return lambda state, batch: compiled(state, batch, self.given, self.resident)
@@ -250,16 +250,16 @@ class Program:
 
 
 def fits(experiment: Experiment, train: Any) -> bool:
-    """Whether the training records are to be kept on the devices: what `resident` says, and if "auto" where they take
-    less than a quarter of an accelerator's memory. On a CPU there is nothing to gain: its memory is the host's.
+    """Whether the training records are to be kept on the devices: what `data_on_device` says, and if "auto" where they
+    take less than a quarter of an accelerator's memory. On a CPU there is nothing to gain: its memory is the host's.
 
     Raises:
       UserError: "always", but the records are read piece by piece and not held in memory.
     """
-    arrays, resident = getattr(train, "arrays", None), experiment.resident
+    arrays, resident = getattr(train, "arrays", None), experiment.data_on_device
     if arrays is None or experiment.parallel == "pmap":
         if resident == "always":
-            raise UserError("--resident always: these records are read piece by piece, not held in memory.")
+            raise UserError("--data-on-device always: these records are read piece by piece, not held in memory.")
         return False
     if resident != "auto":
         return resident == "always"

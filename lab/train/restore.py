@@ -49,7 +49,7 @@ def open_run(run: Path, step: int | None = None, best: bool = False, experiment:
     try:
         program = Program(opened)
     except UserError:  # a run may be looked at on another number of devices than it was trained on
-        devices = math.gcd(experiment.batch // experiment.microbatches, jax.device_count())
+        devices = math.gcd(experiment.batch // experiment.grad_accum_steps, jax.device_count())
         program = Program(replace(opened, mesh=Mesh(devices)))
     state = checkpoints.restore(program.abstract, step)
     checkpoints.close()

@@ -100,7 +100,7 @@ def write_result(folder: Path, result: Mapping[str, Any], mark: Mapping[str, Any
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Creates the run folder and holds it; the operating system lets go of it when the process dies.
 
     Raises:
@@ -247,14 +247,18 @@ def _clear_checkpoints(place: Any) -> None:
 
 def how(experiment: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an experiment, as JSON, that say how it is carried out and may change from start to start."""
-    return {name: experiment.get(name) for name in ("microbatches", "dispatch", "mesh", "parallel", "deterministic",
-                                                      "resident")}
+    return {
+        name: experiment.get(name)
+        for name in ("grad_accum_steps", "steps_per_call", "mesh", "parallel", "deterministic", "data_on_device")
+    }
 
 
 def carried_out_otherwise(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
     """A line where the number of microbatches is another one than at the last start."""
-    then, now = before.get("microbatches"), experiment.microbatches
-    return [f"Going on with --microbatches {now} instead of {then}: the same sums in another order."] * (then != now)
+    then, now = before.get("grad_accum_steps"), experiment.grad_accum_steps
+    return [f"Going on with --grad-accum-steps {now} instead of {then}: the same sums in another order."] * (
+        then != now
+    )
 
 
 def changes(folder: Path, experiment: Experiment, data_fingerprint: str, on_change: OnChange) -> list[str]:

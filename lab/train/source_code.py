@@ -24,10 +24,29 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 CORE = ("lab.train.loop", "lab.train.program", "lab.train.evaluation")
 # Imported along the way, and without influence on any number: a change of theirs makes no run another one.
 WITHOUT_NUMBERS = {
-    "lab.parallel.backend", "lab.parallel.channel", "lab.train.checkpoint", "lab.train.console", "lab.parallel.processes", "lab.errors", "lab.configuration.field_types",
-    "lab.files", "lab.train.fitted", "lab.configuration.limits", "lab.train.own_file", "lab.train.cost", "lab.train.plots", "lab.configuration.rebuild", "lab.train.run_copy",
+    "lab.parallel.backend",
+    "lab.parallel.channel",
+    "lab.train.checkpoint",
+    "lab.train.console",
+    "lab.parallel.processes",
+    "lab.errors",
+    "lab.configuration.field_types",
+    "lab.files",
+    "lab.train.fitted",
+    "lab.configuration.limits",
+    "lab.train.own_file",
+    "lab.train.cost",
+    "lab.train.plots",
+    "lab.configuration.rebuild",
+    "lab.train.run_copy",
     "lab.train.run_folder",
-    "lab.parallel.shared_secret", "lab.signals", "lab.train.source_code", "lab.study.run.cells", "lab.study.design.arms", "lab.study.run.preflight"}
+    "lab.parallel.shared_secret",
+    "lab.signals",
+    "lab.train.source_code",
+    "lab.study.run.cells",
+    "lab.study.design.arms",
+    "lab.study.run.preflight",
+}
 VALUES = {"experiment", "local", "study"}  # in the user's files: what they hold is in the experiment's JSON
 
 

@@ -29,7 +29,7 @@ class State(NamedTuple):
     step: Array
     """Completed updates, int32."""
     params: Any
-    extra: Any
+    model_state: Any
     """Mutable collections of the model (BatchNorm statistics)."""
     opt_state: Any
 
@@ -64,15 +64,15 @@ def prepare(experiment: Experiment, batch: Batch, train: bool, *counts: int | Ar
 def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] | None = None) -> State:
     """The state before the first update, for batches shaped like `batch`.
 
-    `given`: arrays that replace those just drawn, by their path in `params` or `extra`: pretrained ones. Those of the
-    optimizer's state and the step of a run that goes on are there as "state/opt_state/..." and "state/step".
+    `given`: arrays that replace those just drawn, by their path in `params` or `model_state`: pretrained ones. Those of
+    the optimizer's state and the step of a run that goes on are there as "state/opt_state/..." and "state/step".
     """
     raw, batch = batch, prepare(experiment, batch, False)
     variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), batch)
-    extra = {name: value for name, value in variables.items() if name != "params"}
-    fresh = State(jnp.zeros((), jnp.int32), variables["params"], extra, ())
+    model_state = {name: value for name, value in variables.items() if name != "params"}
+    fresh = State(jnp.zeros((), jnp.int32), variables["params"], model_state, ())
     state = jax.tree.map_with_path(lambda path, x: (given or {}).get(path_of(path[1:]), x), fresh)
-    state = state._replace(opt_state=make_optimizer(experiment, raw).init(state.params, state.extra))
+    state = state._replace(opt_state=make_optimizer(experiment, raw).init(state.params, state.model_state))
     return jax.tree.map_with_path(lambda path, x: (given or {}).get(f"state/{path_of(path)}", x), state)
 
 
@@ -84,42 +84,47 @@ def make_optimizer(experiment: Experiment, batch: Batch) -> optax.GradientTransf
 
 
 Gradient = Callable[..., Any]
-"""(params, extra, rows, step, part) -> (grads, (weight, metrics, extra)): the sums of some rows, the part-th ones."""
+"""(params, model_state, rows, step, part) -> (grads, (weight, metrics, model_state)): the sums of some rows, the
+part-th ones."""
 Total = Callable[[Gradient, State, Batch], Any]
-"""(gradient, state, batch) -> (grads, (weight, metrics, extra)): the sums of the whole batch."""
+"""(gradient, state, batch) -> (grads, (weight, metrics, model_state)): the sums of the whole batch."""
 
 
 def microbatched(n: int) -> Total:
     """Sums over n parts, one after another; part j is rows j::n, which every device has its share of."""
     def total(gradient: Gradient, state: State, batch: Batch) -> Any:
         if n == 1:
-            return gradient(state.params, state.extra, batch, state.step, 0)
+            return gradient(state.params, state.model_state, batch, state.step, 0)
         parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            extra, sums = carry
+            model_state, sums = carry
             part, rows = inputs
-            grads, (weight, metrics, extra) = gradient(state.params, extra, rows, state.step, part)
-            return (extra, jax.tree.map(jnp.add, sums, (grads, weight, metrics))), None
+            grads, (weight, metrics, model_state) = gradient(state.params, model_state, rows, state.step, part)
+            return (model_state, jax.tree.map(jnp.add, sums, (grads, weight, metrics))), None
 
         first = jax.tree.map(lambda x: x[0], parts)
-        grads, (weight, metrics, _) = jax.eval_shape(gradient, state.params, state.extra, first, state.step, 0)
+        grads, (weight, metrics, _) = jax.eval_shape(gradient, state.params, state.model_state, first, state.step, 0)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, weight, metrics))
-        (extra, (grads, weight, metrics)), _ = jax.lax.scan(body, (state.extra, zeros), (jnp.arange(n), parts))
-        return grads, (weight, metrics, extra)
+        (model_state, (grads, weight, metrics)), _ = jax.lax.scan(
+            body, (state.model_state, zeros), (jnp.arange(n), parts)
+        )
+        return grads, (weight, metrics, model_state)
 
     return total
 
 
 def make_loss(experiment: Experiment) -> Callable[..., tuple[Array, tuple]]:
-    """``(params, extra, rows, step, part) -> (loss sum, (weight, metrics, extra))`` of some rows, in training."""
-    def loss(params: Any, extra: Any, rows: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
+    """``(params, model_state, rows, step, part) -> (loss sum, (weight, metrics, model_state))`` of some rows, in
+    training."""
+
+    def loss(params: Any, model_state: Any, rows: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
         rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
-        variables = {"params": cast(params, experiment.precision), **extra}
+        variables = {"params": cast(params, experiment.precision), **model_state}
         with frozen_statistics(experiment.optimizer):
             result = experiment.task.loss(experiment.model, variables, rows, rngs, train=True)
-        loss_sum, weight, metrics, extra = check_loss(experiment.task, result, train=True)
-        return loss_sum, (weight, metrics, extra)
+        loss_sum, weight, metrics, model_state = check_loss(experiment.task, result, train=True)
+        return loss_sum, (weight, metrics, model_state)
 
     return loss
 
@@ -129,24 +134,24 @@ def make_train_step(experiment: Experiment, total: Total | None = None) -> Calla
     """One update as a pure function. Numbers in the experiment may be traced scalars.
 
     The gradient is that of (sum of losses) / (sum of weights) over the whole batch, whatever the microbatches; every
-    metric is (sum, weight). `total`: how the sums come about, by default over `experiment.microbatches`.
+    metric is (sum, weight). `total`: how the sums come about, by default over `experiment.grad_accum_steps`.
     """
     rate = experiment.optim.rate(experiment.steps)
     gradient = jax.grad(make_loss(experiment), has_aux=True)
-    total = total or microbatched(experiment.microbatches)
+    total = total or microbatched(experiment.grad_accum_steps)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         optimizer = make_optimizer(experiment, batch)
         batch = prepare(experiment, batch, True, state.step)
-        grads, (weight, metrics, extra) = total(gradient, state, batch)
+        grads, (weight, metrics, model_state) = total(gradient, state, batch)
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         with jax.named_scope("optimizer"):  # profiles tell its operations by this name
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, extra=extra)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, model_state=model_state)
             params = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
         metrics |= {"gradient_norm": (optax.tree.norm(grads), one), "update_norm": (optax.tree.norm(updates), one),
                     "parameter_norm": (optax.tree.norm(params), one), "learning_rate": (rate(state.step), one)}
-        return State(state.step + 1, params, extra, opt_state), metrics
+        return State(state.step + 1, params, model_state, opt_state), metrics
 
     return train_step
 
@@ -158,7 +163,10 @@ def eval_params(experiment: Experiment, state: State) -> Any:
 
 def eval_variables(experiment: Experiment, state: State) -> dict[str, Any]:
     """`eval_params` and the mutable collections that go with them, as a model takes them."""
-    return {"params": eval_params(experiment, state), **experiment.optim.eval_extra(state.opt_state, state.extra)}
+    return {
+        "params": eval_params(experiment, state),
+        **experiment.optim.eval_model_state(state.opt_state, state.model_state),
+    }
 
 
 def make_eval_step(experiment: Experiment) -> Callable[[State, Batch], Metrics]:

@@ -51,7 +51,7 @@ def write(experiment: Experiment, folder: Path, updates: int, validation: bool =
     """
     check(experiment)
     data = experiment.data.load()
-    experiment.model.check(data.facts)
+    experiment.model.check(data.metadata)
     transform = jax.jit(functools.partial(prepare, experiment), static_argnums=1)
     batches = [arrays_of(transform(train_batch(data.train, step, experiment.batch, experiment.seed), True, step))
                for step in range(updates)]
@@ -64,14 +64,24 @@ def write(experiment: Experiment, folder: Path, updates: int, validation: bool =
         parts = [{name: x[batch["weight"] > 0] for name, x in arrays_of(transform(batch, False)).items()}
                  for batch in eval_batches(data.validation, experiment.batch, experiment.evaluate.records)]
         arrays |= {f"validation/{name}": np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    spec = {"model": to_json(experiment.model), "task": to_json(experiment.task), "optim": to_json(experiment.optim),
-            "decays": leaves(experiment.optim.decays(state.params, matrices(experiment, batch_spec(experiment)))),
-            "precision": experiment.precision, "batch": experiment.batch, "microbatches": experiment.microbatches,
-            "chunk": experiment.dispatch, "seed": experiment.seed, "updates": updates,
-            "evaluate_every": experiment.evaluate.every,
-            "parameters": sum(x.size for x in parameters.values()), "unit": data.unit,
-            "units": experiment.batch * data.units_per_record, "flops": make_plan(experiment).flops,
-            "peak_flops": metrics.PEAK_FLOPS}
+    spec = {
+        "model": to_json(experiment.model),
+        "task": to_json(experiment.task),
+        "optim": to_json(experiment.optim),
+        "decays": leaves(experiment.optim.decays(state.params, matrices(experiment, batch_spec(experiment)))),
+        "precision": experiment.precision,
+        "batch": experiment.batch,
+        "grad_accum_steps": experiment.grad_accum_steps,
+        "chunk": experiment.steps_per_call,
+        "seed": experiment.seed,
+        "updates": updates,
+        "evaluate_every": experiment.evaluate.every,
+        "parameters": sum(x.size for x in parameters.values()),
+        "unit": data.unit,
+        "units": experiment.batch * data.units_per_record,
+        "flops": make_plan(experiment).flops,
+        "peak_flops": metrics.PEAK_FLOPS,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "arrays.npz", **arrays)
     (folder / "job.json").write_text(json.dumps(spec))
@@ -98,8 +108,8 @@ def check(experiment: Experiment) -> None:
            if getattr(part, name, value) != value]
     odd += [] if known.get(kinds[0]) == kinds[1] else [f"{kinds[1]} of {kinds[0]}"]
     odd += [] if kinds[2] in ("SGD", "Adam", "AdamW") else [kinds[2]]
-    odd += ["l2 with clip or decay"] if optim.l2 and (optim.clip or optim.decay) else []
-    odd += ["SGD with decay"] if kinds[2] == "SGD" and optim.decay else []
+    odd += ["l2 with clip or decay"] if optim.l2 and (optim.grad_clip_norm or optim.weight_decay) else []
+    odd += ["SGD with decay"] if kinds[2] == "SGD" and optim.weight_decay else []
     odd += [name for name in ("groups", "ema_from") if getattr(optim, name)]
     odd += ["pretrained parameters"] if experiment.init_from.run or experiment.init_from.freeze else []
     if odd:
@@ -108,10 +118,10 @@ def check(experiment: Experiment) -> None:
 
 
 def main(folder: str, warm: str, updates: str, file: str, *flags: str) -> None:
-    """Writes the job of the experiment in `file` with `flags`: `updates` to measure after `warm` calls of `dispatch`
-    updates, or, if "all", the whole run with its evaluations."""
+    """Writes the job of the experiment in `file` with `flags`: `updates` to measure after `warm` calls of
+    `steps_per_call` updates, or, if "all", the whole run with its evaluations."""
     experiment, _, _ = parse(find_experiment(file), flags, Twin)
-    n, whole = experiment.dispatch, updates == "all"
+    n, whole = experiment.steps_per_call, updates == "all"
     total = experiment.steps if whole else (int(warm) + math.ceil(int(updates) / n)) * n
     write(experiment, Path(folder), total, validation=whole)
 

@@ -125,7 +125,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.job.rates[step % len(self.job.rates)]
         self.optimizer.zero_grad(set_to_none=True)
-        batch, n, total = self.job.batch(step), self.spec["microbatches"], 0.0
+        batch, n, total = self.job.batch(step), self.spec["grad_accum_steps"], 0.0
         for i in range(n):
             part = {name: x[i::n] for name, x in batch.items()} if n > 1 else batch
             loss = self.objective(part)

@@ -15,7 +15,7 @@ N = 60
 PLAIN_X = np.round(np.random.default_rng(0).uniform(-5000, 5000, N), 2)
 
 
-def written(how, at=slice(None)):
+def accumulation_dtype(how, at=slice(None)):
     return [how(float(x)) for x in PLAIN_X[at]]
 
 
@@ -76,10 +76,10 @@ def features(data):
 def test_a_feature_is_read_as_said_and_refused_if_nothing_is_said(tmp_path, way):
     how, fields, flag = WAYS[way]
     with pytest.raises(UserError, match=rf"in the column 'x' .*{re.escape(flag)}"):
-        table(tmp_path, written(how)).load()
+        table(tmp_path, accumulation_dtype(how)).load()
     options = fields | ({} if fields.get("decimal") != "," else {})
     plain = {"decimal": "."}
-    given = table(tmp_path, written(how), **options)
+    given = table(tmp_path, accumulation_dtype(how), **options)
     if options.get("decimal") == ",":  # the target of this table, too
         text = (tmp_path / "t.csv").read_text(encoding="utf-8")
         (tmp_path / "t.csv").write_text(re.sub(r"\|(\d+)\.(\d+)", r"|\1,\2", text), encoding="utf-8")
@@ -87,7 +87,7 @@ def test_a_feature_is_read_as_said_and_refused_if_nothing_is_said(tmp_path, way)
     wanted = table(tmp_path, [f"{x:.2f}" if "missing" not in fields or how(x) == f"{x:.2f}" else "" for x in PLAIN_X],
                    **plain).load()
     np.testing.assert_array_equal(features(data), features(wanted))
-    assert data.facts == {"features": 1} and data.summary["task"] == "regression"
+    assert data.metadata == {"features": 1} and data.summary["task"] == "regression"
     assert "numbers are written with" in data.summary and "numbers are written with" not in wanted.summary
     assert data.fingerprint != wanted.fingerprint
 
@@ -97,7 +97,7 @@ def test_a_feature_is_read_as_said_and_refused_if_nothing_is_said(tmp_path, way)
 def test_a_target_is_never_classes_of_prices(tmp_path, way, distinct):
     """Also of seven different prices."""
     how, fields, flag = WAYS[way]
-    column = [written(how)[i % distinct] for i in range(N)]
+    column = [accumulation_dtype(how)[i % distinct] for i in range(N)]
     with pytest.raises(UserError, match=re.escape(flag)):
         table(tmp_path, column, "y").load()
     if fields.get("decimal") != ",":
@@ -123,7 +123,7 @@ def test_seven_whole_prices_are_numbers(tmp_path):
     ["1.2.3", "2.0"]])
 def test_categories_stay_categories(tmp_path, values):
     data = table(tmp_path, [values[i % len(values)] for i in range(N)]).load()
-    assert data.facts == {"features": len(values)} and "column x" in data.summary
+    assert data.metadata == {"features": len(values)} and "column x" in data.summary
 
 
 def test_a_column_may_be_called_categorical(tmp_path):
@@ -131,9 +131,9 @@ def test_a_column_may_be_called_categorical(tmp_path):
     with pytest.raises(UserError, match="--data.source.categorical"):
         table(tmp_path, column).load()
     data = table(tmp_path, column, categorical=("x",)).load()
-    assert data.facts == {"features": 3} and data.feature_names == ["x=0%", "x=10%", "x=20%"]
+    assert data.metadata == {"features": 3} and data.feature_names == ["x=0%", "x=10%", "x=20%"]
     numbers = table(tmp_path, [str(i % 3) for i in range(N)], categorical=("x",)).load()
-    assert numbers.facts == {"features": 3}
+    assert numbers.metadata == {"features": 3}
     with pytest.raises(UserError, match="no column 'z'"):
         table(tmp_path, column, categorical=("z",)).load()
 
@@ -145,16 +145,16 @@ def test_all_doubtful_columns_are_in_one_message(tmp_path):
         Table(Csv(str(path), "y")).load()
     assert "--data.source.units '$' %" in str(caught.value) and "--data.source.missing -" in str(caught.value)
     data = Table(Csv(str(path), "y", units=("$", "%"), missing=("-",))).load()
-    assert data.facts == {"features": 4} and data.summary["numbers"] == "a, b, c, d"
+    assert data.metadata == {"features": 4} and data.summary["numbers"] == "a, b, c, d"
     assert data.summary["read as missing"] == "- 40 times"
 
 
 def test_new_records_are_read_as_training_was(tmp_path):
-    data = table(tmp_path, written(grouped(",", ".")), thousands=",").load()
+    data = table(tmp_path, accumulation_dtype(grouped(",", ".")), thousands=",").load()
     (tmp_path / "new.csv").write_text('x\n"1,234.50"\n1234.50\n')
     records = data.read(tmp_path / "new.csv").records
     assert records.arrays["inputs"][0, 0] == records.arrays["inputs"][1, 0]
-    plain = table(tmp_path, written(lambda x: f"{x:.2f}")).load()
+    plain = table(tmp_path, accumulation_dtype(lambda x: f"{x:.2f}")).load()
     with pytest.raises(UserError, match=r"line 2, column 'x': '1,234.50' is not a number.*--data.source.thousands ,"):
         plain.read(tmp_path / "new.csv")
 
@@ -190,7 +190,7 @@ def test_bands_and_stars_are_no_numbers():
 def test_what_is_advised_is_what_is_needed():
     """Following the advice for a random mixture of styles reads every cell as the number that it was."""
     for way, (how, fields, _) in WAYS.items():
-        found = doubt(written(how), PLAIN)
+        found = doubt(accumulation_dtype(how), PLAIN)
         wanted = {name: {value} if isinstance(value, str) else {""} if value is True else set(value)
                   for name, value in fields.items()}
         assert {k: {v.lower() for v in vs} for k, vs in found.items()} == \
@@ -207,12 +207,12 @@ def test_columns_without_a_name(tmp_path):
     with pytest.raises(UserError, match="column 1 of 3 has no name .*'0', '1', '2'.*--data.source.drop 'column 1'"):
         Table(Csv(str(path), "y")).load()
     for drop in ("column 1", "1"):
-        assert Table(Csv(str(path), "y", drop=(drop,))).load().facts == {"features": 1}
+        assert Table(Csv(str(path), "y", drop=(drop,))).load().metadata == {"features": 1}
     data = Table(Csv(str(path), "y", drop=("1",))).load()
     assert len(data.read(path).names) == N  # at prediction an index column without a name is passed over
     path.write_text("x,y,\n" + "".join(f"{i * i},{i / 7:.2f},\n" for i in range(N)))
     data = Table(Csv(str(path), "y")).load()
-    assert data.facts == {"features": 1} and data.summary["left out, empty and without a name"] == "column 3"
+    assert data.metadata == {"features": 1} and data.summary["left out, empty and without a name"] == "column 3"
     path.write_text("1,2,y\n" + "".join(f"{i},{i * i},{i / 7:.2f}\n" for i in range(N)))
     assert Table(Csv(str(path), "y", drop=("2",))).load().feature_names == ["1"]  # a name wins over a place
 
@@ -223,7 +223,7 @@ def test_excels_line_that_names_the_separator(tmp_path):
     with pytest.raises(UserError, match=rf"line {N + 3}: 1 fields, but the header has 2"):
         Table(Csv(str(path), "y")).load()
     path.write_text(path.read_text().removesuffix("bad\n"))
-    assert Table(Csv(str(path), "y")).load().facts == {"features": 1}
+    assert Table(Csv(str(path), "y")).load().metadata == {"features": 1}
     path.write_text('sep="\nx;y\n1;2\n')
     with pytest.raises(UserError, match="which cannot separate fields"):
         Table(Csv(str(path), "y")).load()

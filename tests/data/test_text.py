@@ -64,7 +64,7 @@ def test_windows_cover_each_target_once(corpus, length):
         with pytest.raises(IndexError):
             records[np.array([n])]
     assert (data.unit, data.units_per_record) == ("tokens", length)
-    assert data.facts == {"vocab": 300, "length": length}
+    assert data.metadata == {"vocab": 300, "length": length}
 
 
 @pytest.mark.parametrize("length", [1, 7, 64])
@@ -139,7 +139,7 @@ def test_text_and_bytes_are_exact_and_equal_across_tokenizers(corpus):
 def test_tiny_shakespeare_characters():
     data = Text(TextFiles(str(SHAKESPEARE)), Chars(), 64).load()
     assert (len(data.train.tokens), len(data.validation.tokens)) == (1003854, 111540)
-    assert data.facts["vocab"] == 65 and data.eot is None and data.train.tokens.dtype == np.uint16
+    assert data.metadata["vocab"] == 65 and data.eot is None and data.train.tokens.dtype == np.uint16
     assert data.decode(data.encode("ROMEO: What?")) == "ROMEO: What?"
     assert "".join(p.decode() for p in data.fitted.pieces[:4]) == "\n !$"
 
@@ -154,7 +154,7 @@ def test_tfds_text():
 def test_wide_vocabulary_is_uint32(tmp_path):
     (tmp_path / "a.txt").write_text("".join(chr(0x10000 + i) for i in range(70_000)), encoding="utf-8")
     data = Text(TextFiles(str(tmp_path / "a.txt")), Chars(), 8).load()
-    assert data.train.tokens.dtype == np.uint32 and data.facts["vocab"] == 70_000
+    assert data.train.tokens.dtype == np.uint32 and data.metadata["vocab"] == 70_000
     assert data.decode(data.validation.tokens) == "".join(chr(0x10000 + i) for i in range(63_000, 70_000))
 
 

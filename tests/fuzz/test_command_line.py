@@ -31,10 +31,19 @@ TIMES = int(os.environ.get("LAB_FUZZ", "1"))
 TRACED = ("GPT", "Linear", "MLP", "ConvNet")
 PARTS = 4  # tests, so that several processes share the work
 # Whatever costs more than a moment: a line that comes so far is a good one.
-ENDS = ("lab.train.loop.train", "lab.commands.bench.measure", "lab.planning.tables.show", "lab.parallel.local_processes._Family",
-        "lab.study.run.shared.Bench.prepared", "lab.study.run.command.Engine", "lab.launch.slurm.tool", "lab.launch.hosts.tool",
-        "lab.launch.slurm.check_flags",
-        "lab.launch.tpu.tool", "lab.launch.sky.tool")
+ENDS = (
+    "lab.train.loop.train",
+    "lab.commands.bench.measure",
+    "lab.planning.tables.show",
+    "lab.parallel.local_processes._Family",
+    "lab.study.run.shared.Bench.prepared",
+    "lab.study.run.command.Engine",
+    "lab.launch.slurm.tool",
+    "lab.launch.hosts.tool",
+    "lab.launch.slurm.check_flags",
+    "lab.launch.tpu.tool",
+    "lab.launch.sky.tool",
+)
 
 
 @pytest.fixture(scope="module")

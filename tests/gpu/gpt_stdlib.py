@@ -1,6 +1,6 @@
 """gpt_small on data that every machine has, with its own vocabulary; for tests/gpu only.
 
-    ./launch.sh tests/gpu/gpt_stdlib.py --full --batch 64 --microbatches 1
+    ./launch.sh tests/gpu/gpt_stdlib.py --full --batch 64 --grad-accum-steps 1
 """
 
 from dataclasses import replace

@@ -36,7 +36,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "deterministic": ({"deterministic": True}, ()),
     "latency hiding": ({}, ("xla_gpu_enable_latency_hiding_scheduler=true",)),
     "remat dots": ({"model.remat": "dots"}, ()),
-    "4 microbatches": ({"microbatches": 4}, ()),
+    "4 microbatches": ({"grad_accum_steps": 4}, ()),
 }
 
 
@@ -69,14 +69,14 @@ def jobs() -> dict[str, Callable[[], Job]]:
     """Name -> what `bench` measures, by step."""
     def setting(name: str) -> Job:
         fields, xla = SETTINGS[name]
-        return gpt("gpt_small", **{"batch": 64, "microbatches": 1, **fields}), xla
+        return gpt("gpt_small", **{"batch": 64, "grad_accum_steps": 1, **fields}), xla
 
     names = list(SETTINGS)[:2] if TINY else list(SETTINGS)
     vision = (("imagenet_vit_s16", 512), ("imagenet_resnet50", 256))[: 1 if TINY else 2]
     rates = (0.0,) if TINY else (0.1, 0.0)  # cuDNN's attention takes no dropout
     return {**{f"gpt_small: {name}": functools.partial(setting, name) for name in names},
-            "gpt_medium: 32 rows at once": lambda: (gpt("gpt_medium", batch=32, microbatches=1), ()),
-            "kernels: gpt_small": lambda: (gpt("gpt_small", batch=64, microbatches=1),
+            "gpt_medium: 32 rows at once": lambda: (gpt("gpt_medium", batch=32, grad_accum_steps=1), ()),
+            "kernels: gpt_small": lambda: (gpt("gpt_small", batch=64, grad_accum_steps=1),
                                            # A trace gives no names to the operations inside a graph of CUDA.
                                            ("xla_gpu_enable_command_buffer=",)),
             **{f"images: {name}, {batch} at once": functools.partial(image_job, name, batch) for name, batch in vision},
@@ -115,7 +115,9 @@ def gpt(name: str, **fields: Any) -> Any:
     if TINY:
         model = experiment.model.clone(**TINY_GPT, context=64, vocab=2048)
         experiment = replace(experiment, model=model, batch=4, data=replace(gpt_stdlib.small.data, length=64))
-        fields = {key: min(value, 4) if key in ("batch", "microbatches") else value for key, value in fields.items()}
+        fields = {
+            key: min(value, 4) if key in ("batch", "grad_accum_steps") else value for key, value in fields.items()
+        }
     return override(experiment, {"steps": 1000, **fields})
 
 
@@ -259,7 +261,7 @@ def torch() -> None:
     """3. PyTorch, compiled, with flash attention and fused AdamW, and lab, in turns."""
     tiny = ["--model.depth", "2", "--model.width", "32", "--model.heads", "2"] if TINY else []
     # As many steps as in `gpt`, so that lab's program is the one that `prepare` has compiled.
-    sizes = ["--local" if TINY else "--full", "--batch", "4" if TINY else "64", "--microbatches", "1"]
+    sizes = ["--local" if TINY else "--full", "--batch", "4" if TINY else "64", "--grad-accum-steps", "1"]
     sizes += ["--steps", "1000"]
     compare([str(ROOT / "tests/gpu/gpt_stdlib.py"), *sizes, *tiny], "eager" if TINY else "compiled",
             {"optimizer": "fused", "attention": "sdpa"}, rounds=1, updates=3 if TINY else 15)
@@ -333,7 +335,7 @@ def image_job(name: str, batch: int) -> Job:
     experiment = load(ROOT / f"experiments/{name}.py").experiment
     data = replace(experiment.data, source=Noise(side=side, classes=1000, records=64 if TINY else 1024),
                    shape=(side, side, 3), border=0, resize=False, validation=8)
-    fields = {"batch": batch, "microbatches": 1, "resident": "always", "steps": 100_000, **small}
+    fields = {"batch": batch, "grad_accum_steps": 1, "data_on_device": "always", "steps": 100_000, **small}
     experiment = override(replace(experiment, data=data), fields)
     return (replace(experiment, model=experiment.model.clone(depth=1, width=32, heads=2)) if TINY else experiment), ()
 
@@ -346,7 +348,7 @@ def bert_job(dropout: float) -> Job:
     like = gpt("gpt_small", batch=4 if TINY else 64)
     length = 64 if TINY else 512
     model = bert.model.clone(**(TINY_GPT if TINY else {}), context=length, vocab=like.model.vocab + 1, dropout=dropout)
-    return replace(bert, data=replace(like.data, length=length), model=model, batch=like.batch, microbatches=1), ()
+    return replace(bert, data=replace(like.data, length=length), model=model, batch=like.batch, grad_accum_steps=1), ()
 
 
 def fashion_job() -> Job:
@@ -362,7 +364,7 @@ def fashion_job() -> Job:
     data = replace(experiment.data, source=Idx(str(folder)), validation=32 if TINY else 1000)
     n = 2 if TINY else 92
     small = {"model.channels": (4, 8, 8), "model.dense": 16} if TINY else {}
-    fields = {**small, "batch": 16 if TINY else 128, "dispatch": n, "steps": n * 1000, "resident": "always",
+    fields = {**small, "batch": 16 if TINY else 128, "steps_per_call": n, "steps": n * 1000, "data_on_device": "always",
               "evaluate.every": 0, "checkpoint.every": 0}
     return override(replace(experiment, data=data), fields), ()
 
@@ -375,11 +377,11 @@ def images() -> None:
 def fashion() -> None:
     """5. fashion_cnn: epochs that stay on the device, beside PyTorch's usual loop with a DataLoader."""
     experiment, _ = fashion_job()
-    n = experiment.dispatch
+    n = experiment.steps_per_call
     for _, figures in measured("fashion", n * 10):
         found("fashion_cnn", epoch_seconds=len(experiment.data.load().train) / figures["images_per_second"])
     flags = ["--data.source.path", str(SCRATCH / "idx"), "--data.validation", str(experiment.data.validation),
-             "--resident", "always", "--batch", str(experiment.batch), "--dispatch", str(n)]
+             "--data-on-device", "always", "--batch", str(experiment.batch), "--steps-per-call", str(n)]
     flags += ["--model.channels", "4", "8", "8", "--model.dense", "16"] if TINY else []
     compare([str(ROOT / "tests/gpu/fashion_idx.py"), "--full", *flags], "loader" if TINY else "loader,compiled",
             {"optimizer": "fused", "layout": "channels_last"}, rounds=1, updates=2 * n)

@@ -254,7 +254,7 @@ from lab.planning.compiled import compile_plan
 from lab.planning import topologies
 from lab.experiment import override
 from tests.gpu.gpt_stdlib import experiment
-experiment = override(experiment, {{"model.depth": 4, "batch": 16, "microbatches": 1, "steps": 1000}})
+experiment = override(experiment, {{"model.depth": 4, "batch": 16, "grad_accum_steps": 1, "steps": 1000}})
 import jax
 kind = jax.devices()[0].device_kind.lower()
 name = next(n for n in ("a100", "h200", "h100") if n in kind)

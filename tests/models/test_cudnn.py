@@ -112,7 +112,7 @@ def test_every_experiment_is_lowered_for_a_gpu(for_a_gpu, path, form):
     experiment = getattr(load(path), form)
     if transformer := isinstance(experiment.model, Transformer):
         experiment = shrunk(experiment)
-    experiment = replace(experiment, precision="bfloat16", batch=8, microbatches=1)
+    experiment = replace(experiment, precision="bfloat16", batch=8, grad_accum_steps=1)
     try:
         batch = batch_spec(experiment)
     except UserError as e:

@@ -92,8 +92,8 @@ class Images:
         if self.augment.mixes and self.classes is None:
             raise UserError("mixup and cutmix make soft labels: set --data.classes to the number of classes.")
 
-    def hints(self) -> dict[str, int]:
-        """What is known of `Dataset.facts` without reading."""
+    def metadata(self) -> dict[str, int]:
+        """What is known of `Dataset.metadata` without reading."""
         known = dict(zip(("height", "width", "channels"), self.shape, strict=True))
         return known if self.classes is None else known | {"classes": self.classes}
 
@@ -151,7 +151,7 @@ class Images:
         return ImageData(
             train=records["train"], validation=records["validation"], test=records.get("test"),
             fingerprint=digest("images", content, rule, self.record_spec()["inputs"][0], self.resize),
-            facts=known, unit=self.unit, units_per_record=1, classes=source.names, form=self.form,
+            metadata=known, unit=self.unit, units_per_record=1, classes=source.names, form=self.form,
             summary=self._summary(source, found, records, rule),
         )
 

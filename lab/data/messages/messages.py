@@ -73,7 +73,7 @@ class Messages:
         if isinstance(self.source, Sklearn) and self.source.name != "20newsgroups":
             raise UserError(f'Sklearn({self.source.name!r}) holds no messages; Sklearn("20newsgroups") does.')
 
-    def hints(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What is known of the facts without reading data; a small corpus may have fewer ids than asked for."""
         vocab = self.tokenizer.vocab_size_hint
         moved = not isinstance(self.tokenizer, Words | BPE | Saved)
@@ -121,7 +121,7 @@ class Messages:
             train=records["train"], validation=records["validation"], test=records.get("test"),
             fingerprint=digest("messages", FORMAT, found.fingerprint(), self.tokenizer.identity(), self.length,
                                self.truncate),
-            facts={"vocab": fitted.size, "length": self.length, "classes": len(found.classes)},
+            metadata={"vocab": fitted.size, "length": self.length, "classes": len(found.classes)},
             unit=self.unit, units_per_record=self.units_per_record, summary=summary, classes=found.classes,
             texts=texts, fitted=fitted, tokenizer_state=saved_form(self.tokenizer, fitted), column=found.column,
             truncate=self.truncate, target=getattr(self.source, "target", ""),
@@ -290,7 +290,7 @@ class MessageData(Dataset):
         kept = [i for i, text in enumerate(texts) if text.strip()]
         without_blanks(path, [f"line {n}" for n, text in zip(lines, texts, strict=True) if not text.strip()],
                        len(texts), strict)
-        arrays, _ = encode_rows(self.fitted, [texts[i] for i in kept], self.facts["length"], self.truncate)
+        arrays, _ = encode_rows(self.fitted, [texts[i] for i in kept], self.metadata["length"], self.truncate)
         return Incoming(Arrays(arrays), [numbers[i] for i in kept], [f"line {lines[i]}" for i in kept],
                         {name: [column[i] for i in kept] for name, column in beside.items()},
                         None if truth is None else [truth[i] for i in kept])

@@ -1,8 +1,8 @@
 """Where labelled messages come from: texts, a class for each, and the splits that the source itself has.
 
-A *source* is a value an experiment holds: `TextFolder`, `TfdsMessages` and `PythonPackages` are here, `Csv` and `Sklearn` serve
-tables too and are understood by `load`. What they give is `Labelled`, checked: every class has training messages, and
-no split has a class that training lacks.
+A *source* is a value an experiment holds: `TextFolder`, `TfdsMessages` and `PythonPackages` are here, `Csv` and
+`Sklearn` serve tables too and are understood by `load`. What they give is `Labelled`, checked: every class has training
+messages, and no split has a class that training lacks.
 """
 
 import hashlib

@@ -71,7 +71,7 @@ class Table:
         if isinstance(self.source, Sklearn) and self.source.name == "20newsgroups":
             raise UserError('Sklearn("20newsgroups") holds texts, not rows of a table.')
 
-    def hints(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Nothing is known without reading."""
         return {}
 
@@ -189,7 +189,7 @@ def _load(options: Table, _state: tuple[int, ...]) -> "TableData":
     return TableData(
         train=records["train"], validation=records["validation"], test=records["test"] if records["test"] else None,
         fingerprint=_fingerprint(options, parts, rows), unit="rows", units_per_record=1, classes=main.names,
-        facts={"features": width} | ({"classes": len(main.names)} if main.names else {}),
+        metadata={"features": width} | ({"classes": len(main.names)} if main.names else {}),
         summary=_summary(parts, features, target, main.values[train])
         | {f"{name} rows": len(array) for name, array in records.items() if array} | {"split": _rule(options, parts)},
         features=features, target=target, standardised=options.standardise, form=main.table.form,

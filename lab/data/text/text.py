@@ -74,8 +74,8 @@ class Text:
         """Name -> (shape, type) of the arrays of one record, without reading anything."""
         return {"tokens": ((self.length + 1,), np.int32), "bytes": ((), np.int32)}
 
-    def hints(self) -> dict[str, int]:
-        """What is known of `TextData.facts` without reading anything; a vocabulary that is not known counts as 0."""
+    def metadata(self) -> dict[str, int]:
+        """What is known of `TextData.metadata` without reading anything; a vocabulary that is not known counts as 0."""
         return {"vocab": self.tokenizer.vocab_size_hint or 0, "length": self.length}
 
     def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Text:
             fitted=fitted,
             tokenizer_state=saved_form(self.tokenizer, fitted),
             fingerprint=digest(folder.name, self.length),
-            facts={"vocab": fitted.size, "length": self.length},
+            metadata={"vocab": fitted.size, "length": self.length},
             unit=self.unit,
             units_per_record=self.length,
             summary=_summary(corpus.title, meta, self.tokenizer, train, validation),

@@ -18,7 +18,11 @@ from lab.train import source_code
 from lab.train.run_folder import read_json, write_json
 from lab.train.source_code import changed
 
-STUDY = ("lab.study.run.stacked", "lab.study.run.together", "lab.study.run.forks")  # cells go through these, besides the loop
+STUDY = (
+    "lab.study.run.stacked",
+    "lab.study.run.together",
+    "lab.study.run.forks",
+)  # cells go through these, besides the loop
 __all__ = ["Cell", "cells_of", "changed", "code_of", "finished_elsewhere", "finished_folders", "link", "read_cell"]
 FINISHED = ("done", "diverged", "failed")
 

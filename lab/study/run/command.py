@@ -62,7 +62,7 @@ class StudyOptions:
     full: bool = False
     """Run the real experiments, also without an accelerator."""
     local: bool = False
-    """Run the small local twin, also with an accelerator."""
+    """Run the small local config, also with an accelerator."""
 
 
 def make_study(written: Study | None, base: Experiment, options: StudyOptions) -> Study:
@@ -135,9 +135,9 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
     bench = Bench(sorted({arm.after for arm in arms if arm.after}))
     cells = _cells(arms, study, options.only, bench)
     with Screen() as screen:
-        screen.say(f"Study folder: {folder}")
+        screen.info(f"Study folder: {folder}")
         if study.design.kind in ("grid", "one_at_a_time") and len(arms) > len(study.design.arms):
-            screen.say(f"None of the {len(study.design.arms)} arms has the base's own values, so the base runs as one "
+            screen.info(f"None of the {len(study.design.arms)} arms has the base's own values, so the base runs as one "
                        f"more arm: all others are compared with it.")
         if not options.dry_run:
             _describe(folder, study, arms, file, cells)
@@ -145,10 +145,10 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
             engine = Engine(folder, cells, {arm.name: arm for arm in arms}, found, screen, bench, file)
             taken = engine.settle(options.execution, options.accept, options.rerun)
             if taken:
-                screen.say(f"{taken} cells are finished in other studies, and are not run again.")
+                screen.info(f"{taken} cells are finished in other studies, and are not run again.")
             cells = engine.cells
         else:
-            cells = likeliest(folder, cells, arms[0].experiment.dispatch)
+            cells = likeliest(folder, cells, arms[0].experiment.steps_per_call)
         folders = finished_folders(folder, cells)
         _price(study, arms, cells, folders, None if options.dry_run else engine.plan, bench, screen)
         if options.dry_run:
@@ -162,9 +162,9 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
                 os._exit(status)
             return status
         counts = engine.summary()
-        screen.say(f"{len(cells)} cells planned = " + " + ".join(f"{n} {said}" for said, n in counts.items()) + ".")
+        screen.info(f"{len(cells)} cells planned = " + " + ".join(f"{n} {said}" for said, n in counts.items()) + ".")
         if counts["failed"]:
-            screen.say("Each failed cell says why in its cell.json; --rerun runs them again.")
+            screen.info("Each failed cell says why in its cell.json; --rerun runs them again.")
         if counts["done"]:
             _report(folder, screen)
     return 1 if counts["failed"] else 0
@@ -233,24 +233,24 @@ def _price(study: Study, arms: list[Arm], cells: Sequence[Cell], folders: Mappin
         screen.progress("Timing the base ...")
         prepared = bench.prepared(arms[0].experiment)
         timing = measure(arms[0], prepared.data, prepared.program)
-    screen.say(describe_estimate(estimate(arms, left, known, timing), sum(left.values())))
+    screen.info(describe_estimate(estimate(arms, left, known, timing), sum(left.values())))
 
 
 def _say_power(study: Study, base: Mapping[int, float], screen: Screen) -> None:
     """Seeds needed to see a given gap, from the spread of the base's finished cells, `base`: seed -> metric."""
     values = list(base.values())
     if len(values) < 2:
-        screen.say("Power: unknown until the base has finished with two seeds.")
+        screen.info("Power: unknown until the base has finished with two seeds.")
         return
     from lab.study.report import stats
 
     mean, sd = (float(x) for x in stats.mean_sd(values))
-    screen.say(f"Power: the base has {study.metric} {mean:.4g} with a standard deviation of {sd:.2g} over "
+    screen.info(f"Power: the base has {study.metric} {mean:.4g} with a standard deviation of {sd:.2g} over "
                f"{len(values)} seeds. For 80 % power at 5 %, if the runs of one seed did not correlate (where they do, "
                f"fewer are enough):")
     for share in (0.5, 1.0, 2.0, 3.0):
         needed = stats.seeds_needed(share * sd, stats.difference_sd(sd))
-        screen.say(f"  a gap of {share * sd:.2g} ({share:g} standard deviations) needs "
+        screen.info(f"  a gap of {share * sd:.2g} ({share:g} standard deviations) needs "
                    f"{needed if needed is not None else 'too many'} seeds")
 
 

@@ -107,7 +107,7 @@ class Engine:
             lease.release()
 
     def _new_plan(self, how: How | None) -> Plan:
-        elsewhere, own = finished_elsewhere(self.folder.parent, self.folder), self.arms[BASE].experiment.dispatch
+        elsewhere, own = finished_elsewhere(self.folder.parent, self.folder), self.arms[BASE].experiment.steps_per_call
         impossible = {each: why for each in get_args(How) if (why := cannot(each, list(self.arms.values())))}
         if how in impossible:
             raise UserError(f"--execution {how}: {impossible[how]} Leave it out, or use --execution loop.")
@@ -118,7 +118,7 @@ class Engine:
         if how is not None:
             return Plan(how, MOST_UPDATES if self.arms[BASE].flops < FEW_FLOPS else own)
         seeds = sorted({cell.seed for cell in self.cells})
-        return choose(self.groups, self.arms, seeds, self.bench, self.file, self.screen.say)
+        return choose(self.groups, self.arms, seeds, self.bench, self.file, self.screen.info)
 
     def _add_units(self) -> None:
         """Gives every cell that has none, and is not finished, a unit."""
@@ -209,7 +209,7 @@ class Engine:
             statuses = workers.run_workers(args, number, self.folder / "logs", self.screen, stop)
             left = sum(not self._finished(cell) for cell in self.cells)
             if left and stop():
-                self.screen.say(f"Stopped and saved: {left} cells are left. The same command goes on.")
+                self.screen.info(f"Stopped and saved: {left} cells are left. The same command goes on.")
                 return EXIT[stop.signal]
         if left:
             raise UserError(f"{left} cells are left, but the processes for them have ended (exit statuses {statuses}, "
@@ -238,7 +238,7 @@ class Engine:
                 lease.release()
             if status in STOPPED:
                 left = sum(not self._finished(cell) for cell in self.cells)
-                self.screen.say(f"Stopped and saved: {left} cells are left. The same command goes on.")
+                self.screen.info(f"Stopped and saved: {left} cells are left. The same command goes on.")
                 return status
             group = unit.group
         return 0
@@ -351,7 +351,7 @@ class Engine:
         write_json(folder / "cell.json", cell.identity | {
             "status": said, "seconds": seconds and round(seconds, 3), "error": error})
         result = error or ("" if said == "diverged" else _final(folder, cell.experiment.evaluate.metric))
-        self.screen.say(f"{cell.arm} seed {cell.seed}: {said} {result} ({shown})")
+        self.screen.info(f"{cell.arm} seed {cell.seed}: {said} {result} ({shown})")
 
     def summary(self) -> dict[str, int]:
         """How many cells are done, diverged and failed; together they are all that were planned.

@@ -62,7 +62,7 @@ def _taken(experiment: Experiment, state: State) -> Any:
     take_over = experiment.optim.take_over
     if isinstance(experiment.model, Several):
         take_over = jax.vmap(take_over, in_axes=(0, 0, 0, None))
-    return take_over(state.opt_state, state.params, state.extra, jnp.array(state.step))
+    return take_over(state.opt_state, state.params, state.model_state, jnp.array(state.step))
 
 
 def take_over(folder: Path, after: int, experiment: Experiment, base: Experiment, program: Program, own: Path) -> (

@@ -86,7 +86,7 @@ def preflight(study: Study) -> list[Arm]:
 
 def metric_names(experiment: Experiment, state: State) -> list[str]:
     """The names of all evaluation metrics, from shapes alone. `state`: abstract."""
-    rows = experiment.batch // experiment.microbatches
+    rows = experiment.batch // experiment.grad_accum_steps
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch_spec(experiment).items()}
     shapes = jax.eval_shape(make_eval_step(experiment), state, batch)
     means = {name: 1.0 for name, x in shapes.items() if isinstance(x, tuple)}
@@ -118,7 +118,7 @@ class Timing:
 
 def measure(base: Arm, data: Any, program: Program) -> Timing | None:
     """Three updates and one evaluation of the base; None where even that would take minutes."""
-    experiment, calls = base.experiment, program.experiment.dispatch
+    experiment, calls = base.experiment, program.experiment.steps_per_call
     if jax.default_backend() == "cpu" and base.flops * calls > TIMED_FLOPS:
         return None
     read, state, update, seconds = reader(program), program.init(), program.train, []

@@ -48,9 +48,9 @@ class Bench:
     def _run(self, experiment: Experiment, updates: int) -> Experiment:
         """The experiment as it is carried out: several updates in a call, small records on the device."""
         arrays = getattr(self.data(experiment).train, "arrays", {})
-        small = experiment.resident == "auto" and 0 < sum(x.nbytes for x in arrays.values()) < SMALL_BYTES
-        return replace(experiment, dispatch=common_dispatch(experiment, updates, self.stops),
-                       resident="always" if small and experiment.parallel == "jit" else experiment.resident)
+        small = experiment.data_on_device == "auto" and 0 < sum(x.nbytes for x in arrays.values()) < SMALL_BYTES
+        return replace(experiment, steps_per_call=common_dispatch(experiment, updates, self.stops),
+                       data_on_device="always" if small and experiment.parallel == "jit" else experiment.data_on_device)
 
     def _alone(self, experiment: Experiment, numbers: Sequence[str], updates: int) -> Future:
         run, train = self._run(experiment, updates), self.data(experiment).train

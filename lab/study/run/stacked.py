@@ -38,7 +38,7 @@ class Stacked:
                                   axis_types=(jax.sharding.AxisType.Auto,))
         self.cells, self.everywhere = NamedSharding(self.mesh, CELLS), NamedSharding(self.mesh, EVERYWHERE)
         self.spec = batch_spec(self.experiment)
-        self.eval_batch = self.experiment.batch // self.experiment.microbatches
+        self.eval_batch = self.experiment.batch // self.experiment.grad_accum_steps
         one = abstract_state(self.experiment)
         self.abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(experiments), *x.shape), x.dtype,
                                                                     sharding=self.cells), one)
@@ -73,9 +73,10 @@ class Stacked:
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
-        """(states, alive, given, place, batches, resident) -> (states, alive, metrics): `dispatch` updates of all.
+        """(states, alive, given, place, batches, resident) -> (states, alive, metrics): `steps_per_call` updates of
+        all.
 
-        Batches have leading axes (dispatch, seeds), metrics (dispatch, C).
+        Batches have leading axes (steps_per_call, seeds), metrics (steps_per_call, C).
         """
         start = time.monotonic()
 
@@ -91,7 +92,7 @@ class Stacked:
                 *carry, values = jax.vmap(one, in_axes=(0, 0, 0, 0, None))(*carry, given, place, batches)
                 return tuple(carry), values
 
-            if self.experiment.dispatch > 1:
+            if self.experiment.steps_per_call > 1:
                 (states, alive), values = jax.lax.scan(step, (states, alive), batches)
             else:  # a scan of one would be slower for convolutions on a CPU
                 (states, alive), values = step((states, alive), jax.tree.map(lambda x: x[0], batches))
@@ -101,19 +102,20 @@ class Stacked:
         jitted = self._divided(update, (CELLS, CELLS, CELLS, CELLS, EVERYWHERE, EVERYWHERE), (CELLS, CELLS, UPDATES),
                                donate_argnums=(0, 1))
         spec = {name: self.spec[name] for name in self.batch(0)}
-        batches = {name: jax.ShapeDtypeStruct((self.experiment.dispatch, len(self.seeds), *s.shape), s.dtype,
+        batches = {name: jax.ShapeDtypeStruct((self.experiment.steps_per_call, len(self.seeds), *s.shape), s.dtype,
                                               sharding=self.everywhere) for name, s in spec.items()}
         found = jitted.lower(self.abstract, self.everyone(), self.given, self._place, batches, self.resident).compile()
         self.compile_seconds = time.monotonic() - start
         return found
 
     def train(self, states: State, alive: jax.Array, batches: Any) -> tuple[State, jax.Array, Any]:
-        """`dispatch` updates: (states, alive, metrics). States and `alive` are donated."""
+        """`steps_per_call` updates: (states, alive, metrics). States and `alive` are donated."""
         return self.compiled(states, alive, self.given, self._place, batches, self.resident)
 
     def batch(self, call: int) -> dict[str, jax.Array]:
-        """The batches of dispatch number `call`, of every seed, on the devices: leading axes (dispatch, seeds)."""
-        n, size = self.experiment.dispatch, self.experiment.batch
+        """The batches of dispatch number `call`, of every seed, on the devices: leading axes (steps_per_call,
+        seeds)."""
+        n, size = self.experiment.steps_per_call, self.experiment.batch
         each = [train_batches(self.records, call, n, size, seed) for seed in self.seeds]
         stacks = {name: np.stack([batches[name] for batches in each], axis=1) for name in each[0]}
         return jax.device_put(stacks, self.everywhere)

@@ -75,11 +75,11 @@ class _Together:
         else:
             self.step = int(jax.device_get(saved["states"].step).max())
             self.states, self.alive, self.best = saved["states"], saved["alive"], saved.get("best")
-            self.screen.say(f"Going on after update {self.step} of {self.experiment.steps}.")
+            self.screen.info(f"Going on after update {self.step} of {self.experiment.steps}.")
         self.lives = [bool(x) for x in jax.device_get(self.alive)]
 
     def go(self) -> tuple[int, list[bool]]:
-        experiment, n = self.experiment, self.experiment.dispatch
+        experiment, n = self.experiment, self.experiment.steps_per_call
         first, last = self.step // n, experiment.steps // n
         with Prefetch(self.stacked.batch, first, last) as batches:
             if first < last:
@@ -90,7 +90,7 @@ class _Together:
                 return self._updates(batches)
 
     def _updates(self, batches: Prefetch) -> tuple[int, list[bool]]:
-        experiment, n = self.experiment, self.experiment.dispatch
+        experiment, n = self.experiment, self.experiment.steps_per_call
         while not self.stop():
             self._evaluate_if_due()
             done = self.step == experiment.steps or not any(self.lives)
@@ -114,7 +114,7 @@ class _Together:
         if self.pending is None:
             return
         (last, values), self.pending = self.pending, None
-        n, shown = self.experiment.dispatch, []
+        n, shown = self.experiment.steps_per_call, []
         for i, at_once in enumerate(apart(jax.device_get(values), n)):
             step = last - n + 1 + i
             for c, own in enumerate(apart(at_once, len(self.cells))):
@@ -203,7 +203,8 @@ class _Together:
         return 0, self.lives
 
     def _save_alone(self, folder: Path, states: Sequence[Any], best: int | None) -> None:
-        """Checkpoints as the cell would have them alone, so that it can be continued, sampled or evaluated."""
+        """Checkpoints as the cell would have them lock_run_folder, so that it can be continued, sampled or
+        evaluated."""
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         checkpoints = Checkpoints(folder / "checkpoints", self.experiment.checkpoint, lambda: best)
         by_step: Mapping[int, Any] = {int(state.step): state for state in states}

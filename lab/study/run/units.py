@@ -115,7 +115,7 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
     largest = max(groups, key=lambda group: len(group.arms))
     cells = [replace(arms[name].experiment, seed=seed) for seed in seeds for name in largest.arms]
     first, total = arms[largest.arms[0]], len(arms) * len(seeds) * cells[0].steps
-    own = max(first.experiment.dispatch, 1)
+    own = max(first.experiment.steps_per_call, 1)
     if len(cells) == 1 or (jax.default_backend() == "cpu" and first.flops * own > TIMED_FLOPS):
         return Plan("loop", own)
     say("Timing the ways to run the cells ...")
@@ -147,7 +147,10 @@ def time_alone(experiment: Experiment, numbers: Sequence[str], updates: int, ben
     """Seconds per update."""
     program = bench.prepared(experiment, numbers, updates).program
     batches = [program.batch(reader(program), i) for i in range(CALLS)]
-    return _median(program.init(), lambda state, i: program.train(state, batches[i])[0]) / program.experiment.dispatch
+    return (
+        _median(program.init(), lambda state, i: program.train(state, batches[i])[0])
+        / program.experiment.steps_per_call
+    )
 
 
 def _time_together(experiments: Sequence[Experiment], group: Group, updates: int, bench: Bench) -> float:
@@ -155,7 +158,7 @@ def _time_together(experiments: Sequence[Experiment], group: Group, updates: int
     stacked = bench.stacked(experiments, group.numbers, updates)
     batches = [stacked.batch(i) for i in range(CALLS)]
     each = _median((stacked.init(), stacked.everyone()), lambda both, i: stacked.train(*both, batches[i])[:2])
-    return each / stacked.experiment.dispatch / len(experiments)
+    return each / stacked.experiment.steps_per_call / len(experiments)
 
 
 def _median(state: Any, call: Callable[[Any, int], Any]) -> float:

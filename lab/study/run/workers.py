@@ -100,4 +100,4 @@ def _relay(worker: subprocess.Popen, log: Path, screen: Any) -> None:
                 file.write(line)
                 file.flush()
             if found := SHOWN.fullmatch(line.rstrip("\n")):
-                screen.progress(line.rstrip("\n")) if found[1] else screen.say(line.rstrip("\n"))
+                screen.progress(line.rstrip("\n")) if found[1] else screen.info(line.rstrip("\n"))
