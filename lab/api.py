@@ -117,7 +117,7 @@ class Run:
         of dictionaries."""
         from lab.train.metrics import read_rows
 
-        self.experiment  # noqa: B018 (says that this is no run folder)
+        self.experiment  # noqa: B018 (says that this is not a run folder)
         rows = [row for row in read_rows(self.folder / "metrics.jsonl") if split in (None, row["split"])]
         with contextlib.suppress(ImportError):
             import pandas
@@ -174,7 +174,7 @@ def fit(experiment: Experiment, folder: str | Path | None = None, *, quiet: bool
     with Screen(quiet=quiet) as screen:
         if run.result is not None:
             run.data  # noqa: B018 (says where the folder is of another experiment, or the data changed)
-            screen.info(f"{place} is finished already.")
+            screen.info(f"{place}: run already complete.")
             return run
         status = loop.train(experiment, place, screen)
     if status == 1:

@@ -36,7 +36,7 @@ def test_the_examples_of_the_readme(place, monkeypatch, capsys, compiled_in_hast
         exec(compile(example, "README.md", "exec"), names)
     assert names["run"].result["final"]["accuracy"] > 0.9 and 0.8 < names["accuracy"] <= 1
     assert set(names["accuracies"]) == {0.05, 0.5} and len(list(place.glob("runs/notebook-*"))) == 3
-    assert "Finished after 200 updates" in capsys.readouterr().out
+    assert "Finished after 200 steps" in capsys.readouterr().out
 
 
 def test_apply_is_the_model_and_metrics_are_the_file(place, monkeypatch, tiny, compiled_in_haste):  # noqa: F811
@@ -78,7 +78,7 @@ def test_metrics_are_a_data_frame_where_pandas_is(place, monkeypatch):
 
 
 def test_mistakes_are_sentences(place, tmp_path, tiny):
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         lab.open_run(tmp_path)
     with pytest.raises(UserError, match="--steps must be at least 1"):
         lab.fit(replace(tiny, steps=0), tmp_path / "x")

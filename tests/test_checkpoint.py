@@ -99,7 +99,7 @@ def test_manifest():
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, quick) -> Path:  # noqa: F811
-    """A run that was stopped after update 10, with checkpoints at 4, 8 and 10. Not to be written to."""
+    """A run that was stopped after step 10, with checkpoints at 4, 8 and 10. Not to be written to."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     assert go(toy(), folder, 9, interrupt())[0] == 75
     assert steps_of(folder) == [4, 8, 10]
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, reference, damage
     damage(folder / "checkpoints" / "10")
     status, said = go(toy(), folder)
     assert status == 0
-    assert "checkpoint of step 10" in said and "is damaged" in said and "Going on after update 8 of 12" in said
+    assert "checkpoint of step 10" in said and "is damaged" in said and "Resuming from step 8 of 12" in said
     assert same(folder, reference)
     assert (folder / "damaged-checkpoint-10").is_dir()  # nothing is thrown away
     assert not (folder / "damaged-checkpoint-8").exists()
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, reference, damage
 
 def test_an_undamaged_one_is_used(folder, reference):  # noqa: F811
     status, said = go(toy(), folder)
-    assert status == 0 and "is damaged" not in said and "Going on after update 10 of 12" in said
+    assert status == 0 and "is damaged" not in said and "Resuming from step 10 of 12" in said
     assert same(folder, reference)
 
 
@@ -181,7 +181,7 @@ def test_two_damaged_checkpoints(folder, reference):  # noqa: F811
     flip(folder / "checkpoints" / "10")
     without_arrays(folder / "checkpoints" / "8")
     status, said = go(toy(), folder)
-    assert status == 0 and "step 10" in said and "step 8" in said and "Going on after update 4" in said
+    assert status == 0 and "step 10" in said and "step 8" in said and "Resuming from step 4" in said
     assert same(folder, reference)
 
 
@@ -234,7 +234,7 @@ def test_a_lost_file_never_means_a_silent_restart(folder, reference, name):  # n
     except UserError as e:
         assert "damaged" in str(e)
     else:
-        assert status == 0 and "Going on after update 10" in said
+        assert status == 0 and "Resuming from step 10" in said
         assert same(folder, reference)
 
 
@@ -244,7 +244,7 @@ def test_damage_is_one_sentence(folder, reference, pattern, capfd, caplog):  # n
     for path in (folder / "checkpoints" / "10").glob(pattern):
         path.write_bytes(b"")
     status, said = go(toy(), folder)
-    assert status == 0 and "Going on after update 8" in said
+    assert status == 0 and "Resuming from step 8" in said
     assert len([line for line in said.splitlines() if "damaged" in line]) == 2  # which, and where it is now
     gc.collect()
     assert capfd.readouterr().err == "" and not [r for r in caplog.records if r.name == "asyncio"]
@@ -267,7 +267,7 @@ def test_a_checkpoint_under_another_number(folder, reference):  # noqa: F811
     (folder / "checkpoints" / "8").rename(folder / "checkpoints" / "11")
     status, said = go(toy(), folder)
     assert status == 0 and "step 11" in said and "its manifest was changed" in said
-    assert "Going on after update 10" in said
+    assert "Resuming from step 10" in said
     assert same(folder, reference)
 
 

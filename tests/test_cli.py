@@ -184,7 +184,7 @@ def test_a_lost_terminal_and_a_reader_that_goes_away_save(place, reference):
     assert wait_for(process, lambda: lines_in(rows) >= 3)
     process.send_signal(signal.SIGHUP)
     status, out, err = finish(process)
-    assert status == 75 and re.search(r"SIGHUP: saved after update \d+ of 20", out), (out, err)
+    assert status == 75 and re.search(r"SIGHUP: saved after step \d+ of 20", out), (out, err)
     process = start(place, "small.py", "--run-dir", "lost")
     while "Compiled" not in process.stdout.readline():
         assert process.poll() is None
@@ -203,10 +203,10 @@ def test_sigterm_saves_and_another_machine_goes_on(place, reference):
     process.terminate()
     status, out, err = finish(process)
     assert status == 75, err
-    assert re.search(r"SIGTERM: saved after update \d+ of 20. The same command goes on from there.", out)
+    assert re.search(r"SIGTERM: saved after step \d+ of 20. The same command goes on from there.", out)
     assert "Traceback" not in err and not (place / "stopped" / "result.json").exists()
     status, out, err = finish(start(place, "small.py", "--run-dir", "stopped", devices=4))
-    assert status == 0 and "Going on after update" in out, err
+    assert status == 0 and "Resuming from step" in out, err
     rows, whole = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
                    for f in (place / "stopped", reference[0]))
     assert [(r["step"], r["split"]) for r in rows] == [(r["step"], r["split"]) for r in whole]
@@ -237,8 +237,8 @@ def test_control_c_before_the_first_update(place):
 def test_piped_output_is_plain_lines(reference):
     out = reference[1]
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)  # no carriage return, no escape sequence
-    for expected in ("Run folder: reference", "update      0  validation  loss", "update     20  validation",
-                     "Finished after 20 updates", "bits per byte", "Sample", "plots/loss.png",
+    for expected in ("Run folder: reference", "step      0  validation  loss", "step     20  validation",
+                     "Finished after 20 steps", "bits per byte", "Sample", "plots/loss.png",
                      "Everything is in reference"):
         assert expected in out
     assert out.count("Attention: einsum") == 1
@@ -385,7 +385,7 @@ def test_a_dry_run_fits_80_columns(typed, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     tables = [line for line in typed("small.py", "--dry-run")[1].splitlines() if line[:1] in "│┃┏└"]
     assert len(tables) > 40 and max(map(len, tables)) <= 80
-    assert any("block_*/attn/query/kernel" in line and "on every device" in line for line in tables)
+    assert any("block_*/attn/query/kernel" in line and "replicated" in line for line in tables)
 
 
 @pytest.mark.parametrize("platforms, words", [
@@ -406,7 +406,7 @@ def test_what_is_no_run(mistake, place):
         assert "no run folder" in mistake(command, "not-there")
     (place / "thesis").mkdir(exist_ok=True)
     (place / "thesis" / "thesis.tex").write_text("precious")
-    assert "is not empty and is no run folder" in mistake("small.py", "--run-dir", "thesis")
+    assert "is not empty and is not a run folder" in mistake("small.py", "--run-dir", "thesis")
     assert "cannot be written" in mistake("small.py", "--run-dir", "corpus.txt")
     assert "cannot be written" in mistake("small.py", "--run-dir", "corpus.txt/run")
     assert "--run-dir is a folder on the machine of process 0" in mistake("small.py", "--run-dir", "gs://b/x")
@@ -416,7 +416,7 @@ def test_what_is_no_run(mistake, place):
 def test_runs_that_are_there_already(typed, mistake, reference):
     before = sorted((p, p.stat().st_mtime_ns) for p in (reference[0] / "checkpoints").rglob("*"))
     status, out, err = typed("small.py", "--run-dir", "reference")
-    assert status == 0 and "This run is finished already" in out and "Finished after 20 updates" in out
+    assert status == 0 and "Run already complete" in out and "Finished after 20 steps" in out
     assert sorted((p, p.stat().st_mtime_ns) for p in (reference[0] / "checkpoints").rglob("*")) == before
     err = mistake("small.py", "--run-dir", "reference", "--model.width", "32", "--seed", "3")
     assert "is the run of another experiment: " in err
@@ -442,7 +442,7 @@ def test_an_override_that_changes_nothing_is_said(typed):
     assert status == 0
     status, out, err = typed("small.py", "--steps", "20", "--optim.lr.peak=0.01", "--seed", "4", "--model.tied",
                              "--mesh.data", "99")
-    assert "Note: --steps was 20 already; it changes nothing." in out
+    assert "Note: --steps is already 20: no effect." in out
     assert "Note: --optim.lr.peak was 0.01 already" in out and "Note: --model.tied was True already" in out
     assert "--seed" not in out and "--mesh.data was" not in out
 
@@ -466,7 +466,7 @@ def test_dry_run(typed, place):
     status, out, err = typed("small.py", "--dry-run", "--run-dir", "dry")
     assert status == 0 and time.monotonic() - begin < 15
     parameters = sum(x.size for x in jax.tree.leaves(Program(load(place / "small.py").experiment).abstract.params))
-    assert f"{parameters:,}" in out and "FLOPs an update" in out and "optimizer state" in out
+    assert f"{parameters:,}" in out and "FLOPs/step" in out and "optimizer state" in out
     assert "128 (8 records x 16)" in out and not (place / "dry").exists()
 
 

@@ -125,15 +125,15 @@ def test_eight_devices_then_one_then_two_processes(place, monkeypatch):
     assert (first[0], second[0]) == (75, 75), first[2] + second[2]
     saved = steps_of(folder)[-1]
     assert before + 2 <= saved < 30
-    assert f"Going on after update {before} of 30" in first[1]
-    assert f"SIGTERM: saved after update {saved} of 30" in first[1]
+    assert f"Resuming from step {before} of 30" in first[1]
+    assert f"SIGTERM: saved after step {saved} of 30" in first[1]
     logs = [(folder / "logs" / f"process-{k}.txt").read_text() for k in range(2)]
-    assert all(f"SIGTERM: saved after update {saved} of 30" in log for log in logs)
+    assert all(f"SIGTERM: saved after step {saved} of 30" in log for log in logs)
     assert second[1] == ""  # only process 0 talks
 
     status, out, err = finish(start(place, "--processes", "2x2", *words))
     assert status == 0, err
-    assert f"Going on after update {saved} of 30" in out and "4 x cpu (cpu) in 2 processes" in out
+    assert f"Resuming from step {saved} of 30" in out and "4 x cpu (cpu) in 2 processes" in out
     assert err == "" and "Gloo" not in out
     rows, wanted = read_rows(folder / "metrics.jsonl"), read_rows(whole / "metrics.jsonl")
     assert [(r["step"], r["split"]) for r in rows] == [(r["step"], r["split"]) for r in wanted]

@@ -102,7 +102,7 @@ def test_an_arm_that_says_where_it_forks(typed, place):
     rows = {arm: read_rows(study / f"cells/{arm}/0/metrics.jsonl") for arm in ("base", "late", "early")}
     rates = {arm: [r["learning_rate"] for r in own if r["split"] == "train"] for arm, own in rows.items()}
     assert rates["late"] == rates["base"][:8] + rates["early"][8:] and rates["base"][0] != rates["early"][0]
-    assert "after update 8: optim.lr.peak=0.001" in (study / "report.md").read_text()
+    assert "after step 8: optim.lr.peak=0.001" in (study / "report.md").read_text()
     merged = merge([read_study(study), read_study(study)])
     assert [arm.name for arm in merged.arms] == ["base", "late", "early"] and merged.count()["done"] == 3
     prints = {json.loads(p.read_text())["fingerprint"] for p in study.glob("cells/*/0/cell.json")}

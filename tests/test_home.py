@@ -78,7 +78,7 @@ def test_the_fields_of_an_experiment(home):
             source(*([None, 0] if source.__name__ == "fit" else []))
     with pytest.raises(UserError, match="is no copy of"):
         Sklearn("california_housing", "~/folder").load()
-    with pytest.raises(UserError, match=f"{home}/run is no run folder"):
+    with pytest.raises(UserError, match=f"{home}/run is not a run folder"):
         initial_arrays(Pretrained("~/run"), None, None)
 
 

@@ -130,22 +130,22 @@ def test_files_that_the_users_file_imports_belong_to_it(tmp_path, monkeypatch):
 
 
 def test_edited_code_is_named_and_asked_for(place, run, typed, mistake):
-    """A finished run: neither "finished already" nor a new run without a word."""
+    """A finished run: neither "already complete" nor a new run without a word."""
     words = ("own.py", "--run-dir", run)
     result = (run / "result.json").read_bytes()
     try:
         edited(place, *NOTHING)
-        assert "finished already" in typed(*words)[1]
+        assert "already complete" in typed(*words)[1]
         edited(place, LAYER)
         assert re.search(r"^error: own.py changed since the run in .*run began. --accept .*--rerun", mistake(*words))
         assert "exclude each other" in mistake(*words, "--accept", "--rerun")
         assert (run / "result.json").read_bytes() == result
-        assert "finished already" in typed(*words, "--accept")[1]
-        assert "finished already" in typed(*words)[1]  # it was accepted
+        assert "already complete" in typed(*words, "--accept")[1]
+        assert "already complete" in typed(*words)[1]  # it was accepted
         assert json.loads((run / "experiment.json").read_text())["accepted"] == ["own.py"]
         edited(place)
         status, out, _ = typed(*words, "--rerun")
-        assert status == 0 and "own.py changed: the run begins again." in out and "finished already" not in out
+        assert status == 0 and "own.py changed: the run begins again." in out and "already complete" not in out
         again = json.loads((run / "result.json").read_text())
         assert again["final"] == json.loads(result)["final"] and (run / "experiment.py").read_text() == OWN
     finally:
@@ -160,10 +160,10 @@ def test_edited_code_of_an_unfinished_run(place, run, typed, mistake):
         edited(place, FACTOR)
         assert "own.py changed since" in mistake(*words)
         status, out, _ = typed(*words, "--accept")
-        assert status == 0 and "Going on though own.py changed" in out and "Going on after update 2 of 4" in out
+        assert status == 0 and "Going on though own.py changed" in out and "Resuming from step 2 of 4" in out
         found = json.loads((run / "environment-2.json").read_text())
         assert found["accepted"] == ["own.py"] and found["how"]["grad_accum_steps"] == 1
-        assert "finished already" in typed(*words)[1]
+        assert "already complete" in typed(*words)[1]
     finally:
         edited(place)
 
@@ -182,8 +182,8 @@ def test_commands_say_that_the_code_changed(place, run, typed):
 def test_other_data_is_asked_for_in_the_same_way(run, typed, mistake):
     forge(run, data="of another time")
     assert "the data changed since the run" in mistake("own.py", "--run-dir", run)
-    assert "finished already" in typed("own.py", "--run-dir", run, "--accept")[1]
-    assert "finished already" in typed("own.py", "--run-dir", run)[1]
+    assert "already complete" in typed("own.py", "--run-dir", run, "--accept")[1]
+    assert "already complete" in typed("own.py", "--run-dir", run)[1]
 
 
 def test_a_rerun_keeps_what_is_not_the_runs(tmp_path, run):
@@ -312,7 +312,7 @@ def test_a_step_between_two_calls(lone, tmp_path):
     for path in (tmp_path / "run/checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > 3:
             shutil.rmtree(path)
-    with Quiet() as screen, pytest.raises(UserError, match="after update 3, .* go on with --steps-per-call 1"):
+    with Quiet() as screen, pytest.raises(UserError, match="after step 3, .* go on with --steps-per-call 1"):
         loop.train(replace(every, steps_per_call=2, checkpoint=Checkpoint(every=2)), tmp_path / "run", screen)
 
 

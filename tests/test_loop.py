@@ -294,7 +294,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, reference
     experiment, folder = toy(checkpoint=Checkpoint(every=1, keep=20)), tmp_path / "run"
     status, said = go(experiment, folder)
     assert status == 1
-    assert "Update 5: the loss is nan" in said and "the checkpoint after update 4 is kept" in said
+    assert "Step 5: the loss is nan" in said and "the checkpoint after step 4 is kept" in said
     report = json.loads((folder / "diverged.json").read_text())
     assert report["update"] == 5
     assert report["batch_indices"] == train_indices(4, 8, 44, seed=0).tolist()
@@ -330,7 +330,7 @@ def test_interrupted_by_a_signal(tmp_path, reference, at):
     assert status == 75 and "SIGTERM: saved after update" in said and "The same command goes on" in said
     assert not (tmp_path / "run" / "result.json").exists()
     status, said = go(toy(), tmp_path / "run")
-    assert status == 0 and "Going on after update" in said
+    assert status == 0 and "Resuming from step" in said
     assert same(tmp_path / "run", reference)
 
 
@@ -368,7 +368,7 @@ def test_crashed(tmp_path, reference, at):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) >= at
     status, said = go(toy(), tmp_path / "run")
-    assert status == 0 and ("Going on after update 4" in said) == (at == 6)
+    assert status == 0 and ("Resuming from step 4" in said) == (at == 6)
     assert same(tmp_path / "run", reference)
 
 
@@ -376,7 +376,7 @@ def test_killed_before_the_result_was_written(tmp_path, reference):
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     status, said = go(toy(), tmp_path / "run")
-    assert status == 0 and "Finished after 12 updates" in said
+    assert status == 0 and "Finished after 12 steps" in said
     assert same(tmp_path / "run", reference)
     assert finished(tmp_path / "run")["final"] == finished(reference)["final"]
 
@@ -400,7 +400,7 @@ def test_the_result_is_written_before_the_pictures(tmp_path, monkeypatch):
     assert at_result == [([4, 8, 12], 12 + 4, False)]
     assert finished(tmp_path / "run")["steps"] == 12
     described = loop.describe_result(finished(tmp_path / "run"))
-    assert "Finished after 12 updates" in described and "waiting for data" in described
+    assert "Finished after 12 steps" in described and "waiting for data" in described
 
 
 @pytest.mark.parametrize("error", [ValueError("Key backend: 'module://x' is not a valid value\nand more"),
@@ -413,7 +413,7 @@ def test_what_follows_the_last_update_cannot_lose_the_run(tmp_path, monkeypatch,
     monkeypatch.setattr(loop.plots, "curves", fail)
     monkeypatch.setattr(type(toy().task), "artifacts", fail)
     status, said = go(toy(), tmp_path / "run")
-    assert status == 0 and "Finished after 12 updates" in said
+    assert status == 0 and "Finished after 12 steps" in said
     warnings = [line for line in said.splitlines() if line.startswith("Warning: ")]
     assert [line.partition(" failed: ")[0].partition(" (")[0] for line in warnings] == [
         "Warning: The pictures of the run", "Warning: The report of the run"]
@@ -482,7 +482,7 @@ def test_other_data_in_the_same_run(tmp_path, monkeypatch, reference):
 
 def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="is not empty and is no run folder"):
+    with pytest.raises(UserError, match="is not empty and is not a run folder"):
         go(toy(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -576,7 +576,7 @@ def test_checkpoints_elsewhere(tmp_path):
     assert go(toy(), folder, 2, stop, checkpoints=str(elsewhere))[0] == 75
     assert checkpoint_folder(folder) == elsewhere
     status, said = go(toy(), folder)
-    assert status == 0 and "Going on after update" in said
+    assert status == 0 and "Resuming from step" in said
     assert (elsewhere / "12").is_dir() and not (folder / "checkpoints").exists()
 
 
@@ -591,7 +591,7 @@ def test_a_lost_run_folder_goes_on_from_checkpoints_elsewhere(tmp_path, referenc
     if not copy:
         shutil.rmtree(tmp_path / "elsewhere" / "run")
     status, said = go(toy(), tmp_path / "new", checkpoints=elsewhere)
-    assert status == 0 and f"Going on after update {last}" in said and ("The run folder is new" in said) != copy
+    assert status == 0 and f"Resuming from step {last}" in said and ("The run folder is new" in said) != copy
     assert 0 < last < 12 and last % 4, "not where it is evaluated anyway"
     assert read_rows(tmp_path / "new/metrics.jsonl") == [r for r in read_rows(reference / "metrics.jsonl")
                                                          if copy or r["step"] > last]

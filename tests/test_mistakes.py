@@ -140,7 +140,7 @@ def test_what_is_right_is_not_refused(place: Path, typed: Callable):
     for i, text in enumerate(right):
         (place / f"right_{i}.py").write_text(HEAD + text)
         status, out, err = typed(place / f"right_{i}.py", "--dry-run")
-        assert status == 0 and "FLOPs an update" in out, (out, err)
+        assert status == 0 and "FLOPs/step" in out, (out, err)
 
 
 def test_an_optax_transformation_trains_and_is_told_from_others(place: Path, typed: Callable):
@@ -153,7 +153,7 @@ def test_an_optax_transformation_trains_and_is_told_from_others(place: Path, typ
         prints |= {load(place / "mine.py").experiment.fingerprint() for _ in range(2)}
     assert len(prints) == 2
     status, out, err = typed(place / "mine.py", "--run-dir", place / "run")
-    assert status == 0 and "Finished after 30 updates" in err + out, (out, err)
+    assert status == 0 and "Finished after 30 steps" in err + out, (out, err)
 
 
 def test_the_worked_example_is_short_and_right(place: Path, typed: Callable):

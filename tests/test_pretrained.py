@@ -235,7 +235,7 @@ def test_other_shapes_are_named(source, change, words):
 
 
 def test_what_cannot_be_loaded(source, tmp_path):
-    with pytest.raises(UserError, match="nowhere is no run folder"):
+    with pytest.raises(UserError, match="nowhere is not a run folder"):
         load(Pretrained(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"Nothing in .* fits: it has hidden/bias, .*rules: include \('\^zzz',\)"):
         load(Pretrained(str(source), include=("^zzz",)))
@@ -364,7 +364,7 @@ def test_resuming_does_not_need_the_other_run(source, tuned, tmp_path, monkeypat
     moved.unlink()
     monkeypatch.setattr(loop, "initial_arrays", lambda *args: pytest.fail("it was read again"))
     status, said = go(experiment, tmp_path / "run")
-    assert status == 0 and "Going on after update" in said and "Parameters from" not in said
+    assert status == 0 and "Resuming from step" in said and "Parameters from" not in said
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tuned[0] / "metrics.jsonl").read_bytes()
     assert bits(state_of(tmp_path / "run")) == bits(state_of(tuned[0]))
     assert json.loads((tmp_path / "run" / "pretrained.json").read_text())["from"] == str(moved)
@@ -384,7 +384,7 @@ def test_crashed_before_the_first_checkpoint(source, tuned, tmp_path):
         go(experiment, tmp_path / "run")
     moved.symlink_to(source)
     status, said = go(experiment, tmp_path / "run")
-    assert status == 0 and "starting again from update 0" in said and "Parameters from" in said
+    assert status == 0 and "starting again from step 0" in said and "Parameters from" in said
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tuned[0] / "metrics.jsonl").read_bytes()
 
 

@@ -197,7 +197,7 @@ def test_unfinished_cells_are_counted_and_their_pairs_named(study):
     write(study / "leases/rms-0.json", {})
     (study / "cells/rms/1/cell.json").unlink()
     diverged = make_cell(study, "base", 2, 1.5, status="diverged")
-    rewrite(diverged / "cell.json", error="Update 7: the loss is nan")
+    rewrite(diverged / "cell.json", error="Step 7: the loss is nan")
     make_cell(study, "slow", 3, 1.5, status="failed")
     markdown, _, rows = made(study)
     assert "planned 15 = 11 done + 1 diverged + 1 failed + 2 missing, 1 of them with a lease" in markdown
@@ -205,7 +205,7 @@ def test_unfinished_cells_are_counted_and_their_pairs_named(study):
     assert "Pairs left out of rms against base: seed 0: rms missing; seed 1: rms missing; seed 2: base diverged." \
         in markdown
     assert "Pairs left out of slow against base: seed 2: base diverged; seed 3: slow failed." in markdown
-    assert "base, seed 2 diverged: Update 7: the loss is nan" in markdown
+    assert "base, seed 2 diverged: Step 7: the loss is nan" in markdown
     assert len(rows) == 15 and sum(r["loss"] == "" for r in rows) == 4
 
 

@@ -100,7 +100,7 @@ def test_the_test_split_is_evaluated_once_at_the_end(tmp_path, quick):
     assert result["test"]["loss"] == pytest.approx(loss_by_hand(tmp_path / "run", 12, data.test), abs=1e-5)
     assert abs(result["test"]["loss"] - loss_by_hand(tmp_path / "run", 8, data.test)) > 1e-3
     assert abs(result["test"]["loss"] - result["final"]["loss"]) > 1e-2  # not the validation split
-    assert f"Test split, with the state of update 12: accuracy {result['test']['accuracy']:.4f}  loss" in said
+    assert f"Test split, with the state of step 12: accuracy {result['test']['accuracy']:.4f}  loss" in said
     assert result["final"]["split"] == "validation" and result["test"]["error"] == 1 - result["test"]["accuracy"]
 
 
@@ -129,7 +129,7 @@ def test_stopped_between_the_row_of_the_test_split_and_the_result(tmp_path, quic
 
 @pytest.fixture
 def aimed(tmp_path, quick) -> Experiment:
-    """A run that is best at update 4 and out of patience at update 8."""
+    """A run that is best at step 4 and out of patience at step 8."""
     go(toy(data=WithTest()), tmp_path / "plain")
     aim = rows_of(tmp_path / "plain", "validation")[1]
     assert aim["step"] == 4
@@ -145,20 +145,20 @@ def parameters(model, variables):
 def test_with_patience_the_best_state_is_reported(tmp_path, quick, aimed, monkeypatch):
     status, said = go(aimed, tmp_path / "run")
     result, data = result_of(tmp_path / "run"), WithTest().load()
-    assert status == 0 and quick == ["test"] and "Reporting the best state, of update 4." in said
+    assert status == 0 and quick == ["test"] and "Reporting the best state, of step 4." in said
     assert (result["steps"], result["stopped_early"], result["best"]["step"], result["test"]["step"]) == (8, True, 4, 4)
     assert result["test"]["loss"] == pytest.approx(loss_by_hand(tmp_path / "run", 4, data.test), abs=1e-5)
     assert abs(result["test"]["loss"] - loss_by_hand(tmp_path / "run", 8, data.test)) > 1e-2
     (outcome,) = Aimed.reported
     assert (outcome.step, outcome.split, len(outcome.records)) == (4, "test", 21)
     assert bits(outcome.compute(parameters)) == bits(state_of(tmp_path / "run", 4).params)
-    assert "Test split, with the state of update 4:" in said
+    assert "Test split, with the state of step 4:" in said
     # The last checkpoint is lost after the end: the run goes on from the one before, and its end stands there once.
     whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
     (tmp_path / "run" / "result.json").unlink()
     status, said = go(aimed, tmp_path / "run")
-    assert status == 0 and "Going on after update 4 of 12" in said
+    assert status == 0 and "Resuming from step 4 of 12" in said
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == whole
     # Without patience it is the last state.
     patient = replace(aimed, evaluate=replace(aimed.evaluate, patience=None))
@@ -173,7 +173,7 @@ def test_the_best_state_on_validation_or_not_kept(tmp_path, quick, aimed):
     assert (outcome.step, outcome.split, len(outcome.records)) == (4, "validation", 13)
     assert outcome.means["loss"] == pytest.approx(rows_of(tmp_path / "a", "validation")[1]["loss"], abs=1e-6)
     status, said = go(replace(experiment, checkpoint=Checkpoint(every=4, keep=1, best=False)), tmp_path / "b")
-    assert status == 0 and "The best state, of update 4, cannot be had: reporting the last." in said
+    assert status == 0 and "The best state, of step 4, cannot be had: reporting the last." in said
     assert Aimed.reported[-1].step == 8
     assert go(experiment, tmp_path / "c", 3, interrupt())[0] == 75 and len(Aimed.reported) == 2  # no end, no report
     assert go(experiment, tmp_path / "c")[0] == 0
@@ -277,7 +277,7 @@ def test_what_cannot_be_evaluated(place, mistake):
     assert not list((place / "digits").glob("evaluation-*10*"))  # nothing is left behind
     assert "--best and --step exclude each other" in mistake("eval", "digits", "--best", "--step", "10")
     assert "has no checkpoint of step 3; it has [10, 20]" in mistake("eval", "tumours", "--step", "3")
-    assert "nowhere is no run folder" in mistake("eval", "nowhere")
+    assert "nowhere is not a run folder" in mistake("eval", "nowhere")
     assert "no record to evaluate" in mistake("eval", "tumours", "--step", "20", "--records", "0")
 
 
@@ -289,7 +289,7 @@ def test_a_gan_and_its_judge(place, typed, mistake, monkeypatch):
     assert (place / "gan" / "evaluation-validation-2" / "plots" / "samples.png").exists()
     assert "its own inputs are (30,)" in mistake("eval", "gan", "--judge", "tumours")
     assert "Adversarial makes no predictions" in mistake("eval", "gan", "--judge", "gan")
-    assert "nowhere is no run folder" in mistake("eval", "gan", "--judge", "nowhere")
+    assert "nowhere is not a run folder" in mistake("eval", "gan", "--judge", "nowhere")
     assert "Adversarial makes no predictions" in mistake("predict", "gan", "--input", images_in(place, 1))
     # A judge of larger images is refused; it would see the middle of them without a word.
     shutil.copytree(place / "digits", place / "larger", dirs_exist_ok=True)
@@ -404,7 +404,7 @@ def test_tables_that_cannot_be_predicted(place, mistake):
     for output in ("nowhere/out.csv", "tumours"):
         assert f"--output {output} cannot be written" in mistake("predict", "tumours", "--input", good, "--output",
                                                                  output)
-    assert "nowhere is no run folder" in mistake("predict", "nowhere", "--input", good)
+    assert "nowhere is not a run folder" in mistake("predict", "nowhere", "--input", good)
 
 
 def test_images_that_cannot_be_predicted(place, mistake):
@@ -423,7 +423,7 @@ def test_images_that_cannot_be_predicted(place, mistake):
 
 
 def test_other_parameters_to_begin_with(mistake, typed, place):
-    assert "nowhere is no run folder" in mistake("tumours.py", "--init-from.run", "nowhere", "--run-dir", "a")
+    assert "nowhere is not a run folder" in mistake("tumours.py", "--init-from.run", "nowhere", "--run-dir", "a")
     err = mistake("tumours.py", "--init-from.run", "digits", "--run-dir", "b")
     assert "head/bias is (10,) in digits and (2,) here" in err
     assert "'(' is not a regular expression" in mistake("tumours.py", "--init-from.exclude", "(", "--run-dir", "c")

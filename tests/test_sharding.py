@@ -135,8 +135,8 @@ def test_the_table_says_what_a_device_holds():
     state = {"params": params, "opt_state": ({"mu": params}, arrays(count=()))}
     rows = describe_state(state, state_shardings(state, make_mesh(Mesh(1, 8))))
     assert sorted(rows) == [("block_*/kernel", (64, 128), "-, fsdp", 6, 6 * 64 * 128 * 4 // 8),
-                            ("head/bias", (4,), "on every device", 2, 32),
-                            ("opt_state/1/count", (), "on every device", 1, 4)]
+                            ("head/bias", (4,), "replicated", 2, 32),
+                            ("opt_state/1/count", (), "replicated", 1, 4)]
 
 
 def test_mesh():

@@ -349,7 +349,7 @@ def test_finished_cells_never_run_again(copied, typed):
     """The same command runs nothing; a study with a seed and an arm more runs only what is new."""
     first = Path(copied[-1])
     status, out, _ = typed(*copied)
-    assert status == 0 and not ran(out) and "Every cell is finished already." in out
+    assert status == 0 and not ran(out) and "Every cell is already complete." in out
     assert "4 cells planned = 2 done + 2 diverged + 0 failed." in out
     status, out, _ = typed("small.py", "--vary", "optim.lr.peak=1e-2,2e-2,1e30", "--seeds", "3", "--studies", first,
                            "--only", "base")
@@ -475,7 +475,7 @@ def test_other_mistakes_on_the_command_line(mistake):
 
 
 def test_told_to_stop_and_going_on(typed, place, monkeypatch):
-    told_to_stop(monkeypatch, "update      3/4")
+    told_to_stop(monkeypatch, "step      3/4")
     command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "1", "--studies", "stopped")
     status, out, _ = typed(*command)
     assert status == 75 and "2 cells are left. The same command goes on." in out and not ran(out)

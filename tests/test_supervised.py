@@ -457,9 +457,9 @@ def test_report_on_images(tmp_path):
     predicted = logits.argmax(-1)
     accuracy = sk.accuracy_score(true, predicted)
     assert lines[0].startswith(f"Validation split, 50 records: accuracy {accuracy:.4f}; macro")
-    assert lines[-1] == "Beside it, on the same split: a simple model: accuracy 0.5"
+    assert lines[-1] == "Baseline (same split): a simple model: accuracy 0.5"
     for line in Classify().artifacts(replace(given, split="train"))[-1:]:
-        assert line == "Beside it: a simple model: accuracy 0.5"  # it is not
+        assert line == "Baseline: a simple model: accuracy 0.5"  # it is not
     want = sk.precision_recall_fscore_support(true, predicted)
     rows = [line.split() for line in (tmp_path / "report.txt").read_text().splitlines()[3:6]]
     assert [row[0] for row in rows] == list(classes)
@@ -517,7 +517,7 @@ def test_report_on_a_regression(tmp_path):
     true, predicted = z * 25 + 3, guess * 25 + 3
     assert lines == [f"Validation split, 50 records: RMSE {sk.root_mean_squared_error(true, predicted):.4g}, MAE "
                      f"{sk.mean_absolute_error(true, predicted):.4g}, R2 {sk.r2_score(true, predicted):.4f}",
-                     "Beside it, on the same split: a simple model: accuracy 0.5"]
+                     "Baseline (same split): a simple model: accuracy 0.5"]
     with (tmp_path / "worst.csv").open() as file:
         rows = list(csv.DictReader(file))
     order = np.argsort(-np.abs(predicted - true))[:25]

@@ -271,11 +271,11 @@ def test_killed_and_going_on_together(place):
 
 def _without_times(report: str) -> list[str]:
     """Without the table of costs."""
-    return report.partition("Not controlled")[0].splitlines()
+    return report.partition("Cost (not matched)")[0].splitlines()
 
 
 def test_told_to_stop_together(typed, place, monkeypatch):
-    told_to_stop(monkeypatch, "update      2/4")
+    told_to_stop(monkeypatch, "step      2/4")
     command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "2", "--execution", "vmap", "--studies",
                "told")
     status, out, _ = typed(*command)

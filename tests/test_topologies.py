@@ -350,4 +350,4 @@ def test_a_plan_that_does_not_fit_says_what_would(capsys, compiled_in_haste):  #
     show(experiment, "v5e-4")
     out = capsys.readouterr().out
     assert "It does NOT fit" in out
-    assert re.search(r"--grad-accum-steps \d+: [\d.]+ GiB, fits, at least [\d.]+ s an update", out), out
+    assert re.search(r"--grad-accum-steps \d+: [\d.]+ GiB, fits, at least [\d.]+ s/step", out), out

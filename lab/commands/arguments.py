@@ -94,7 +94,7 @@ def parse(path: Path, args: Sequence[str], options: type, module: Any = None) ->
                            prog=f"./launch.sh {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}",
                            description=module.__doc__, config=(tyro.conf.AvoidSubcommands,))
     for flag, value in unchanged(args, default, command.experiment):
-        print(f"Note: {flag} was {value} already; it changes nothing.", flush=True)
+        print(f"Note: {flag} is already {value}: no effect.", flush=True)
     command.experiment.validate()
     study = hasattr(module, "study") or hasattr(command.options, "vary")  # whose arms may have other tokenizers
     return command.experiment if study else command.experiment.filled(), command.options, path

@@ -46,21 +46,21 @@ def show(experiment: Experiment) -> None:
     rule = 6 * plan.parameters * units
     cost = Table("", "", show_header=False, title="Cost", title_justify="left")
     cost.add_row("updates", f"{experiment.steps:,}")
-    cost.add_row(f"{unit} an update", f"{units:,} ({experiment.batch} records x {experiment.data.units_per_record})")
-    cost.add_row(f"{unit} in all", human(units * experiment.steps))
+    cost.add_row(f"{unit}/step", f"{units:,} ({experiment.batch} records x {experiment.data.units_per_record})")
+    cost.add_row(f"Total {unit}", human(units * experiment.steps))
     beside = f" ({plan.flops / rule:.2f} x the rule 6 x parameters x tokens)" if unit == "tokens" else ""
-    cost.add_row("FLOPs an update", human(plan.flops) + beside)
+    cost.add_row("FLOPs/step", human(plan.flops) + beside)
     optimizer = optimizer_flops(experiment, plan.state)
     if optimizer:
         cost.add_row("and of the optimizer", f"{human(optimizer)} ({optimizer / max(plan.flops, 1):+.0%})")
-    cost.add_row("FLOPs in all", human((plan.flops + optimizer) * experiment.steps))
+    cost.add_row("Total FLOPs", human((plan.flops + optimizer) * experiment.steps))
     console.print(cost)
 
     memory = Table("", "bytes", show_header=False, title="Memory (all devices together)", title_justify="left")
     memory.add_row("parameters", human(size_of(plan.state.params)) + "B")
     memory.add_row("optimizer state", human(size_of(plan.state.opt_state)) + "B")
     memory.add_row("gradients", human(size_of(plan.state.params)) + "B")
-    memory.add_row("kept for the backward pass, at most", human(plan.activations) + "B")
+    memory.add_row("Peak activations", human(plan.activations) + "B")
     memory.add_row("one batch", human(size_of(batch_spec(experiment))) + "B")
     console.print(memory)
     _placement(console, experiment, plan.state)
@@ -104,7 +104,7 @@ def _placement(console: Console, experiment: Experiment, state: State) -> None:
     rows = describe_state(state, shardings)
     table = Table(title=f"The state on each device ({spread})", title_justify="left")
     table.add_column("parameter, with moments", overflow="fold")  # whatever is left of 80 columns
-    for column in ("shape", "divided along", "arrays", "bytes"):
+    for column in ("shape", "sharded over", "arrays", "bytes"):
         table.add_column(column, no_wrap=True)
     for path, shape, axes, arrays, size in rows:
         table.add_row(path, " x ".join(map(str, shape)), axes, str(arrays), human(size) + "B")

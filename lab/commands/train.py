@@ -68,7 +68,7 @@ def train(args: Sequence[str], processes: Processes) -> int:
     with Screen(quiet=not processes.first) as screen:
         screen.info(f"Run folder: {folder}")
         if result is not None and not processes.share(processes.first and run_again(folder, experiment, on_change)):
-            screen.info("This run is finished already. Delete its folder, or change the seed, to run it again.")
+            screen.info("Run already complete. Delete its folder, or change the seed, to run it again.")
             screen.info(loop.describe_result(result))
             return 0
         return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes,

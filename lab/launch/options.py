@@ -34,7 +34,7 @@ usage: ./launch.sh --slurm "SBATCH OPTIONS" [--detach] [--dry-run] experiments/x
                     are checked as well, where an environment and SLURM are here)
 
 Without --detach the output is followed. Ctrl-C then stops following and not the job (--hosts: it saves and stops).
-The exit status is the run's: 0 finished, 75 saved and to be started again, 2 a mistake to mend.
+The exit status is the run's: 0 finished, 75 saved and to be started again, 2 user error.
 What is written is kept in the folder launch/ of the run folder, which is runs/NAME-HASH (of the experiment's file and
 the flags) without --run-dir. Machines that share no disk, or may be taken away, need a bucket for checkpoints:
 --checkpoint-dir gs://mine/x (LAB_EXTRAS=bucket is added). The run folder is then process 0's, which copies it to run/

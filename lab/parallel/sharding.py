@@ -161,7 +161,7 @@ def describe_state(state: Any, shardings: Any) -> list[tuple[str, tuple[int, ...
     for path, leaf, sharding in zip(paths, jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         names = path.split("/")
         name = next((end for i in range(len(names)) if (end := "/".join(names[i:])) in parameters), path)
-        spec = ", ".join("-" if axis is None else str(axis) for axis in sharding.spec) or "on every device"
+        spec = ", ".join("-" if axis is None else str(axis) for axis in sharding.spec) or "replicated"
         row = rows.setdefault((re.sub(r"(?<=[a-z]_)\d+(?=/)", "*", name), leaf.shape, spec), [0, 0])
         row[0] += 1
         row[1] += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

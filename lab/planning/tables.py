@@ -72,7 +72,7 @@ def _memory(console: Console, plan: CompiledPlan) -> None:
 
 
 def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
-    table = Table("", "", show_header=False, title="Work of an update", title_justify="left")
+    table = Table("", "", show_header=False, title="FLOPs/step", title_justify="left")
     table.add_row("FLOPs, all devices",
                   f"{human(plan.model_flops)}; {human(plan.flops)} with recomputation and the optimizer")
     if plan.traffic:
@@ -88,12 +88,12 @@ def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
         return
     unit, units = experiment.data.unit, experiment.batch * experiment.data.units_per_record
     table = Table("", "", "MFU", f"{unit} a day", f"{experiment.steps:,} updates", title_justify="left",
-                  title="Time of an update, at the least: a bound, not a forecast")
+                  title="Time/step: a lower bound, not a forecast")
     compiled = plan.memory.temporaries is not None
     for name in ("compute", "memory", "network") if compiled else ():
         table.add_row(name, _ms(getattr(bound, name)))
     table.add_section()
-    whole = {f"all at once ({bound.limit} decides)": bound.seconds, "one after another": bound.one_by_one}
+    whole = {f"fully overlapped ({bound.limit}-bound)": bound.seconds, "no overlap": bound.one_by_one}
     for name, seconds in whole.items() if compiled else [("compute", bound.compute)]:
         share = mfu(plan.topology, experiment.precision, plan.model_flops, seconds)
         table.add_row(name, _ms(seconds), f"{share:.0%}", human(86400 / seconds * units),
@@ -110,7 +110,7 @@ def _changes(console: Console, plan: CompiledPlan, experiment: Experiment) -> No
         except UserError as e:
             console.print(f"  {flags}: {e}")
             continue
-        time = f", at least {other.roofline.seconds:.3g} s an update" if other.fits and other.roofline else ""
+        time = f", at least {other.roofline.seconds:.3g} s/step" if other.fits and other.roofline else ""
         verdict = "fits" if other.fits else "does not fit"
         console.print(f"  {flags}: {_gib(other.memory.total)}, {verdict}{time} (compiled in "
                       f"{other.compile_seconds:.0f} s)")

@@ -51,7 +51,7 @@ def beside(outcome: EvalResult) -> list[str]:
     same = outcome.split == ("validation" if outcome.data.test is None else "test")
     lines: list[str] = []
     with forgiving("The comparison with simple methods"):
-        lines += [f"Beside it{', on the same split' if same else ''}: {line}" for line in outcome.data.reference()]
+        lines += [f"Baseline{' (same split)' if same else ''}: {line}" for line in outcome.data.reference()]
     return lines
 
 

@@ -121,7 +121,7 @@ class _Run:
         self.state = self._restore_or_init()
         self.step = int(self.state.step)
         if self.step % self.program.experiment.steps_per_call:
-            raise UserError(f"The run stands after update {self.step}, which is no multiple of --steps-per-call "
+            raise UserError(f"The run stands after step {self.step}, which is no multiple of --steps-per-call "
                             f"{self.program.experiment.steps_per_call}: go on with --steps-per-call 1.")
         self.rows = self._open_rows()
         self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
@@ -149,7 +149,7 @@ class _Run:
             if state := self.prepared.begin(self.program, self.folder):
                 return state
             if metrics.read_rows(self.folder / "metrics.jsonl"):
-                self.screen.info(f"There is no checkpoint in {self.folder} yet: starting again from update 0.")
+                self.screen.info(f"There is no checkpoint in {self.folder} yet: starting again from step 0.")
             given, report = initial_arrays(self.experiment.init_from, self.program.abstract, self.data)
             self._say_pretrained(report)
             state = self.program.init(given)
@@ -159,7 +159,7 @@ class _Run:
                                 f"{self.begun_at} of them: give more.")
             return state
         self.checkpoints.discard_after(int(state.step))
-        self.screen.info(f"Going on after update {int(state.step)} of {self.experiment.steps}.")
+        self.screen.info(f"Resuming from step {int(state.step)} of {self.experiment.steps}.")
         return state
 
     def _say_pretrained(self, report: dict[str, Any]) -> None:
@@ -241,7 +241,7 @@ class _Run:
         self._write(self.evaluations[-1])
         shown = _shown(means)
         best = "  (best)" if self.step and self.best_step == self.step else ""
-        self.screen.info(f"update {self.step:>6}  validation  {shown}{best}")
+        self.screen.info(f"step {self.step:>6}  validation  {shown}{best}")
         with self.clock.paused("evaluation"):
             self.evaluated = make_eval_result(
                 self.program, self.state, self.data, "validation", means, counts, self.folder
@@ -283,7 +283,7 @@ class _Run:
         self._save()
         self.checkpoints.wait()
         name = signal.Signals(self.stop.signal).name
-        self.screen.info(f"{name}: saved after update {self.step} of {self.experiment.steps}. "
+        self.screen.info(f"{name}: saved after step {self.step} of {self.experiment.steps}. "
                         f"The same command goes on from there.")
         return EXIT[self.stop.signal]
 
@@ -293,8 +293,8 @@ class _Run:
         report = write_diverged(self.folder, step, indices, means, self.rows.rows)
         self.checkpoints.wait()
         kept = self.checkpoints.steps()
-        last_good = f"the checkpoint after update {kept[-1]} is kept" if kept else "nothing was saved"
-        raise Diverged(f"Update {step}: the loss is {means['loss']}, the gradient norm {means['gradient_norm']} and "
+        last_good = f"the checkpoint after step {kept[-1]} is kept" if kept else "nothing was saved"
+        raise Diverged(f"Step {step}: the loss is {means['loss']}, the gradient norm {means['gradient_norm']} and "
                        f"the parameter norm {means['parameter_norm']}. Stopped; {last_good}. "
                        f"The batch and the norms are in {report}. A lower learning rate, a longer warm-up or "
                        f"--optim.grad-clip-norm may help.")
@@ -355,9 +355,9 @@ class _Run:
         try:
             state = self.checkpoints.restore(self.program.abstract, best)
         except UserError as e:  # not kept (--checkpoint.best), or damaged
-            self.screen.info(f"The best state, of update {best}, cannot be had: reporting the last. {e}")
+            self.screen.info(f"The best state, of step {best}, cannot be had: reporting the last. {e}")
             return self.state
-        self.screen.info(f"Reporting the best state, of update {best}.")
+        self.screen.info(f"Reporting the best state, of step {best}.")
         return state
 
     def close(self) -> None:
@@ -401,13 +401,13 @@ class _Clock:
             seconds = (now - self.last) / (step - self.last_step)
             self.rate = seconds if self.rate is None else self.rate + 0.1 * (seconds - self.rate)
             self.last, self.last_step = now, step
-        parts = [f"update {step:>6}/{self.experiment.steps}", f"loss {means['loss']:.4f}"]
+        parts = [f"step {step:>6}/{self.experiment.steps}", f"loss {means['loss']:.4f}"]
         if self.rate:
             parts.append(f"{human(self.units / self.rate)} {self.data.unit}/s")
-            parts.append(f"{1000 * self.rate:.0f} ms/update")
+            parts.append(f"{1000 * self.rate:.0f} ms/step")
             if utilisation := metrics.mfu(self.flops / self.rate, self.devices):
                 parts.append(f"MFU {utilisation:.1%}")
-            parts.append(f"left {clock(self.rate * (self.experiment.steps - step))}")
+            parts.append(f"ETA {clock(self.rate * (self.experiment.steps - step))}")
         return "  ".join(parts)
 
     def totals(self, step: int, program: Program, batches: Any) -> dict[str, Any]:
@@ -432,13 +432,13 @@ def describe_result(result: dict[str, Any]) -> str:
     """One or two lines for a person about a finished run."""
     final = _shown(result["final"])
     early = " (stopped early)" if result["stopped_early"] else ""
-    lines = [f"Finished after {result['steps']} updates{early}: {final}; best at update {result['best']['step']}"]
+    lines = [f"Finished after {result['steps']} steps{early}: {final}; best at step {result['best']['step']}"]
     if "test" in result:
-        lines.append(f"Test split, with the state of update {result['test']['step']}: {_shown(result['test'])}")
+        lines.append(f"Test split, with the state of step {result['test']['step']}: {_shown(result['test'])}")
     if "seconds_per_update" in result:
         share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
         rate, seconds = 1000 * result["seconds_per_update"], result["training_seconds"]
-        lines.append(f"{rate:.1f} ms an update over {result['timed_updates']} updates ({seconds:.0f} s), {share:.2%} "
+        lines.append(f"{rate:.1f} ms/step over {result['timed_updates']} steps ({seconds:.0f} s), {share:.2%} "
                      f"of it waiting for data; "
                      f"evaluation {result['evaluation_seconds']:.0f} s")
     return "\n".join(lines)

@@ -73,7 +73,7 @@ def curves(rows: Sequence[dict[str, Any]], folder: Path, metric: str | Sequence[
 def _axes(ylabel: str) -> tuple[Any, Any]:
     figure = new_figure(7, 4)
     axes = figure.add_subplot()
-    axes.set(xlabel="update", ylabel=ylabel)
+    axes.set(xlabel="step", ylabel=ylabel)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

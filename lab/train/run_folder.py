@@ -111,7 +111,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         no_links(folder)
         strange = [p.name for p in folder.iterdir() if p.name not in OURS and p.suffix != ".tmp"]
         if strange and "experiment.json" not in strange:
-            raise UserError(f"{folder} is not empty and is no run folder. Choose another with --run-dir.")
+            raise UserError(f"{folder} is not empty and is not a run folder. Choose another with --run-dir.")
         lock = open_file(folder / "lock")
     except OSError as e:
         raise UserError(f"The run folder {folder} cannot be written ({e.strerror}). Choose another with "
@@ -332,7 +332,7 @@ def read_folder(folder: Path, file: Path | None = None) -> Experiment:
     described = folder / "experiment.json"
     if not described.exists():
         near = sorted(str(p.parent) for p in Path("runs").glob("*/experiment.json"))
-        raise UserError(f"{folder} is no run folder" + (f"; there are {', '.join(near)}." if near else "."))
+        raise UserError(f"{folder} is not a run folder" + (f"; there are {', '.join(near)}." if near else "."))
     value = read_description(folder)
     load_own(folder, value, file)
     experiment = from_json(value["experiment"], Experiment)
@@ -348,7 +348,7 @@ def write_diverged(folder: Path, step: int, indices: np.ndarray, means: Mapping[
 
     `indices`: its training records; `means`: its metrics; `rows`: those of metrics.jsonl before it.
     """
-    write_json(folder / "diverged.json", {"update": step, "metrics": {k: repr(v) for k, v in means.items()},
+    write_json(folder / "diverged.json", {"step": step, "metrics": {k: repr(v) for k, v in means.items()},
                                           "batch_indices": indices.tolist(), "last_rows": list(rows[-20:])})
     return folder / "diverged.json"
 

@@ -30,7 +30,7 @@ TEXTS = [b"", b"{}", b"[]", b"[1]", b"5", b"null", b'"text"', b"\xff\xfe\x00", b
          b"\x00" * 64]
 LINES = [b"12\n", b"{}\n", b'{"step": "1", "split": "train"}\n', b"\xff\n", b"\n"]
 # What a run may say when it goes on from less than it had.
-SAID = ("The run folder is new", "starting again from update 0", "is damaged")
+SAID = ("The run folder is new", "starting again from step 0", "is damaged")
 
 
 # -------------------------------------------------------------------------------------------------- what is spoiled
@@ -179,7 +179,7 @@ def outcome(action: Callable[[Path], tuple[dict[str, Any] | None, str]], folder:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:  # noqa: F811
-    """A run that was stopped after update 10. Not to be written to."""
+    """A run that was stopped after step 10. Not to be written to."""
     folder = tmp_path_factory.mktemp("interrupted") / "run"
     assert go(toy(), folder, 9, interrupt())[0] == 75
     return folder

@@ -55,7 +55,7 @@ def learning_curves(arms: Mapping[str, Curve], scales: Mapping[str, Mapping[str,
 
     Args:
       arms: name -> updates (m,), values (seeds, m); the first one is base.
-      scales: unit, such as "update" -> arm -> how many of it an update costs. An arm that a scale lacks is not in
+      scales: unit, such as "step" -> arm -> how many of it a step costs. An arm that a scale lacks is not in
         its panel.
       metric: its name.
 

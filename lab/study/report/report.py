@@ -41,7 +41,7 @@ METHODS = (
     "probability that the arm is better with one further seed. Seeds needed: for 80 % power at the strictest of Holm's "
     "levels. The best of many arms looks better than it is: confirm it with fresh seeds. FLOPs: matrix products and "
     "convolutions of a whole update, with those of the optimizer and those that are computed again.")
-TIMES = ("ms/update: geometric mean, with a 95 % interval, over all runs of the compiled program that an arm uses. The "
+TIMES = ("ms/step: geometric mean, with a 95 % interval, over all runs of the compiled program that an arm uses. The "
          "runs were not timed in turns, and a machine's speed changes: two arms are compared by ./launch.sh bench.")
 HALF = ("An interaction is half the difference between the effects of one factor at the two levels of the other (Box, "
         "Hunter & Hunter): at its higher level an effect is the main effect plus the interaction, at its lower level "
@@ -287,19 +287,19 @@ def _not_controlled(results: Results, section: Section) -> list[Block]:
         mean, *ends = (1000 * v for v in update_seconds(section, arm.name))
         words.append("" if any(map(math.isnan, ends)) else f"{mean:.3g} ({ends[0]:.3g} to {ends[1]:.3g})")
         rows.append([arm.name, *words])
-    return [Table("Not controlled", ["arm", "parameters", "FLOPs/update", "memory", "ms/update (95 %)"], rows,
+    return [Table("Cost (not matched)", ["arm", "parameters", "FLOPs/step", "memory", "ms/step (95 %)"], rows,
                   wide=("memory",)), Text(TIMES)]
 
 
 def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
-    curves, scales = {}, {"update": {}}
+    curves, scales = {}, {"step": {}}
     for arm in results.arms:
         cells = list(section.cells[arm.name].values())
         found = [c for c in (cell.curve(results.metric) for cell in cells) if c]
         if not found:
             continue
         curves[arm.name] = pictures.together(found)
-        scales["update"][arm.name] = 1.0
+        scales["step"][arm.name] = 1.0
         seconds = update_seconds(section, arm.name)[0]
         unit = next((name.removesuffix("_per_second") for name, value in cells[0].result.items()
                      if name.endswith("_per_second") and isinstance(value, int | float)), None)

@@ -40,7 +40,7 @@ class Arm:
     def difference(self) -> str:
         """The changes as flags would have them."""
         said = ", ".join(f"{path}={short(value)}" for path, value in self.changes.items()) or "(base)"
-        return f"after update {self.fork}: {said}" if self.fork else said
+        return f"after step {self.fork}: {said}" if self.fork else said
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,7 @@ class Engine:
             def begin(program: Program, own: Path) -> State | None:
                 state = take_over(base.folder(self.folder), arm.after, cell.experiment, base.experiment, program, own)
                 if state is None and arm.stated:
-                    raise UserError(f"The base has no state after update {arm.after} with seed {cell.seed}: it "
+                    raise UserError(f"The base has no state after step {arm.after} with seed {cell.seed}: it "
                                     f"diverged or failed before.")
                 return state
 

@@ -176,10 +176,10 @@ def table(study: Study, arms: list[Arm], left: Mapping[str, int]) -> Table:
     for arm in arms:
         changes = [f"{path.rpartition('.')[2]}: " + (f"{_shown(base[path])} -> " if path in base else "")
                    + _shown(to_json(value)) for path, value in arm.changes.items()]
-        changes += [f"(goes on from the base after update {arm.after})"] if arm.after else []
+        changes += [f"(goes on from the base after step {arm.after})"] if arm.after else []
         found.add_row(arm.name, "\n".join(changes), human(arm.parameters), human(arm.flops), human(arm.memory) + "B",
                       human(arm.experiment.steps), str(left[arm.name]))
-    found.caption = "FLOPs: of an update; memory: at most; to run: cells"
+    found.caption = "FLOPs: per step; memory: peak; to run: cells"
     return found
 
 
@@ -195,7 +195,7 @@ def _shown(value: Any) -> str:
 def describe_estimate(seconds: float | None, cells: int) -> str:
     """One line on how long the study will take."""
     if not cells:
-        return "Every cell is finished already."
+        return "Every cell is already complete."
     if seconds is None:
         return f"{cells} cells to run; how long they will take is unknown until one has finished."
     return f"{cells} cells to run: about {clock(seconds)}, and the compilations."

@@ -75,7 +75,7 @@ class _Together:
         else:
             self.step = int(jax.device_get(saved["states"].step).max())
             self.states, self.alive, self.best = saved["states"], saved["alive"], saved.get("best")
-            self.screen.info(f"Going on after update {self.step} of {self.experiment.steps}.")
+            self.screen.info(f"Resuming from step {self.step} of {self.experiment.steps}.")
         self.lives = [bool(x) for x in jax.device_get(self.alive)]
 
     def go(self) -> tuple[int, list[bool]]:
@@ -129,7 +129,7 @@ class _Together:
                 elif step % self.experiment.log.every == 0:
                     self.rows[c].append({"step": step, "split": "train", **means})
         left = (time.monotonic() - self.begun) / (last - self.first) * (self.experiment.steps - last)
-        self.screen.progress(f"update {last:>6}/{self.experiment.steps}  {sum(self.lives)} cells  "
+        self.screen.progress(f"step {last:>6}/{self.experiment.steps}  {sum(self.lives)} cells  "
                              f"losses {min(shown, default=0):.4f} to {max(shown, default=0):.4f}  left {clock(left)}")
 
     def _evaluations(self, c: int) -> list[dict[str, Any]]:

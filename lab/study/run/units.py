@@ -118,7 +118,7 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
     own = max(first.experiment.steps_per_call, 1)
     if len(cells) == 1 or (jax.default_backend() == "cpu" and first.flops * own > TIMED_FLOPS):
         return Plan("loop", own)
-    say("Timing the ways to run the cells ...")
+    say("Benchmarking execution modes ...")
     seconds = {mode_of("loop", own): time_alone(cells[0], largest.numbers, own, bench)}
     if total * min(seconds.values()) < WORTH_SECONDS:
         return Plan("loop", own, seconds)
@@ -138,7 +138,7 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
         seconds |= {mode_of("cores", n): each} if each else {}
     found = min(seconds, key=seconds.__getitem__)
     for mode, each in seconds.items():
-        say(f"  {1000 * each:.2f} ms an update of one cell: {mode}{' (chosen)' if mode == found else ''}")
+        say(f"  {1000 * each:.2f} ms/step of one cell: {mode}{' (chosen)' if mode == found else ''}")
     how: How = next(how for how in get_args(How) if found.startswith(how))
     return Plan(how, updates.get(found, n), seconds, workers=number)
 
