@@ -1,3 +1,4 @@
+
 """The loop: exactly N updates, evaluations, early stopping, divergence, resuming bit for bit, folders, full disks."""
 
 import dataclasses
@@ -23,11 +24,12 @@ from lab.errors import UserError
 from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
 from lab.optim import SGD, Constant
 from lab.signals import HEARD
-from lab.train import loop, run_copy
+from lab.train import ending, loop, run_copy
 from lab.train.checkpoint import Checkpoints
 from lab.train.console import Screen
 from lab.train.metrics import read_rows
 from lab.train.program import Program
+from lab.train.progress import describe_result
 from lab.train.run_folder import checkpoint_folder, finished
 from lab.train.step import State, init_state
 from tests.test_step import Points, apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
@@ -77,7 +79,7 @@ def quick() -> Iterator[None]:
     """Programs are shared, and no picture is drawn (0.5 s a run; one test below draws them)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Program", program_of)
-        patch.setattr(loop.plots, "curves", lambda rows, folder, metric: [])
+        patch.setattr(ending.plots, "curves", lambda rows, folder, metric: [])
         yield
 
 
@@ -306,7 +308,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, reference
     monkeypatch.undo()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Program", program_of)
-        patch.setattr(loop.plots, "curves", lambda rows, folder, metric: [])
+        patch.setattr(ending.plots, "curves", lambda rows, folder, metric: [])
         assert go(experiment, folder)[0] == 0  # with the cause gone, it goes on from the good state
     assert same(folder, reference)
 
@@ -382,24 +384,24 @@ def test_killed_before_the_result_was_written(tmp_path, reference):
 
 
 def test_the_result_is_written_before_the_pictures(tmp_path, monkeypatch):
-    real, at_result = loop.write_result, []
+    real, at_result = ending.write_result, []
 
     def watched(folder: Path, *rest: Any) -> None:
         at_result.append((steps_of(folder), len(read_rows(folder / "metrics.jsonl")), (folder / "plots").exists()))
         real(folder, *rest)
 
     monkeypatch.undo()  # nothing is faked here but the writer
-    monkeypatch.setattr(loop, "write_result", watched)
+    monkeypatch.setattr(ending, "write_result", watched)
     from matplotlib.figure import Figure
 
     pictures: list[Path] = []
-    monkeypatch.setattr(loop.plots, "curves",
+    monkeypatch.setattr(ending.plots, "curves",
                         lambda rows, folder, metric: pictures.append(folder) or [_draw(Figure, folder)])
     status, said = go(toy(), tmp_path / "run")
     assert status == 0 and "Pictures: plots/loss.png" in said and "arning" not in said
     assert at_result == [([4, 8, 12], 12 + 4, False)]
     assert finished(tmp_path / "run")["steps"] == 12
-    described = loop.describe_result(finished(tmp_path / "run"))
+    described = describe_result(finished(tmp_path / "run"))
     assert "Finished after 12 steps" in described and "waiting for data" in described
 
 
@@ -410,7 +412,7 @@ def test_what_follows_the_last_update_cannot_lose_the_run(tmp_path, monkeypatch,
     def fail(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loop.plots, "curves", fail)
+    monkeypatch.setattr(ending.plots, "curves", fail)
     monkeypatch.setattr(type(toy().task), "artifacts", fail)
     status, said = go(toy(), tmp_path / "run")
     assert status == 0 and "Finished after 12 steps" in said
@@ -427,7 +429,7 @@ def test_a_mistake_before_the_result_is_no_warning(tmp_path, monkeypatch):
     def fail(*args: Any) -> None:
         raise ValueError("wrong")
 
-    monkeypatch.setattr(loop, "write_result", fail)
+    monkeypatch.setattr(ending, "write_result", fail)
     with pytest.raises(ValueError, match="wrong"):
         go(toy(), tmp_path / "run")
 
@@ -435,7 +437,7 @@ def test_a_mistake_before_the_result_is_no_warning(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75),
                                             (signal.SIGUSR1, 75)])
 def test_a_signal_while_pictures_are_drawn(tmp_path, monkeypatch, reference, number, status):
-    monkeypatch.setattr(loop.plots, "curves", lambda *args: signal.raise_signal(number))
+    monkeypatch.setattr(ending.plots, "curves", lambda *args: signal.raise_signal(number))
     monkeypatch.setattr(type(toy().task), "artifacts", lambda *args: pytest.fail("the run was told to stop"))
     found, said = go(toy(), tmp_path / "run")
     assert found == status and "the run is finished; ./launch.sh eval" in said and "Finished after 12" in said

@@ -116,7 +116,7 @@ def test_times_are_of_a_program_and_have_an_interval_and_no_ratio(study):
 
 def test_results_csv_has_all_metrics_whole_changes_and_folders(study):
     long = {
-        "class": "lab.optim.optimizers.Muon",
+        "class": "lab.optim.muon.Muon",
         "lr": {"class": "lab.optim.schedules.Cosine", "peak": 1e-3},
         "note": "x" * 100,
     }

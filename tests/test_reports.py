@@ -21,7 +21,7 @@ from lab.data.tables.bundled import Sklearn
 from lab.data.tables.tables import TableData
 from lab.experiment import Checkpoint, Evaluate, Experiment, load
 from lab.tasks.base import EvalResult
-from lab.train import loop, restore
+from lab.train import ending, loop, restore
 from lab.train.evaluation import predict
 from lab.train.metrics import read_rows
 from lab.train.program import Program
@@ -60,7 +60,7 @@ class Aimed(Kinds):
 @pytest.fixture
 def quick(monkeypatch) -> Iterator[list[str]]:
     """Programs are shared, and no picture is drawn; the list gets each split evaluated at an end."""
-    splits, evaluate = [], loop.evaluate
+    splits, evaluate = [], ending.evaluate
 
     def watched(program: Program, state: Any, data: Any, split: str, *args: Any) -> EvalResult:
         splits.append(split)
@@ -68,8 +68,8 @@ def quick(monkeypatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(loop, "Program", lambda experiment, train: program_of(replace(experiment, data=Points())))
     monkeypatch.setattr(restore, "Program", lambda experiment: program_of(replace(experiment, data=Points())))
-    monkeypatch.setattr(loop, "evaluate", watched)
-    monkeypatch.setattr(loop.plots, "curves", lambda rows, folder, metric: [])
+    monkeypatch.setattr(ending, "evaluate", watched)
+    monkeypatch.setattr(ending.plots, "curves", lambda rows, folder, metric: [])
     Aimed.reported.clear()
     return splits
 
@@ -110,18 +110,18 @@ def test_without_a_test_split_there_is_no_such_row(tmp_path, quick):
 
 
 def test_stopped_between_the_row_of_the_test_split_and_the_result(tmp_path, quick, monkeypatch):
-    experiment, write_result = toy(data=WithTest()), loop.write_result
+    experiment, write_result = toy(data=WithTest()), ending.write_result
     go(experiment, tmp_path / "whole")
 
     def crash(*_: Any) -> None:
         raise RuntimeError("fire")
 
-    monkeypatch.setattr(loop, "write_result", crash)
+    monkeypatch.setattr(ending, "write_result", crash)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="fire"):
             go(experiment, tmp_path / "run")
     assert len(rows_of(tmp_path / "run", "test")) == 1 and not (tmp_path / "run" / "result.json").exists()
-    monkeypatch.setattr(loop, "write_result", write_result)
+    monkeypatch.setattr(ending, "write_result", write_result)
     assert go(experiment, tmp_path / "run")[0] == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
     assert result_of(tmp_path / "run")["test"] == result_of(tmp_path / "whole")["test"]
@@ -216,7 +216,7 @@ def place(tmp_path_factory) -> Path:
             file = folder / f"{name}.py"
             file.write_text(f"{HEAD}\nexperiment = {text}\n")
             assert go(load(file).experiment, folder / name, file=file)[0] == 0
-            patch.setattr(loop.plots, "curves", lambda rows, folder, metric: [])  # those of one run will do
+            patch.setattr(ending.plots, "curves", lambda rows, folder, metric: [])  # those of one run will do
     return folder
 
 

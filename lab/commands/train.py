@@ -60,6 +60,7 @@ def train(args: Sequence[str], processes: Processes) -> int:
         return 0
     from lab.train import loop
     from lab.train.console import Screen
+    from lab.train.progress import describe_result
     from lab.train.run_folder import finished, run_again
 
     folder = Path(options.run_dir or f"runs/{path.stem}-{experiment.fingerprint()}")
@@ -69,7 +70,7 @@ def train(args: Sequence[str], processes: Processes) -> int:
         screen.info(f"Run folder: {folder}")
         if result is not None and not processes.share(processes.first and run_again(folder, experiment, on_change)):
             screen.info("Run already complete. Delete its folder, or change the seed, to run it again.")
-            screen.info(loop.describe_result(result))
+            screen.info(describe_result(result))
             return 0
         return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes,
                           checkpoints=options.checkpoint_dir, on_change=on_change)

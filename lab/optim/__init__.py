@@ -1,22 +1,11 @@
 """Optimizers and learning-rate schedules."""
 
-from lab.optim.optimizers import SGD, Adafactor, Adam, AdamW, Lion, Muon, Optax, Optimizer, ScheduleFreeAdamW
+from lab.optim.adafactor import Adafactor
+from lab.optim.muon import Muon
+from lab.optim.optimizers import SGD, Adam, AdamW, Lion, Optimizer
+from lab.optim.schedule_free import ScheduleFreeAdamW
 from lab.optim.schedules import Constant, Cosine, InverseSqrt, LinearDecay, Schedule, WarmupStableDecay
+from lab.optim.wrapped import Optax
 
-__all__ = [
-    "SGD",
-    "Adafactor",
-    "Adam",
-    "AdamW",
-    "Lion",
-    "Muon",
-    "Optax",
-    "Optimizer",
-    "ScheduleFreeAdamW",
-    "Constant",
-    "Cosine",
-    "InverseSqrt",
-    "LinearDecay",
-    "Schedule",
-    "WarmupStableDecay",
-]
+__all__ = ["SGD", "Adafactor", "Adam", "AdamW", "Constant", "Cosine", "InverseSqrt", "LinearDecay", "Lion", "Muon",
+           "Optax", "Optimizer", "Schedule", "ScheduleFreeAdamW", "WarmupStableDecay"]

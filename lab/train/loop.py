@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,16 @@ from lab.experiment import Experiment
 from lab.parallel.processes import ALONE, Processes
 from lab.signals import EXIT, Stop
 from lab.tasks.base import EvalResult
-from lab.train import metrics, plots
+from lab.train import metrics
 from lab.train.check import load_data
 from lab.train.checkpoint import Checkpoints
-from lab.train.console import Screen, clock, facts, human
-from lab.train.cost import make_plan
-from lab.train.evaluation import evaluate, frozen_paths, make_eval_result
+from lab.train.console import Screen, facts
+from lab.train.ending import finish
+from lab.train.evaluation import frozen_paths, make_eval_result
 from lab.train.fitted import write_fitted
 from lab.train.initial import describe, initial_arrays
 from lab.train.program import Program
+from lab.train.progress import Clock, shown
 from lab.train.run_copy import bring_back, copied
 from lab.train.run_folder import (
     checkpoint_folder,
@@ -36,7 +36,6 @@ from lab.train.run_folder import (
     shared,
     write_diverged,
     write_json,
-    write_result,
 )
 from lab.train.step import State
 
@@ -46,7 +45,7 @@ class Diverged(Exception):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Shared:
     """What the cells of a study share, so that not every one of them pays for it. They draw no pictures either."""
 
     data: Any
@@ -61,7 +60,7 @@ class Prepared:
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
           tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None,
-          prepared: Prepared | None = None, on_change: str = "refuse") -> int:
+          prepared: Shared | None = None, on_change: str = "refuse") -> int:
     """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status, in each process.
 
     `checkpoints`: another place for them than the run folder, see `checkpoint_folder`. `on_change`: see `open_folder`.
@@ -91,13 +90,13 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
 
 
 def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,
-           processes: Processes, prepared: Prepared | None) -> int:
+           processes: Processes, prepared: Shared | None) -> int:
     for line in facts(data.summary):
         screen.info(line)
     among = f" in {processes.count} processes" if processes.count > 1 else ""
     screen.info(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
                f"compute in {experiment.precision}")
-    run = _Run(experiment, folder, checkpoints, screen, data, Stop(processes), tensorboard, prepared)
+    run = TrainingRun(experiment, folder, checkpoints, screen, data, Stop(processes), tensorboard, prepared)
     try:
         return run.go()
     except Diverged as e:
@@ -107,14 +106,14 @@ def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Scree
         run.close()
 
 
-class _Run:
+class TrainingRun:
     """One run: the pure program, and around it the rows, checkpoints and clock."""
 
     def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: Stop,
-                 tensorboard: bool, prepared: Prepared | None):
+                 tensorboard: bool, prepared: Shared | None):
         self.experiment, self.screen, self.data, self.stop = experiment, screen, data, stop
         self.folder = stop.processes.own_folder(folder)
-        self.prepared, self.pictures = prepared or Prepared(data, Program(experiment, data.train)), prepared is None
+        self.prepared, self.pictures = prepared or Shared(data, Program(experiment, data.train)), prepared is None
         self.program, keep = self.prepared.program, self.prepared.keep
         self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes, keep)
         self.begun_at = 0
@@ -129,7 +128,7 @@ class _Run:
         self.pending: tuple[int, Any] | None = None
         self.evaluated: EvalResult | None = None  # the last evaluation of this process
         self.batches: Prefetch | None = None
-        self.clock = _Clock(experiment, data, self.step, self.program.mesh.size)
+        self.clock = Clock(experiment, data, self.step, self.program.mesh.size)
 
     def _open_rows(self) -> metrics.Rows:
         """The rows so far; in other processes than the first only its evaluations, from which decisions follow."""
@@ -189,18 +188,18 @@ class _Run:
             done = self.step == experiment.steps or self._out_of_patience()
             self._save_if_due(done)
             if done and not self.stop():
-                return self._finish()
+                return finish(self)
             if self.stop():
                 break
             self.evaluated = None  # its copy of the parameters need not live on beside the state
             with jax.transfer_guard_host_to_device("disallow"):  # a hidden copy in the step would cost every step
                 self.state, values = self.program.train(self.state, next(self.batches))
             self.step += n
-            self._flush()
+            self.flush()
             self.pending = (self.step, values)
-        return self._interrupted()
+        return self.interrupted()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Fetches the metrics of the update before the one in flight, so that the device never waits for us."""
         if self.pending is None:
             return
@@ -212,10 +211,10 @@ class _Run:
             if not all(math.isfinite(means[k]) for k in ("loss", "gradient_norm", "update_norm", "parameter_norm")):
                 self._diverged(step, means)
             if step % self.experiment.log.every == 0:
-                self._write({"step": step, "split": "train", **means})
+                self.write({"step": step, "split": "train", **means})
         self.screen.progress(self.clock.line(last, means))
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         if self.board:
             for name in row.keys() - {"step", "split"}:
@@ -227,7 +226,7 @@ class _Run:
         due = ends or (settings.every and self.step % settings.every == 0)
         if not due or (self.evaluations and self.evaluations[-1]["step"] == self.step):
             return
-        self._flush()
+        self.flush()
         batches = eval_batches(self.data.validation, self.program.eval_batch, settings.records, self.program.eval_rows)
         with self.clock.paused("evaluation"):
             evaluated = self.program.evaluate(self.state, batches, self.stop)
@@ -238,10 +237,9 @@ class _Run:
             raise UserError(f"--evaluate.metric {settings.metric} is not computed; there are {', '.join(means)}.")
         means = {settings.metric: means[settings.metric], **means}
         self.evaluations.append({"step": self.step, "split": "validation", **means})
-        self._write(self.evaluations[-1])
-        shown = _shown(means)
+        self.write(self.evaluations[-1])
         best = "  (best)" if self.step and self.best_step == self.step else ""
-        self.screen.info(f"step {self.step:>6}  validation  {shown}{best}")
+        self.screen.info(f"step {self.step:>6}  validation  {shown(means)}{best}")
         with self.clock.paused("evaluation"):
             self.evaluated = make_eval_result(
                 self.program, self.state, self.data, "validation", means, counts, self.folder
@@ -253,10 +251,10 @@ class _Run:
     @property
     def best_step(self) -> int | None:
         """The step with the best validation metric so far; a function of the rows, so resuming cannot change it."""
-        return self._best["step"]
+        return self.best["step"]
 
     @property
-    def _best(self) -> dict[str, Any]:
+    def best(self) -> dict[str, Any]:
         return metrics.best_row(self.evaluations, self.experiment.evaluate.metric, self.experiment.evaluate.mode)
 
     def _out_of_patience(self) -> bool:
@@ -274,12 +272,12 @@ class _Run:
     def _save(self) -> None:
         if self.step in self.checkpoints.steps():
             return
-        self._flush()  # raises before a state that is not finite could be saved
+        self.flush()  # raises before a state that is not finite could be saved
         self.rows.sync()
         with self.clock.paused("checkpoint"):
             self.checkpoints.save(self.step, self.state, self.rows.mark())
 
-    def _interrupted(self) -> int:
+    def interrupted(self) -> int:
         self._save()
         self.checkpoints.wait()
         name = signal.Signals(self.stop.signal).name
@@ -299,149 +297,12 @@ class _Run:
                        f"The batch and the norms are in {report}. A lower learning rate, a longer warm-up or "
                        f"--optim.grad-clip-norm may help.")
 
-    def _finish(self) -> int:
-        self._flush()
-        self.screen.progress("")
-        self.checkpoints.wait()
-        result = {"steps": self.step, "stopped_early": self.step < self.experiment.steps,
-                  "final": self.evaluations[-1], "best": self._best,
-                  **self.clock.totals(self.step, self.program, self.batches)}
-        state = self._state_to_report()
-        split = "validation" if self.data.test is None else "test"
-        if split == "validation" and state is self.state and self.evaluated is not None:
-            outcome = self.evaluated
-        else:
-            limit = self.experiment.evaluate.records if split == "validation" else None
-            outcome = evaluate(self.program, state, self.data, split, self.folder, limit, self.stop)
-        if outcome is None or self.stop():
-            return self._interrupted()
-        if split == "test":
-            result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
-            if self.rows.rows[-1]["split"] != "test":
-                self._write(result["test"])
-        write_result(self.folder, result, self.rows.mark())  # first: nothing that follows may cost the run its result
-        if self.pictures:
-            self._show(outcome)
-        self.screen.info(describe_result(result))
-        pictures = sorted((self.folder / "plots").glob("*.png"))
-        self.screen.info(f"Pictures: {', '.join(str(p.relative_to(self.folder)) for p in pictures)}")
-        self.screen.info(f"Everything is in {self.folder}")
-        if self.stop():
-            self.screen.info(f"{signal.Signals(self.stop.signal).name}: the run is finished; ./launch.sh eval "
-                            f"{self.folder} writes the report that was left out.")
-            return EXIT[self.stop.signal]
-        return 0
-
-    def _show(self, outcome: EvalResult) -> None:
-        """Pictures, samples and comparisons. Of several processes all end where one fails: the others would wait for
-        it where they compute together."""
-        task, complete = self.experiment.task, False
-        with forgiving("The pictures of the run"):
-            plots.curves(self.rows.rows, self.folder / "plots", task.curves)
-        if self.stop():
-            return
-        with forgiving(f"The report of the run (./launch.sh eval {self.folder} writes it again)"):
-            for line in task.artifacts(outcome):
-                self.screen.info(line)
-            complete = True
-        if not complete:
-            self.stop.processes.leave(0)
-
-    def _state_to_report(self) -> State:
-        """The final state; with early stopping the best one, which is what patience waited for."""
-        best = self.best_step
-        if self.experiment.evaluate.patience is None or best in (None, 0, self.step):
-            return self.state
-        try:
-            state = self.checkpoints.restore(self.program.abstract, best)
-        except UserError as e:  # not kept (--checkpoint.best), or damaged
-            self.screen.info(f"The best state, of step {best}, cannot be had: reporting the last. {e}")
-            return self.state
-        self.screen.info(f"Reporting the best state, of step {best}.")
-        return state
-
     def close(self) -> None:
         """Releases files and threads; a save that was started is finished."""
         self.rows.close()
         if self.board:
             self.board.close()
         self.checkpoints.close()
-
-
-class _Clock:
-    """Seconds, throughput and time to the end. Never part of metrics.jsonl, which must not depend on them."""
-
-    def __init__(self, experiment: Experiment, data: Any, step: int, devices: int):
-        self.experiment, self.data, self.first = experiment, data, step
-        self.units = experiment.batch * data.units_per_record
-        self.devices = devices
-        self.flops = make_plan(experiment).flops if metrics.peak_flops() else math.nan  # 0.4 s, for the MFU alone
-        self.begun = self.last = time.monotonic()
-        self.other = {"evaluation": 0.0, "checkpoint": 0.0}
-        self.rate: float | None = None  # seconds an update, smoothed
-        self.last_step = step
-
-    def start(self) -> None:
-        """The first update is about to start."""
-        self.begun = self.last = time.monotonic()
-
-    @contextlib.contextmanager
-    def paused(self, what: str) -> Iterator[None]:
-        """Time spent on something else than updates."""
-        start = time.monotonic()
-        yield
-        spent = time.monotonic() - start
-        self.other[what] += spent
-        self.last += spent
-
-    def line(self, step: int, means: dict[str, float]) -> str:
-        """The progress line after update `step`."""
-        now = time.monotonic()
-        if step > self.last_step:
-            seconds = (now - self.last) / (step - self.last_step)
-            self.rate = seconds if self.rate is None else self.rate + 0.1 * (seconds - self.rate)
-            self.last, self.last_step = now, step
-        parts = [f"step {step:>6}/{self.experiment.steps}", f"loss {means['loss']:.4f}"]
-        if self.rate:
-            parts.append(f"{human(self.units / self.rate)} {self.data.unit}/s")
-            parts.append(f"{1000 * self.rate:.0f} ms/step")
-            if utilisation := metrics.mfu(self.flops / self.rate, self.devices):
-                parts.append(f"MFU {utilisation:.1%}")
-            parts.append(f"ETA {clock(self.rate * (self.experiment.steps - step))}")
-        return "  ".join(parts)
-
-    def totals(self, step: int, program: Program, batches: Any) -> dict[str, Any]:
-        """What result.json says about time, for the updates of this process."""
-        updates, training = step - self.first, time.monotonic() - self.begun - sum(self.other.values())
-        if not updates:
-            return {}
-        rate = training / updates
-        return {"timed_updates": updates, "seconds_per_update": rate, f"{self.data.unit}_per_second": self.units / rate,
-                "mfu": metrics.mfu(self.flops / rate, self.devices), "training_seconds": training,
-                "evaluation_seconds": self.other["evaluation"], "checkpoint_seconds": self.other["checkpoint"],
-                "compile_seconds": program.compile_seconds, "data_wait_seconds": batches.wait_seconds}
-
-
-def _shown(row: dict[str, Any], most: int = 6) -> str:
-    """The first few metrics of a row; metrics.jsonl has all of them."""
-    values = [(name, value) for name, value in row.items() if name not in ("step", "split")]
-    return "  ".join([f"{name} {value:.4f}" for name, value in values[:most]] + ["..."] * (len(values) > most))
-
-
-def describe_result(result: dict[str, Any]) -> str:
-    """One or two lines for a person about a finished run."""
-    final = _shown(result["final"])
-    early = " (stopped early)" if result["stopped_early"] else ""
-    lines = [f"Finished after {result['steps']} steps{early}: {final}; best at step {result['best']['step']}"]
-    if "test" in result:
-        lines.append(f"Test split, with the state of step {result['test']['step']}: {_shown(result['test'])}")
-    if "seconds_per_update" in result:
-        share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
-        rate, seconds = 1000 * result["seconds_per_update"], result["training_seconds"]
-        lines.append(f"{rate:.1f} ms/step over {result['timed_updates']} steps ({seconds:.0f} s), {share:.2%} "
-                     f"of it waiting for data; "
-                     f"evaluation {result['evaluation_seconds']:.0f} s")
-    return "\n".join(lines)
 
 
 def _tensorboard(folder: Path) -> Any:

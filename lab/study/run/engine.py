@@ -264,7 +264,7 @@ class Engine:
         base = self._base_of(cell)
         return base is None or self._finished(base)
 
-    def _prepared(self, unit: Unit, cell: Cell) -> loop.Prepared:
+    def _prepared(self, unit: Unit, cell: Cell) -> loop.Shared:
         found = self.bench.prepared(cell.experiment, unit.numbers, self.plan.updates)
         if cell.arm == BASE:
             return replace(found, keep=tuple(sorted({arm.after for arm in self.arms.values() if arm.after})))

@@ -72,11 +72,11 @@ class Bench:
 
         return self._program(digest([[to_json(e) for e in runs], list(numbers)]), make)
 
-    def prepared(self, experiment: Experiment, numbers: Sequence[str] = (), updates: int = 1) -> loop.Prepared:
+    def prepared(self, experiment: Experiment, numbers: Sequence[str] = (), updates: int = 1) -> loop.Shared:
         """Data and program; compiled by the first cell of a group. Raises UserError."""
         program = self._alone(experiment, numbers, updates).result()
         wanted = self._run(experiment, updates)
-        return loop.Prepared(self.data(experiment), program if program.experiment == wanted else program.like(wanted))
+        return loop.Shared(self.data(experiment), program if program.experiment == wanted else program.like(wanted))
 
     def stacked(self, experiments: Sequence[Experiment], numbers: Sequence[str], updates: int) -> Stacked:
         """The program of several cells at once, compiled. Raises UserError."""

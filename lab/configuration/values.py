@@ -1,0 +1,94 @@
+"""An experiment's fields as plain values: its JSON, dotted paths into it, and what differs between two."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lab.configuration.field_types import fields
+from lab.errors import UserError
+
+
+def digest(value: Any) -> str:
+    """12 hexadecimal digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def to_json(value: Any, *, identity: bool = False) -> Any:
+    """A JSON value that `from_json` turns into `value` again; dataclasses carry their class path.
+
+    With `identity`, fields that only say how a run is carried out are left out.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {f.name: to_json(getattr(value, f.name), identity=identity) for f in fields(value)
+               if f.metadata.get("json", True) and not (identity and f.metadata.get("fingerprint") is False)}
+        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **own}
+    if isinstance(value, list | tuple):
+        return [to_json(v, identity=identity) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"An experiment holds plain values and dataclasses; {value!r} is a {type(value).__name__}.")
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> plain value, of a JSON value."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {name: item for key, inner in value.items()
+            for name, item in flat(inner, f"{path}.{key}" if path else key).items()}
+
+
+def override(experiment: Any, changes: Mapping[str, Any]) -> Any:
+    """The experiment with other values in some (dotted) fields of its dataclasses and Linen modules.
+
+    The values may be traced.
+
+    Raises:
+      UserError: there is no such field; with the nearest name.
+    """
+    for path, value in changes.items():
+        experiment = _set(experiment, path, path.split("."), value, experiment)
+    return experiment
+
+
+def _set(part: Any, path: str, names: list[str], value: Any, whole: Any) -> Any:
+    head, *rest = names
+    if not dataclasses.is_dataclass(part) or head not in {f.name for f in fields(part)}:
+        near = difflib.get_close_matches(path, _paths(whole), n=1, cutoff=0.5)
+        raise UserError(f"the experiment has no field {path}." + (f" Perhaps you meant {near[0]}." if near else ""))
+    before = getattr(part, head)
+    if rest:
+        value = _set(before, path, rest, value, whole)
+    elif isinstance(before, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)  # 1 and 1.0 are the same learning rate, and must have the same fingerprint
+    return part.clone(**{head: value}) if hasattr(part, "clone") else dataclasses.replace(part, **{head: value})
+
+
+def _paths(value: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted fields of an experiment."""
+    for f in fields(value):
+        yield prefix + f.name
+        if dataclasses.is_dataclass(inner := getattr(value, f.name)):
+            yield from _paths(inner, f"{prefix}{f.name}.")
+
+
+def value_at(experiment: Any, path: str) -> Any:
+    """The value of a (dotted) field."""
+    return functools.reduce(getattr, path.split("."), experiment)
+
+
+def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: (dotted path, in a, in b)."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif a != b:
+        yield path, a, b

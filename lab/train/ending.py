@@ -1,0 +1,82 @@
+"""The end of a run: which state is reported, on which split, and what is written and drawn."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from lab.errors import UserError, forgiving
+from lab.signals import EXIT
+from lab.tasks.base import EvalResult
+from lab.train import plots
+from lab.train.evaluation import evaluate
+from lab.train.progress import describe_result
+from lab.train.run_folder import write_result
+from lab.train.step import State
+
+
+def finish(run: Any) -> int:
+    """Reports and writes the result of a run (`TrainingRun` in loop.py) that has made its last step. Returns the exit
+    status.
+    """
+    run.flush()
+    run.screen.progress("")
+    run.checkpoints.wait()
+    result = {"steps": run.step, "stopped_early": run.step < run.experiment.steps,
+              "final": run.evaluations[-1], "best": run.best,
+              **run.clock.totals(run.step, run.program, run.batches)}
+    state = _state_to_report(run)
+    split = "validation" if run.data.test is None else "test"
+    if split == "validation" and state is run.state and run.evaluated is not None:
+        outcome = run.evaluated
+    else:
+        limit = run.experiment.evaluate.records if split == "validation" else None
+        outcome = evaluate(run.program, state, run.data, split, run.folder, limit, run.stop)
+    if outcome is None or run.stop():
+        return run.interrupted()
+    if split == "test":
+        result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
+        if run.rows.rows[-1]["split"] != "test":
+            run.write(result["test"])
+    write_result(run.folder, result, run.rows.mark())  # first: nothing that follows may cost the run its result
+    if run.pictures:
+        _show(run, outcome)
+    run.screen.info(describe_result(result))
+    pictures = sorted((run.folder / "plots").glob("*.png"))
+    run.screen.info(f"Pictures: {', '.join(str(p.relative_to(run.folder)) for p in pictures)}")
+    run.screen.info(f"Everything is in {run.folder}")
+    if run.stop():
+        run.screen.info(f"{signal.Signals(run.stop.signal).name}: the run is finished; ./launch.sh eval "
+                        f"{run.folder} writes the report that was left out.")
+        return EXIT[run.stop.signal]
+    return 0
+
+
+def _show(run: Any, outcome: EvalResult) -> None:
+    """Pictures, samples and comparisons. Of several processes all end where one fails: the others would wait for
+    it where they compute together."""
+    task, complete = run.experiment.task, False
+    with forgiving("The pictures of the run"):
+        plots.curves(run.rows.rows, run.folder / "plots", task.curves)
+    if run.stop():
+        return
+    with forgiving(f"The report of the run (./launch.sh eval {run.folder} writes it again)"):
+        for line in task.artifacts(outcome):
+            run.screen.info(line)
+        complete = True
+    if not complete:
+        run.stop.processes.leave(0)
+
+
+def _state_to_report(run: Any) -> State:
+    """The final state; with early stopping the best one, which is what patience waited for."""
+    best = run.best_step
+    if run.experiment.evaluate.patience is None or best in (None, 0, run.step):
+        return run.state
+    try:
+        state = run.checkpoints.restore(run.program.abstract, best)
+    except UserError as e:  # not kept (--checkpoint.best), or damaged
+        run.screen.info(f"The best state, of step {best}, cannot be had: reporting the last. {e}")
+        return run.state
+    run.screen.info(f"Reporting the best state, of step {best}.")
+    return state

@@ -1,0 +1,91 @@
+"""What a run says while it goes and when it ends: time, throughput, the first few metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from lab.experiment import Experiment
+from lab.train import metrics
+from lab.train.console import clock, human
+from lab.train.cost import make_plan
+from lab.train.program import Program
+
+
+class Clock:
+    """Seconds, throughput and time to the end. Never part of metrics.jsonl, which must not depend on them."""
+
+    def __init__(self, experiment: Experiment, data: Any, step: int, devices: int):
+        self.experiment, self.data, self.first = experiment, data, step
+        self.units = experiment.batch * data.units_per_record
+        self.devices = devices
+        self.flops = make_plan(experiment).flops if metrics.peak_flops() else math.nan  # 0.4 s, for the MFU alone
+        self.begun = self.last = time.monotonic()
+        self.other = {"evaluation": 0.0, "checkpoint": 0.0}
+        self.rate: float | None = None  # seconds an update, smoothed
+        self.last_step = step
+
+    def start(self) -> None:
+        """The first update is about to start."""
+        self.begun = self.last = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self, what: str) -> Iterator[None]:
+        """Time spent on something else than updates."""
+        start = time.monotonic()
+        yield
+        spent = time.monotonic() - start
+        self.other[what] += spent
+        self.last += spent
+
+    def line(self, step: int, means: dict[str, float]) -> str:
+        """The progress line after update `step`."""
+        now = time.monotonic()
+        if step > self.last_step:
+            seconds = (now - self.last) / (step - self.last_step)
+            self.rate = seconds if self.rate is None else self.rate + 0.1 * (seconds - self.rate)
+            self.last, self.last_step = now, step
+        parts = [f"step {step:>6}/{self.experiment.steps}", f"loss {means['loss']:.4f}"]
+        if self.rate:
+            parts.append(f"{human(self.units / self.rate)} {self.data.unit}/s")
+            parts.append(f"{1000 * self.rate:.0f} ms/step")
+            if utilisation := metrics.mfu(self.flops / self.rate, self.devices):
+                parts.append(f"MFU {utilisation:.1%}")
+            parts.append(f"ETA {clock(self.rate * (self.experiment.steps - step))}")
+        return "  ".join(parts)
+
+    def totals(self, step: int, program: Program, batches: Any) -> dict[str, Any]:
+        """What result.json says about time, for the updates of this process."""
+        updates, training = step - self.first, time.monotonic() - self.begun - sum(self.other.values())
+        if not updates:
+            return {}
+        rate = training / updates
+        return {"timed_updates": updates, "seconds_per_update": rate, f"{self.data.unit}_per_second": self.units / rate,
+                "mfu": metrics.mfu(self.flops / rate, self.devices), "training_seconds": training,
+                "evaluation_seconds": self.other["evaluation"], "checkpoint_seconds": self.other["checkpoint"],
+                "compile_seconds": program.compile_seconds, "data_wait_seconds": batches.wait_seconds}
+
+
+def shown(row: dict[str, Any], most: int = 6) -> str:
+    """The first few metrics of a row; metrics.jsonl has all of them."""
+    values = [(name, value) for name, value in row.items() if name not in ("step", "split")]
+    return "  ".join([f"{name} {value:.4f}" for name, value in values[:most]] + ["..."] * (len(values) > most))
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """One or two lines for a person about a finished run."""
+    final = shown(result["final"])
+    early = " (stopped early)" if result["stopped_early"] else ""
+    lines = [f"Finished after {result['steps']} steps{early}: {final}; best at step {result['best']['step']}"]
+    if "test" in result:
+        lines.append(f"Test split, with the state of step {result['test']['step']}: {shown(result['test'])}")
+    if "seconds_per_update" in result:
+        share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
+        rate, seconds = 1000 * result["seconds_per_update"], result["training_seconds"]
+        lines.append(f"{rate:.1f} ms/step over {result['timed_updates']} steps ({seconds:.0f} s), {share:.2%} "
+                     f"of it waiting for data; "
+                     f"evaluation {result['evaluation_seconds']:.0f} s")
+    return "\n".join(lines)
