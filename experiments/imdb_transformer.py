@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from experiments import newsgroups_lstm
 from lab.data.messages import Messages, TfdsMessages
-from lab.data.tokenizers import Words
+from lab.data.word_tokenizer import Words
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.bert import BERT
 from lab.optim import AdamW, Cosine

@@ -8,7 +8,7 @@ from dataclasses import replace
 from experiments import bert_base
 from lab.data.messages import Messages
 from lab.data.tables import Csv
-from lab.data.tokenizers import Words
+from lab.data.word_tokenizer import Words
 from lab.experiment import Checkpoint, Evaluate
 from lab.models.bert import BERT
 from lab.optim import AdamW, LinearDecay

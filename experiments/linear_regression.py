@@ -14,7 +14,7 @@ from lab.data.tables import Sklearn, Table
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.linear import Linear
 from lab.optim import SGD, Cosine
-from lab.tasks.supervised import Regress
+from lab.tasks.regress import Regress
 
 experiment = Experiment(
     data=Table(Sklearn("california_housing")),

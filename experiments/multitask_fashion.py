@@ -12,7 +12,8 @@ from lab.experiment import Evaluate
 from lab.models.multitask import ClassifyAndReconstruct
 from lab.optim import AdamW, Cosine
 from lab.tasks.multitask import MultiTask, Part
-from lab.tasks.supervised import Classify, Regress
+from lab.tasks.regress import Regress
+from lab.tasks.supervised import Classify
 
 #           T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot
 CLOTHES = (0, 1, 0, 1, 0, 2, 0, 2, 3, 2)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from lab.data.messages import Messages, PythonPackages
 from lab.data.tables import Sklearn
-from lab.data.tokenizers import Words
+from lab.data.word_tokenizer import Words
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.rnn import LSTM
 from lab.optim import AdamW, Cosine

@@ -40,7 +40,7 @@ class Run:
     @functools.cached_property
     def experiment(self) -> Experiment:
         """The experiment, built again. Raises UserError where the folder is no run."""
-        from lab.train.run_folder import read_folder
+        from lab.train.description import read_folder
 
         return self._experiment or read_folder(self.folder)
 
@@ -88,7 +88,7 @@ class Run:
     def data(self) -> Any:
         """The loaded data: `train`, `validation` and `test` (or None), each with a length and `[indices]`, and what
         was fitted. Raises UserError where it is not where it was, or changed since."""
-        from lab.train.run_folder import check_same
+        from lab.train.description import check_same
 
         data = self.experiment.data.load()
         check_same(self.folder, self.experiment, data.fingerprint)
@@ -128,7 +128,7 @@ class Run:
     @property
     def result(self) -> dict[str, Any] | None:
         """result.json: final and best metrics, and times; None where the run is not finished."""
-        from lab.train.run_folder import finished
+        from lab.train.description import finished
 
         return finished(self.folder)
 

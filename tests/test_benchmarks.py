@@ -15,14 +15,15 @@ from lab.data.messages.sources import TextFolder
 from lab.data.pipeline import eval_batches, train_batch
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.tables import Table
-from lab.data.tokenizers import Words
+from lab.data.word_tokenizer import Words
 from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.models.cnn import ConvNet
 from lab.models.linear import Linear
 from lab.models.rnn import LSTM
 from lab.optim import SGD, Adam, AdamW, Cosine, Lion
-from lab.tasks.supervised import Classify, Regress
+from lab.tasks.regress import Regress
+from lab.tasks.supervised import Classify
 from lab.train.program import batch_spec, one_record
 from lab.train.step import eval_params, init_state, make_eval_step, make_train_step
 from tests.benchmarks import compare_torch, torch_job
@@ -147,7 +148,8 @@ def test_what_is_not_written_in_torch_is_refused(experiments):
 
 
 def test_every_experiment_under_comparison_can_be_compared():
-    from lab.experiment import ROOT, load
+    from lab.experiment import ROOT
+    from lab.train.experiment_file import load
 
     for name in compare_torch.NAMES:
         module = load(ROOT / f"experiments/{name}.py")

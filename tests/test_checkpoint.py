@@ -17,8 +17,8 @@ from lab.errors import UserError
 from lab.experiment import Checkpoint, Mesh
 from lab.parallel.sharding import make_mesh
 from lab.train.checkpoint import Checkpoints, checksum, manifest
+from lab.train.description import finished
 from lab.train.program import Program
-from lab.train.run_folder import finished
 from tests.test_loop import (  # noqa: F401 (fixtures)
     final,
     go,

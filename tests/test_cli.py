@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from lab.commands.arguments import experiments
-from lab.experiment import load
 from lab.signals import EXIT, HEARD
 from lab.train.checkpoint import Checkpoints
+from lab.train.experiment_file import load
 from lab.train.program import Program
 from tests.conftest import ROOT
 from tests.launching import children_hear

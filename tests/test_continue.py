@@ -14,11 +14,12 @@ import optax
 import pytest
 
 from lab.errors import UserError
-from lab.experiment import Checkpoint, Evaluate, Experiment, load
+from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.optim import SGD, Adam, AdamW, Cosine, Lion, ScheduleFreeAdamW
 from lab.pretrained import Continue
 from lab.train import loop
 from lab.train.continued import places, take_over
+from lab.train.experiment_file import load
 from lab.train.metrics import read_rows
 from lab.train.restore import open_run
 from tests.test_foreign_folders import OWN

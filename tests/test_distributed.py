@@ -22,13 +22,15 @@ from pathlib import Path
 import pytest
 
 from lab.errors import UserError
-from lab.experiment import Checkpoint, Mesh, flat, load
-from lab.parallel.channel import Hub, _servers
+from lab.experiment import Checkpoint, Mesh, flat
+from lab.parallel.channel import _servers
+from lab.parallel.hub import Hub
 from lab.parallel.local_processes import devices_of
 from lab.parallel.processes import Launch, find_launch
 from lab.parallel.shared_secret import new_secret, proof, shared_secret
 from lab.tasks.language import LanguageModel
 from lab.train import loop
+from lab.train.experiment_file import load
 from lab.train.metrics import read_rows
 from lab.train.run_folder import checkpoint_folder
 from tests.conftest import ROOT
@@ -259,7 +261,8 @@ def test_a_bucket_needs_packages(tmp_path):
 
 CHANNEL = textwrap.dedent("""
     import signal, sys, time
-    from lab.parallel.channel import Channel, Hub
+    from lab.parallel.channel import Channel
+    from lab.parallel.hub import Hub
     from lab.errors import UserError
     port, process, processes, seconds, silence = int(sys.argv[1]), *map(int, sys.argv[2:4]), *map(float, sys.argv[4:6])
     try:

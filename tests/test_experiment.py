@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from lab.errors import UserError
-from lab.experiment import Checkpoint, Evaluate, Log, Mesh, differences, from_json, load, to_json
+from lab.experiment import Checkpoint, Evaluate, Log, Mesh, differences, from_json, to_json
 from lab.models.gpt import GPT
+from lab.train.experiment_file import load
 from tests.conftest import ROOT
 
 EXPERIMENTS = [p for p in sorted((ROOT / "experiments").glob("*.py")) if "\nstudy = " not in p.read_text()]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lab.experiment import Checkpoint, load
+from lab.experiment import Checkpoint
 from lab.models.cnn import ConvNet, ResNet
 from lab.models.gan import GAN
 from lab.models.layers import Transformer
@@ -14,6 +14,7 @@ from lab.models.rnn import LSTM
 from lab.tasks.language import LanguageModel
 from lab.train.console import Screen
 from lab.train.cost import make_plan
+from lab.train.experiment_file import load
 from lab.train.loop import train
 from tests.conftest import ROOT
 from tests.test_step import compiled_in_haste  # noqa: F401

@@ -19,12 +19,13 @@ from lab.data.tables.bundled import Sklearn
 from lab.data.tables.columns import Csv
 from lab.data.tokenizers import Bytes
 from lab.errors import UserError
-from lab.experiment import Experiment, Mesh, check_types, load
+from lab.experiment import Experiment, Mesh, check_types
 from lab.models.cnn import ConvNet
 from lab.optim import AdamW, Cosine
 from lab.pretrained import Pretrained, WordVectors
 from lab.tasks.base import EvalResult
 from lab.tasks.supervised import Classify
+from lab.train.experiment_file import load
 from tests.conftest import ROOT
 from tests.test_layout import configuration_classes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lab.files import make_folder, open_file, replace_file
-from lab.train.run_folder import sealed
+from lab.train.description import sealed
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 from tests.test_study import FILE
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from lab.errors import UserError
-from lab.experiment import Evaluate, Experiment, Mesh, load, override
+from lab.experiment import Evaluate, Experiment, Mesh, override
 from lab.optim import SGD, AdamW, Constant, Cosine, WarmupStableDecay
 from lab.study.design.arms import Fork, Study
 from lab.study.report.results import merge, read_study
 from lab.study.run import preflight
 from lab.study.run.forks import acts_from, check_fork
 from lab.train.checkpoint import Checkpoints
+from lab.train.experiment_file import load
 from lab.train.metrics import read_rows
 from lab.train.program import Program
 from tests.test_study import FILE, ran

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from lab.errors import UserError
-from lab.experiment import Checkpoint, Experiment, Mesh, load
+from lab.experiment import Checkpoint, Experiment, Mesh
 from lab.models.cnn import ConvNet, ResNet
 from lab.train import loop, run_folder, source_code
+from lab.train.experiment_file import load
 from lab.train.metrics import read_rows
 from lab.train.source_code import code_of, digests
 from tests.conftest import ROOT

@@ -27,10 +27,11 @@ from lab.signals import HEARD
 from lab.train import ending, loop, run_copy
 from lab.train.checkpoint import Checkpoints
 from lab.train.console import Screen
+from lab.train.description import finished
 from lab.train.metrics import read_rows
 from lab.train.program import Program
 from lab.train.progress import describe_result
-from lab.train.run_folder import checkpoint_folder, finished
+from lab.train.run_folder import checkpoint_folder
 from lab.train.step import State, init_state
 from tests.test_step import Points, apart, compiled_in_haste, toy  # noqa: F401 (a fixture)
 

@@ -14,7 +14,7 @@ import pytest
 from lab.data.dataset import Data, Dataset
 from lab.data.pipeline import Arrays
 from lab.errors import UserError
-from lab.experiment import Experiment, load
+from lab.experiment import Experiment
 from lab.models.bert import BERT
 from lab.models.cnn import ConvNet, ResNet
 from lab.models.gpt import GPT
@@ -25,6 +25,7 @@ from lab.models.vit import ViT
 from lab.optim import SGD, Adafactor, Adam, AdamW, Lion, Muon, ScheduleFreeAdamW
 from lab.optim.matrices import Matrix, matrices
 from lab.tasks.supervised import Classify
+from lab.train.experiment_file import load
 from lab.train.program import abstract_state, batch_spec
 from lab.train.restore import leaves
 from lab.train.step import init_state, make_optimizer, make_train_step

@@ -20,7 +20,8 @@ from lab.data.tables.bundled import Sklearn
 from lab.data.tables.columns import Csv
 from lab.data.text.sources import PythonStdlib, TextFiles
 from lab.data.text.text import Text
-from lab.data.tokenizers import BPE, Bytes, Chars, Words, with_padding, words
+from lab.data.tokenizers import BPE, Bytes, Chars, with_padding
+from lab.data.word_tokenizer import Words, words
 from lab.errors import UserError
 
 SPAM = ["Buy cheap watches now", "cheap cheap pills", "WIN money, win it now", "buy money"]

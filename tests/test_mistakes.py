@@ -22,7 +22,8 @@ from lab.models.linear import Linear
 from lab.optim import SGD, Optax
 from lab.tasks.base import Task
 from lab.tasks.language import LanguageModel
-from lab.tasks.supervised import Classify, Regress
+from lab.tasks.supervised import Classify
+from lab.tasks.regress import Regress
 X = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
 Y = (X[:, 0] > 0).astype(np.int32)
 def dataset(x=X, y=Y):
@@ -145,7 +146,7 @@ def test_what_is_right_is_not_refused(place: Path, typed: Callable):
 
 def test_an_optax_transformation_trains_and_is_told_from_others(place: Path, typed: Callable):
     """Its learning rate and its code are part of the run's fingerprint."""
-    from lab.experiment import load
+    from lab.train.experiment_file import load
 
     prints = set()
     for rate in ("1e-2", "2e-2"):

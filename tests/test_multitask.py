@@ -17,7 +17,8 @@ from lab.errors import UserError
 from lab.models.multitask import ClassifyAndReconstruct
 from lab.tasks.base import EvalResult
 from lab.tasks.multitask import MultiTask, Part
-from lab.tasks.supervised import Classify, Regress
+from lab.tasks.regress import Regress
+from lab.tasks.supervised import Classify
 from lab.train import metrics
 from tests.conftest import computing
 

@@ -17,7 +17,8 @@ from lab.data.tables.columns import Csv
 from lab.data.tables.tables import Table, split
 from lab.data.text.sources import TextFiles
 from lab.data.text.text import Text
-from lab.data.tokenizers import BPE, Bytes, Chars, Words
+from lab.data.tokenizers import BPE, Bytes, Chars
+from lab.data.word_tokenizer import Words
 from lab.errors import UserError
 from lab.tasks.reports import column_names
 
@@ -33,7 +34,8 @@ from lab.models.gpt import GPT
 from lab.models.linear import Linear
 from lab.optim import SGD, AdamW, Constant
 from lab.tasks.language import LanguageModel
-from lab.tasks.supervised import Classify, Regress
+from lab.tasks.supervised import Classify
+from lab.tasks.regress import Regress
 usual = dict(steps=2, batch=8, evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0))
 """
 SALES = """experiment = Experiment(Table(Csv("sales.csv", "price", drop=("id",), thousands=",", units=("$",),

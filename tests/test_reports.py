@@ -19,10 +19,11 @@ from lab.data.dataset import Dataset
 from lab.data.pipeline import Arrays
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.tables import TableData
-from lab.experiment import Checkpoint, Evaluate, Experiment, load
+from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.tasks.base import EvalResult
 from lab.train import ending, loop, restore
 from lab.train.evaluation import predict
+from lab.train.experiment_file import load
 from lab.train.metrics import read_rows
 from lab.train.program import Program
 from lab.train.restore import open_run

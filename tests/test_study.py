@@ -18,7 +18,7 @@ import pytest
 
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
-from lab.experiment import Mesh, load
+from lab.experiment import Mesh
 from lab.optim import SGD, Cosine, Muon
 from lab.parallel.sharding import path_of
 from lab.study.design.arms import Study, factorial, grid, leave_one_out, one_at_a_time, override
@@ -27,6 +27,7 @@ from lab.study.run.cells import changed, code_of
 from lab.study.run.preflight import preflight
 from lab.train import loop
 from lab.train.cost import optimizer_flops
+from lab.train.experiment_file import load
 from lab.train.program import Program, abstract_state
 from tests.conftest import ROOT
 from tests.studies import told_to_stop

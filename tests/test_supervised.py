@@ -19,7 +19,8 @@ from lab.errors import UserError
 from lab.models.members import Members
 from lab.tasks import reports
 from lab.tasks.base import EvalResult
-from lab.tasks.supervised import Classify, Regress
+from lab.tasks.regress import Regress
+from lab.tasks.supervised import Classify
 from lab.train import metrics
 from tests.conftest import computing
 

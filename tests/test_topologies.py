@@ -16,7 +16,7 @@ from lab.data.text.sources import PythonStdlib
 from lab.data.text.text import Text
 from lab.data.tokenizers import GPT2
 from lab.errors import UserError
-from lab.experiment import Mesh, load
+from lab.experiment import Mesh
 from lab.models.gpt import GPT
 from lab.parallel.sharding import bytes_per_device
 from lab.planning import topologies
@@ -24,6 +24,7 @@ from lab.planning.compiled import CompiledPlan, Memory, alternatives, compile_pl
 from lab.planning.roofline import mfu, roofline
 from lab.tasks.language import LanguageModel
 from lab.train.cost import size_of
+from lab.train.experiment_file import load
 from lab.train.program import Program
 from tests.conftest import ROOT
 from tests.test_experiments import EXPERIMENTS, shrunk

@@ -11,7 +11,8 @@ from lab.data.tables.columns import Csv
 from lab.data.tables.tables import Table
 from lab.data.text.sources import TextFiles
 from lab.data.text.text import Text
-from lab.data.tokenizers import BPE, Bytes, Chars, Words
+from lab.data.tokenizers import BPE, Bytes, Chars
+from lab.data.word_tokenizer import Words
 from lab.errors import UserError
 from lab.experiment import Experiment, from_json, to_json
 from lab.models.bert import BERT

@@ -78,7 +78,8 @@ def parse(path: Path, args: Sequence[str], options: type, module: Any = None) ->
     """
     import tyro
 
-    from lab.experiment import check_types, load
+    from lab.experiment import check_types
+    from lab.train.experiment_file import load
 
     module = module or load(path)
     default, line = choose_config(module, args)

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.commands.arguments import find_experiment, parse
-from lab.data.pipeline import Prefetch, reader
+from lab.data.pipeline import reader
+from lab.data.prefetch import Prefetch
 from lab.errors import UserError
 from lab.experiment import Experiment, override
 from lab.parallel.backend import start_jax

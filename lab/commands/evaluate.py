@@ -16,8 +16,9 @@ from lab.files import make_folder, no_links
 from lab.tasks.adversarial import Adversarial, generate_images, judge_scores
 from lab.tasks.base import EvalResult
 from lab.train import evaluation
+from lab.train.description import check_same
+from lab.train.json_files import write_json
 from lab.train.restore import open_run
-from lab.train.run_folder import check_same, write_json
 
 
 def main(args: Sequence[str]) -> int:

@@ -12,9 +12,9 @@ import tyro
 from lab.commands.arguments import call
 from lab.errors import UserError
 from lab.train import evaluation
+from lab.train.description import check_same
 from lab.train.fitted import data_of
 from lab.train.restore import open_run
-from lab.train.run_folder import check_same
 
 
 def main(args: Sequence[str]) -> int:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from lab.commands.arguments import check_run_dir, find_experiment, parse
 from lab.errors import UserError
-from lab.experiment import Experiment, flat, load, to_json
+from lab.experiment import Experiment, flat, to_json
 from lab.parallel.backend import start_jax
+from lab.train.experiment_file import load
 
 if TYPE_CHECKING:
     from lab.parallel.processes import Processes
@@ -60,8 +61,8 @@ def train(args: Sequence[str], processes: Processes) -> int:
         return 0
     from lab.train import loop
     from lab.train.console import Screen
+    from lab.train.description import finished, run_again
     from lab.train.progress import describe_result
-    from lab.train.run_folder import finished, run_again
 
     folder = Path(options.run_dir or f"runs/{path.stem}-{experiment.fingerprint()}")
     compare(processes, experiment, options, folder, path)

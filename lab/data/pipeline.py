@@ -8,22 +8,17 @@ of 559 MB: `train_batch` makes 220-350 Mtok/s, 77-280 through `Prefetch`; 8-45 w
 One H200 at 55 % MFU takes 0.63 (6 N + 12 * layers * width * length = 860 MFLOP a token at 989 TFLOP/s), a v5e-8 1.0.
 """
 
-import math
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from types import ModuleType, TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from lab.data.order import _keys, shuffled
 from lab.errors import UserError
 
 T = TypeVar("T")
 Batch = dict[str, np.ndarray]
 ALL = slice(None)
-FEW = 1 << 12  # records below which the digits are so small that the order needs more rounds to look random
 
 
 class Records(Protocol):
@@ -47,60 +42,6 @@ class Arrays:
 
 
 # ------------------------------------------------------------------------------------------------------- order
-
-
-def _mix(x: int) -> int:
-    """A good hash of 32 bits to 32 bits (C. Wellons' lowbias32), for the keys."""
-    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
-    x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
-def _keys(seed: int, epoch: int, rounds: int) -> list[np.uint32]:
-    key = 0
-    for part in (seed, seed >> 32, epoch, epoch >> 32):
-        key = _mix(key ^ (part & 0xFFFFFFFF)) + 1 & 0xFFFFFFFF
-    return [np.uint32(_mix(key + r * 0x9E3779B9 & 0xFFFFFFFF)) for r in range(rounds)]
-
-
-def shuffled(position: Any, epoch: int, seed: int, size: int, xp: ModuleType = np) -> Any:
-    """Where `position` comes in the order of `epoch`: a seeded one-to-one map of [0, size) onto itself.
-
-    The generalised Feistel network of Black & Rogaway ("Ciphers with arbitrary finite domains", CT-RSA 2002; the idea
-    is Luby & Rackoff's): a number below a * b, where a and b are about sqrt(size), is a pair of digits, and each round
-    adds a hash of one digit to the other. Numbers that leave [0, size) go round again ("cycle-walking"). It is uint32
-    arithmetic only, so the order never changes with NumPy's version, nothing is held in memory, and `xp` may be
-    `jax.numpy` (outside of jit). `position`: integer or array of them; the result is uint32 of the same shape.
-    """
-    if not 1 <= size <= 2**32 - 2**17:  # a * b must not wrap around
-        raise ValueError(f"size {size} is not in [1, 2**32 - 2**17]")
-    a = math.isqrt(size - 1) + 1
-    b = -(-size // a)
-    sides = np.uint32(a), np.uint32(b)
-    keys = _keys(seed, epoch, 12 if size < FEW else 8)
-    one, half, last = np.uint32(1), np.uint32(16), np.uint32(size - 1)
-    first, second = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
-
-    def network(x: Any) -> Any:
-        digits = [x // sides[1], x % sides[1]]
-        for r, key in enumerate(keys):
-            this = r % 2  # the digit that changes; the other one is hashed
-            h = (digits[1 - this] ^ key) * first
-            h = (h ^ (h >> half)) * second
-            h = (h ^ (h >> half)) >> one  # the good bits of a product are the high ones; then room for the sum
-            digits[this] = (digits[this] + h) % sides[this]
-        return digits[0] * sides[1] + digits[1]
-
-    # At least one axis: NumPy warns when *scalars* wrap around.
-    x = network(xp.atleast_1d(xp.asarray(position, dtype=xp.uint32)))
-    while bool((x > last).any()):
-        x = xp.where(x > last, network(x), x)
-    return x.reshape(np.shape(position))
-
-
-def fixed_order(size: int) -> np.ndarray:
-    """An order of `size` records, int64 (size,), that is the same for every run: who goes into which split."""
-    return shuffled(np.arange(size), 0, 0, size).astype(np.int64)
 
 
 def train_indices(step: int, batch: int, size: int, seed: int) -> np.ndarray:
@@ -188,73 +129,3 @@ def eval_batches(records: Records, batch: int, limit: int | None = None, rows: s
 def _numbered(batch: Batch, indices: np.ndarray, weight: np.ndarray) -> Batch:
     """The records with their `weight` and their `index`, from which the step makes their random keys."""
     return batch | {"weight": weight, "index": indices.astype(np.int32)}
-
-
-class Prefetch(Generic[T]):
-    """Iterate over make(start), ..., make(stop - 1), computed ahead by one background thread.
-
-    `depth`: how many results may wait. An exception in `make` is raised where the result was expected. `wait_seconds`:
-    how long the consumer was blocked so far. Use it in a `with` block or call `close`; both are safe at any time.
-    """
-
-    def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int = 2):
-        self.wait_seconds = 0.0
-        self._make, self._range, self._depth = make, range(start, stop), max(1, depth)
-        self._ready: deque[T] = deque()
-        self._change = threading.Condition()
-        self._finished = self._closed = False
-        self._error: BaseException | None = None
-        # A daemon: a `make` that never returns must not keep the process alive.
-        self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
-        self._thread.start()
-
-    def _work(self) -> None:
-        error = None
-        try:
-            for step in self._range:
-                with self._change:
-                    self._change.wait_for(lambda: self._closed or len(self._ready) < self._depth)
-                    if self._closed:
-                        return
-                result = self._make(step)
-                with self._change:
-                    self._ready.append(result)
-                    self._change.notify_all()
-        except BaseException as caught:  # raised again in the consumer's thread
-            error = caught
-        finally:
-            with self._change:
-                self._error, self._finished = error, True
-                self._change.notify_all()
-
-    def __iter__(self) -> "Prefetch[T]":
-        return self
-
-    def __next__(self) -> T:
-        begin = time.perf_counter()
-        with self._change:
-            self._change.wait_for(lambda: self._ready or self._finished or self._closed)
-            self.wait_seconds += time.perf_counter() - begin
-            if self._closed:
-                raise StopIteration
-            if self._ready:
-                self._change.notify_all()
-                return self._ready.popleft()
-            if self._error is not None:
-                raise self._error
-            raise StopIteration
-
-    def close(self) -> None:
-        """Stop the thread and drop what it prepared; waits at most a second for a `make` in progress."""
-        with self._change:
-            self._closed = True
-            self._ready.clear()
-            self._change.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout=1.0)
-
-    def __enter__(self) -> "Prefetch[T]":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()

@@ -4,7 +4,8 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, Texts, Tokenizer, Words, with_padding
+from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, Texts, Tokenizer, with_padding
+from lab.data.word_tokenizer import Words
 from lab.errors import UserError
 from lab.files import user_path
 

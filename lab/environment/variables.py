@@ -30,7 +30,8 @@ def built_environ(environ: Mapping[str, str], folder: Path, accelerator: str) ->
     """`process_environ` for an environment that was built here."""
     result = process_environ(environ, accelerator)
     result.pop("PYTHONHOME", None)    # it would send the environment's Python to another one's library
-    # What PYTHONPATH holds comes last, see `lab.experiment.load`: nothing there may stand in for a module of ours.
+    # What PYTHONPATH holds comes last, see `load` in lab/train/experiment_file.py: nothing there may
+    # stand in for a module of ours.
     return result | {"VIRTUAL_ENV": str(folder), "PATH": f"{folder}/bin:{environ.get('PATH', os.defpath)}",
                      "PYTHONPATH": str(ROOT), "LAB_PYTHONPATH": environ.get("PYTHONPATH", "")}
 

@@ -11,9 +11,6 @@ computes in the type of its parameters; norms, softmax and logits are float32 in
 from __future__ import annotations
 
 import dataclasses
-import functools
-import logging
-from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -24,27 +21,23 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lab.errors import UserError
 from lab.models import splash
+from lab.models.attention import Attention, choose_attention, einsum_attention, rotary
 from lab.models.cudnn import cudnn_attention
 from lab.models.precision import (
     accumulation_dtype,
     add_broadcast,
     elementwise,
     platform,
-    product,
     project,
     rows_of,
     sequence_devices,
-    softmax,
 )
 
 Norm = Literal["layernorm", "rmsnorm"]
 Mlp = Literal["gelu", "swiglu", "relu2"]
-Attention = Literal["auto", "einsum", "xla", "cudnn", "splash"]
 Remat = Literal["none", "dots", "blocks"]
 
 SAVED = "product"  # the name of what remat="dots" keeps
-
-log = logging.getLogger(__name__)
 
 
 class Dense(nn.Module):
@@ -97,74 +90,6 @@ def dropout(module: nn.Module, x: Array, rate: float | Array, train: bool) -> Ar
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
-
-
-def rotary(x_BLNK: Array, positions: Array) -> Array:
-    """Rotary position embedding (Su et al. 2021), halves convention, base 10,000. `positions`: (L,) or (B, L)."""
-    half = x_BLNK.shape[-1] // 2
-    frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.einsum("...,K->...K", positions[..., None].astype(jnp.float32), frequency)
-    cos, sin = jnp.tile(jnp.cos(angle), 2), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-1)
-    x = x_BLNK.astype(jnp.float32)
-    # Not two halves put together: CPUs take 5 times as long over that, forward and backward.
-    return (x * cos + jnp.roll(x, half, axis=-1) * sin).astype(x_BLNK.dtype)
-
-
-@functools.cache  # so that the choice is said once, however often the model is traced
-def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: int, length: int, padded: bool,
-                     needs_probabilities: bool, divided: bool = False) -> str:
-    """The backend that runs. "auto" says what it chose and why; a backend that cannot run is an error. `divided`: the
-    mesh divides the length.
-
-    Raises:
-      UserError: the backend named is not available for this platform, type, shape, padding, dropout or mesh.
-    """
-    against: dict[str, list[str]] = {"cudnn": [], "splash": []}
-    for backend, needed, name in (("cudnn", "gpu", "NVIDIA GPUs"), ("splash", "tpu", "TPUs")):
-        if platform != needed:
-            against[backend].append(f"runs on {name} only, and this is {platform}")
-    if dtype not in ("bfloat16", "float16"):
-        against["cudnn"].append(f"needs --precision bfloat16, not {dtype}")
-    if head_width > 128 or head_width % 8:
-        against["cudnn"].append(f"needs a head width of at most 128 and a multiple of 8, not {head_width}")
-    if divided:
-        against["cudnn"].append("needs the whole length on every device, so no --mesh.sequence")
-    if length % 128:
-        against["splash"].append(f"needs a length that is a multiple of 128, not {length}")
-    if padded:
-        against["splash"].append("knows no padding")
-    if needs_probabilities:
-        for reasons in against.values():
-            reasons.append("cannot drop out attention probabilities")
-    if wanted == "auto":
-        fused = "splash" if platform == "tpu" else "cudnn"
-        reasons = against[fused]
-        chosen, why = ("einsum", f"{fused} {reasons[0]}") if reasons else (fused, "fused, memory linear in the length")
-        log.info("attention: %s (%s)", chosen, why)
-        return chosen
-    if against.get(wanted):
-        raise UserError(f"Attention backend {wanted} {against[wanted][0]}. Use --model.attention auto or einsum.")
-    if wanted == "xla" and needs_probabilities:
-        raise UserError("Attention backend xla cannot drop out attention probabilities. Use einsum, or no dropout.")
-    return wanted
-
-
-def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array | None,
-                     drop: Callable[[Array], Array] = lambda p: p) -> Array:
-    """Scaled dot-product attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023).
-
-    `visible`: boolean, broadcastable to (B, L, S). Softmax in float32. Returns (B, L, N, K) in q's type.
-    """
-    B, L, N, K = q_BLNK.shape
-    S, G = k_BSGK.shape[1:3]
-    # Batch axes lead, and all queries of a key are the rows of one matrix: CPUs are fast at no other form.
-    q_BGMK, k_BGSK, v_BGSK = q_BLNK.swapaxes(1, 2).reshape(B, G, -1, K), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
-    scores_BNLS = product("BGMK,BGSK->BGMS", q_BGMK, k_BGSK, jnp.float32).reshape(B, N, L, S) * K**-0.5
-    if visible is not None:
-        scores_BNLS = jnp.where(visible[:, None], scores_BNLS, jnp.finfo(jnp.float32).min)
-    probabilities_BGMS = drop(softmax(scores_BNLS, q_BLNK.dtype)).reshape(B, G, -1, S)
-    y_BGMK = product("BGMS,BGSK->BGMK", probabilities_BGMS, v_BGSK, q_BLNK.dtype)
-    return y_BGMK.reshape(B, N, L, K).swapaxes(1, 2)
 
 
 class Transformer(nn.Module):

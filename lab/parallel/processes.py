@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 from lab import signals
 from lab.errors import UserError
 from lab.files import make_folder
-from lab.parallel.channel import TOLD, Channel, Hub, own_addresses
+from lab.parallel.channel import TOLD, Channel, own_addresses
+from lab.parallel.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0  # LAB_START_SECONDS: in which all processes must have arrived
@@ -304,5 +305,3 @@ def code_version(file: Path | None) -> dict[str, str]:
     for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         found[f"the version of {name}"] = importlib.metadata.version(name)
     return found | {"the version of Python": platform.python_version()}
-
-

@@ -15,7 +15,8 @@ from jax import Array
 from lab.errors import UserError
 from lab.tasks import reports
 from lab.tasks.base import EvalResult, Loss, Task
-from lab.tasks.supervised import Classify, Regress, forward
+from lab.tasks.regress import Regress
+from lab.tasks.supervised import Classify, forward
 from lab.train import plots
 
 PAIRS = 10  # inputs and reconstructions that are drawn

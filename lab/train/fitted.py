@@ -12,7 +12,8 @@ import numpy as np
 from lab.errors import UserError
 from lab.experiment import Experiment, digest
 from lab.files import replace_file
-from lab.train.run_folder import check_same, read_json, write_json
+from lab.train.description import check_same
+from lab.train.json_files import read_json, write_json
 
 FILE, TOKENIZER = "fitted.json", "tokenizer.json"
 

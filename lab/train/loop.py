@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from lab.data.pipeline import Prefetch, eval_batches, reader, train_indices
+from lab.data.pipeline import eval_batches, reader, train_indices
+from lab.data.prefetch import Prefetch
 from lab.errors import UserError, forgiving
 from lab.experiment import Experiment
 from lab.parallel.processes import ALONE, Processes
@@ -26,17 +27,11 @@ from lab.train.ending import finish
 from lab.train.evaluation import frozen_paths, make_eval_result
 from lab.train.fitted import write_fitted
 from lab.train.initial import describe, initial_arrays
+from lab.train.json_files import write_json
 from lab.train.program import Program
 from lab.train.progress import Clock, shown
 from lab.train.run_copy import bring_back, copied
-from lab.train.run_folder import (
-    checkpoint_folder,
-    lock_run_folder,
-    open_folder,
-    shared,
-    write_diverged,
-    write_json,
-)
+from lab.train.run_folder import checkpoint_folder, lock_run_folder, open_folder, shared, write_diverged
 from lab.train.step import State
 
 

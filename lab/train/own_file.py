@@ -13,8 +13,8 @@ from typing import Any
 
 from lab.configuration.rebuild import class_paths, find_class
 from lab.errors import UserError
-from lab.experiment import load
 from lab.files import cache_folder, replace_file, user_path
+from lab.train.experiment_file import load
 
 COPY = "experiment.py"  # in the run folder
 KNOWN = "experiments"  # in the cache folder: sha256 of a file -> where it was

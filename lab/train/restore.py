@@ -13,10 +13,11 @@ from lab.errors import UserError
 from lab.experiment import Experiment, Mesh
 from lab.parallel.sharding import path_of
 from lab.train.checkpoint import Checkpoints
+from lab.train.description import read_folder
 from lab.train.fitted import without_data
 from lab.train.metrics import best_row, marked_rows, read_rows
 from lab.train.program import Program
-from lab.train.run_folder import checkpoint_folder, read_folder
+from lab.train.run_folder import checkpoint_folder
 from lab.train.step import State
 
 

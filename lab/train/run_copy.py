@@ -14,7 +14,7 @@ from typing import Any
 
 from lab.errors import forgiving
 from lab.experiment import Experiment
-from lab.train.run_folder import check_same
+from lab.train.description import check_same
 
 SECONDS = 60.0  # between two copies
 NAME = "run"  # of the copy, in the folder of the checkpoints

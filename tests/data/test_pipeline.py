@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lab.data.pipeline import Prefetch, eval_batches, shuffled, train_batch, train_indices
+from lab.data.order import shuffled
+from lab.data.pipeline import eval_batches, train_batch, train_indices
+from lab.data.prefetch import Prefetch
 from lab.errors import UserError
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lab.data import cache_folder
-from lab.data.text.sources import PythonStdlib, TextFiles, TfdsText, between, held_out, pieces
+from lab.data.text.files import between, held_out, pieces
+from lab.data.text.sources import PythonStdlib, TextFiles, TfdsText
 from lab.errors import UserError
 
 SHARED = Path(os.environ.get("LAB_SHARED") or Path(__file__).parents[3] / "shared")

@@ -161,7 +161,7 @@ def test_wide_vocabulary_is_uint32(tmp_path):
 def test_second_load_reads_the_cache_only(corpus, monkeypatch, caplog):
     first = Text(corpus, BPE(300), 16).load()
     monkeypatch.setattr(BPE, "fit", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr("lab.data.text.text._encoded", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr("lab.data.text.token_files._encoded", lambda *_: pytest.fail("tokenised again"))
     caplog.clear()
     again = Text(corpus, BPE(300), 16).load()
     assert again.fingerprint == first.fingerprint and again.summary == first.summary
@@ -260,7 +260,7 @@ def test_full_disk(corpus, cache, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lab.data.text.text._write", full)
+    monkeypatch.setattr("lab.data.text.token_files._write", full)
     with pytest.raises(UserError, match=r"disk of the cache folder .*tokens is full \(\d+ MB free\).*LAB_CACHE"):
         Text(corpus, Bytes(), 8).load()
     assert not [p for p in (cache / "tokens").iterdir() if p.is_dir()]
@@ -273,7 +273,7 @@ def test_text_that_changes_while_it_is_read(corpus, tmp_path, monkeypatch):
         (tmp_path / "doc00.txt").write_text("longer " * 1000)
         return real(*arguments)
 
-    monkeypatch.setattr("lab.data.text.text._encoded", touching)
+    monkeypatch.setattr("lab.data.text.token_files._encoded", touching)
     with pytest.raises(UserError, match="changed while it was read"):
         Text(corpus, Bytes(), 8).load()
 
@@ -291,7 +291,7 @@ def test_without_locks_the_first_to_finish_wins(corpus, cache, monkeypatch):
         monkeypatch.setattr(Path, "exists", lambda self: self != folder and os.path.exists(self))
         return meta
 
-    monkeypatch.setattr("lab.data.text.text._write", slow)
+    monkeypatch.setattr("lab.data.text.token_files._write", slow)
     assert len(spec.load().train) > 0
     assert not other.exists() and len([p for p in (cache / "tokens").iterdir() if p.is_dir()]) == 1
 

@@ -20,7 +20,8 @@ from unittest import mock
 import pytest
 
 from lab.errors import UserError
-from lab.experiment import Experiment, flat, load, to_json
+from lab.experiment import Experiment, flat, to_json
+from lab.train.experiment_file import load
 from tests.conftest import ROOT
 from tests.fuzz.lines import Lines, World
 from tests.studies import make_study

@@ -19,7 +19,7 @@ import pytest
 
 from lab.errors import UserError, explain
 from lab.train import restore
-from lab.train.run_folder import finished
+from lab.train.description import finished
 from tests.test_loop import go, interrupt, program_of, quick, reference  # noqa: F401 (fixtures)
 from tests.test_step import compiled_in_haste, toy  # noqa: F401 (a fixture)
 

@@ -108,7 +108,8 @@ def bench(name: str, experiment: Any, updates: int, xla: Sequence[str] = ()) -> 
 
 def gpt(name: str, **fields: Any) -> Any:
     """An experiment of a GPT on the standard library's text, with 50,304 rows of vocabulary."""
-    from lab.experiment import load, override
+    from lab.experiment import override
+    from lab.train.experiment_file import load
     from tests.gpu import gpt_stdlib
 
     experiment = gpt_stdlib.on_stdlib(load(ROOT / f"experiments/{name}.py").experiment)
@@ -328,7 +329,8 @@ def gpt_medium() -> None:
 
 def image_job(name: str, batch: int) -> Job:
     """An image model on noise that stays on the device."""
-    from lab.experiment import load, override
+    from lab.experiment import override
+    from lab.train.experiment_file import load
     from tests.gpu.data import Noise
 
     side, small = (32, {"batch": 8}) if TINY else (224, {})
@@ -342,7 +344,7 @@ def image_job(name: str, batch: int) -> Job:
 
 def bert_job(dropout: float) -> Job:
     """BERT base on texts of 512 tokens."""
-    from lab.experiment import load
+    from lab.train.experiment_file import load
 
     bert = load(ROOT / "experiments/bert_base.py").experiment
     like = gpt("gpt_small", batch=4 if TINY else 64)
@@ -354,7 +356,8 @@ def bert_job(dropout: float) -> Job:
 def fashion_job() -> Job:
     """fashion_cnn whose records stay on the device; 92 updates a call, five calls an epoch."""
     from lab.data.images import Idx
-    from lab.experiment import load, override
+    from lab.experiment import override
+    from lab.train.experiment_file import load
     from tests.gpu.data import write_idx
 
     folder = SCRATCH / "idx"

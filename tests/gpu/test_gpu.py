@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 from lab.data.pipeline import reader
+from lab.models.attention import einsum_attention
 from lab.models.bert import BERT
 from lab.models.cudnn import cudnn_attention
 from lab.models.generate import generate
 from lab.models.gpt import GPT
-from lab.models.layers import einsum_attention
 from lab.models.vit import ViT
 from lab.optim import Muon
 from lab.tasks.language import LanguageModel

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from lab.errors import UserError
-from lab.experiment import load
+from lab.models.attention import einsum_attention
 from lab.models.bert import BERT
 from lab.models.cudnn import cudnn_attention
 from lab.models.gpt import GPT
-from lab.models.layers import Transformer, einsum_attention
+from lab.models.layers import Transformer
 from lab.models.vit import ViT
+from lab.train.experiment_file import load
 from lab.train.program import batch_spec
 from lab.train.step import init_state, make_eval_step, make_predict_step, make_train_step
 from tests.test_experiments import EXPERIMENTS, shrunk

@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from lab.data.pipeline import Arrays
-from lab.experiment import load
 from lab.models.bert import BERT
 from lab.models.gpt import GPT
 from lab.models.vit import ViT
 from lab.parallel.sharding import AXES
 from lab.planning import topologies
+from lab.train.experiment_file import load
 from lab.train.program import Program
 from tests.conftest import ROOT
 from tests.test_topologies import needs_libtpu, same_environment  # noqa: F401 (a fixture)

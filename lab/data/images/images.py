@@ -15,7 +15,8 @@ from lab.data.images.decode import MODES, Form, decoded, reshaped
 from lab.data.images.idx import Idx, read_idx
 from lab.data.images.records import Found, Part, find
 from lab.data.images.sources import Files, ImageFolder, Opened, Pixels, TfdsImages, is_image
-from lab.data.pipeline import Arrays, Records, fixed_order
+from lab.data.order import fixed_order
+from lab.data.pipeline import Arrays, Records
 from lab.data.tables.bundled import Sklearn
 from lab.errors import UserError
 from lab.files import user_path

@@ -11,12 +11,14 @@ import numpy as np
 from lab.data import digest, log
 from lab.data.dataset import Dataset, Incoming, class_names, no_ids, restored, without_blanks
 from lab.data.messages.sources import SPLITS, Labelled, PythonPackages, TextFolder, TfdsMessages, check_classes, load
-from lab.data.pipeline import Arrays, fixed_order
+from lab.data.order import fixed_order
+from lab.data.pipeline import Arrays
 from lab.data.reading import lines_of, read_text
 from lab.data.saved import Saved, revived, saved_form
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.columns import Csv, labels, read_columns
-from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, FittedWords, Words, with_padding
+from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, with_padding
+from lab.data.word_tokenizer import FittedWords, Words
 from lab.errors import UserError
 
 Source = PythonPackages | TextFolder | Csv | Sklearn | TfdsMessages

@@ -12,7 +12,8 @@ import numpy as np
 
 from lab.data import digest, log
 from lab.data.dataset import Dataset, Incoming, class_names, restored, without_blanks
-from lab.data.pipeline import Arrays, fixed_order
+from lab.data.order import fixed_order
+from lab.data.pipeline import Arrays
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.columns import Columns, Csv, class_targets, is_numeric, labels, read_columns, refuse_doubts
 from lab.data.tables.features import Category, Feature, Number, Target, encode, fit, gaps, known_numbers, moments, some

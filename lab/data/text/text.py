@@ -4,35 +4,24 @@ First start on 1.0 GB of English text (2-core CPU VM, busy, 2026-11-22), in proc
 peak: `Bytes()` 9 s, 89 MB; `BPE(4096)` 53 s (survey 4, merges 15, encoding and writing 34: 29 MB/s), 200 MB.
 """
 
-import json
 import mmap
-import os
-import time
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lab.data import cache_folder, digest, log
-from lab.data.building import built
+from lab.data import digest
 from lab.data.dataset import Dataset, restored
 from lab.data.pipeline import epoch_offsets
 from lab.data.saved import Saved, revived, saved_form
-from lab.data.text.sources import Corpus, Documents, PythonStdlib, Survey, TextFiles, TfdsText, pieces
+from lab.data.text.sources import PythonStdlib, TextFiles, TfdsText
+from lab.data.text.token_files import END, FULL_CHECK, SPLITS, _checked, _folder, _mapped, token_files
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted
 from lab.errors import UserError
 
 Source = PythonStdlib | TextFiles | TfdsText
 Tokenizer = Bytes | Chars | BPE | GPT2 | Saved
 
-FORMAT = 2  # of the token folder and its tokens; a new number makes every corpus be tokenised again
-SPLITS = ("train", "validation")
-AT_ONCE = 1 << 20  # characters encoded at once: few calls, and tens of megabytes of arrays
-FULL_CHECK = 64 << 20  # files up to this many bytes are checked whole at each start (0.05 s), larger ones at both ends
-END = 1 << 20
 SURVEYED = 64 << 20  # bytes up to which `describe` reads the text to find its tokens (0.2 s)
 
 
@@ -212,127 +201,3 @@ def _summary(title: str, meta: dict[str, Any], tokenizer: Tokenizer, train: Wind
 
 
 # ------------------------------------------------------------------------------------------------- token files
-
-
-def token_files(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Path, dict[str, Any]]:
-    """The folder with train.bin, validation.bin, tokenizer.json and meta.json, and the latter's content.
-
-    The folder's name is a fingerprint of the text, the split and the tokenizer. It appears whole or not at all; a
-    damaged one is made again. UserError when the disk is full or the text changes while it is read.
-    """
-    survey = corpus.survey()
-    folder = _folder(corpus, survey, tokenizer)
-    return folder, built(folder, _checked, lambda where: _build(corpus, survey, tokenizer, where),
-                         "tokenising the same text")
-
-
-def _folder(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> Path:
-    return cache_folder("tokens") / digest(FORMAT, survey.fingerprint, corpus.rule(survey), tokenizer.identity())
-
-
-def _checked(folder: Path) -> dict[str, Any] | None:
-    """The folder's meta.json if all is there and undamaged; None, with one line that says what is not, if not."""
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        check = meta.pop("check")
-        bad = [] if check == digest(meta) else ["meta.json"]
-        bad += [name for name, want in meta["files"].items() if _sums(folder / name) != want]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        bad = ["meta.json"] if folder.exists() else []
-        meta = None
-    if bad:
-        log.warning("the token cache %s is damaged: %s", folder, ", ".join(bad))
-        return None
-    return meta
-
-
-def _sums(path: Path) -> list[int]:
-    """Size and checksums: of the whole file when small, else of its first and last megabyte."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > FULL_CHECK:
-                first = zlib.crc32(file.read(END))
-                file.seek(-END, os.SEEK_END)
-                return [size, first, zlib.crc32(file.read(END))]
-            crc = 0
-            while block := file.read(END):
-                crc = zlib.crc32(block, crc)
-            return [size, crc]
-    except FileNotFoundError:
-        return []
-
-
-def _build(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -> None:
-    """Fill a folder. UserError when the text changes meanwhile."""
-    log.info("tokenising %s with %r (once; kept in %s)", corpus.title, tokenizer, folder.parent)
-    begin, before = time.perf_counter(), corpus.identity()
-    meta = _write(corpus, survey, tokenizer, folder)
-    if corpus.identity() != before:
-        raise UserError(f"{corpus.title} changed while it was read: run again when it is complete.")
-    tokens, seconds = sum(meta[split]["tokens"] for split in SPLITS), time.perf_counter() - begin
-    log.info("tokenised %d tokens in %.1f s", tokens, seconds)
-
-
-def _write(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    def texts(split: str) -> Iterator[str]:
-        return (piece for document in corpus.documents(split, survey) for piece in pieces(document))
-
-    fitted = tokenizer.fit(texts, survey.bytes)
-    dtype = "uint16" if fitted.size <= 1 << 16 else "uint32"
-    meta: dict[str, Any] = {"title": corpus.title, "rule": corpus.rule(survey), "source": survey.fingerprint}
-    meta |= {"tokenizer": tokenizer.identity(), "vocab": fitted.size, "dtype": dtype, "skipped": len(survey.skipped)}
-    meta |= {"encodings": ", ".join(survey.encodings)} if survey.encodings else {}
-    with (folder / "tokenizer.json").open("wb") as file:
-        file.write(fitted.state.encode())
-    for split in SPLITS:
-        with (folder / f"{split}.bin").open("wb") as file:
-            meta[split] = {"documents": 0, "bytes": 0, "tokens": 0}
-            for documents, ids in _encoded(corpus.documents(split, survey), fitted):
-                file.write(ids.astype(dtype).data)  # not ndarray.tofile, which hides that a disk is full
-                meta[split]["documents"] += documents
-                meta[split]["tokens"] += len(ids)
-                meta[split]["bytes"] += int(fitted.byte_counts.take(ids).sum())
-            file.flush()
-            os.fsync(file.fileno())
-    meta["files"] = {name: _sums(folder / name) for name in ("train.bin", "validation.bin", "tokenizer.json")}
-    meta["check"] = digest(meta)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-    return meta
-
-
-def _encoded(documents: Documents, fitted: Fitted) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of documents begun, ids) for some megabytes of text at a time, end-of-text ids between documents."""
-    separator = np.array([] if fitted.eot is None else [fitted.eot], np.int32)
-    texts: list[str] = []
-    begins: set[int] = set()  # which of `texts` begin a document that needs a separator in front
-    count = size = 0
-    started = False
-
-    def flush() -> tuple[int, np.ndarray]:
-        parts = []
-        for i, ids in enumerate(fitted.encode_batch(texts)):
-            parts += [separator, ids] if i in begins else [ids]
-        return count, np.concatenate(parts)
-
-    for document in documents:
-        for i, piece in enumerate(pieces(document)):
-            if i == 0:
-                count += 1
-                if started:
-                    begins.add(len(texts))
-                started = True
-            texts.append(piece)
-            size += len(piece)
-            if size >= AT_ONCE:
-                yield flush()
-                texts, begins, count, size = [], set(), 0, 0
-    if texts:
-        yield flush()
-
-
-def _mapped(path: Path, dtype: str) -> np.ndarray:
-    with path.open("rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return np.empty(0, dtype)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)

@@ -15,7 +15,7 @@ from lab.experiment import Experiment, digest
 from lab.files import no_links
 from lab.study.run.preflight import Arm
 from lab.train import source_code
-from lab.train.run_folder import read_json, write_json
+from lab.train.json_files import read_json, write_json
 from lab.train.source_code import changed
 
 STUDY = (

@@ -19,15 +19,16 @@ from lab.experiment import Experiment, digest
 from lab.study.design.arms import BASE, Design, Study, grid, one_at_a_time
 from lab.study.run import leases
 from lab.study.run.cells import Cell, cells_of, code_of, finished_folders
-from lab.study.run.engine import Engine, likeliest, mean_seconds, metric_values
+from lab.study.run.engine import Engine
 from lab.study.run.grouping import groups
+from lab.study.run.outcomes import likeliest, mean_seconds, metric_values
 from lab.study.run.preflight import Arm, describe_estimate, estimate, guess, measure, preflight, table
 from lab.study.run.shared import Bench
 from lab.study.run.units import Plan
 from lab.study.run.workers import CORE, cores
 from lab.train.check import check_data
 from lab.train.console import Screen
-from lab.train.run_folder import read_json, write_json
+from lab.train.json_files import read_json, write_json
 
 
 @dataclass(frozen=True)

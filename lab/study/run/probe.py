@@ -11,10 +11,11 @@ from lab.study.run.workers import pin
 
 def probe() -> None:
     """Prints the seconds of an update of what stdin describes."""
-    from lab.experiment import from_json, load
+    from lab.experiment import from_json
     from lab.parallel.backend import start_jax
     from lab.study.run.shared import Bench
     from lab.study.run.units import time_alone
+    from lab.train.experiment_file import load
 
     start_jax()
     told = json.load(sys.stdin)

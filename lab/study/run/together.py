@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lab.data.pipeline import Prefetch, eval_batches, train_indices
+from lab.data.pipeline import eval_batches, train_indices
+from lab.data.prefetch import Prefetch
 from lab.errors import UserError
 from lab.experiment import Checkpoint
 from lab.signals import EXIT, Stop

@@ -21,7 +21,7 @@ from lab.study.run.grouping import Group
 from lab.study.run.preflight import TIMED_FLOPS, Arm
 from lab.study.run.shared import Bench
 from lab.study.run.stacked import common_dispatch
-from lab.train.run_folder import read_json, write_json
+from lab.train.json_files import read_json, write_json
 
 How = Literal["loop", "vmap", "cores"]
 MOST_UPDATES = 10  # in one call

@@ -1,0 +1,63 @@
+"""The file of an experiment, imported and checked."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from lab.configuration.field_types import check_types
+from lab.configuration.parts import check_parts
+from lab.errors import UserError
+from lab.experiment import ROOT, Experiment
+
+
+def load(path: Path, content: bytes | None = None, name: str | None = None) -> ModuleType:
+    """Imports an experiment file, or `content` in its place.
+
+    Its module name is by default its place in the repository, else one that shadows nothing.
+
+    Raises:
+      UserError: it cannot be read or run (names the line), or defines no experiment.
+    """
+    path = path.resolve()
+    inside = path.is_relative_to(ROOT)
+    sys.path += [p for p in os.environ.get("LAB_PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
+    name = name or (".".join(path.relative_to(ROOT).with_suffix("").parts) if inside else f"user_{path.stem}")
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    sys.modules[name] = module
+    try:
+        module.__experiment_source__ = path.read_bytes() if content is None else content
+        exec(compile(module.__experiment_source__, str(path), "exec"), vars(module))
+    except UserError:
+        raise
+    except SyntaxError as e:
+        place = f"{e.filename}, line {e.lineno}" if e.filename else path  # of a NUL byte no place is told
+        raise UserError(f"{place}: {e.msg}.") from e
+    except (Exception, SystemExit) as e:  # whatever the file does wrong; its line is what its author needs
+        line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == str(path)), "?")
+        raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}.") from e
+    for name in ("experiment", "local", "study"):
+        value = getattr(module, name, None)
+        if isinstance(value := getattr(value, "base", value), Experiment):
+            try:
+                check_parts(value)
+                check_types(value)
+            except UserError as e:
+                place = "" if str(e).startswith("/") else f"{path}, line {_line_of(name, path)}: "
+                raise UserError(f"{place}{e}") from None
+    base = getattr(getattr(module, "study", None), "base", None)
+    if not isinstance(getattr(module, "experiment", base), Experiment):
+        raise UserError(f"{path} defines no `experiment = Experiment(...)`, and no `study = Study(...)`.")
+    return module
+
+
+def _line_of(name: str, path: Path) -> int:
+    """The line of a file where this name gets its (last) value."""
+    nodes = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    return max((n.lineno for n in nodes if f"'{name}'" in ast.dump(n, annotate_fields=False).partition(", Call")[0]),
+               default=1)
