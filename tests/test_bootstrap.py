@@ -406,7 +406,8 @@ def test_what_pythonpath_holds_stands_in_for_nothing_of_ours(tmp_path):
     for name in ("numpy", "random", "lab", "mine"):
         write_script(tmp_path / f"theirs/{name}.py", f"print('{name} of PYTHONPATH')")
     (tmp_path / "own.py").write_text("import mine\nexperiment = 1\n")
-    program = f"import numpy, random; from lab.experiment import load, Path; load(Path({str(tmp_path / 'own.py')!r}))"
+    program = ("import numpy, random; from pathlib import Path; from lab.train.experiment_file import load; "
+               f"load(Path({str(tmp_path / 'own.py')!r}))")
     environ = {"PYTHONPATH": str(tmp_path / "theirs"), "PATH": os.defpath}
 
     def said(environ: dict[str, str]) -> str:

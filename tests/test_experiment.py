@@ -36,7 +36,7 @@ def test_the_json_names_every_class(module):
 
 def test_fingerprint_is_the_same_in_another_process():
     """Also under another hash seed; and it is this literal value on every Python version."""
-    code = ("from pathlib import Path; from lab.experiment import load;"
+    code = ("from pathlib import Path; from lab.train.experiment_file import load;"
             "print(load(Path('experiments/gpt_char.py')).experiment.fingerprint())")
     seen = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
                            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}).stdout.strip()
@@ -77,7 +77,7 @@ def test_validation_says_what_is_wrong(tiny, change, message):
 
 
 def test_validation_touches_no_device():
-    code = ("import jax; from pathlib import Path; from lab.experiment import load;"
+    code = ("import jax; from pathlib import Path; from lab.train.experiment_file import load;"
             "[getattr(m := load(p), 'study', m.__dict__.get('experiment')).validate() "
             "for p in sorted(Path('experiments').glob('*.py'))];"
             "from jax._src import xla_bridge; assert not xla_bridge._backends, 'a device was touched'")
