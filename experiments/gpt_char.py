@@ -5,7 +5,10 @@
 
 Expected: validation loss 1.88 nats a character (nanoGPT's README; nanoGPT run here: 1.92 on 200 random batches).
 Measured on all of the last 10 % (2-core CPU, 2026-11-23): 1.888 with seed 0 (seed 1: 1.890, a day before); --precision
-bfloat16 1.888, too. 39 and 29 ms an update, 1 min 43 s and 1 min 21 s in all with 17 and 13 s of evaluation.
+bfloat16 1.888, too. Speed: tests/benchmarks/README.md.
+
+Unlike nanoGPT: embeddings get no weight decay, biases are on, and the windows of an epoch do not overlap; they move
+after the first epoch.
 """
 
 from dataclasses import replace

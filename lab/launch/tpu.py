@@ -90,7 +90,7 @@ def accelerator_type(kind: str) -> tuple[str, str]:
     generation, _, size = kind.replace("v5litepod", "v5e").partition("-")
     if generation.startswith(("tpu7", "v7")):
         raise UserError(f"--create {kind}: the Cloud TPU API does not offer TPU7x. Use Google's Cluster Toolkit "
-                        f"(gcluster job submit) on a GKE cluster; README.md says how.")
+                        f"(gcluster job submit) on a GKE cluster; lab/launch/README.md says how.")
     if generation not in IMAGES or not size.isdigit():
         raise UserError(f"--create {kind} is no TPU type. They are called {', '.join(f'{g}-N' for g in IMAGES)}, "
                         f"such as v5e-16.")
