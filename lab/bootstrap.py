@@ -23,8 +23,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from lab import signals
 from lab.environment import existing
-from lab.environment.accelerator import Choice, Stop, choose_accelerator
-from lab.environment.build import BASE_PYTHON, Plan, asked_extras, ensure, environment_name, plan_environment, say
+from lab.environment.accelerator import Choice, SetupError, choose_accelerator
+from lab.environment.build import (
+    BASE_PYTHON,
+    EnvironmentPlan,
+    asked_extras,
+    ensure,
+    environment_name,
+    plan_environment,
+    say,
+)
 from lab.environment.variables import built_environ, process_environ
 
 LAUNCHERS = ("--slurm", "--hosts", "--tpu", "--sky")    # handled by lab/launch
@@ -56,7 +64,9 @@ def main(arguments: list[str]) -> None:
         if not rest or {"-h", "--help"} & set(rest):    # answered without TensorFlow
             os.execv(BASE_PYTHON, [BASE_PYTHON, "-I", script, *rest])
         name = environment_name(["prepare"], *PREPARE)
-        folder = ensure(Plan(name, list(PREPARE), "import tensorflow_datasets", "preparing data needs TensorFlow"))
+        folder = ensure(
+            EnvironmentPlan(name, list(PREPARE), "import tensorflow_datasets", "preparing data needs TensorFlow")
+        )
         os.execv(folder / "bin/python", [str(folder / "bin/python"), "-I", script, *rest])
 
     choice = choose_accelerator(os.environ)
@@ -89,7 +99,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (Stop, OSError) as error:
+    except (SetupError, OSError) as error:
         say(str(error))
         sys.exit(2)
     except KeyboardInterrupt:

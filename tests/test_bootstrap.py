@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lab.environment import build, existing, variables
-from lab.environment.accelerator import Choice, Stop, choose_accelerator
+from lab.environment.accelerator import Choice, SetupError, choose_accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -484,5 +484,5 @@ def test_an_existing_environment_must_know_the_accelerator():
     assert existing.accelerator_there(cuda13, found, "python").accelerator == "cuda12"
     assert existing.accelerator_there(Choice("cpu", "none"), found, "python").accelerator == "cpu"
     for found in ({}, {"libtpu": "0.1"}):
-        with pytest.raises(Stop, match=r"no cuda13\. Install it: python -m pip install 'jax\[cuda13\]'"):
+        with pytest.raises(SetupError, match=r"no cuda13\. Install it: python -m pip install 'jax\[cuda13\]'"):
             existing.accelerator_there(cuda13, found, "python")

@@ -102,7 +102,7 @@ def test_the_head_is_multiplied_once():
 
 def numbers_in(compiled):
     """Numbers in the largest array of a compiled program."""
-    program = hlo.Program(compiled.as_text())
+    program = hlo.HloModule(compiled.as_text())
     shapes = (i.shape for c in program.computations.values() for i in c.instructions.values())
     return max(math.prod(map(int, dims.split(","))) for shape in shapes for dims in re.findall(r"\[([\d,]+)\]", shape))
 

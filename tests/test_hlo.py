@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lab.planning.hlo import Program, bytes_of, group_size, totals
+from lab.planning.hlo import HloModule, bytes_of, group_size, totals
 
 # As a TPU's compiler prints: a loop whose trips only its condition tells, a pair of start and done, a gather fused in
 # three pieces, a reduce-scatter as a fusion, an array on the chip (S(1)), updates in place.
@@ -91,7 +91,7 @@ ENTRY %main.1 (a.1: f32[12,64,768], b.1: bf16[64,96]) -> f32[1024] {
 
 
 def test_collectives_of_a_recorded_program():
-    program = Program(TPU)
+    program = HloModule(TPU)
     assert program.devices == 8
     found = {c.kind: c for c in program.collectives()}
     assert len(found) == len(program.collectives()) == 4
@@ -107,7 +107,7 @@ def test_collectives_of_a_recorded_program():
 def test_a_change_of_the_program_is_seen():
     """Negative controls: trips, channels, the slice of a reduce-scatter."""
     def kinds(text):
-        return {c.kind: c.times for c in Program(text).collectives()}
+        return {c.kind: c.times for c in HloModule(text).collectives()}
 
     assert kinds(TPU.replace("constant(12)", "constant(5)"))["all-gather"] == 5
     assert kinds(TPU.replace("%one.1 = s32[]{:T(128)S(1)} constant(1)", "%one.1 = s32[]{:T(128)S(1)} constant(2)"))[
@@ -117,7 +117,7 @@ def test_a_change_of_the_program_is_seen():
     trips = 'body=%body.1, backend_config={"known_trip_count":{"n":"3"}}'
     assert kinds(TPU.replace("body=%body.1", trips))["all-gather"] == 3
     apart = TPU.replace("all-gather(%p.2), channel_id=8", "all-gather(%p.2), channel_id=9")
-    assert len(Program(apart).collectives()) == 5
+    assert len(HloModule(apart).collectives()) == 5
     assert "reduce-scatter" not in kinds(TPU.replace("dynamic-slice(%all-reduce.9", "pad(%all-reduce.9"))
 
 
@@ -128,9 +128,9 @@ def test_traffic_of_a_recorded_program():
     trip += 2 * small  # the two pieces; their results are on the chip
     trip += row + 4  # fusion.5 writes its row
     once = 2 * small + 4096 * 2  # the permutation, the sum
-    assert Program(TPU).traffic() == pytest.approx(12 * trip + once, rel=1e-3)
+    assert HloModule(TPU).traffic() == pytest.approx(12 * trip + once, rel=1e-3)
     off_chip = TPU.replace("{1,0:T(8,128)(2,1)S(1)} fusion", "{1,0:T(8,128)(2,1)} fusion")
-    assert Program(off_chip).traffic() - Program(TPU).traffic() == 12 * 2 * gathered  # negative control
+    assert HloModule(off_chip).traffic() - HloModule(TPU).traffic() == 12 * 2 * gathered  # negative control
 
 
 def test_of_several_updates_in_place_the_rows_count():
@@ -155,13 +155,13 @@ ENTRY %main.1 (a.2: f32[12,64,768], new.2: f32[1,64,768], i.2: s32[]) -> (f32[12
 }
 """
     row = 64 * 768 * 4
-    assert Program(two).traffic() == 3 * row + 4  # the new row is read once and written twice
+    assert HloModule(two).traffic() == 3 * row + 4  # the new row is read once and written twice
     # The same with the results in the other order; and inside another fusion, as GPUs' compilers print it.
     turned = two.replace("-> (f32[12,64,768], f32[64,768]) {", "-> (f32[64,768], f32[12,64,768]) {")
     for pair in ("(f32[12,64,768]{2,1,0}, f32[64,768]{1,0})", "tuple(%one.1, %flat.1)"):
         first, _, second = pair.partition("(")[2][:-1].partition(", ")
         turned = turned.replace(pair, f"{pair.partition('(')[0]}({second}, {first})")
-    assert Program(turned).traffic() == 3 * row + 4
+    assert HloModule(turned).traffic() == 3 * row + 4
     nested = two.replace("ENTRY", """%outer.1 (a.3: f32[12,64,768]) -> (f32[12,64,768], f32[64,768]) {
   %a.3 = f32[12,64,768]{2,1,0} parameter(0)
   %new.3 = f32[1,64,768]{2,1,0} parameter(1)
@@ -171,7 +171,7 @@ ENTRY %main.1 (a.2: f32[12,64,768], new.2: f32[1,64,768], i.2: s32[]) -> (f32[12
 
 ENTRY""").replace("fusion(%fresh.1, %new.2, %i.2), kind=kLoop, calls=%write.1",
                   "fusion(%fresh.1, %new.2, %i.2), kind=kLoop, calls=%outer.1")
-    assert Program(nested).traffic() == 3 * row + 4
+    assert HloModule(nested).traffic() == 3 * row + 4
     # A tuple whose first part is two results of one operation, and whose last is an update in place.
     three = two.replace("(f32[12,64,768], f32[64,768]) {", "(f32[8], s32[8], f32[12,64,768]) {").replace(
         "(f32[12,64,768]{2,1,0}, f32[64,768]{1,0}) tuple(%one.1, %flat.1)",
@@ -179,11 +179,11 @@ ENTRY""").replace("fusion(%fresh.1, %new.2, %i.2), kind=kLoop, calls=%write.1",
         "  %flat.1", "  %pair.1 = (f32[8]{0}, s32[8]{0}) reduce(%new.1, %i.1), to_apply=%larger.1\n  %flat.1").replace(
         "ROOT %fusion.1 = (f32[12,64,768]{2,1,0}, f32[64,768]{1,0})",
         "ROOT %fusion.1 = ((f32[8]{0}, s32[8]{0}), f32[12,64,768]{2,1,0})")
-    assert Program(three).traffic() == 2 * row + 4 + 2 * 32
+    assert HloModule(three).traffic() == 2 * row + 4 + 2 * 32
     whole = two.replace("dynamic-update-slice(%a.1, %new.1, %i.1, %zero.1, %zero.1)", "add(%a.1, %a.1)")
-    assert Program(whole).traffic() == (12 + 12 + 1 + 1) * row  # negative control
+    assert HloModule(whole).traffic() == (12 + 12 + 1 + 1) * row  # negative control
     made = two.replace('"AllocateBuffer"', '"Make"')
-    assert Program(made).traffic() == Program(two).traffic() + 12 * row  # another one writes what it returns
+    assert HloModule(made).traffic() == HloModule(two).traffic() + 12 * row  # another one writes what it returns
 
 
 def test_a_slice_that_is_started_moves_the_slice():
@@ -196,8 +196,8 @@ ENTRY %main.1 (a.1: f32[16,768]) -> f32[4,768] {
   ROOT %slice-done.1 = f32[4,768]{1,0:S(1)} slice-done(%slice-start.1)
 }
 """
-    assert Program(text).traffic() == 4 * 768 * 4
-    assert Program(text.replace(":S(1)", "")).traffic() == 2 * 4 * 768 * 4  # negative control: into memory
+    assert HloModule(text).traffic() == 4 * 768 * 4
+    assert HloModule(text.replace(":S(1)", "")).traffic() == 2 * 4 * 768 * 4  # negative control: into memory
 
 
 def test_shapes_and_groups():
@@ -213,7 +213,7 @@ def test_shapes_and_groups():
 
 
 @functools.cache
-def compiled(repeats: int) -> Program:
+def compiled(repeats: int) -> HloModule:
     """Every kind, in a scan of `repeats`, on 8 fake devices."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
@@ -227,7 +227,7 @@ def compiled(repeats: int) -> Program:
     run = jax.jit(jax.shard_map(lambda x: jax.lax.scan(body, x, None, length=repeats)[0], mesh=mesh, in_specs=spec,
                                 out_specs=spec))
     x = jax.ShapeDtypeStruct((8 * 256,), np.float32, sharding=NamedSharding(mesh, spec))
-    return Program(run.lower(x).compile().as_text())
+    return HloModule(run.lower(x).compile().as_text())
 
 
 @pytest.mark.parametrize("repeats", [5, 7])
@@ -250,7 +250,7 @@ def test_traffic_is_what_xla_counts_where_nothing_repeats():
     def counted(f):
         found = jax.jit(f).lower(np.ones((64, 256), np.float32), np.ones((256, 256), np.float32)).compile()
         costs = found.cost_analysis()
-        return Program(found.as_text()).traffic(), (costs[0] if isinstance(costs, list) else costs)["bytes accessed"]
+        return HloModule(found.as_text()).traffic(), (costs[0] if isinstance(costs, list) else costs)["bytes accessed"]
 
     ours, xla = counted(lambda x, w: layer(layer(x, w), w))
     assert ours == pytest.approx(xla, rel=0.1)

@@ -124,7 +124,7 @@ def test_a_checkpoint_goes_from_any_mesh_to_any_other(gpt, tmp_path):
 def moved(experiment: Experiment, devices: Any = None) -> tuple[dict[str, float], int]:
     """Bytes of each kind of collective in one update, and the bytes of the parameters, as they are computed with."""
     program = Program(experiment, devices=devices)
-    found = hlo.Program(program.lower().compile().as_text()).collectives()
+    found = hlo.HloModule(program.lower().compile().as_text()).collectives()
     kinds = {kind: sum(c.times * c.bytes for c in found if c.kind == kind) for kind in hlo.KINDS}
     return kinds, sum(2 * x.size for x in jax.tree.leaves(program.abstract.params))
 

@@ -16,7 +16,7 @@ from lab.experiment import Experiment
 from lab.parallel.sharding import AXES, describe_state, mesh_sizes, state_shardings
 from lab.train.check import load_data, model_outputs
 from lab.train.console import facts, human
-from lab.train.cost import Plan, make_plan, optimizer_flops, size_of
+from lab.train.cost import Cost, make_plan, optimizer_flops, size_of
 from lab.train.program import batch_spec
 from lab.train.step import State
 
@@ -74,7 +74,7 @@ def show(experiment: Experiment) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _evaluation(experiment: Experiment, plan: Plan, described: Mapping[str, Any]) -> str:
+def _evaluation(experiment: Experiment, plan: Cost, described: Mapping[str, Any]) -> str:
     """What all evaluations cost beside the training: forward passes, a third of an update for as many records."""
     settings = experiment.evaluate
     times = 2 + (experiment.steps - 1) // settings.every if settings.every else 2

@@ -23,7 +23,7 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 TPU_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 
 
-class Stop(Exception):
+class SetupError(Exception):
     """Something that a person can fix; the text is all that is printed, with exit status 2."""
 
 
@@ -43,7 +43,7 @@ def choose_accelerator(environ: Mapping[str, str]) -> Choice:
     """Which build of JAX fits this machine, and why."""
     if wish := environ.get("LAB_ACCELERATOR"):
         if wish not in PLATFORMS:
-            raise Stop(f"LAB_ACCELERATOR={wish} is not one of {', '.join(PLATFORMS)}.")
+            raise SetupError(f"LAB_ACCELERATOR={wish} is not one of {', '.join(PLATFORMS)}.")
         return Choice(wish, "LAB_ACCELERATOR asks for it")
     if environ.get("TPU_WORKER_HOSTNAMES"):    # TPU slices on Kubernetes
         return Choice("tpu", "TPU_WORKER_HOSTNAMES is set")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from lab import signals
-from lab.environment.accelerator import CACHE, PLATFORMS, Stop, digest
+from lab.environment.accelerator import CACHE, PLATFORMS, SetupError, digest
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
@@ -34,7 +34,7 @@ def say(text: str) -> None:
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 
-class Plan(NamedTuple):
+class EnvironmentPlan(NamedTuple):
     """What an environment is called and what uv is told to put into it."""
 
     name: str
@@ -43,14 +43,14 @@ class Plan(NamedTuple):
     reason: str
 
 
-def plan_environment(extras: list[str], reason: str) -> Plan:
+def plan_environment(extras: list[str], reason: str) -> EnvironmentPlan:
     """The environment with the project's dependencies and these extras (the accelerator first)."""
     pyproject, constraints = ROOT / "pyproject.toml", ROOT / "constraints.txt"
     packages = ["-r", str(pyproject), "-c", str(constraints)]
     for extra in extras:
         packages += ["--extra", extra]
     name = environment_name(extras, pyproject.read_bytes(), constraints.read_bytes())
-    return Plan(name, packages, WARM_UP, reason)
+    return EnvironmentPlan(name, packages, WARM_UP, reason)
 
 
 def environment_name(labels: list[str], *contents: str | bytes) -> str:
@@ -72,7 +72,7 @@ def asked_extras(environ: Mapping[str, str]) -> list[str]:
         known = sorted(set(project["optional-dependencies"]) - set(PLATFORMS))
         for name in names:
             if name not in known:
-                raise Stop(f"LAB_EXTRAS names {name}, which is not one of {', '.join(known)}.")
+                raise SetupError(f"LAB_EXTRAS names {name}, which is not one of {', '.join(known)}.")
     return names
 
 
@@ -89,7 +89,7 @@ def finished(folder: Path) -> bool:
     return (folder / "ok").exists() and (folder / "bin/python").exists()
 
 
-def ensure(plan: Plan) -> Path:
+def ensure(plan: EnvironmentPlan) -> Path:
     """The folder of this environment, which is built first if there is no finished one."""
     for store in stores():
         if finished(store / plan.name):    # the usual case: no lock, no uv, no message
@@ -108,7 +108,9 @@ def ensure(plan: Plan) -> Path:
             if not finished(store / plan.name):    # another process may have built it while this one waited
                 build(store / plan.name, plan, lock.fileno())
         return store / plan.name
-    raise Stop(f"cannot write to {' or '.join(map(str, stores()))}; set LAB_ENVS to a folder for the environments.")
+    raise SetupError(
+        f"cannot write to {' or '.join(map(str, stores()))}; set LAB_ENVS to a folder for the environments."
+    )
 
 
 def wait_for(lock: IO[str]) -> None:
@@ -120,7 +122,7 @@ def wait_for(lock: IO[str]) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def build(folder: Path, plan: Plan, lock: int) -> None:
+def build(folder: Path, plan: EnvironmentPlan, lock: int) -> None:
     """Builds an environment in `folder`; it counts only once `ok` is in it."""
     say(f"{plan.reason}; building the environment {folder.name} (once) ...")
     began = time.monotonic()
@@ -159,7 +161,7 @@ def command(arguments: list[str], environ: Mapping[str, str], lock: int, trouble
             arguments, env=environ, cwd=ROOT, pass_fds=[lock], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise Stop(f"cannot run {arguments[0]} ({error.strerror}).") from None
+        raise SetupError(f"cannot run {arguments[0]} ({error.strerror}).") from None
     with process:
         try:
             for line in process.stderr:
@@ -176,7 +178,7 @@ def command(arguments: list[str], environ: Mapping[str, str], lock: int, trouble
         if any("No space left" in line or "os error 28" in line for line in last):
             trouble = "the disk is full; free some space, or point LAB_ENVS to a folder on another one"
         lines = "\n".join(f"    {line}" for line in last)
-        raise Stop(f"could not build the environment: {trouble}. {Path(arguments[0]).name} said:\n{lines}")
+        raise SetupError(f"could not build the environment: {trouble}. {Path(arguments[0]).name} said:\n{lines}")
 
 
 def find_uv(store: Path, lock: int) -> str:
@@ -200,7 +202,7 @@ def find_uv(store: Path, lock: int) -> str:
             command([BASE_PYTHON, "-m", "venv", str(folder)], os.environ, lock)
             command([str(folder / "bin/python"), *install], os.environ, lock)
         else:
-            raise Stop(f"{BASE_PYTHON} has neither pip nor venv; install python3-venv or uv, or set LAB_UV.")
+            raise SetupError(f"{BASE_PYTHON} has neither pip nor venv; install python3-venv or uv, or set LAB_UV.")
         (folder / "ok").touch()
     return str(folder / "bin/uv")
 

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from lab.environment.accelerator import PLATFORMS, Choice, Stop
+from lab.environment.accelerator import PLATFORMS, Choice, SetupError
 
 # What every command imports. The rest of pyproject.toml is imported where it is used, and what lacks one says so.
 REQUIRED = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tyro")
@@ -37,14 +37,14 @@ def find(environ: Mapping[str, str]) -> str | None:
     """The Python of the environment that the variables ask for; None where they ask for none.
 
     Raises:
-      Stop: there is no such Python.
+      SetupError: there is no such Python.
     """
     if named := environ.get("LAB_PYTHON"):
         if found := shutil.which(os.path.expanduser(named)):
             return os.path.abspath(found)
-        raise Stop(f"LAB_PYTHON={named} is not a program that can be run.")
+        raise SetupError(f"LAB_PYTHON={named} is not a program that can be run.")
     if (wish := environ.get("LAB_ENV", "")) not in ("", "active"):
-        raise Stop(f"LAB_ENV={wish} is not known: LAB_ENV=active uses the activated environment.")
+        raise SetupError(f"LAB_ENV={wish} is not known: LAB_ENV=active uses the activated environment.")
     if not wish:
         return None
     folders = [environ[name] for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if environ.get(name)]
@@ -52,14 +52,15 @@ def find(environ: Mapping[str, str]) -> str | None:
     for name in ("python3", "python"):
         if found := shutil.which(name, path=os.pathsep.join(places)):
             return os.path.abspath(found)
-    raise Stop("LAB_ENV=active: no environment is active, and there is no python3 on PATH.")
+    raise SetupError("LAB_ENV=active: no environment is active, and there is no python3 on PATH.")
 
 
 def check(python: str, verb: str, pyproject: Path, environ: Mapping[str, str]) -> dict[str, str]:
     """The versions of what is installed there: of the project's dependencies and JAX's backends.
 
     Raises:
-      Stop: it is no Python that lab runs on, or a package that this command needs is missing or of a wrong version; the
+      SetupError: it is no Python that lab runs on, or a package that this command needs is missing or of a wrong
+      version; the
         text has the command that installs it.
     """
     project, ranges = tomllib.loads(pyproject.read_text("utf-8"))["project"], dependencies(pyproject)
@@ -67,15 +68,17 @@ def check(python: str, verb: str, pyproject: Path, environ: Mapping[str, str]) -
     words = [python, "-P", "-c", PROBE, *ranges, *needed, *BACKENDS.values()]
     done = subprocess.run(words, env=dict(environ), capture_output=True, text=True)
     if done.returncode:
-        raise Stop(f"{python} does not run as a Python of 3.11 or newer: {(done.stderr.strip() or 'no reason')[-200:]}")
+        raise SetupError(
+            f"{python} does not run as a Python of 3.11 or newer: {(done.stderr.strip() or 'no reason')[-200:]}"
+        )
     version, found = json.loads(done.stdout)
     if not satisfies(".".join(map(str, version)), project["requires-python"]):
-        raise Stop(f"{python} is Python {'.'.join(map(str, version))}; lab needs {project['requires-python']}.")
+        raise SetupError(f"{python} is Python {'.'.join(map(str, version))}; lab needs {project['requires-python']}.")
     wrong = [name for name in needed if name not in found or not satisfies(found[name], ranges.get(name, ""))]
     if wrong:
         wanted = " ".join(f"'{name}{ranges.get(name, '')}'" for name in wrong)
         has = ", ".join(f"{name} {found[name]}" if name in found else f"no {name}" for name in wrong)
-        raise Stop(f"the environment of {python} has {has}. Install it there: {python} -m pip install {wanted}")
+        raise SetupError(f"the environment of {python} has {has}. Install it there: {python} -m pip install {wanted}")
     return found
 
 
@@ -100,7 +103,7 @@ def accelerator_there(choice: Choice, found: Mapping[str, str], python: str) -> 
     """The build of JAX that this environment has for the machine's accelerator (`choice`).
 
     Raises:
-      Stop: it has none; JAX would fall back to the CPU.
+      SetupError: it has none; JAX would fall back to the CPU.
     """
     platform = PLATFORMS[choice.accelerator]
     for accelerator, package in BACKENDS.items():
@@ -108,7 +111,7 @@ def accelerator_there(choice: Choice, found: Mapping[str, str], python: str) -> 
             return Choice(accelerator, f"{choice.reason}; {package} {found[package]} is installed")
     if platform == "cpu":
         return choice
-    raise Stop(f"this machine has an accelerator ({choice.reason}), and {python} no {choice.accelerator}. "
+    raise SetupError(f"this machine has an accelerator ({choice.reason}), and {python} no {choice.accelerator}. "
                f"Install it: {python} -m pip install 'jax[{choice.accelerator}]', or do without: LAB_ACCELERATOR=cpu.")
 
 

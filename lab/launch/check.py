@@ -20,7 +20,7 @@ def python(job: Job) -> Path | None:
             continue
         try:
             asked = build.asked_extras(environ)
-        except accelerator.Stop as e:
+        except accelerator.SetupError as e:
             raise UserError(str(e)) from None
         for extras in (asked, []):
             name = build.plan_environment([kind, *extras], "").name

@@ -91,7 +91,7 @@ def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
             memory = replace(memory, total=needed(str(e)))
         else:
             memory = _measured(compiled, memory)
-            parsed = hlo.Program(compiled.as_text())
+            parsed = hlo.HloModule(compiled.as_text())
             collectives, traffic = parsed.collectives(), parsed.traffic()
         seconds = time.monotonic() - start
     sent = sum(c.sent for c in collectives)

@@ -105,7 +105,7 @@ class Collective:
         return round(self.times * self.bytes * share.get(self.kind, (self.group - 1) / self.group))
 
 
-class Program:
+class HloModule:
     """A compiled program's text, taken apart."""
 
     def __init__(self, text: str):

@@ -48,7 +48,7 @@ def _runs(name: str, params: dict[str, Any]) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cost:
     """The cost of one experiment. Bytes are for the whole program, not for one device."""
 
     state: State
@@ -82,7 +82,7 @@ def size_of(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def make_plan(experiment: Experiment) -> Plan:
+def make_plan(experiment: Experiment) -> Cost:
     """Traces the forward pass of one microbatch, and nothing more."""
     state = abstract_state(experiment)
     rows = experiment.batch // experiment.grad_accum_steps
@@ -97,7 +97,7 @@ def make_plan(experiment: Experiment) -> Plan:
     # Two traces: what prepares the backward pass may take gradients already (a loss in chunks).
     forward = jax.make_jaxpr(loss)(state.params, state.model_state, batch)
     kept = jax.eval_shape(residuals, state.params, state.model_state, batch)
-    return Plan(state, 3 * count_flops(forward) * experiment.grad_accum_steps, size_of(kept))
+    return Cost(state, 3 * count_flops(forward) * experiment.grad_accum_steps, size_of(kept))
 
 
 def optimizer_flops(experiment: Experiment, state: State) -> int:

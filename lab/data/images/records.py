@@ -180,7 +180,7 @@ class Lazy:
         return {"inputs": np.stack([result.pixels for result in results]), "targets": labels}
 
 
-class Part:
+class ShardPart:
     """Some rows of other records."""
 
     def __init__(self, records: Records, rows: np.ndarray):

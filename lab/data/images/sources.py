@@ -1,7 +1,7 @@
 """Where images come from: folders of PNG and JPEG files, and TFDS. Nothing is decoded here.
 
 A *source* is a value an experiment holds; its `open()` gives the splits, each one either `Pixels`, arrays that are
-there already (`lab.data.images.idx`), or *encoded* images (`Files`, `Shards`):
+there already (`lab.data.images.idx`), or *encoded* images (`ImageFiles`, `Shards`):
 
     len(split), name(i)   how many images, and how a person finds one
     read(indices)         the PNG or JPEG files, as bytes or as paths, and the labels int32 (n,)
@@ -78,7 +78,7 @@ def _with_test(splits: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str | 
 
 
 @dataclass(frozen=True, eq=False)
-class Files:
+class ImageFiles:
     """Image files. `paths` below `root`; `labels` int32, one each (all 0 where there are none)."""
 
     root: Path
@@ -115,7 +115,8 @@ class ImageFolder:
 
     Splits are recognised by their names, whatever the case: train or Training, test, val or dev, also as the end of a
     name (seg_train, training_set). A validation split is the test split where there is no other. The classes are the
-    names of the subfolders, sorted. Files of other kinds are left out and counted, and so are links to what is there.
+    names of the subfolders, sorted. ImageFiles of other kinds are left out and counted, and so are links to what is
+    there.
     """
 
     path: str
@@ -143,7 +144,7 @@ class ImageFolder:
         others, splits = 0, {}
         for split in (split for split in ("train", "validation", "test") if split in folders):
             paths, labels, more = labelled(found, folders[split], names, is_image, "PNG or JPEG file")
-            splits[split], others = Files(folders[split], paths, labels), others + more
+            splits[split], others = ImageFiles(folders[split], paths, labels), others + more
         splits, notes = _with_test(splits)
         notes |= {"other files, left out": others} if others else {}
         notes |= found.notes() | ({"other folders, left out": ", ".join(left_out)} if left_out else {})

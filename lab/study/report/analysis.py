@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lab.study.report import stats
-from lab.study.report.results import Arm, Cell, Results, short
+from lab.study.report.results import ArmResults, CellResult, Results, short
 
 AXIS_LEVELS = 3  # a numeric factor with so many is an axis
 
@@ -22,7 +22,7 @@ class Section:
     """Cells that may be compared with each other."""
 
     environment: str
-    cells: dict[str, dict[int, Cell]]
+    cells: dict[str, dict[int, CellResult]]
     """Arm -> seed -> finished cell, without the seeds used for tuning. Every arm of the study is there."""
 
     def values(self, arm: str) -> dict[int, float]:
@@ -52,7 +52,7 @@ def sections(results: Results, pool: bool) -> list[Section]:
     groups = [names] if pool and names else [[name] for name in names]
     found = []
     for group in groups:
-        cells: dict[str, dict[int, Cell]] = {arm.name: {} for arm in results.arms}
+        cells: dict[str, dict[int, CellResult]] = {arm.name: {} for arm in results.arms}
         for cell in done:
             if cell.environment in group:
                 cells[cell.arm].setdefault(cell.seed, cell)
@@ -111,7 +111,7 @@ def update_seconds(section: Section, arm: str) -> tuple[float, float, float]:
 # ------------------------------------------------------------------------------------------------------ factors
 
 
-def value_at(results: Results, arm: Arm, path: str) -> Any:
+def value_at(results: Results, arm: ArmResults, path: str) -> Any:
     """The arm's value of a dotted field: its own change of it or of what contains it, else the base's."""
     for start in (p for p in (path.rsplit(".", n)[0] for n in range(path.count(".") + 1)) if p in arm.changes):
         return _inside(arm.changes[start], path[len(start) + 1:])
@@ -124,7 +124,7 @@ def _inside(value: Any, path: str) -> Any:
     return value
 
 
-def level(results: Results, arm: Arm, factor: str) -> Any:
+def level(results: Results, arm: ArmResults, factor: str) -> Any:
     """Where an arm stands on a factor: a value of the field, or for a named edit whether the arm has it."""
     values = results.factors[factor]
     if isinstance(values, dict):

@@ -28,7 +28,7 @@ from lab.study.report.analysis import (
     whole,
 )
 from lab.study.report.render import Block, Heading, Picture, Table, Text, html, markdown, terminal
-from lab.study.report.results import Arm, Results, changed_code, merge, read_study
+from lab.study.report.results import ArmResults, Results, changed_code, merge, read_study
 from lab.train.console import human
 
 METHODS = (
@@ -275,7 +275,7 @@ def _factors(results: Results, section: Section, show: Callable[[float], str], p
 
 def _not_controlled(results: Results, section: Section) -> list[Block]:
     """What the arms differ in besides quality. Times get no ratio: a difference of two arms is mostly the machine's."""
-    def cost(arm: Arm) -> list[float | None]:
+    def cost(arm: ArmResults) -> list[float | None]:
         return [arm.parameters, arm.flops, arm.memory]
 
     base, rows = cost(results.arms[0]), []

@@ -20,7 +20,7 @@ UNLISTED = ("CACHE", "COORDINATOR", "PLATFORMS")  # JAX_ settings that cannot ch
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmResults:
     """One arm: its difference from base, and what the comparison does not control."""
 
     name: str
@@ -44,7 +44,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Cell:
+class CellResult:
     """One run of one arm with one seed."""
 
     arm: str
@@ -90,11 +90,11 @@ class Results:
     factors: dict[str, Any]
     base: dict[str, Any]
     """The base experiment's JSON value."""
-    arms: list[Arm]
+    arms: list[ArmResults]
     """The first one is base."""
     seeds: list[int]
     tuning_seeds: list[int]
-    cells: list[Cell]
+    cells: list[CellResult]
     notes: list[str] = field(default_factory=list)
 
     def count(self, arm: str | None = None) -> dict[str, int]:
@@ -172,7 +172,7 @@ def read_study(folder: Path) -> Results:
     try:
         for part, kinds in ((study["design"], DESIGN), *((arm, ARM) for arm in study["arms"])):
             _checked(part, path, remedy, kinds)
-        arms = [Arm(a["name"], a["changes"], a["fingerprint"], a.get("parameters"), a.get("flops_per_update"),
+        arms = [ArmResults(a["name"], a["changes"], a["fingerprint"], a.get("parameters"), a.get("flops_per_update"),
                     a.get("memory_bytes"), a.get("fork") or 0, a.get("forked_after") or 0)
                 for a in study["arms"]]
         found = Results(study["name"], study["metric"], study["mode"], study["split"], study["design"]["kind"],
@@ -209,7 +209,7 @@ def _units(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dict[str, str],
-              units: Mapping[str, tuple[str, str]]) -> Cell:
+              units: Mapping[str, tuple[str, str]]) -> CellResult:
     """One cell of a study folder; `code` is that of a cell whose record has none of its own; `units`: see `_units`.
 
     Raises:
@@ -218,7 +218,7 @@ def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dic
     folder = study_folder / "cells" / arm / str(seed)
     if not (folder / "cell.json").is_file():
         lease = units.get(f"{arm}-{seed}", (f"{arm}-{seed}", ""))[0]
-        return Cell(arm, seed, folder, running=(study_folder / "leases" / f"{lease}.json").exists())
+        return CellResult(arm, seed, folder, running=(study_folder / "leases" / f"{lease}.json").exists())
     remedy = f"Delete {folder} and run the study again: it makes this cell anew."
     cell = _json(folder / "cell.json", remedy, CELL)
     status = cell.get("status")
@@ -227,7 +227,7 @@ def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dic
         raise UserError(f"{folder / 'cell.json'} is damaged (status {status!r}, arm {cell.get('arm')!r}, seed "
                         f"{cell.get('seed')!r}). {remedy}")
     own, (unit, program) = cell.get("code"), units.get(f"{arm}-{seed}", (f"{arm}-{seed}", f"of {arm}"))
-    made = Cell(arm, seed, folder, status, environment=_environment(folder, cell.get("mode"), remedy),
+    made = CellResult(arm, seed, folder, status, environment=_environment(folder, cell.get("mode"), remedy),
                 seconds=cell.get("seconds"), error=cell.get("error"), fingerprint=cell.get("fingerprint"),
                 code=own if isinstance(own, dict) else code, unit=f"{study_folder}: {unit}",
                 program=f"{study_folder}: {program}")
@@ -304,7 +304,7 @@ def merge(studies: Sequence[Results]) -> Results:
                    tuning_seeds=sorted({s for study in studies for s in study.tuning_seeds}))
 
 
-def changed_code(cells: Sequence[Cell]) -> list[str]:
+def changed_code(cells: Sequence[CellResult]) -> list[str]:
     """The files and packages that are not the same in all cells whose records name them."""
     versions: dict[str, set[str]] = {}
     for cell in cells:

@@ -24,7 +24,7 @@ from lab.study.run.grouping import groups
 from lab.study.run.outcomes import likeliest, mean_seconds, metric_values
 from lab.study.run.preflight import Arm, describe_estimate, estimate, guess, measure, preflight, table
 from lab.study.run.shared import Bench
-from lab.study.run.units import Plan
+from lab.study.run.units import ExecutionPlan
 from lab.study.run.workers import CORE, cores
 from lab.train.check import check_data
 from lab.train.console import Screen
@@ -219,8 +219,15 @@ def _describe(folder: Path, study: Study, arms: Sequence[Arm], file: Path, cells
         lease.release()
 
 
-def _price(study: Study, arms: list[Arm], cells: Sequence[Cell], folders: Mapping[str, Path], plan: Plan | None,
-           bench: Bench, screen: Screen) -> None:
+def _price(
+    study: Study,
+    arms: list[Arm],
+    cells: Sequence[Cell],
+    folders: Mapping[str, Path],
+    plan: ExecutionPlan | None,
+    bench: Bench,
+    screen: Screen,
+) -> None:
     """Prints the table of arms, and how long the study will take."""
     left = {arm.name: sum(c.arm == arm.name and c.name not in folders for c in cells)
             for arm in arms}

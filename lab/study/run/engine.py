@@ -29,8 +29,8 @@ from lab.study.run.together import run_together
 from lab.study.run.units import (
     FEW_FLOPS,
     MOST_UPDATES,
+    ExecutionPlan,
     How,
-    Plan,
     Unit,
     cannot,
     choose,
@@ -78,7 +78,7 @@ class Engine:
         no_links(folder)
         make_folder(self.leases)
         make_folder(folder / "cells")
-        self.plan: Plan
+        self.plan: ExecutionPlan
 
     def settle(self, how: How | None, accept: bool, rerun: bool) -> int:
         """Decides how the study is carried out, unless that was done; returns how many finished cells of the other
@@ -107,7 +107,7 @@ class Engine:
         finally:
             lease.release()
 
-    def _new_plan(self, how: How | None) -> Plan:
+    def _new_plan(self, how: How | None) -> ExecutionPlan:
         elsewhere, own = finished_elsewhere(self.folder.parent, self.folder), self.arms[BASE].experiment.steps_per_call
         impossible = {each: why for each in get_args(How) if (why := cannot(each, list(self.arms.values())))}
         if how in impossible:
@@ -117,7 +117,7 @@ class Engine:
         if any(found):  # as most of the cells that need not run again
             return known[found.index(max(found))]
         if how is not None:
-            return Plan(how, MOST_UPDATES if self.arms[BASE].flops < FEW_FLOPS else own)
+            return ExecutionPlan(how, MOST_UPDATES if self.arms[BASE].flops < FEW_FLOPS else own)
         seeds = sorted({cell.seed for cell in self.cells})
         return choose(self.groups, self.arms, seeds, self.bench, self.file, self.screen.info)
 

@@ -10,16 +10,16 @@ from typing import get_args
 from lab.study.run.cells import Cell, finished_folders, read_cell
 from lab.study.run.units import (
     MOST_UPDATES,
+    ExecutionPlan,
     How,
-    Plan,
     read_plan,
 )
 from lab.train.json_files import read_json
 
 
-def _ways(updates: int) -> list[Plan]:
+def _ways(updates: int) -> list[ExecutionPlan]:
     """All ways to carry out a study whose base makes so many updates in a call."""
-    return [Plan(how, n) for how in get_args(How) for n in dict.fromkeys((updates, MOST_UPDATES))]
+    return [ExecutionPlan(how, n) for how in get_args(How) for n in dict.fromkeys((updates, MOST_UPDATES))]
 
 
 def likeliest(folder: Path, cells: Sequence[Cell], updates: int) -> list[Cell]:

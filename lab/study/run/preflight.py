@@ -21,7 +21,7 @@ from lab.experiment import Experiment, flat, to_json
 from lab.study.design.arms import BASE, Changes, Study
 from lab.study.run.forks import WORTH, acts_from, check_fork
 from lab.train.console import clock, human
-from lab.train.cost import Plan, make_plan, size_of, step_flops
+from lab.train.cost import Cost, make_plan, size_of, step_flops
 from lab.train.program import Program, batch_spec
 from lab.train.step import State, make_eval_step
 
@@ -95,7 +95,7 @@ def metric_names(experiment: Experiment, state: State) -> list[str]:
         return [*means, *experiment.task.summary(means, counts)]
 
 
-def _memory(plan: Plan) -> int:
+def _memory(plan: Cost) -> int:
     return size_of(plan.state) + size_of(plan.state.params) + plan.activations
 
 

@@ -45,7 +45,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExecutionPlan:
     """How a study is carried out: all its cells in the same way."""
 
     how: How
@@ -74,14 +74,14 @@ def mode_of(how: How, updates: int) -> str:
     return f"{how}, up to {updates} updates a call" if updates > 1 else how
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_plan(folder: Path) -> ExecutionPlan | None:
     """The plan of a study folder that has one. Raises UserError where it is damaged."""
     if not (folder / "plan.json").exists():
         return None
     found = read_json(folder / "plan.json")
     try:
         units = tuple(Unit(u["name"], tuple(u["cells"]), tuple(u["numbers"]), u["group"]) for u in found["units"])
-        return Plan(found["how"], found["updates"], found["seconds"], units, found["workers"])
+        return ExecutionPlan(found["how"], found["updates"], found["seconds"], units, found["workers"])
     except (KeyError, TypeError) as e:
         raise UserError(f"{folder / 'plan.json'} is damaged (it lacks {e}). Delete the study folder {folder} to begin "
                         f"the study anew.") from None
@@ -107,7 +107,7 @@ def can_be_stacked(experiment: Experiment) -> bool:
 
 
 def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int], bench: Bench, file: Path | None,
-           say: Callable[[str], None]) -> Plan:
+           say: Callable[[str], None]) -> ExecutionPlan:
     """The fastest way to run the cells: three calls are timed of the largest group, one cell after another (an update
     or several in a call), at once, and on a core each. What takes less than WORTH_SECONDS is not worth the
     compilations. `file`: where the experiments are from.
@@ -117,11 +117,11 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
     first, total = arms[largest.arms[0]], len(arms) * len(seeds) * cells[0].steps
     own = max(first.experiment.steps_per_call, 1)
     if len(cells) == 1 or (jax.default_backend() == "cpu" and first.flops * own > TIMED_FLOPS):
-        return Plan("loop", own)
+        return ExecutionPlan("loop", own)
     say("Benchmarking execution modes ...")
     seconds = {mode_of("loop", own): time_alone(cells[0], largest.numbers, own, bench)}
     if total * min(seconds.values()) < WORTH_SECONDS:
-        return Plan("loop", own, seconds)
+        return ExecutionPlan("loop", own, seconds)
     updates = {mode_of("loop", own): own}
     if common_dispatch(cells[0], MOST_UPDATES) > own and first.experiment.parallel == "jit":
         several = mode_of("loop", MOST_UPDATES)
@@ -140,7 +140,7 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
     for mode, each in seconds.items():
         say(f"  {1000 * each:.2f} ms/step of one cell: {mode}{' (chosen)' if mode == found else ''}")
     how: How = next(how for how in get_args(How) if found.startswith(how))
-    return Plan(how, updates.get(found, n), seconds, workers=number)
+    return ExecutionPlan(how, updates.get(found, n), seconds, workers=number)
 
 
 def time_alone(experiment: Experiment, numbers: Sequence[str], updates: int, bench: Bench) -> float:
