@@ -220,7 +220,7 @@ def test_control_c_and_another_seed(place, reference):
     assert wait_for(process, lambda: lines_in(place / "control-c" / "metrics.jsonl") >= 3)
     process.send_signal(signal.SIGINT)
     status, out, err = finish(process)
-    assert status == 130 and "SIGINT: saved after update" in out and "Traceback" not in err
+    assert status == 130 and "SIGINT: saved after step" in out and "Traceback" not in err
     # The negative control of the tests of equal bytes: another seed shows in each row and in the weights.
     rows, whole = ((f / "metrics.jsonl").read_text().splitlines() for f in (place / "control-c", reference[0]))
     assert len(rows) >= 3 and len(whole) == ROWS and not set(rows) & set(whole)
@@ -402,8 +402,8 @@ def test_a_platform_that_this_jax_has_not(monkeypatch, place, platforms, words):
 def test_what_is_no_run(mistake, place):
     (place / "empty").mkdir(exist_ok=True)
     for command in ("sample", "eval"):
-        assert "no run folder" in mistake(command, "empty")
-        assert "no run folder" in mistake(command, "not-there")
+        assert "not a run folder" in mistake(command, "empty")
+        assert "not a run folder" in mistake(command, "not-there")
     (place / "thesis").mkdir(exist_ok=True)
     (place / "thesis" / "thesis.tex").write_text("precious")
     assert "is not empty and is not a run folder" in mistake("small.py", "--run-dir", "thesis")
@@ -443,7 +443,7 @@ def test_an_override_that_changes_nothing_is_said(typed):
     status, out, err = typed("small.py", "--steps", "20", "--optim.lr.peak=0.01", "--seed", "4", "--model.tied",
                              "--mesh.data", "99")
     assert "Note: --steps is already 20: no effect." in out
-    assert "Note: --optim.lr.peak was 0.01 already" in out and "Note: --model.tied was True already" in out
+    assert "Note: --optim.lr.peak is already 0.01" in out and "Note: --model.tied is already True" in out
     assert "--seed" not in out and "--mesh.data was" not in out
 
 

@@ -164,7 +164,7 @@ OPTIMIZERS = [SGD(lr=0.1, momentum=0.9), Adam(lr=0.1), AdamW(lr=Cosine(0.1), gra
               ScheduleFreeAdamW(lr=0.1), AdamW(lr=0.1, lr_multipliers=(("a/", 0.0),))]
 
 
-@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda o: f"{type(o).__name__}{len(o.groups)}")
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=lambda o: f"{type(o).__name__}{len(o.lr_multipliers)}")
 def test_the_same_optimizer_takes_everything_over(optim):
     there, here = after(optim)
     given, fresh, left = take_over(there, here, 3)

@@ -475,7 +475,8 @@ def devices_and_secret(many: str) -> str:
 
 def test_every_launcher_hands_a_secret_on(tmp_path, monkeypatch):
     """By the environment or a file that only its owner reads, never on a command line."""
-    from lab.launch import Options, hosts, job, sky, slurm, tpu
+    from lab.launch import hosts, job, sky, slurm, tpu
+    from lab.launch.options import Options
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LAB_SECRET", raising=False)

@@ -47,7 +47,7 @@ class Quiet(Screen):
         self.lines.append(line)
 
     def progress(self, line: str) -> None:
-        if line.startswith("update"):
+        if line.startswith("step"):
             self.updates += 1
             if self.updates == self.at:
                 self.action()
@@ -299,7 +299,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, reference
     assert status == 1
     assert "Step 5: the loss is nan" in said and "the checkpoint after step 4 is kept" in said
     report = json.loads((folder / "diverged.json").read_text())
-    assert report["update"] == 5
+    assert report["step"] == 5
     assert report["batch_indices"] == train_indices(4, 8, 44, seed=0).tolist()
     assert [row["step"] for row in report["last_rows"] if row["split"] == "train"] == [1, 2, 3, 4]
     assert "nan" in report["metrics"]["loss"] and {"gradient_norm", "parameter_norm"} <= set(report["metrics"])
@@ -318,7 +318,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, reference
 def test_no_state_that_overflowed_is_saved(tmp_path):
     experiment = toy(optim=SGD(lr=Constant(1e39)), checkpoint=Checkpoint(every=1, keep=20), evaluate=Evaluate(every=0))
     status, said = go(experiment, tmp_path / "run")
-    assert status == 1 and "Update" in said
+    assert status == 1 and "Step" in said
     for step in steps_of(tmp_path / "run"):
         state = restored(tmp_path / "run", experiment, step)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(state)), step
@@ -330,7 +330,7 @@ def test_no_state_that_overflowed_is_saved(tmp_path):
 @pytest.mark.parametrize("at", [1, 4, 7, 11])
 def test_interrupted_by_a_signal(tmp_path, reference, at):
     status, said = go(toy(), tmp_path / "run", at, interrupt())
-    assert status == 75 and "SIGTERM: saved after update" in said and "The same command goes on" in said
+    assert status == 75 and "SIGTERM: saved after step" in said and "The same command goes on" in said
     assert not (tmp_path / "run" / "result.json").exists()
     status, said = go(toy(), tmp_path / "run")
     assert status == 0 and "Resuming from step" in said

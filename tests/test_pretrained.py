@@ -380,7 +380,7 @@ def test_crashed_before_the_first_checkpoint(source, tuned, tmp_path):
     with pytest.raises(RuntimeError, match="fire"):
         go(experiment, tmp_path / "run", 3, crash)
     moved.unlink()
-    with pytest.raises(UserError, match="no run folder"):  # never at random instead
+    with pytest.raises(UserError, match="not a run folder"):  # never at random instead
         go(experiment, tmp_path / "run")
     moved.symlink_to(source)
     status, said = go(experiment, tmp_path / "run")

@@ -459,7 +459,7 @@ def test_curves_are_drawn_on_what_the_seeds_share():
     steps, values = pictures.together([[(0, 3.0), (10, 2.0), (20, 1.0)], [(0, 5.0), (10, 4.0)]])
     np.testing.assert_array_equal(steps, [0, 10])
     np.testing.assert_array_equal(values, [[3, 2], [5, 4]])
-    figure = pictures.learning_curves({"base": (steps, values)}, {"update": {"base": 1}, "tokens": {"base": 100},
+    figure = pictures.learning_curves({"base": (steps, values)}, {"step": {"base": 1}, "tokens": {"base": 100},
                                                                   "FLOPs": {}}, "loss")
     lines = [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes]
     assert lines == [[[[0, 4], [10, 3]]], [[[0, 4], [1000, 3]]], []]

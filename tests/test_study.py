@@ -293,7 +293,7 @@ def test_whose_lease_is_stale(tmp_path):
 
 
 def test_a_lost_lease_ends_the_process(tmp_path):
-    code = (f"import time; from pathlib import Path; from lab.study import leases; leases.BEAT_SECONDS = 0.1;"
+    code = (f"import time; from pathlib import Path; from lab.study.run import leases; leases.BEAT_SECONDS = 0.1;"
             f"lease = leases.claim(Path({str(tmp_path)!r}), 'a-0'); (Path({str(tmp_path)!r}) / 'a-0.json.1').touch();"
             f"time.sleep(60)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)

@@ -141,13 +141,13 @@ def test_a_dead_cell_stops_changing(base, tmp_path):
     assert lives == [True, False]
     assert loop.train(replace(dead, mesh=Mesh(data=1)), tmp_path / "dead", Screen(quiet=True)) == 1
     ours, theirs = (json.loads((f / "diverged.json").read_text()) for f in (folders[1], tmp_path / "dead"))
-    assert ours["update"] == theirs["update"] and ours["batch_indices"] == theirs["batch_indices"]
+    assert ours["step"] == theirs["step"] and ours["batch_indices"] == theirs["batch_indices"]
     assert not (folders[1] / "result.json").exists()
     kept = Checkpoints(folders[1] / "checkpoints")
     state = kept.restore(Program(replace(dead, mesh=Mesh(data=1))).abstract)
-    assert int(state.step) == ours["update"] - 1 and all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    assert int(state.step) == ours["step"] - 1 and all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     rows = [r["step"] for r in read_rows(folders[1] / "metrics.jsonl") if r["split"] == "train"]
-    assert rows == list(range(1, ours["update"]))
+    assert rows == list(range(1, ours["step"]))
     alone, _ = together([good], tmp_path / "one", steps_per_call=4)
     a, b = (read_rows(f / "metrics.jsonl") for f in (folders[0], alone[0]))
     np.testing.assert_allclose([r["loss"] for r in a], [r["loss"] for r in b], rtol=1e-6)

@@ -13,8 +13,8 @@ from lab.data.folders import printable, tree
 from lab.data.images.augment import Augment, draw, middle
 from lab.data.images.decode import MODES, Form, decoded, reshaped
 from lab.data.images.idx import Idx, read_idx
-from lab.data.images.records import Found, Part, find
-from lab.data.images.sources import Files, ImageFolder, Opened, Pixels, TfdsImages, is_image
+from lab.data.images.records import Found, ShardPart, find
+from lab.data.images.sources import ImageFiles, ImageFolder, Opened, Pixels, TfdsImages, is_image
 from lab.data.order import fixed_order
 from lab.data.pipeline import Arrays, Records
 from lab.data.tables.bundled import Sklearn
@@ -230,7 +230,7 @@ def _count(part: float, n: int) -> int:
 
 
 def _part(records: Records, rows: np.ndarray) -> Records:
-    return Arrays(records[rows]) if isinstance(records, Arrays) else Part(records, rows)
+    return Arrays(records[rows]) if isinstance(records, Arrays) else ShardPart(records, rows)
 
 
 @dataclass
@@ -265,7 +265,7 @@ class ImageData(Dataset):
         if not paths or not path.exists():
             raise UserError(f"{path} " + ("has no PNG or JPEG file in it." if paths == [] else "does not exist."))
         root = path if path.is_dir() else path.parent
-        files = Files(root, paths, np.zeros(len(paths), np.int32))
+        files = ImageFiles(root, paths, np.zeros(len(paths), np.int32))
         names = [printable(p.relative_to(root).as_posix()) for p in paths]
         known = [next((part for part in name.split("/")[:-1] if part in self.classes), "") for name in names]
         return Incoming(Arrays({"inputs": decoded(files, self.form)}), list(range(len(names))), names, {"file": names},

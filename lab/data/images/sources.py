@@ -115,7 +115,7 @@ class ImageFolder:
 
     Splits are recognised by their names, whatever the case: train or Training, test, val or dev, also as the end of a
     name (seg_train, training_set). A validation split is the test split where there is no other. The classes are the
-    names of the subfolders, sorted. ImageFiles of other kinds are left out and counted, and so are links to what is
+    names of the subfolders, sorted. Files of other kinds are left out and counted, and so are links to what is
     there.
     """
 
