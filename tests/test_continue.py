@@ -17,7 +17,7 @@ from lab.errors import UserError
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.optim import SGD, Adam, AdamW, Cosine, Lion, ScheduleFreeAdamW
 from lab.pretrained import Continue
-from lab.train import loop
+from lab.train import ending, loop
 from lab.train.continued import places, take_over
 from lab.train.experiment_file import load
 from lab.train.metrics import read_rows
@@ -36,7 +36,7 @@ def base(tmp_path_factory) -> tuple[Experiment, Path]:
     experiment = replace(load(place / "own.py").experiment, optim=AdamW(lr=Cosine(1e-2, warmup=0)), steps=4,
                          evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=2, keep=5))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.plots, "curves", lambda *_: [])
+        patch.setattr(ending.plots, "curves", lambda *_: [])
         patch.setattr(type(experiment.task), "artifacts", lambda *_: [])
         with Quiet() as screen:
             assert loop.train(experiment, place / "run", screen, place / "own.py") == 0
@@ -45,7 +45,7 @@ def base(tmp_path_factory) -> tuple[Experiment, Path]:
 
 @pytest.fixture(autouse=True)
 def no_pictures(base, monkeypatch):
-    monkeypatch.setattr(loop.plots, "curves", lambda *_: [])
+    monkeypatch.setattr(ending.plots, "curves", lambda *_: [])
     monkeypatch.setattr(type(base[0].task), "artifacts", lambda *_: [])
 
 

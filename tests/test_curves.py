@@ -43,7 +43,7 @@ def curve(name, seed=0):
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_the_stored_ones(name):
     stored = json.loads(STORED.read_text())[name]
-    np.testing.assert_allclose(curve(name), stored, rtol=TOLERANCE)
+    np.testing.assert_allclose(curve(name), stored, rtol=TOLERANCE, atol=1e-3)
 
 
 def test_another_seed_is_seen():

@@ -29,7 +29,7 @@ from lab.parallel.local_processes import devices_of
 from lab.parallel.processes import Launch, find_launch
 from lab.parallel.shared_secret import new_secret, proof, shared_secret
 from lab.tasks.language import LanguageModel
-from lab.train import loop
+from lab.train import ending, loop
 from lab.train.experiment_file import load
 from lab.train.metrics import read_rows
 from lab.train.run_folder import checkpoint_folder
@@ -106,7 +106,7 @@ def test_eight_devices_then_one_then_two_processes(place, monkeypatch):
     experiment = load(place / "small.py").experiment
     experiment = replace(experiment, steps=30, task=LanguageModel(samples=0),
                          checkpoint=Checkpoint(every=0, best=False))
-    monkeypatch.setattr(loop.plots, "curves", lambda *_: [])
+    monkeypatch.setattr(ending.plots, "curves", lambda *_: [])
     folder, whole = place / "elastic", place / "whole"
     with Quiet() as screen:
         assert loop.train(experiment, whole, screen, place / "small.py") == 0

@@ -15,7 +15,7 @@ import pytest
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Experiment, Mesh
 from lab.models.cnn import ConvNet, ResNet
-from lab.train import loop, run_folder, source_code
+from lab.train import ending, loop, run_folder, source_code
 from lab.train.experiment_file import load
 from lab.train.metrics import read_rows
 from lab.train.source_code import code_of, digests
@@ -261,7 +261,7 @@ def losses(folder: Path) -> list[tuple[int, str, float]]:
 @pytest.fixture
 def lone(place, monkeypatch) -> Experiment:
     """own.py's experiment, of 8 updates; it draws no pictures."""
-    monkeypatch.setattr(loop.plots, "curves", lambda *_: [])
+    monkeypatch.setattr(ending.plots, "curves", lambda *_: [])
     experiment = load(place / "own.py").experiment
     monkeypatch.setattr(type(experiment.task), "artifacts", lambda *_: [])
     return replace(experiment, steps=8)

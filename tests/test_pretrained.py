@@ -23,7 +23,7 @@ from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
 from lab.optim import SGD, AdamW, Constant, ScheduleFreeAdamW
 from lab.pretrained import Pretrained, WordVectors
 from lab.tasks.supervised import Classify
-from lab.train import loop, restore
+from lab.train import ending, loop, restore
 from lab.train.frozen import frozen_statistics
 from lab.train.initial import initial_arrays
 from lab.train.metrics import means, read_rows
@@ -121,7 +121,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Program", program_of)
         patch.setattr(restore, "Program", program_of)
-        patch.setattr(loop.plots, "curves", lambda rows, folder, metric: [])
+        patch.setattr(ending.plots, "curves", lambda rows, folder, metric: [])
         patch.setattr(Classify, "artifacts", lambda task, outcome: [])
         yield
 
