@@ -27,7 +27,7 @@ def overview() -> str:
             ("EXPERIMENT.py --vary FIELD=a,b", "a study: arms x seeds, then a report; files ablate_* and sweep_*, too"),
             *[(f"{name} ...", summary) for name, (_, summary) in COMMANDS.items()],
             ("--processes N EXPERIMENT.py ...", "train with N processes on this machine (2x4: with 4 devices each)"),
-            ("tests [pytest arguments]", "run the tests"),
+            ("tests [--all] [pytest arguments]", "run the quick tests, or all of them"),
             ("prepare NAME [--data-dir D]", "download and prepare a TensorFlow Dataset"),
             ("env", "print the environment's folder, accelerator and versions"),
             ("--slurm|--hosts|--tpu|--sky ...", "start any of this elsewhere; ./launch.sh --slurm --help lists all")]

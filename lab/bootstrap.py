@@ -35,6 +35,7 @@ from lab.environment.build import (
 )
 from lab.environment.variables import built_environ, process_environ
 
+QUICK = "not (slow or processes or clusters or tpu_compile)"    # the marks of tests/conftest.py
 LAUNCHERS = ("--slurm", "--hosts", "--tpu", "--sky")    # handled by lab/launch
 # Data sets are prepared with TensorFlow, in an environment of their own: it must never enter the one we train in.
 PREPARE = ("tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
@@ -48,6 +49,14 @@ def describe(folder: Path, choice: Choice) -> str:
     jax = next((path.stem.removeprefix("jax-") for path in installed), "unknown")
     return (f"environment  {folder}\naccelerator  {choice.accelerator} ({choice.reason})\n"
             f"python       {sys.version.split()[0]} ({BASE_PYTHON})\njax          {jax}")
+
+
+def chosen_tests(words: list[str]) -> list[str]:
+    """pytest's arguments: the quick tests, unless --all or what is named (a path, -k, -m) chooses others."""
+    if "--all" in words:
+        return [word for word in words if word != "--all"]
+    named = any(not word.startswith("-") or word.startswith(("-k", "-m")) for word in words)
+    return words if named else ["-m", QUICK, *words]
 
 
 def main(arguments: list[str]) -> None:
@@ -88,7 +97,7 @@ def main(arguments: list[str]) -> None:
     words = [python, "-P", "-m", "lab", *arguments]
     if verb == "tests":
         os.chdir(ROOT)    # so that paths such as tests/test_step.py mean the same from everywhere
-        words = [python, "-P", "-m", "pytest", *rest]
+        words = [python, "-P", "-m", "pytest", *chosen_tests(rest)]
     elif verb == "ruff":
         words = [python, "-P", "-m", "ruff", *rest]
     else:
