@@ -496,7 +496,7 @@ GOOD = ("gpu", "bfloat16", 64, 100, True, False)
 
 
 def test_auto_takes_cudnn_where_it_runs_and_says_so_once(choose, caplog):
-    with caplog.at_level(logging.INFO, "lab.models.layers"):
+    with caplog.at_level(logging.INFO, "lab.models.attention"):
         assert [choose("auto", *GOOD) for _ in range(3)] == ["cudnn"] * 3
     assert caplog.messages == ["attention: cudnn (fused, memory linear in the length)"]
 
@@ -510,7 +510,7 @@ def test_auto_takes_cudnn_where_it_runs_and_says_so_once(choose, caplog):
     ((*GOOD, True), "needs the whole length on every device, so no --mesh.sequence"),
 ], ids=str)
 def test_where_cudnn_cannot_run_auto_falls_to_einsum_and_cudnn_is_an_error(choose, caplog, place, reason):
-    with caplog.at_level(logging.INFO, "lab.models.layers"):
+    with caplog.at_level(logging.INFO, "lab.models.attention"):
         assert [choose("auto", *place) for _ in range(2)] == ["einsum"] * 2
     assert caplog.messages == [f"attention: einsum (cudnn {reason})"]
     with pytest.raises(UserError) as e:
@@ -527,7 +527,7 @@ TPU = ("tpu", "float32", 20, 128, False, False)
     ((*TPU[:4], False, True), "cannot drop out attention probabilities"),
 ], ids=str)
 def test_where_splash_cannot_run_it_is_an_error_and_auto_falls_to_einsum(choose, caplog, place, reason):
-    with caplog.at_level(logging.INFO, "lab.models.layers"):
+    with caplog.at_level(logging.INFO, "lab.models.attention"):
         assert choose("auto", *TPU) == choose("splash", *TPU) == "splash" and choose("auto", *place) == "einsum"
     assert caplog.messages[0] == "attention: splash (fused, memory linear in the length)"
     if place[0] == "tpu":
@@ -555,7 +555,7 @@ def test_splash_is_einsum_attention(causal):
 
 
 def test_a_named_backend_is_taken_or_is_an_error(choose, caplog):
-    with caplog.at_level(logging.INFO, "lab.models.layers"):
+    with caplog.at_level(logging.INFO, "lab.models.attention"):
         assert choose("cudnn", *GOOD) == "cudnn"
         assert choose("einsum", "cpu", "float32", 20, 5, True, True) == "einsum"
         assert choose("xla", "cpu", "float32", 20, 5, True, False) == "xla"
