@@ -58,7 +58,7 @@ class CellScreen(Screen):
         self.record(folder / "logs" / "screen.txt")
 
     def record(self, path: Path | None) -> None:
-        """Ignored, so that the log file stays the cell's own."""
+        """None (the loop has no log file for this process) keeps the cell's own file."""
         super().record(path or self._record)
 
     def progress(self, line: str) -> None:
@@ -188,7 +188,7 @@ class Engine:
     def _delete(self, cell: Cell) -> None:
         if lease := self._lease(cell):
             try:
-                (cell.folder(self.folder) / "cell.json").unlink()  # first, so that the cell no longer counts as finished
+                (cell.folder(self.folder) / "cell.json").unlink()  # first: the cell must not count as finished
                 shutil.rmtree(cell.folder(self.folder))
             finally:
                 lease.release()
@@ -251,13 +251,13 @@ class Engine:
         ready = [unit for unit in pending if all(self._ready(cells[name]) for name in unit.cells if name in cells)]
         for unit in sorted(ready, key=lambda u: (u.group != group, u.group in taken)):
             if lease := leases.claim(self.leases, unit.name):
-                if not all(self._finished(cells[name]) for name in unit.cells if name in cells):  # recheck under the lease
+                if not all(self._finished(cells[name]) for name in unit.cells if name in cells):  # may just have ended
                     return unit, lease
                 lease.release()
         return None
 
     def _base_of(self, cell: Cell) -> Cell | None:
-        """The base cell that this cell forks from, if this process has it."""
+        """The base cell that this cell forks from, if the study has it."""
         forks = self.plan.how != "vmap" and self.arms[cell.arm].after
         return next((c for c in self.cells if forks and (c.arm, c.seed) == (BASE, cell.seed)), None)
 
@@ -283,7 +283,7 @@ class Engine:
         return found
 
     def _compile_next(self, later: Sequence[Unit], cells: Mapping[str, Cell]) -> None:
-        """Compiles the next unit in the background. Skips units with unknown or finished cells: their program differs."""
+        """Compiles the next unit in the background. Skips units with unknown or finished cells: the program differs."""
         unit = next((u for u in later if all(n in cells and not self._finished(cells[n]) for n in u.cells)), None)
         if unit:
             self.bench.ahead([cells[name].experiment for name in unit.cells], unit.numbers, self.plan.updates,
