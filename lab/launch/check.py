@@ -11,7 +11,7 @@ from lab.launch.job import ROOT, Job, forwarded
 
 
 def python(job: Job) -> Path | None:
-    """The Python of an environment already built on this machine (its accelerator's or the CPU's); else None."""
+    """The Python of an environment already built here, for LAB_ACCELERATOR or the CPU; None if there is none."""
     from lab.environment import accelerator, build
 
     environ = os.environ | forwarded(job)

@@ -48,7 +48,7 @@ echo $? >launch/status
 
 @dataclass(frozen=True)
 class Pod:
-    """A TPU VM and its gcloud commands. `ssh_flags`: for gcloud's ssh and scp."""
+    """A TPU VM; its methods build gcloud commands. `ssh_flags`: for gcloud's ssh and scp."""
 
     name: str
     zone: str = ""
