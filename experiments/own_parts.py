@@ -1,4 +1,4 @@
-"""A model, a task and data of your own in one file: a gated recurrent network tells three kinds of waves apart.
+"""A custom model, task and data set in one file: a gated recurrent network classifies three kinds of waves.
 
     ./launch.sh experiments/own_parts.py
 """

@@ -24,8 +24,8 @@ from lab.environment.accelerator import CACHE, PLATFORMS, SetupError, digest
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-# Imported at the end of a build, to test the environment and to write bytecode: where PYTHONDONTWRITEBYTECODE is set, as
-# in many containers, every start would otherwise take 3 s longer.
+# Imported at the end of a build, to test the environment and to write bytecode. With PYTHONDONTWRITEBYTECODE set, as in
+# many containers, every start would otherwise take 3 s longer.
 WARM_UP = "import jax, flax.linen, optax, orbax.checkpoint, tensorflow_datasets, tyro, rich.console, matplotlib.pyplot"
 
 

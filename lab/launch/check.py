@@ -33,7 +33,7 @@ def python(job: Job) -> Path | None:
 def check_flags(job: Job, accelerator: bool) -> str:
     """Checks the flags of an experiment or a study: "" if they are valid, else why they could not be checked.
 
-    `accelerator`: whether the target has one, so that the full-size experiment is the default. Runs on the local CPU.
+    `accelerator`: whether the target has one, so that the real experiment is the default. Runs on the local CPU.
 
     Raises:
       UserError: a flag or a value is wrong; the message is that of `EXPERIMENT --dry-run`.

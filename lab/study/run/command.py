@@ -61,7 +61,7 @@ class StudyOptions:
     dry_run: bool = False
     """Check every arm, print the study's estimated cost and statistical power, and exit."""
     full: bool = False
-    """Run the full-size experiments, even without an accelerator."""
+    """Run the real experiments, even without an accelerator."""
     local: bool = False
     """Run the small local config, even with an accelerator."""
 
