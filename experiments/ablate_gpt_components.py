@@ -1,4 +1,4 @@
-"""How much does each part of a modern GPT help? All six changes to gpt_char together, then each left out; 5 seeds.
+"""How much does each part of a modern GPT help? Six changes to gpt_char together, then each left out; 5 seeds.
 
     ./launch.sh experiments/ablate_gpt_components.py --full     # first: ./launch.sh prepare tiny_shakespeare
     ./launch.sh experiments/ablate_gpt_components.py            # no accelerator: the local config, on source text

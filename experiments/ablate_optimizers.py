@@ -6,7 +6,7 @@
 Local config, seeds 1-3 (2-core CPU, 2026-11-22): AdamW at 3e-3 has a validation loss of 2.286. Differences, paired by
 seed, with 95 % intervals: Muon (3e-2, the highest of three rates tried) -0.388 (-0.435, -0.340), Adam (3e-3) 0.002
 (-0.008, 0.012), SGD (0.1) 0.144 (0.098, 0.190), schedule-free (1e-2) 0.198 (-0.003, 0.399), Lion (1e-3) 0.351 (-0.210,
-0.912); Lion's rate suits seed 0 only. 24 cells in 3 minutes. The real study has not been run.
+0.912); Lion's rate is best for seed 0 only. 24 cells in 3 minutes. The real study has not been run.
 """
 
 from dataclasses import replace

@@ -64,7 +64,7 @@ def choose_nvidia() -> Choice:
         driver_text = (NVIDIA_PROC / "version").read_text("utf-8")
     if not smi and not driver_text:
         return Choice("cpu", "no TPU or NVIDIA GPU was found")
-    if not driver_text:    # WSL lacks this file, and without it no cached answer is safe
+    if not driver_text:    # WSL lacks this file, which the cache key needs
         return ask_nvidia_smi(smi)
     if not smi:    # a container without nvidia-smi: CUDA 12 supports every GPU that CUDA 13 does
         found = re.search(r"\s(\d{3,})\.\d+", driver_text)

@@ -128,7 +128,7 @@ def build(folder: Path, plan: EnvironmentPlan, lock: int) -> None:
     began = time.monotonic()
     uv, environ = find_uv(folder.parent, lock), uv_environ()
     try:
-        # Remove a killed build. Delete `ok` first, so that a removal that is killed midway does not look finished.
+        # Remove a killed build. Delete `ok` first, so that an interrupted removal does not leave a finished-looking folder.
         (folder / "ok").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         command([uv, "venv", "--python", BASE_PYTHON, str(folder)], environ, lock)

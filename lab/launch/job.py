@@ -191,7 +191,7 @@ def pack(job: Job, *written: str) -> Path:
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty if modified; passed along because a copy has no .git."""
+    """The checkout's commit, with -dirty if modified; forwarded because copies have no .git."""
     done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
                           capture_output=True, text=True)
     return done.stdout.strip() or "unknown"

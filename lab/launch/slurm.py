@@ -75,7 +75,7 @@ def script(job: Job, options: str) -> str:
 
 
 def workers(words: list[str]) -> tuple[str, list[str]]:
-    """Turns the requested size of a study's job into a job array of single-process workers: (array, other options).
+    """Converts sbatch options for a study to a job array of single-process workers: (array, other options).
 
     Each requested node or task becomes a worker, and the workers share the study's cells. A given --array is kept.
 
@@ -179,7 +179,7 @@ def follow(number: str, log: Path, pause: float = 1.0) -> int:
 
 
 def look(number: str) -> tuple[str, str, int]:
-    """State, reason and exit status of a job, or of a job array as a whole, from SLURM's controller."""
+    """State, reason and exit status of a job or a whole job array, from SLURM's controller."""
     done = subprocess.run(["scontrol", "--oneliner", "show", "job", number], capture_output=True, text=True)
     if done.returncode:
         if "Invalid job id" in done.stderr:  # SLURM drops a job minutes after its end

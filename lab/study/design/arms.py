@@ -30,7 +30,7 @@ class Fork:
     """An arm that starts from the base's state after some steps and continues with its own changes."""
 
     after: int
-    """Steps of the base (same seed) to start from."""
+    """Step of the base's run (same seed) whose state the arm starts from."""
     changes: Changes
 
 
@@ -193,7 +193,7 @@ class Study:
     def fingerprint(self) -> str:
         """12 hexadecimal digits that identify what this study compares."""
         said = self.describe()
-        return digest({**said, "base": said["arms"][0]["fingerprint"]})  # leaves out how runs execute
+        return digest({**said, "base": said["arms"][0]["fingerprint"]})  # the experiment fingerprint ignores execution settings
 
 
 def _check_kind(path: str, before: Any, value: Any) -> None:

@@ -36,7 +36,7 @@ class Against:
 
     reference: str
     comparisons: dict[str, stats.Comparison]
-    """One for every other arm with a finished cell."""
+    """Arm -> comparison, for every other arm with a finished cell."""
     excluded: dict[str, list[str]]
     """Arm -> the excluded pairs, each with its reason."""
 

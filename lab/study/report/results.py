@@ -21,7 +21,7 @@ UNLISTED = ("CACHE", "COORDINATOR", "PLATFORMS")  # JAX_ settings that cannot af
 
 @dataclass(frozen=True)
 class ArmResults:
-    """One arm: its changes of the base, and its costs, which the comparison does not control."""
+    """One arm: its changes to the base, and its costs, which the comparison does not control."""
 
     name: str
     changes: dict[str, Any]
@@ -91,7 +91,7 @@ class Results:
     base: dict[str, Any]
     """The base experiment's JSON value."""
     arms: list[ArmResults]
-    """The first one is base."""
+    """All arms, the base first."""
     seeds: list[int]
     tuning_seeds: list[int]
     cells: list[CellResult]

@@ -108,14 +108,14 @@ def finished_elsewhere(studies: Path, but: Path) -> dict[str, Path]:
 
 
 def finished_folders(study: Path, cells: Sequence[Cell]) -> dict[str, Path]:
-    """Cell name -> folder, for cells finished in this study or in another one of the same parent folder."""
+    """Cell name -> folder, for cells finished in this study or in another study in the same parent folder."""
     others = finished_elsewhere(study.parent, study)
     found = {cell.name: others[cell.fingerprint] for cell in cells if cell.fingerprint in others}
     return found | {cell.name: folder for cell in cells if read_cell(folder := cell.folder(study))}
 
 
 def link(cell: Cell, source: Path, target: Path) -> None:
-    """Reuses a finished cell of another study by hard links, without copying files."""
+    """Reuses a finished cell of another study by hard-linking its files."""
     no_links(source)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=_hard_link,

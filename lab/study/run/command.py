@@ -99,7 +99,7 @@ def vary(words: Sequence[str], design: str) -> Design:
 
 
 def _values(text: str) -> list[Any]:
-    """Parses the whole text as Python values; failing that, splits at commas into values or plain words."""
+    """Parses the text as Python values; if that fails, splits it at commas into values or plain words."""
     try:
         return list(ast.literal_eval(f"({text},)"))
     except (ValueError, SyntaxError):
@@ -123,7 +123,7 @@ def run_study(study: Study, options: StudyOptions, file: Path, args: Sequence[st
     0: every cell is finished, including diverged ones. 1: some failed. 75 / 130: stopped by a signal.
 
     Raises:
-      UserError: see `preflight`, `Engine.check_code` and `read_cell`.
+      UserError: see `preflight`, `Engine._check_code` and `read_cell`.
     """
     folder = options.studies / f"{file.stem}-{study.fingerprint()}"
     if CORE in os.environ:

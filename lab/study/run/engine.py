@@ -58,7 +58,7 @@ class CellScreen(Screen):
         self.record(folder / "logs" / "screen.txt")
 
     def record(self, path: Path | None) -> None:
-        """None (the loop has no log file for this process) keeps the cell's own file."""
+        """Keeps logging to the cell's file if `path` is None."""
         super().record(path or self._record)
 
     def progress(self, line: str) -> None:
@@ -81,8 +81,8 @@ class Engine:
         self.plan: ExecutionPlan
 
     def settle(self, how: How | None, accept: bool, rerun: bool) -> int:
-        """Chooses the execution mode, unless the folder has a plan; returns how many finished cells were reused from
-        neighbouring studies. `how`: the mode the user requests. `accept`, `rerun`: see `_check_code`.
+        """Loads or creates the execution plan; returns how many finished cells were reused from other studies in the
+        same parent folder. `how`: the requested mode. `accept`, `rerun`: see `_check_code`.
 
         Raises:
           UserError: cells of this folder ran in another mode than requested; or see `_check_code`.
@@ -143,7 +143,7 @@ class Engine:
         return leases.claim(self.leases, unit)
 
     def _adopt(self) -> int:
-        """Reuses finished cells of neighbouring studies; returns how many."""
+        """Reuses finished cells of other studies in the same parent folder; returns how many."""
         others, taken = finished_elsewhere(self.folder.parent, self.folder), 0
         for cell in self.cells:
             source = others.get(cell.fingerprint)
@@ -158,7 +158,7 @@ class Engine:
         return taken
 
     def _keeps(self, source: Path, cell: Cell) -> bool:
-        """Whether `source` kept the checkpoints that arms of this study fork from."""
+        """Whether `source` has the checkpoints that this study's `Fork` arms start from."""
         needed = {arm.after for arm in self.arms.values() if arm.stated and cell.arm == BASE}
         return all((source / "checkpoints" / str(step)).exists() for step in needed)
 
@@ -379,7 +379,7 @@ def _begun(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _failing(errors: list[str]) -> Iterator[None]:
-    """Collects errors that fail one cell only, mainly out-of-memory. A full disk still fails the study."""
+    """Collects errors that fail only this unit, mainly out-of-memory. A full disk still fails the whole study."""
     try:
         yield
     except CannotWrite:

@@ -24,7 +24,7 @@ from lab.train.metrics import marked_rows
 from lab.train.program import Program, abstract_state
 from lab.train.step import State
 
-WORTH = 0.1  # of the steps; sharing fewer does not repay waiting for the base
+WORTH = 0.1  # minimum fraction of steps to share; less does not repay waiting for the base
 
 
 def acts_from(base: Experiment, arm: Experiment) -> int:

@@ -59,7 +59,7 @@ class Lease:
         while not self._done.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):  # the disk may be unavailable briefly
                 os.utime(self.path)
-            # Check twice: a competing process in `claim` may create a later file and remove it at once.
+            # Check twice: a competing `claim` may create a later file and remove it at once.
             if self._lost() and not self._done.wait(1) and self._lost():
                 # This machine slept, or lost the disk, for so long that another process took over the cell. Further
                 # writes would damage its files, and everything saved so far is valid: exit immediately.

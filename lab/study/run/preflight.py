@@ -25,7 +25,7 @@ from lab.train.cost import Cost, make_plan, size_of, step_flops
 from lab.train.program import Program, batch_spec
 from lab.train.step import State, make_eval_step
 
-TIMED_FLOPS = 2e12  # a base with costlier steps is not timed on a CPU: it would take minutes
+TIMED_FLOPS = 2e12  # on a CPU, a base with costlier steps is not timed, as that would take minutes
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def guess(base: Arm, data: Any, update: float) -> Timing:
 
 def estimate(arms: list[Arm], left: Mapping[str, int], seconds: Mapping[str, float], timing: Timing | None) -> (
         float | None):
-    """Seconds to run the remaining cells (`left`: arm -> count) one after another: from the mean of finished cells of
-    the same arm (`seconds`), else from `timing`; None if neither is known.
+    """Seconds to run the remaining cells (`left`: arm -> count) sequentially. Uses the mean of the arm's finished cells
+    (`seconds`), else `timing`; None if neither is known.
     """
     total = 0.0
     for arm in arms:

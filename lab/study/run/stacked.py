@@ -128,7 +128,7 @@ class Stacked:
 
     def evaluate(self, states: State, batches: Iterator[dict[str, np.ndarray]],
                  stop: Callable[[], bool] = lambda: False) -> list[dict[str, float]] | None:
-        """Per cell: means over all batches, with the task's summary. None if `stop()` became true."""
+        """Per-cell means over all batches, with the task's summary. None if `stop()` interrupts it."""
         total = None
         for rows in batches:
             if stop():

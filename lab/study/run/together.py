@@ -30,7 +30,7 @@ from lab.train.run_folder import open_folder, write_diverged, write_result
 
 def run_together(stacked: Stacked, cells: Sequence[Cell], folders: Sequence[Path], home: Path, data: Any,
                  screen: Screen, file: Path | None, stop: Stop) -> tuple[int, list[bool]]:
-    """Runs or resumes the cells to their end: (exit status, whether each cell is still finite).
+    """Runs or resumes the cells to their end. Returns (exit status, for each cell whether it has not diverged).
 
     `home`: a folder for their shared files while they run. 0: finished; 75 / 130: stopped by a signal, saved.
 
@@ -146,7 +146,7 @@ class _Together:
         settings = self.experiment.evaluate
         due = self.step in (0, self.experiment.steps) or (settings.every and self.step % settings.every == 0)
         missing = [lives and all(row["step"] != self.step for row in self._evaluations(c))
-                   for c, lives in enumerate(self.lives)]  # a killed process may have written some
+                   for c, lives in enumerate(self.lives)]  # a killed process may have written some rows
         if not due or not any(missing):
             return
         self._flush()

@@ -107,9 +107,9 @@ def can_be_stacked(experiment: Experiment) -> bool:
 
 def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int], bench: Bench, file: Path | None,
            say: Callable[[str], None]) -> ExecutionPlan:
-    """The fastest plan. Times three calls of the largest group in each mode: one cell after another (one or several
-    steps per call), all at once, and one per core. Skips this if the study takes less than WORTH_SECONDS, since the
-    compilations would not pay off. `file`: the experiments' file.
+    """The fastest plan. Times three calls of the largest group in each mode: sequential cells (one or several steps per
+    call), all cells at once, and one per core. If the study takes less than WORTH_SECONDS sequentially, skips the other
+    modes, since their compilations would not pay off. `file`: the experiments' file.
     """
     largest = max(groups, key=lambda group: len(group.arms))
     cells = [replace(arms[name].experiment, seed=seed) for seed in seeds for name in largest.arms]

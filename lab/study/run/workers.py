@@ -1,6 +1,6 @@
 """Runs a study with one process per CPU core; each runs cells like any other process of the study.
 
-A small model leaves most of a second core idle; two models on one core each use both.
+A small model leaves most of a second core idle; two models, each bound to a core, use both.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def cores() -> list[int]:
 
 def _start(core: int, module: str, args: Sequence[str]) -> subprocess.Popen:
     environ = os.environ | {CORE: str(core)}
-    if kept := environ.get("JAX_COMPILATION_CACHE_DIR"):  # not for use on several cores
+    if kept := environ.get("JAX_COMPILATION_CACHE_DIR"):  # a program compiled on one core is slow on two
         environ["JAX_COMPILATION_CACHE_DIR"] = f"{kept}/one-core"
     return subprocess.Popen([sys.executable, "-P", "-m", module, *args], env=environ, text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
