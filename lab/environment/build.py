@@ -128,7 +128,7 @@ def build(folder: Path, plan: EnvironmentPlan, lock: int) -> None:
     began = time.monotonic()
     uv, environ = find_uv(folder.parent, lock), uv_environ()
     try:
-        # Remove a killed build. Delete `ok` first, so that an interrupted removal does not leave a finished-looking folder.
+        # Remove what a killed build left. Delete `ok` first, in case the removal is interrupted too.
         (folder / "ok").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         command([uv, "venv", "--python", BASE_PYTHON, str(folder)], environ, lock)

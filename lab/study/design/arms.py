@@ -193,7 +193,7 @@ class Study:
     def fingerprint(self) -> str:
         """12 hexadecimal digits that identify what this study compares."""
         said = self.describe()
-        return digest({**said, "base": said["arms"][0]["fingerprint"]})  # the experiment fingerprint ignores execution settings
+        return digest({**said, "base": said["arms"][0]["fingerprint"]})  # ignores execution settings
 
 
 def _check_kind(path: str, before: Any, value: Any) -> None:

@@ -89,7 +89,7 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
 
 
 def accounting(results: Results, arm: str | None = None) -> str:
-    """The line "planned = done + diverged + failed + missing"."""
+    """Text such as "planned 9 = 7 done + 1 diverged + 0 failed + 1 missing"; asserts that the counts add up."""
     n = results.count(arm)
     assert n["planned"] == n["done"] + n["diverged"] + n["failed"] + n["missing"], n
     running = sum(c.running for c in results.cells if arm in (None, c.arm))
