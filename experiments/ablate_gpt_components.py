@@ -1,12 +1,12 @@
-"""What does each part of a modern GPT give? All six changes of gpt_char together, then each one left out; 5 seeds.
+"""How much does each part of a modern GPT help? Six changes to gpt_char together, then each left out; 5 seeds.
 
     ./launch.sh experiments/ablate_gpt_components.py --full     # first: ./launch.sh prepare tiny_shakespeare
     ./launch.sh experiments/ablate_gpt_components.py            # no accelerator: the local config, on source text
 
-Local config, 3 seeds (2-core CPU, 2026-11-22; `--execution cores`): GPT-2's form 2.287, all six 2.028. Left out of all
-six, paired by seed, 95 % intervals: rotary costs 0.327 (0.243, 0.410). SwiGLU 0.056 (-0.029, 0.142), untying 0.047
-(-0.029, 0.123), QK norm -0.003 (-0.068, 0.061), RMSNorm -0.016 (-0.064, 0.031) and no biases -0.039 (-0.158, 0.081)
-cannot be told at this n. 24 cells in 3 min 2 s. The real one has not been run.
+Local config, 3 seeds (2-core CPU, 2026-11-22; `--execution cores`): loss 2.287 as in GPT-2, 2.028 with all six. Loss
+increase when one is left out, paired by seed, 95 % intervals: rotary 0.327 (0.243, 0.410); not significant at this n
+are SwiGLU 0.056 (-0.029, 0.142), untying 0.047 (-0.029, 0.123), QK norm -0.003 (-0.068, 0.061), RMSNorm -0.016
+(-0.064, 0.031) and no biases -0.039 (-0.158, 0.081). 24 cells in 3 min 2 s. The real study has not been run.
 """
 
 from experiments import ablate_gpt_norm

@@ -5,8 +5,8 @@
 
 Local config, 5 seeds (2-core CPU, 2026-11-22): validation loss 2.289 (sd 0.012). Differences, paired by seed, with 95 %
 intervals: rotary -0.220 (-0.237, -0.204), rmsnorm -0.004 (-0.024, 0.017), both -0.219 (-0.241, -0.197); interaction
-(half the difference of the two effects) 0.002 (-0.013, 0.018). 20 cells, a core each, and the report: 3 min 23 s. The
-real one has not been run.
+(half the difference of the two effects) 0.002 (-0.013, 0.018). 20 cells, one per core, and the report: 3 min 23 s. The
+real study has not been run.
 """
 
 from dataclasses import replace

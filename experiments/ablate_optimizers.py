@@ -1,12 +1,12 @@
-"""Which optimizer trains a small GPT best, each at its tuned rate? Seed 0 tuned them, and is left out of the tests.
+"""Which optimizer trains a small GPT best, at its tuned learning rate? Excludes seed 0, used for tuning, from tests.
 
     ./launch.sh experiments/ablate_optimizers.py --full     # first: ./launch.sh prepare tiny_shakespeare
     ./launch.sh experiments/ablate_optimizers.py            # no accelerator: the local config, on source text
 
-Local config, seeds 1-3 (2-core CPU, 2026-11-22): AdamW at 3e-3 has a validation loss of 2.286. Differences,
-paired by seed, with 95 % intervals: Muon (3e-2, the highest of three rates tried) -0.388 (-0.435, -0.340), Adam (3e-3)
-0.002 (-0.008, 0.012), SGD (0.1) 0.144 (0.098, 0.190), schedule-free (1e-2) 0.198 (-0.003, 0.399), Lion (1e-3) 0.351
-(-0.210, 0.912): what was the best rate for seed 0 is none for others. 24 cells in 3 minutes. The real one was not run.
+Local config, seeds 1-3 (2-core CPU, 2026-11-22): AdamW at 3e-3 has a validation loss of 2.286. Differences, paired by
+seed, with 95 % intervals: Muon (3e-2, the highest of three rates tried) -0.388 (-0.435, -0.340), Adam (3e-3) 0.002
+(-0.008, 0.012), SGD (0.1) 0.144 (0.098, 0.190), schedule-free (1e-2) 0.198 (-0.003, 0.399), Lion (1e-3) 0.351 (-0.210,
+0.912); Lion's rate is best for seed 0 only. 24 cells in 3 minutes. The real study has not been run.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from lab.study.design import Study
 
 
 def optimizers(warmup: int, sgd: float, adam: float, lion: float, muon: float, free: float) -> dict[str, Optimizer]:
-    """All but the base's AdamW, with their peak rates."""
+    """The optimizers to compare with the base's AdamW; arguments are peak learning rates."""
     def cosine(peak: float) -> Cosine:
         return Cosine(peak, warmup=warmup, end=0.1)
 
@@ -28,7 +28,7 @@ def optimizers(warmup: int, sgd: float, adam: float, lion: float, muon: float, f
 
 
 def study_of(base: Study, adamw: float, found: dict[str, Optimizer]) -> Study:
-    """Those of `found` against AdamW with this peak."""
+    """Compares the optimizers `found` with AdamW at peak `adamw`."""
     optim = replace(base.base.optim, lr=replace(base.base.optim.lr, peak=adamw))
     return Study(replace(base.base, optim=optim), {name: {"optim": value} for name, value in found.items()},
                  seeds=4, tuning_seeds=(0,))

@@ -1,12 +1,12 @@
-"""BERT base, masked language modelling on Wikipedia; its local config reads packages of Python's standard library.
+"""BERT base, masked language modelling on Wikipedia; the local config trains on Python's standard library.
 
     ./launch.sh experiments/bert_base.py            # no accelerator: the local config
     ./launch.sh prepare wikipedia/20230601.en
     LAB_EXTRAS=tiktoken ./launch.sh experiments/bert_base.py --full
 
-The real one has GPT-2's tokenizer (124.7M parameters) and no second sentence (RoBERTa, Liu et al. 2019, found that it
-does not help). Not trained here, only planned (``--full --dry-run``: 15.8E FLOPs) and run as the local config, from
-which bert_classify.py can begin.
+The real experiment uses GPT-2's tokenizer (124.7M parameters) and no next-sentence prediction, which does not help
+(RoBERTa, Liu et al. 2019). It has not been trained here, only planned (``--full --dry-run``: 15.8E FLOPs). The local
+config has been run; bert_classify.py can start from it.
 """
 
 from dataclasses import replace

@@ -1,15 +1,15 @@
-"""Transfer learning: a classifier of customers' messages that begins with the parameters of a masked language model.
+"""Transfer learning: a classifier of customer messages, initialized from a masked language model.
 
     ./launch.sh experiments/bert_messages.py --full --run-dir runs/bert_messages --data.source.path train.csv
     ./launch.sh experiments/bert_classify.py --full --data.source.path train.csv --data.source.test test.csv
-    ... --vary init_from.run=None --seeds 3 --split test      # a study: against the same from scratch
+    ... --vary init_from.run=None --seeds 3 --split test      # a study: compares with training from scratch
 
-The local config begins at random unless told `--init-from.run RUN`, RUN being a run of bert_base.py's local config.
+The local config starts from random weights, or with `--init-from.run RUN` from a run of bert_base.py's local config.
 
 Measured by that study (2-core CPU busy with other work, 2026-11-22; BANKING77, 77 intents, 3,080 test messages, 600
-updates, 3 seeds): 64.6 % (sd 0.6) from the first run, 39.4 % (sd 1.8) from scratch; 25.1 points apart, 95 % interval
-21.0 to 29.3. On words (intents_finetune.py) random embeddings are a strong bag of words, which this pretraining does
-not beat.
+steps, 3 seeds): 64.6 % (sd 0.6) pretrained, 39.4 % (sd 1.8) from scratch; difference 25.1 points, 95 % interval 21.0 to
+29.3. With words instead of bytes (intents_finetune.py), pretraining does not help: random embeddings already make a
+strong bag of words.
 """
 
 from dataclasses import replace

@@ -1,8 +1,7 @@
-"""ResNet-18 on CIFAR-10 with the usual crops and flips; the local config is a quarter as wide, on scikit-learn's
-digits.
+"""ResNet-18 on CIFAR-10 with crops and flips; the local config is a quarter as wide, on scikit-learn's digits.
 
-./launch.sh experiments/cifar_resnet.py
-./launch.sh experiments/cifar_resnet.py --full      # first: ./launch.sh prepare cifar10
+    ./launch.sh experiments/cifar_resnet.py
+    ./launch.sh experiments/cifar_resnet.py --full      # first: ./launch.sh prepare cifar10
 """
 
 from dataclasses import replace

@@ -3,9 +3,9 @@
     ./launch.sh experiments/fashion_cnn.py
     ./launch.sh experiments/fashion_cnn.py --full      # first: ./launch.sh prepare fashion_mnist
 
-Expected: 91.75 %, a published tutorial. Measured (2-core CPU, 2026-11-22) on the 10,000 test images after 9 epochs of
-59,000: 93.18, 93.10 and 93.29 % with seeds 0, 1 and 2, mean 93.19 %; a later version 93.28 % with seed 0, 10 minutes on
-a busy machine.
+Expected: 91.75 % (a published tutorial). Measured (2-core CPU, 2026-11-22) on the 10,000 test images after 9 epochs of
+59,000: 93.18, 93.10 and 93.29 % with seeds 0, 1 and 2, mean 93.19 %; with a later version 93.28 % (seed 0), 10 minutes
+on a busy machine.
 """
 
 from dataclasses import replace

@@ -1,14 +1,14 @@
-"""nanoGPT's published CPU recipe: a character model of tiny Shakespeare (0.8M parameters, 2,000 updates).
+"""nanoGPT's published CPU recipe: a character model of tiny Shakespeare (0.8M parameters, 2,000 steps).
 
     ./launch.sh experiments/gpt_char.py --full     # first: ./launch.sh prepare tiny_shakespeare
     ./launch.sh experiments/gpt_char.py            # no accelerator: the local config, bytes of the standard library
 
-Expected: validation loss 1.88 nats a character (nanoGPT's README; nanoGPT run here: 1.92 on 200 random batches).
-Measured on all of the last 10 % (2-core CPU, 2026-11-23): 1.888 with seed 0 (seed 1: 1.890, a day before); --precision
-bfloat16 1.888, too. Speed: tests/benchmarks/README.md.
+Expected: validation loss 1.88 nats per character (nanoGPT's README; nanoGPT run here: 1.92 on 200 random batches).
+Measured on all of the last 10 % (2-core CPU, 2026-11-23): 1.888 with seed 0, also with --precision bfloat16; 1.890
+with seed 1 (2026-11-22). Speed: tests/benchmarks/README.md.
 
-Unlike nanoGPT: embeddings get no weight decay, biases are on, and the windows of an epoch do not overlap; they move
-after the first epoch.
+Differences from nanoGPT: no weight decay on embeddings, biases on, and non-overlapping windows within an epoch, whose
+offset changes after the first epoch.
 """
 
 from dataclasses import replace

@@ -2,9 +2,9 @@
 
     LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_medium.py --full     # first: ./launch.sh prepare lm1b
 
-Not trained, only planned (``--full --dry-run``) and run as the local config: 10.5G tokens, 16 hours at the 180,000
-tokens a second that one H100 does with 32 rows at once (2026-11-26). By ``plan`` (2026-11-23): on one H200 19.8 GiB and
-at least 1,285 ms an update; on v5e-8 with ``--grad-accum-steps 16`` 11.6 GiB a chip and at least 806 ms.
+Not trained yet, only planned (``--full --dry-run``); the local config has been run. 10.5G tokens take 16 hours at the
+180,000 tokens/s of one H100 with 32 rows at once (2026-11-26). By ``plan`` (2026-11-23): one H200 needs 19.8 GiB and at
+least 1,285 ms/step; v5e-8 with ``--grad-accum-steps 16`` needs 11.6 GiB per chip and at least 806 ms/step.
 """
 
 from dataclasses import replace

@@ -1,13 +1,12 @@
-"""GPT-2 small (124M parameters) on text; its local config learns Python from the standard library's own source.
+"""GPT-2 small (124M parameters) on text; the local config trains on the source of Python's standard library.
 
     ./launch.sh experiments/gpt_small.py            # no accelerator: the local config
     LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_small.py --full     # first: ./launch.sh prepare lm1b
 
-Local config, 2-core CPU, 2026-11-23: 1 min 31 s with compilation, 1.585 bits per byte on the validation files
-(untrained 3.45; gzip -9 2.024, xz -9 1.718). The real one has not been trained: 10.5G tokens,
-9.0E FLOPs, 5.9 hours at the 497,000 tokens a second that one H100 does with 64 rows at once (2026-11-26). On v5e-8
-(``plan``, 2026-11-23) with ``--grad-accum-steps 8``: 5.93 GiB a chip, an update takes at least 284 ms; on one H200 14.0
-GiB and 453 ms.
+Local config, 2-core CPU, 2026-11-23: 1 min 31 s including compilation, 1.585 bits per byte on the validation files
+(untrained 3.45; gzip -9 2.024, xz -9 1.718). The real experiment has not been run: 10.5G tokens (9.0E FLOPs) take
+5.9 hours at the 497,000 tokens/s of one H100 with 64 rows at once (2026-11-26). By ``plan`` (2026-11-23): v5e-8 with
+``--grad-accum-steps 8`` needs 5.93 GiB per chip and at least 284 ms/step; one H200 14.0 GiB and 453 ms/step.
 """
 
 from dataclasses import replace

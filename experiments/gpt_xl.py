@@ -1,13 +1,12 @@
-"""GPT-2 XL (1.56B parameters), scanned layers and recomputed blocks; its local config is gpt_small's, scanned and
-recomputed.
+"""GPT-2 XL (1.56B parameters), with scan and remat; the local config is gpt_small's, with scan and remat.
 
     LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_xl.py --full     # first: ./launch.sh prepare lm1b
     LAB_EXTRAS=plan ./launch.sh plan experiments/gpt_xl.py --on v5e-16
     LAB_EXTRAS=plan ./launch.sh plan experiments/gpt_xl.py --on v5e-256 --mesh.data 4 --grad-accum-steps 2
 
-Not trained here (no accelerator), only planned (``--full --dry-run``) and run as the local config: 10.5G tokens, about
-76 hours on one H100 at 40 % of its peak, by its FLOPs. Parameters and optimizer state are divided among all devices;
-the width of 1,600 can be divided by 64 but not by 256.
+Not trained here (no accelerator), only planned (``--full --dry-run``); the local config has been run. By FLOPs, 10.5G
+tokens take about 76 hours on one H100 at 40 % of its peak. Parameters and optimizer state are sharded over all devices;
+the width of 1,600 is divisible by 64 but not by 256.
 """
 
 from dataclasses import replace

@@ -3,7 +3,7 @@
     ./launch.sh experiments/imagenet_resnet50.py --full      # first: ./launch.sh prepare imagenet2012
 
 Expected: 76 to 77 % top-1 on the validation images (Goyal et al. 2017: 76.3 %, big_vision: 76.7 %). Not trained here,
-only planned (``--full --dry-run``) and run as the local config.
+only planned (``--full --dry-run``); the local config has been run.
 """
 
 from dataclasses import replace

@@ -1,11 +1,10 @@
-"""ViT-S/16 on ImageNet, 90 epochs, mean pooling and fixed positions; the local config is a small ViT on scikit-learn's
-digits.
+"""ViT-S/16 on ImageNet, 90 epochs, mean pooling, fixed positions; the local config is a small ViT on digits.
 
     ./launch.sh experiments/imagenet_vit_s16.py --full      # first: ./launch.sh prepare imagenet2012
 
 Expected: about 75 % top-1. Beyer et al. 2022 ("Better plain ViT baselines for ImageNet-1k") reach 76.5 % with this
-recipe and RandAugment, which is not here. Not trained here, only planned (``--full --dry-run``) and run as the local
-config.
+recipe plus RandAugment, which lab lacks. Not trained here, only planned (``--full --dry-run``); the local config, on
+scikit-learn's digits, has been run.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Linear regression as in linear_regression.py, by Adam: what changes when only the optimizer does.
+"""linear_regression.py with Adam: shows an experiment that changes only the optimizer.
 
     ./launch.sh experiments/linear_regression_adam.py
     ./launch.sh experiments/linear_regression_adam.py --full --data.source.path housing.csv

@@ -1,4 +1,4 @@
-"""Logistic regression: breast cancer (scikit-learn's 569 tumours, 30 features) told from benign, with an L2 penalty.
+"""Logistic regression with an L2 penalty: malignant or benign tumours (scikit-learn's breast cancer, 569 x 30).
 
     ./launch.sh experiments/logistic_regression.py
 

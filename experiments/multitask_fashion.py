@@ -1,4 +1,4 @@
-"""Several tasks on one trunk: the class of a Fashion-MNIST image, its coarse group, and the image itself again.
+"""Multi-task learning with a shared trunk on Fashion-MNIST: class, coarse group, and image reconstruction.
 
     ./launch.sh experiments/multitask_fashion.py
     ./launch.sh experiments/multitask_fashion.py --full      # first: ./launch.sh prepare fashion_mnist

@@ -1,11 +1,11 @@
-"""A bidirectional LSTM on 20 Newsgroups, with early stopping; the local config sorts pieces of Python by their package.
+"""A bidirectional LSTM on 20 Newsgroups, with early stopping; the local config classifies Python code by package.
 
     ./launch.sh experiments/newsgroups_lstm.py
     ./launch.sh experiments/newsgroups_lstm.py --full --data.source.path 20news-bydate.tar.xz    # or downloaded
 
-Expected: about 80 %, a published tutorial. Measured (2-core CPU, 2026-11-22, seed 0): 77.9 % on the test split, whose
-messages are the later ones, and 88.4 % on validation messages drawn at random (78.5 and 88.8 % with an earlier
-version). TF-IDF and logistic regression on whole messages: 84.6 % on the same test split.
+Expected: about 80 % (a published tutorial). Measured (2-core CPU, 2026-11-22, seed 0): 77.9 % on the test split, which
+has later messages, and 88.4 % on random validation messages (78.5 and 88.8 % with an earlier version). TF-IDF and
+logistic regression on whole messages: 84.6 % on the same test split.
 """
 
 from dataclasses import replace

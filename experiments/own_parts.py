@@ -1,4 +1,4 @@
-"""A model, a task and data of your own in one file: a gated recurrent network tells three kinds of waves apart.
+"""A custom model, task and data set in one file: a gated recurrent network classifies three kinds of waves.
 
     ./launch.sh experiments/own_parts.py
 """
@@ -19,7 +19,7 @@ from lab.tasks.base import Task, apply
 
 @dataclass(frozen=True)
 class Waves(Data):
-    """Noisy sine, square and sawtooth waves: "inputs" float32 (64, 1), "targets" int32 (), the kind."""
+    """Noisy sine, square and sawtooth waves: "inputs" float32 (64, 1), "targets" int32 (), the class."""
 
     def load(self) -> Dataset:
         random, kind = np.random.default_rng(0), np.arange(1500, dtype=np.int32) % 3
@@ -46,7 +46,7 @@ class MinGRU(nn.Module):
 
 @dataclass(frozen=True)
 class Focal(Task):
-    """Focal loss (Lin et al. 2017): records that the model is sure of count less."""
+    """Focal loss (Lin et al. 2017): down-weights records that the model classifies confidently."""
     def loss(self, model, variables, batch, rngs, train):
         logits, extra = apply(model, variables, batch["inputs"], rngs=rngs, train=train)
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][:, None], axis=1)[:, 0]

@@ -4,8 +4,8 @@
     ./launch.sh experiments/sweep_lr_width.py            # no accelerator: the local config, on source text
 
 Local config, 3 seeds (2-core CPU, 2026-11-22; `--execution cores`): yes. At width 64 the best of 1e-3, 3e-3 and 1e-2 is
-3e-3 for 3 of 3 seeds (loss 2.542, 2.384, 2.596; a parabola's optimum is 2.9e-3), at width 32 it is 1e-2 for 2 of 3
-(2.888, 2.590, 2.530), the edge of the sweep. 18 cells in 71 s. The real one has not been run.
+3e-3 for 3 of 3 seeds (loss 2.542, 2.384, 2.596; fitted optimum 2.9e-3). At width 32 it is 1e-2, the edge of the sweep,
+for 2 of 3 (2.888, 2.590, 2.530). 18 cells in 71 s. The real study has not been run.
 """
 
 from dataclasses import replace

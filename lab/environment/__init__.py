@@ -1,1 +1,1 @@
-"""Where lab runs: the accelerator, the Python environment, the variables. Standard library only."""
+"""The accelerator, Python environment and variables that lab runs with. Standard library only."""

@@ -1,7 +1,7 @@
-"""Builds a Python environment, once: a folder `.venvs/<extras>-py311-<hash>`. Standard library only.
+"""Builds a Python environment once, in the folder `.venvs/<extras>-py311-<hash>`. Standard library only.
 
-The hash covers everything that decides its contents; it is never changed once its `ok` file exists, so running jobs are
-safe and an edited pyproject.toml simply gets another folder.
+The hash covers everything that determines the contents. A folder with an `ok` file never changes, so running jobs are
+safe; an edited pyproject.toml gets a new folder.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lab.environment.accelerator import CACHE, PLATFORMS, SetupError, digest
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-# Imported once at the end of a build. It proves that the environment starts, and writes the bytecode of what is used:
-# where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would otherwise take 3 s longer.
+# Imported at the end of a build, to test the environment and to write bytecode. With PYTHONDONTWRITEBYTECODE set, as in
+# many containers, every start would otherwise take 3 s longer.
 WARM_UP = "import jax, flax.linen, optax, orbax.checkpoint, tensorflow_datasets, tyro, rich.console, matplotlib.pyplot"
 
 
 def say(text: str) -> None:
-    """One line for a person, on stderr: stdout belongs to the command that follows."""
+    """Prints a line to stderr, since stdout belongs to the command."""
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 
 class EnvironmentPlan(NamedTuple):
-    """What an environment is called and what uv is told to put into it."""
+    """An environment's name and contents, for uv."""
 
     name: str
     packages: list[str]
@@ -44,7 +44,7 @@ class EnvironmentPlan(NamedTuple):
 
 
 def plan_environment(extras: list[str], reason: str) -> EnvironmentPlan:
-    """The environment with the project's dependencies and these extras (the accelerator first)."""
+    """Plans an environment with the project's dependencies and these extras (the accelerator first)."""
     pyproject, constraints = ROOT / "pyproject.toml", ROOT / "constraints.txt"
     packages = ["-r", str(pyproject), "-c", str(constraints)]
     for extra in extras:
@@ -54,8 +54,8 @@ def plan_environment(extras: list[str], reason: str) -> EnvironmentPlan:
 
 
 def environment_name(labels: list[str], *contents: str | bytes) -> str:
-    """A folder name that changes with everything that an environment is made of."""
-    # The path of the base Python is part of the hash, since the environment's `python` is a link to it.
+    """A folder name with a hash of everything that determines an environment."""
+    # Includes the base Python's path, since the environment's `python` links to it.
     machine = getattr(sys.implementation, "_multiarch", sys.platform) + os.uname().machine
     key = digest(*contents, sys.version, BASE_PYTHON, machine)
     version = f"py{sys.version_info.major}{sys.version_info.minor}"
@@ -63,10 +63,10 @@ def environment_name(labels: list[str], *contents: str | bytes) -> str:
 
 
 def asked_extras(environ: Mapping[str, str]) -> list[str]:
-    """The extras named in LAB_EXTRAS, checked against pyproject.toml."""
+    """The extras in LAB_EXTRAS, checked against pyproject.toml."""
     names = sorted(set(re.findall(r"[^,\s]+", environ.get("LAB_EXTRAS", ""))))
     if names:
-        import tomllib  # 10 ms that most starts need not pay
+        import tomllib  # saves 10 ms on most starts
 
         project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
         known = sorted(set(project["optional-dependencies"]) - set(PLATFORMS))
@@ -77,22 +77,22 @@ def asked_extras(environ: Mapping[str, str]) -> list[str]:
 
 
 def stores() -> list[Path]:
-    """Folders that may hold environments, best first."""
+    """Candidate folders for environments, best first."""
     if named := os.environ.get("LAB_ENVS"):
         return [Path(named).absolute()]
     return [ROOT / ".venvs", CACHE / "venvs"]
 
 
 def finished(folder: Path) -> bool:
-    """Whether an environment was built to its end and its Python is still there."""
-    # `python` is a link: it dangles when the Python it was built on has been removed.
+    """Whether an environment was built completely and its Python still exists."""
+    # `python` is a symbolic link: it dangles if the base Python was removed.
     return (folder / "ok").exists() and (folder / "bin/python").exists()
 
 
 def ensure(plan: EnvironmentPlan) -> Path:
-    """The folder of this environment, which is built first if there is no finished one."""
+    """The folder of this environment; builds it if needed."""
     for store in stores():
-        if finished(store / plan.name):    # the usual case: no lock, no uv, no message
+        if finished(store / plan.name):    # the usual case needs no lock and no uv
             return store / plan.name
     signals.heed()
     for store in stores():
@@ -105,7 +105,7 @@ def ensure(plan: EnvironmentPlan) -> Path:
             if store != stores()[0]:
                 say(f"{stores()[0]} cannot be written; environments go to {store} instead.")
             wait_for(lock)
-            if not finished(store / plan.name):    # another process may have built it while this one waited
+            if not finished(store / plan.name):    # another process may have built it meanwhile
                 build(store / plan.name, plan, lock.fileno())
         return store / plan.name
     raise SetupError(
@@ -114,7 +114,7 @@ def ensure(plan: EnvironmentPlan) -> Path:
 
 
 def wait_for(lock: IO[str]) -> None:
-    """Take the lock. The kernel drops it when its holder dies, whatever the cause."""
+    """Takes the lock. The kernel releases it if its holder dies."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -123,12 +123,12 @@ def wait_for(lock: IO[str]) -> None:
 
 
 def build(folder: Path, plan: EnvironmentPlan, lock: int) -> None:
-    """Builds an environment in `folder`; it counts only once `ok` is in it."""
+    """Builds an environment in `folder`; writing `ok` marks it finished."""
     say(f"{plan.reason}; building the environment {folder.name} (once) ...")
     began = time.monotonic()
     uv, environ = find_uv(folder.parent, lock), uv_environ()
     try:
-        # What a killed build left. `ok` goes first, so that a removal that is itself killed cannot pass for finished.
+        # Remove what a killed build left. Delete `ok` first, in case the removal is interrupted too.
         (folder / "ok").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         command([uv, "venv", "--python", BASE_PYTHON, str(folder)], environ, lock)
@@ -140,7 +140,7 @@ def build(folder: Path, plan: EnvironmentPlan, lock: int) -> None:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    if not os.environ.get("PYTHON"):    # a Python named for one call does not become the default
+    if not os.environ.get("PYTHON"):    # a Python set for one call must not become the default
         (folder.parent / "python").write_text(f"{BASE_PYTHON}\n", "utf-8")
     say(f"environment built in {time.monotonic() - began:.1f} s.")
 
@@ -150,9 +150,9 @@ NEEDS_NETWORK = ("it needs a package registry, once; where there is no network, 
 
 
 def command(arguments: list[str], environ: Mapping[str, str], lock: int, trouble: str = NEEDS_NETWORK) -> None:
-    """Run one build command; on a terminal its downloads are shown, on failure its last lines are the message.
+    """Runs one build command; shows downloads on a terminal, and on failure raises with its last lines.
 
-    The command inherits the lock: if this process is killed, its orphan keeps others out until it has ended too.
+    The command inherits the lock: if this process is killed, the orphan holds the lock until it ends.
     """
     last: deque[str] = deque(maxlen=6)
     terminal = sys.stderr.isatty()
@@ -170,7 +170,7 @@ def command(arguments: list[str], environ: Mapping[str, str], lock: int, trouble
                 if terminal and "ownload" in line:
                     print(f"\r\033[K  {line.strip()[:70]}", end="", file=sys.stderr, flush=True)
         except BaseException:
-            process.kill()    # else it would go on writing into a folder that is being removed
+            process.kill()    # it must not write to a folder being removed
             raise
     if terminal:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -186,7 +186,7 @@ def find_uv(store: Path, lock: int) -> str:
     if named := os.environ.get("LAB_UV"):
         return named
     if found := shutil.which("uv"):
-        with contextlib.suppress(OSError):    # a pyenv shim may be there and not run
+        with contextlib.suppress(OSError):    # a pyenv shim may exist but fail
             version = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
             numbers = re.match(r"uv (\d+)\.(\d+)", version)
             if numbers and (int(numbers[1]), int(numbers[2])) >= (0, 8):
@@ -196,7 +196,7 @@ def find_uv(store: Path, lock: int) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv>=0.8"]
         if subprocess.run([BASE_PYTHON, "-c", "import pip"], capture_output=True).returncode == 0:
-            # --target needs neither a virtual environment nor the right to change this Python.
+            # --target needs no virtual environment and no write access to this Python.
             command([BASE_PYTHON, *install, "--target", str(folder)], os.environ, lock)
         elif subprocess.run([BASE_PYTHON, "-c", "import ensurepip"], capture_output=True).returncode == 0:
             command([BASE_PYTHON, "-m", "venv", str(folder)], os.environ, lock)
@@ -208,10 +208,10 @@ def find_uv(store: Path, lock: int) -> str:
 
 
 def uv_environ() -> dict[str, str]:
-    """Variables for uv: where pip would look for packages, uv looks too, although it does not read pip's settings."""
-    misleading = {"VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHONHOME"}    # they name some other environment
+    """Variables for uv. Passes on pip's package indexes, because uv does not read pip's settings."""
+    misleading = {"VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHONHOME"}    # they point to another environment
     environ = {name: value for name, value in os.environ.items() if name not in misleading}
-    environ.setdefault("UV_SYSTEM_CERTS", "1")    # certificates of a company's proxy, which pip and curl trust
+    environ.setdefault("UV_SYSTEM_CERTS", "1")    # accept a company proxy's certificates
     environ.setdefault("UV_PYTHON_DOWNLOADS", "never")
     pip = pip_settings()
     for setting, variable, separator in (
@@ -220,16 +220,16 @@ def uv_environ() -> dict[str, str]:
             ("cert", "SSL_CERT_FILE", " ")):
         if value := separator.join(pip.get(setting, "").split()):
             environ.setdefault(variable, value)
-    if "extra-index-url" in pip:    # pip takes the best version of all indexes, uv by default that of the first
+    if "extra-index-url" in pip:    # as pip does; uv stops at the first index by default
         environ.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
     return environ
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's settings: from its files, as `pip config list` prints them, then from PIP_* variables."""
+    """pip's settings: those from its files (`pip config list`), overridden by PIP_* variables."""
     listing = subprocess.run([BASE_PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     settings = {}
-    for section in ("global", "install"):    # in pip's order: the later one wins
+    for section in ("global", "install"):    # in pip's order: the later section wins
         for name, value in re.findall(rf"^{section}\.([\w-]+)='(.*)'$", listing, re.MULTILINE):
             settings[name] = value.replace("\\n", " ")
     for name, value in os.environ.items():

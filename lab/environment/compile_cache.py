@@ -1,7 +1,7 @@
-"""Keeps the folder of compiled programs small: what was not used for the longest time goes first.
+"""Limits the size of JAX's compilation cache, deleting the least recently used files first.
 
-Not by `jax_compilation_cache_max_size`, which fails for good where a process was killed while it wrote an entry, and
-takes a lock for every read.
+`jax_compilation_cache_max_size` does not work here: it fails permanently after a process is killed while writing an
+entry, and it locks on every read.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import os
 import time
 from pathlib import Path
 
-MOST_BYTES = 5 * 10**9  # of all kinds of CPU together
-PART = 0.8  # of it is left by a pruning
-SECONDS = 3600.0  # between two looks
+MOST_BYTES = 5 * 10**9  # total over all kinds of CPU
+PART = 0.8  # fraction of the limit to keep
+SECONDS = 3600.0  # between checks
 
 
 def prune(folder: Path, most: int = MOST_BYTES, seconds: float = SECONDS) -> int:
-    """Deletes the files of a folder, at any depth, that were not used for the longest time, if all are more than `most`
-    bytes; returns how many. Looks at most every `seconds`; what another process deletes meanwhile is no trouble."""
+    """If the files below a folder exceed `most` bytes, deletes the least recently used ones; returns how many. Checks
+    at most every `seconds`. Safe if other processes delete files at the same time."""
     stamp, now = folder / "pruned", time.time()
     with contextlib.suppress(OSError):
         if now - stamp.stat().st_mtime < seconds:
@@ -43,7 +43,7 @@ def prune(folder: Path, most: int = MOST_BYTES, seconds: float = SECONDS) -> int
 
 
 def prune_ours() -> None:
-    """Prunes where the launcher put it; a folder that the user chose is the user's."""
+    """Prunes the cache folder only if the launcher chose it, not the user."""
     from lab.environment.accelerator import CACHE
 
     kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")

@@ -1,7 +1,7 @@
-"""An environment that is there already, instead of one that the launcher builds: `LAB_PYTHON=/path/to/python`, or
-`LAB_ENV=active` for the activated one. For NVIDIA's JAX containers, Colab, TPU VM images, machines without a network.
+"""Uses an existing environment instead of building one: `LAB_PYTHON=/path/to/python`, or `LAB_ENV=active` for the
+activated one. For NVIDIA's JAX containers, Colab, TPU VM images, machines without a network.
 
-Nothing is built or changed. Standard library only, see bootstrap.py.
+Builds and changes nothing. Standard library only, see bootstrap.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lab.environment.accelerator import PLATFORMS, Choice, SetupError
 
-# What every command imports. The rest of pyproject.toml is imported where it is used, and what lacks one says so.
+# Imported by every command. Other dependencies are imported on use, with an error if missing.
 REQUIRED = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "tyro")
 FOR_VERB = {"tests": ("pytest", "pytest-xdist"), "ruff": ("ruff",)}
 BACKENDS = {"cuda13": "jax-cuda13-plugin", "cuda12": "jax-cuda12-plugin", "tpu": "libtpu"}
@@ -34,10 +34,10 @@ print(json.dumps([list(sys.version_info[:3]), found]))
 
 
 def find(environ: Mapping[str, str]) -> str | None:
-    """The Python of the environment that the variables ask for; None where they ask for none.
+    """The Python selected by the variables; None if they are not set.
 
     Raises:
-      SetupError: there is no such Python.
+      SetupError: that Python does not exist.
     """
     if named := environ.get("LAB_PYTHON"):
         if found := shutil.which(os.path.expanduser(named)):
@@ -56,12 +56,11 @@ def find(environ: Mapping[str, str]) -> str | None:
 
 
 def check(python: str, verb: str, pyproject: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """The versions of what is installed there: of the project's dependencies and JAX's backends.
+    """Installed versions of the project's dependencies and JAX's backends.
 
     Raises:
-      SetupError: it is no Python that lab runs on, or a package that this command needs is missing or of a wrong
-      version; the
-        text has the command that installs it.
+      SetupError: lab does not support this Python, or a package that the command needs is missing or has a wrong
+        version; the message has the command to install it.
     """
     project, ranges = tomllib.loads(pyproject.read_text("utf-8"))["project"], dependencies(pyproject)
     needed = [*REQUIRED, *FOR_VERB.get(verb, ())]
@@ -83,13 +82,13 @@ def check(python: str, verb: str, pyproject: Path, environ: Mapping[str, str]) -
 
 
 def dependencies(pyproject: Path) -> dict[str, str]:
-    """The project's packages, and the versions that it runs with."""
+    """The project's dependencies and their version ranges."""
     entries = tomllib.loads(pyproject.read_text("utf-8"))["project"]["dependencies"]
     return dict(re.match(r"([\w-]+)([^\s;]*)", entry).groups() for entry in entries)
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether a version fits a range such as ">=0.10,<0.13", by the numbers of its release."""
+    """Whether a version is in a range such as ">=0.10,<0.13". Compares release numbers only."""
     def numbers(text: str) -> list[int]:
         return [int(n) for n in re.match(r"[\d.]*", text)[0].split(".") if n]
 
@@ -100,10 +99,10 @@ def satisfies(version: str, wanted: str) -> bool:
 
 
 def accelerator_there(choice: Choice, found: Mapping[str, str], python: str) -> Choice:
-    """The build of JAX that this environment has for the machine's accelerator (`choice`).
+    """The environment's build of JAX for the machine's accelerator (`choice`).
 
     Raises:
-      SetupError: it has none; JAX would fall back to the CPU.
+      SetupError: there is none, and JAX would fall back to the CPU.
     """
     platform = PLATFORMS[choice.accelerator]
     for accelerator, package in BACKENDS.items():
@@ -116,7 +115,7 @@ def accelerator_there(choice: Choice, found: Mapping[str, str], python: str) -> 
 
 
 def describe(python: str, choice: Choice, found: Mapping[str, str], pyproject: Path) -> str:
-    """What `./launch.sh env` prints."""
+    """The text that `./launch.sh env` prints."""
     backends = set(BACKENDS.values())
     versions = ", ".join(f"{name} {version}" for name, version in sorted(found.items()) if name not in backends)
     lines = [f"environment  {python} (nothing is built)", f"accelerator  {choice.accelerator} ({choice.reason})",

@@ -1,1 +1,1 @@
-"""Start a command of lab elsewhere: SLURM, ssh hosts, Cloud TPU, SkyPilot."""
+"""Starts lab commands on SLURM, ssh hosts, Cloud TPU or SkyPilot."""

@@ -1,4 +1,4 @@
-"""Before a command is sent elsewhere: do its flags fit the experiment? Asked of the command itself, by --dry-run."""
+"""Checks a command's flags locally with --dry-run before launching it elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lab.launch.job import ROOT, Job, forwarded
 
 
 def python(job: Job) -> Path | None:
-    """The Python of an environment that is built here already, for this accelerator or for the CPU; else None."""
+    """The Python of an environment already built here, for LAB_ACCELERATOR or the CPU; None if there is none."""
     from lab.environment import accelerator, build
 
     environ = os.environ | forwarded(job)
@@ -31,12 +31,12 @@ def python(job: Job) -> Path | None:
 
 
 def check_flags(job: Job, accelerator: bool) -> str:
-    """What the flags of an experiment or a study were found to be: "" for right ones, else why they were not looked at.
+    """Checks the flags of an experiment or a study: "" if they are valid, else why they could not be checked.
 
-    `accelerator`: whether it will run on one, where the real experiment is the default. Runs on this machine's CPU.
+    `accelerator`: whether the target has one, so that the real experiment is the default. Runs on the local CPU.
 
     Raises:
-      UserError: a flag or a value is wrong; says what `EXPERIMENT --dry-run` says.
+      UserError: a flag or a value is wrong; the message is that of `EXPERIMENT --dry-run`.
     """
     if not job.words[0].endswith(".py"):
         return "only those of experiments can be looked at"
@@ -49,7 +49,7 @@ def check_flags(job: Job, accelerator: bool) -> str:
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return ""
-    lines = [line.strip("│╭╰─╮╯ ") for line in done.stderr.splitlines()]  # of a box, where a flag is unknown
+    lines = [line.strip("│╭╰─╮╯ ") for line in done.stderr.splitlines()]  # tyro draws a box around an unknown flag
     lines = [line for line in lines if line]
     said = " ".join(line for line, after in zip(lines, [*lines[1:], ""], strict=True) if not after.startswith(line))
     said = said.removeprefix("error: ")

@@ -1,8 +1,8 @@
-"""`--hosts h1,h2`: one process per host, started over ssh by Open MPI's mpirun, with the output and the status here.
+"""`--hosts h1,h2`: Open MPI's mpirun starts one process per host over ssh and returns output and status here.
 
-Where the hosts see the run folder and this checkout at the same path (a shared disk), they are used in place. Else the
-tracked files are copied to each host; several such hosts need a bucket for checkpoints, or a shared disk. The run
-folder of the first host's copy is brought here at the end.
+If all hosts see the run folder and this checkout at the same path (a shared disk), they are used in place. Otherwise
+the tracked files are copied to each host, and several hosts need a bucket or a shared disk for checkpoints. At the end
+the run folder is copied back from the first host.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lab.parallel.shared_secret import new_secret
 if TYPE_CHECKING:
     from lab.launch.options import Options
 
-SECONDS = 10    # for one connection
+SECONDS = 10    # timeout per connection
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SECONDS}")
 HOW = "install Open MPI here and on every host (Debian, Ubuntu: apt install openmpi-bin)."
 
 
 def parse_hosts(text: str) -> list[str]:
-    """["h1", "h2"] from "h1,h2". Raises UserError where one is no host name or stands twice."""
+    """["h1", "h2"] from "h1,h2". Raises UserError for an invalid or repeated host name."""
     hosts = [host.strip() for host in text.split(",")]
     for host in hosts:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*", host):
@@ -40,7 +40,7 @@ def parse_hosts(text: str) -> list[str]:
 
 
 def task(job: Job, folder: str, copied: bool, coordinator: str) -> str:
-    """What each process runs, as text for bash; `folder` is quoted already."""
+    """The bash command that each process runs; `folder` is already quoted."""
     words = job.elsewhere() if copied else job.words
     return (f"cd -- {folder} || exit 2\n{exports(job)}" +
             (f'export LAB_ENVS="$HOME/.cache/lab/venvs" LAB_COMMIT={commit()}\n' if copied else "") +
@@ -50,13 +50,13 @@ def task(job: Job, folder: str, copied: bool, coordinator: str) -> str:
 
 
 def mpirun(hosts: list[str], text: str) -> list[str]:
-    """The mpirun command. It binds a process to one core unless told not to, and JAX wants them all."""
+    """The mpirun command. Disables binding: by default mpirun binds each process to one core, but JAX uses all."""
     return ["mpirun", "--quiet", "-x", "LAB_SECRET", "--bind-to", "none", "--mca", "plm_rsh_args", " ".join(SSH[1:]),
             "-np", str(len(hosts)), "-H", ",".join(f"{host}:1" for host in hosts), "bash", "-c", text]
 
 
 def launch(options: Options, job: Job) -> int:
-    """Copies what is needed, sets up, starts, waits; returns mpirun's status, or 130 after Ctrl-C."""
+    """Copies files, sets up, starts and waits; returns mpirun's status, or 130 after Ctrl-C."""
     hosts = parse_hosts(options.hosts)
     if job.study and len(hosts) > 1:
         raise UserError("A study runs in one process at a time. Start the same command on every host instead: where "
@@ -97,7 +97,7 @@ def launch(options: Options, job: Job) -> int:
 
 
 def ssh(host: str, command: str) -> list[str]:
-    """The words that run a command on a host, without asking for a password."""
+    """The ssh command line that runs `command` on a host, without a password prompt."""
     return [*SSH, host, command]
 
 
@@ -106,7 +106,7 @@ def _copied_setup(home: str, setup: str) -> str:
 
 
 def coordinator(host: str) -> str:
-    """The address under which the other hosts reach this one: what ssh makes of its name."""
+    """The address at which the other hosts reach this one: its name as resolved by ssh's configuration."""
     try:
         done = subprocess.run(["ssh", "-G", host], capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired):
@@ -116,10 +116,10 @@ def coordinator(host: str) -> str:
 
 
 def each(hosts: list[str], command: str, stdin: Path | None = None) -> list[str]:
-    """Runs a command on all hosts at once; what each printed.
+    """Runs a command on all hosts in parallel; returns each host's output.
 
     Raises:
-      UserError: a host cannot be reached, or the command fails there (says which host and why).
+      UserError: a host is unreachable, or the command fails on it (names the host and the reason).
     """
     def one(host: str) -> str:
         with open(stdin or os.devnull, "rb") as file:
@@ -137,7 +137,7 @@ def each(hosts: list[str], command: str, stdin: Path | None = None) -> list[str]
 
 
 def shared(hosts: list[str], job: Job) -> bool:
-    """Whether all hosts see the checkout and the run folder. Raises UserError where one lacks Open MPI."""
+    """Whether all hosts see the checkout and the run folder. Raises UserError if a host lacks Open MPI."""
     job.make_folder()
     token = job.folder / f"seen-{os.getpid()}"
     token.touch()
@@ -153,9 +153,9 @@ def shared(hosts: list[str], job: Job) -> bool:
 
 
 def wait(command: list[str]) -> int:
-    """Runs mpirun to its end; its status, or 130 after Ctrl-C.
+    """Runs mpirun until it exits; returns its status, or 130 after Ctrl-C.
 
-    mpirun kills its processes a second after SIGINT or SIGTERM, before they have saved, but hands SIGUSR1 on to them.
+    On SIGINT or SIGTERM mpirun kills its processes after a second, before they have saved, but it forwards SIGUSR1.
     """
     environ = os.environ | {"LAB_SECRET": new_secret()}
     if os.getuid() == 0:
@@ -178,7 +178,7 @@ def wait(command: list[str]) -> int:
 
 
 def collect(host: str, home: str, job: Job) -> None:
-    """Brings the run folder from a host's copy of the checkout."""
+    """Copies the run folder back from a host's checkout."""
     job.local.mkdir(parents=True, exist_ok=True)
     pull = subprocess.Popen(ssh(host, f"tar -czf - -C {shlex.quote(f'{home}/{job.run_dir}')} ."),
                             stdout=subprocess.PIPE)

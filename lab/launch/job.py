@@ -1,4 +1,4 @@
-"""What is started elsewhere, and the few things that every engine needs: files to copy, tools, quoting."""
+"""The job to launch, and helpers shared by all engines: files to copy, tools, quoting."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lab.files import make_folder, no_links
 
 ROOT = Path(__file__).resolve().parents[2]
 FORWARDED = ("LAB_ACCELERATOR", "LAB_EXTRAS", "JAX_PLATFORMS", "XLA_FLAGS")
-# The images of TPU VMs have Python 3.10 only; `uv python install` puts python3.12 where launch.sh finds it. For bash.
+# TPU VM images have only Python 3.10; `uv python install` puts python3.12 where launch.sh finds it. For bash.
 BIN = 'export PATH="$HOME/.local/bin:$PATH"'
 PREPARE = (f'{BIN}; [ -n "$PYTHON" ] || command -v python3.13 python3.12 python3.11 >/dev/null || '
            "{ python3 -m pip install -q --user uv && python3 -m uv python install 3.12; }; ./launch.sh env;")
@@ -26,30 +26,30 @@ PREPARE = (f'{BIN}; [ -n "$PYTHON" ] || command -v python3.13 python3.12 python3
 
 @dataclass(frozen=True)
 class Job:
-    """A command for `python -m lab`, and where its run and the launcher's files live."""
+    """A command for `python -m lab`, and the folders of its run and of the launcher's files."""
 
     words: tuple[str, ...]
     """The command, such as ("experiments/x.py", "--steps", "5", "--run-dir", "runs/x-0123abcd")."""
     run_dir: str
-    """Its run folder, on the machine of process 0."""
+    """Its run folder on process 0's machine."""
     checkpoint_dir: str | None
-    """Where its checkpoints go, if not into the run folder: a path, or a bucket such as gs://mine/x."""
+    """Where checkpoints go, if not to the run folder: a path, or a bucket such as gs://mine/x."""
     name: str
     """Short name: letters, digits and hyphens."""
     local: Path
-    """The run folder here: the same path, to which it is brought if it was another machine's."""
+    """The run folder on this machine, at the same path; copied back if the run was on another machine."""
     file: Path | None
     """The experiment's file."""
     study: bool = False
-    """Whether it is a study, whose processes work on cells and not on one run together."""
+    """Whether it is a study, whose processes run cells independently."""
 
     @property
     def folder(self) -> Path:
-        """Where the launcher keeps what it writes."""
+        """Folder for the launcher's own files."""
         return self.local / "launch"
 
     def make_folder(self) -> None:
-        """Creates `folder`. Raises UserError where it is, or has in it, a symbolic link."""
+        """Creates `folder`. Raises UserError if it is or contains a symbolic link."""
         no_links(make_folder(self.folder))
 
     @property
@@ -59,11 +59,11 @@ class Job:
 
     @property
     def add_bucket(self) -> str:
-        """What to tell a user whose checkpoints need one."""
+        """Advice for a user whose checkpoints need a bucket."""
         return f"Add --checkpoint-dir with a bucket, such as --checkpoint-dir gs://mine/{self.name}"
 
     def elsewhere(self) -> tuple[str, ...]:
-        """The command for another machine, in a copy of the checkout.
+        """The command to run in a copy of the checkout on another machine.
 
         Raises:
           UserError: the experiment's file is outside the checkout.
@@ -79,11 +79,11 @@ class Job:
 def make_job(words: Sequence[str], engine: str) -> Job:
     """The job for a command line such as ["experiments/x.py", "--steps", "5"].
 
-    Without --run-dir the folder is named by a hash of the experiment's file and flags: the experiment's own fingerprint
-    needs JAX. So the same command goes on with the same run, and an edited experiment begins another.
+    Without --run-dir the folder name is a hash of the experiment's file and flags, since the experiment's fingerprint
+    needs JAX. So repeating a command resumes its run, and an edited experiment starts a new one.
 
     Raises:
-      UserError: there is no command or no such experiment, or the run folder is a bucket.
+      UserError: the command or the experiment is missing, or the run folder is a bucket.
     """
     if not words:
         raise UserError(f"Say what to start, such as ./launch.sh {engine} ... experiments/gpt_small.py")
@@ -100,7 +100,7 @@ def make_job(words: Sequence[str], engine: str) -> Job:
     study = trains and (_value(words, "--vary") is not None or bool(re.search(rb"^study\b.*=", content, re.M)))
     if run_dir is None:
         run_dir = f"runs/{name}"
-        if study and engine != "--slurm" and _value(words, "--studies") is None:  # what is fetched at the end
+        if study and engine != "--slurm" and _value(words, "--studies") is None:  # fetched at the end
             words = [*words, "--studies", run_dir]
         elif trains and not study:
             words = [*words, "--run-dir", run_dir]
@@ -118,7 +118,7 @@ def _value(words: Sequence[str], flag: str) -> str | None:
 
 
 def tool(name: str, how: str) -> str:
-    """The path of a program. Raises UserError, with how to get it, where it is missing."""
+    """The path of a program. Raises UserError, with install instructions `how`, if it is missing."""
     path = shutil.which(name)
     if path is None:
         raise UserError(f"{name} was not found on this machine: {how}")
@@ -126,18 +126,18 @@ def tool(name: str, how: str) -> str:
 
 
 def say(text: str) -> None:
-    """One line of the launcher, on stderr: stdout is the run's."""
+    """Prints a line to stderr, since stdout belongs to the run."""
     print(f"lab: {text}", file=sys.stderr, flush=True)
 
 
 def show(*commands: Sequence[str]) -> None:
-    """Prints commands as they can be typed."""
+    """Prints commands quoted for a shell."""
     for command in commands:
         print("+", shlex.join(command))
 
 
 def forwarded(job: Job) -> dict[str, str]:
-    """The variables that go along. A bucket for checkpoints needs its packages, which are easily forgotten."""
+    """Environment variables to forward. Adds the extra that a checkpoint bucket needs, which is easily forgotten."""
     found = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     if job.bucket:
         extras = re.findall(r"[^,\s]+", found.get("LAB_EXTRAS", ""))
@@ -146,12 +146,12 @@ def forwarded(job: Job) -> dict[str, str]:
 
 
 def exports(job: Job, end: str = "\n") -> str:
-    """`export` of the variables that go along, each with `end`; empty where there is none."""
+    """`export` commands for the forwarded variables, each followed by `end`."""
     return "".join(f"export {name}={shlex.quote(value)}{end}" for name, value in forwarded(job).items())
 
 
 def split(text: str, flag: str) -> list[str]:
-    """The words of an option's value, as a shell would see them. Raises UserError where a quote is left open."""
+    """Splits an option's value like a shell. Raises UserError for an unclosed quote."""
     try:
         return shlex.split(text)
     except ValueError as e:
@@ -159,10 +159,10 @@ def split(text: str, flag: str) -> list[str]:
 
 
 def tracked_files(job: Job) -> list[str]:
-    """Paths, relative to the checkout, of the tracked files that exist, and of the experiment.
+    """Paths, relative to the checkout, of existing tracked files and the experiment.
 
     Raises:
-      UserError: this is no git checkout.
+      UserError: not a git checkout.
     """
     try:
         listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True)
@@ -177,7 +177,7 @@ def tracked_files(job: Job) -> list[str]:
 
 
 def pack(job: Job, *written: str) -> Path:
-    """Writes the files to launch/checkout.tar.gz and returns its path; `written`: files of launch/ that go along."""
+    """Writes launch/checkout.tar.gz and returns its path; `written`: files of launch/ to include."""
     import tarfile
 
     job.make_folder()
@@ -191,7 +191,7 @@ def pack(job: Job, *written: str) -> Path:
 
 
 def commit() -> str:
-    """The commit of the checkout, with -dirty after local changes: a copy has no .git to tell it."""
+    """The checkout's commit, with -dirty if modified; forwarded because copies have no .git."""
     done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
                           capture_output=True, text=True)
     return done.stdout.strip() or "unknown"

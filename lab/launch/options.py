@@ -1,4 +1,4 @@
-"""The options that come before a command and say where else it starts. Standard library only."""
+"""Launch options, which come before the command. Standard library only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Variables that go along: LAB_ACCELERATOR, LAB_EXTRAS, JAX_PLATFORMS, XLA_FLAGS.
 
 @dataclass
 class Options:
-    """What stands before the command. A field is None, False or "" where its option is not given."""
+    """Parsed launch options. A field is None, False or "" if its option is absent."""
 
     slurm: str | None = None
     hosts: str | None = None
@@ -65,10 +65,10 @@ FITS = {"zone": ("tpu",), "create": ("tpu",), "spot": ("tpu",), "gcloud_flags": 
 
 
 def parse(words: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options before the command, and the command. Not argparse: it takes no values like `--nodes=2`.
+    """Splits a command line into launch options and command. argparse cannot take values such as `--nodes=2`.
 
     Raises:
-      UserError: an option is unknown, lacks its value, or does not fit the others.
+      UserError: an option is unknown, lacks its value, or conflicts with another.
     """
     options, rest = Options(), list(words)
     while rest and rest[0].startswith("-"):
@@ -94,7 +94,7 @@ def parse(words: Sequence[str]) -> tuple[Options, list[str]]:
             value = rest.pop(0)
         setattr(options, name, value)
     _check(options)
-    if "--dry-run" in rest:  # wherever it stands: nothing may be submitted then
+    if "--dry-run" in rest:  # at any position: it must never submit anything
         rest = [word for word in rest if word != "--dry-run"]
         options.dry_run = True
     return options, rest

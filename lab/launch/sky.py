@@ -1,9 +1,9 @@
-"""`--sky OPTIONS`: writes a SkyPilot task into the run folder and launches it: cloud GPUs, TPUs, Kubernetes, SLURM.
+"""`--sky OPTIONS`: writes a SkyPilot task to the run folder and launches it (cloud GPUs, TPUs, Kubernetes, SLURM).
 
-SkyPilot finds the machines, copies the checkout, starts one process per node (lab/parallel/processes.py knows its
+SkyPilot provisions machines, copies the checkout and starts one process per node (lab/parallel/processes.py reads its
 variables). Spot machines become a managed job, which SkyPilot recovers after preemption and after exit status 75. A run
-folder on a machine's own disk goes with the machine; what stays is in the bucket: checkpoints, and the run folder's
-copy in run/.
+folder on a machine's local disk is lost with the machine; the bucket keeps checkpoints and a copy of the run folder in
+run/.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lab.parallel.shared_secret import new_secret
 if TYPE_CHECKING:
     from lab.launch.options import Options
 
-# Options of `sky launch` that belong to the task, and their names in its resources.
+# Options of `sky launch` that are set in the task -> their names in its resources.
 RESOURCES = {"--gpus": "accelerators", "--infra": "infra", "--cpus": "cpus", "--memory": "memory",
              "--disk-size": "disk_size", "--image-id": "image_id", "--instance-type": "instance_type"}
 HOW = "install SkyPilot in an environment of its own, for example: uv tool install 'skypilot[gcp,kubernetes,slurm]'"
 
 
 def task(job: Job, options: str) -> dict[str, Any]:
-    """The task, as SkyPilot's YAML has it.
+    """The SkyPilot task, as a dict for its YAML.
 
     Raises:
       UserError: an option is unknown or lacks its value.
@@ -64,13 +64,13 @@ def task(job: Job, options: str) -> dict[str, Any]:
 
 
 def launch(options: Options, job: Job) -> int:
-    """Writes the task and hands it to SkyPilot, which follows its output; returns its status."""
+    """Writes the task and runs SkyPilot, which streams its output; returns SkyPilot's status."""
     found = task(job, options.sky)
     if job.words[0].endswith(".py") and not (job.bucket or Path(job.run_dir).is_absolute()):
         raise UserError(f"Machines made by SkyPilot are gone after the run. {job.add_bucket}, or --run-dir with an "
                         f"absolute path on a disk that outlives them.")
     path = job.folder / "sky.yaml"
-    # JSON is YAML, and any string in it is quoted rightly.
+    # JSON is valid YAML, and quotes every string safely.
     text = json.dumps(found, indent=2) + "\n"
     managed = found["resources"].get("use_spot", False)
     command = ["sky", *(["jobs", "launch"] if managed else ["launch", "--cluster", job.name, "--down"]), "--yes",

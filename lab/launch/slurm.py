@@ -1,4 +1,4 @@
-"""`--slurm`: writes an sbatch script into the run folder, submits it, follows its output until the job ends."""
+"""`--slurm`: writes an sbatch script to the run folder, submits it, and follows its output until the job ends."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lab.launch.job import ROOT, Job, exports, forwarded, say, show, split, tool
 if TYPE_CHECKING:
     from lab.launch.options import Options
 
-# Status 75 means saved: the job goes back into the queue with its number and its output file. SLURM_WAIT: seconds after
-# the end of the first process in which the others must end, too; --kill-on-bad-exit=1 would signal them at once, and
-# turn their 75 or 2 into the signal's 143. The loop around `wait` is there because a signal to this script ends `wait`
-# early. srun ignores the processors per task that sbatch was asked for, hence SRUN_CPUS_PER_TASK.
+# Status 75 means saved: the job is requeued under the same job id and output file. SLURM_WAIT: seconds that processes
+# may keep running after the first one exits; --kill-on-bad-exit=1 would signal them at once and turn their 75 or 2 into
+# 143. `wait` is in a loop because a signal to the script interrupts it. SRUN_CPUS_PER_TASK is needed because srun does
+# not inherit sbatch's --cpus-per-task.
 SCRIPT = """\
 #!/bin/bash
 # Written by ./launch.sh --slurm; can be submitted again with sbatch.
@@ -54,7 +54,7 @@ def script(job: Job, options: str) -> str:
     """The text of the sbatch script.
 
     Raises:
-      UserError: the options hold a line break, or would lead the output elsewhere.
+      UserError: the options contain a line break or redirect the output.
     """
     if "\n" in options or "\r" in options:
         raise UserError("The options of --slurm hold a line break; put them on one line.")
@@ -75,13 +75,12 @@ def script(job: Job, options: str) -> str:
 
 
 def workers(words: list[str]) -> tuple[str, list[str]]:
-    """How many workers a study gets, as a job array of single processes, and sbatch's other options.
+    """Converts sbatch options for a study to a job array of single-process workers: (array, other options).
 
-    Each node or task that is asked for is one: the workers share the cells of the study among themselves. An --array
-    that is given stays.
+    Each requested node or task becomes a worker, and the workers share the study's cells. A given --array is kept.
 
     Raises:
-      UserError: a number is none.
+      UserError: a count is not a number.
     """
     array, number, rest, left = "", 1, [], list(words)
     names = {"-N": "nodes", "--nodes": "nodes", "-n": "tasks", "--ntasks": "tasks", "-a": "array", "--array": "array"}
@@ -103,8 +102,8 @@ def workers(words: list[str]) -> tuple[str, list[str]]:
 
 
 def test_only(text: str) -> str:
-    """What sbatch says against the script without submitting it; empty where it has nothing to say. Raises UserError
-    where sbatch refuses it."""
+    """Checks the script with `sbatch --test-only`: "" if accepted, else why it could not be checked. Raises UserError
+    if sbatch rejects it."""
     if shutil.which("sbatch") is None:
         return "sbatch is not on this machine"
     done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True)
@@ -121,10 +120,10 @@ def _reason(done: subprocess.CompletedProcess) -> str:
 
 
 def launch(options: Options, job: Job) -> int:
-    """Builds the environment here, checks the flags, submits, follows; returns the job's exit status."""
+    """Builds the environment here, checks the flags, submits and follows the job; returns its exit status."""
     gpus = bool(re.search("gpu|gres", options.slurm))
     if gpus and "LAB_ACCELERATOR" not in os.environ:
-        # The submitting node has no GPU to ask. CUDA 12 runs on every driver that CUDA 13 runs on.
+        # The submitting node has no GPU to query. CUDA 12 runs on every driver that CUDA 13 supports.
         os.environ["LAB_ACCELERATOR"] = "cuda12"
     os.environ.setdefault("LAB_ACCELERATOR", "cpu")
     text, path = script(job, options.slurm), job.folder / "slurm.sh"
@@ -140,7 +139,7 @@ def launch(options: Options, job: Job) -> int:
     done = subprocess.run(build, stdout=subprocess.DEVNULL, env=os.environ | forwarded(job))
     if done.returncode:
         return done.returncode
-    check_flags(job, gpus)  # a typo must not wait in the queue first
+    check_flags(job, gpus)  # find typos before queueing
     job.make_folder()
     replace_file(path, text)
     done = subprocess.run(submit, capture_output=True, text=True)
@@ -154,16 +153,16 @@ def launch(options: Options, job: Job) -> int:
 
 
 def follow(number: str, log: Path, pause: float = 1.0) -> int:
-    """Copies the log to stdout until the job ends; its exit status (1 where SLURM gives none).
+    """Copies the log to stdout until the job ends; returns its exit status (1 if SLURM reports none).
 
-    Ctrl-C ends only the following, with 130.
+    Ctrl-C stops following but not the job, and returns 130.
     """
     told, ends, position = "", 0, 0
     try:
         while True:
             state, reason, status = look(number)
             position = copy_new(log, position)
-            # Twice: a job that is being queued again is for a moment shown as ended.
+            # Require two polls: a job being requeued briefly appears as ended.
             ends = ends + 1 if state in ENDED else 0
             if ends == 2:
                 break
@@ -180,21 +179,21 @@ def follow(number: str, log: Path, pause: float = 1.0) -> int:
 
 
 def look(number: str) -> tuple[str, str, int]:
-    """State, reason and exit status of a job, or of all jobs of an array, as SLURM's controller has them."""
+    """State, reason and exit status of a job or a whole job array, from SLURM's controller."""
     done = subprocess.run(["scontrol", "--oneliner", "show", "job", number], capture_output=True, text=True)
     if done.returncode:
-        if "Invalid job id" in done.stderr:  # forgotten, some minutes after its end
+        if "Invalid job id" in done.stderr:  # SLURM drops a job minutes after its end
             return "REVOKED", "None", 1
         return "UNKNOWN", "SLURM's controller does not answer", 1
     jobs = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in done.stdout.splitlines()]
     found = [(job["JobState"], job.get("Reason", "None"), int(job.get("ExitCode", "0:0").split(":")[0]))
              for job in jobs if "JobState" in job]
-    going = [job for job in found if job[0] not in ENDED]  # of an array: one that still goes on, else the worst
+    going = [job for job in found if job[0] not in ENDED]  # of an array: a running job, else the worst
     return going[0] if going else max(found, key=lambda job: (job[2], job[0] != "COMPLETED"))
 
 
 def copy_new(path: Path, position: int) -> int:
-    """Writes what a file holds from `position` on to stdout; the new position."""
+    """Copies a file from `position` on to stdout; returns the new position."""
     if not path.exists():
         return position
     with path.open("rb") as file:

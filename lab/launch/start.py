@@ -1,7 +1,7 @@
-"""Start a command of lab elsewhere: SLURM, ssh hosts, Cloud TPU, SkyPilot. Standard library only: no JAX is imported.
+"""Launches lab commands on SLURM, ssh hosts, Cloud TPU or SkyPilot. Standard library only; does not import JAX.
 
-lab/bootstrap.py hands over to `main` when the first word is one of the options in options.py, so that a login node or
-a laptop needs no environment of its own. Each engine is an existing one; these files only write what it is told.
+lab/bootstrap.py calls `main` if the first argument is an option from options.py, so that a login node or laptop needs
+no Python environment. The engines are existing tools; these modules only write their inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lab.launch.options import ENGINES, HELP, Options, parse
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs the engine that the options name; returns the exit status."""
+    """Runs the selected engine; returns the exit status."""
     try:
         check_words(words)
         options, command = parse(words)

@@ -1,8 +1,8 @@
-"""`--tpu NAME`: runs on all workers of a Cloud TPU VM (v2 to v6e) through gcloud; requests the VM first if asked to.
+"""`--tpu NAME`: runs on all workers of a Cloud TPU VM (v2 to v6e) through gcloud; --create requests the VM first.
 
-The processes are detached from the connection that starts them: a lost one ends only the following, and the same
-command follows again. With --create a VM that is taken away is requested again, and the run goes on from the
-checkpoints in its bucket; the run folder, on worker 0, is a new one then. It is brought here at the end.
+Processes are detached from the ssh connection: losing it only stops the log, and repeating the command follows it
+again. With --create a preempted VM is requested again, and the run resumes from the checkpoints in its bucket, with a
+new run folder. The run folder is copied back from worker 0 at the end.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lab.parallel.shared_secret import new_secret
 if TYPE_CHECKING:
     from lab.launch.options import Options
 
-PAUSE = float(os.environ.get("LAB_POLL_SECONDS", "20"))    # between two questions
-PATIENCE = 600.0    # seconds for which a VM that is said to be ready may stay unreachable
+PAUSE = float(os.environ.get("LAB_POLL_SECONDS", "20"))    # seconds between polls
+PATIENCE = 600.0    # seconds that a VM reported as ready may stay unreachable
 HOW = "install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install), then run gcloud auth login."
-# TPU generation -> (its name in an accelerator type, software image), as Google's documentation pairs them.
+# TPU generation -> (its name in an accelerator type, software image), from Google's documentation.
 IMAGES = {"v2": ("v2", "tpu-ubuntu2204-base"), "v3": ("v3", "tpu-ubuntu2204-base"),
           "v4": ("v4", "tpu-ubuntu2204-base"), "v5e": ("v5litepod", "v2-alpha-tpuv5-lite"),
           "v5p": ("v5p", "v2-alpha-tpuv5"), "v6e": ("v6e", "v2-alpha-tpuv6e")}
 
-# JAX's own port, 8482, is closed by the firewall rule that Google's multislice guide sets up. SIGTERM goes to the whole
-# session; the script outlives it, to note the status.
+# The firewall rule of Google's multislice guide blocks JAX's default port, 8482. SIGTERM goes to the whole session; the
+# script survives it to record the exit status.
 START = """\
 #!/bin/bash
 # Written by ./launch.sh --tpu: every worker runs it in its copy of the checkout.
@@ -48,7 +48,7 @@ echo $? >launch/status
 
 @dataclass(frozen=True)
 class Pod:
-    """A TPU VM's name and the commands about it. `ssh_flags`: for gcloud's ssh and scp."""
+    """A TPU VM; its methods build gcloud commands. `ssh_flags`: for gcloud's ssh and scp."""
 
     name: str
     zone: str = ""
@@ -62,7 +62,7 @@ class Pod:
         return self._command("tpu-vm", "describe", self.name, "--format=json")
 
     def request(self, kind: str, spot: bool) -> list[str]:
-        """Requests the VM as a queued resource of the same name. Raises UserError where there is no such TPU."""
+        """Requests the VM as a queued resource of the same name. Raises UserError for an unknown TPU type."""
         accelerator, image = accelerator_type(kind)
         return self._command("queued-resources", "create", self.name, f"--node-id={self.name}",
                              f"--accelerator-type={accelerator}", f"--runtime-version={image}",
@@ -77,16 +77,16 @@ class Pod:
         return self._command("queued-resources", "delete", self.name, "--force")
 
     def ssh(self, worker: str, command: str) -> list[str]:
-        """Runs a command on one worker, or on `all`."""
+        """Runs a command on one worker, or on all (`all`)."""
         return self._command("tpu-vm", "ssh", self.name, f"--worker={worker}", *self.ssh_flags, f"--command={command}")
 
     def scp(self, worker: str, *paths: str) -> list[str]:
-        """Copies; the last path is where to."""
+        """Copies files; the last path is the target."""
         return self._command("tpu-vm", "scp", *paths, f"--worker={worker}", *self.ssh_flags)
 
 
 def accelerator_type(kind: str) -> tuple[str, str]:
-    """("v5litepod-16", its software image) for "v5e-16". Raises UserError where there is no such TPU."""
+    """("v5litepod-16", its software image) for "v5e-16". Raises UserError for an unknown TPU type."""
     generation, _, size = kind.replace("v5litepod", "v5e").partition("-")
     if generation.startswith(("tpu7", "v7")):
         raise UserError(f"--create {kind}: the Cloud TPU API does not offer TPU7x. Use Google's Cluster Toolkit "
@@ -99,46 +99,46 @@ def accelerator_type(kind: str) -> tuple[str, str]:
 
 
 def home(job: Job) -> str:
-    """The copy of the checkout on a worker, relative to the home folder."""
+    """The checkout's folder on a worker, relative to the home folder."""
     return f".cache/lab/checkouts/{job.name}"
 
 
 def unpack(job: Job) -> str:
-    """What sets a worker up, once the archive is there."""
+    """The command that sets up a worker once it has the archive."""
     return (f"mkdir -p {home(job)} && cd {home(job)} && tar -xzf ~/{job.name}.tar.gz && rm ~/{job.name}.tar.gz && "
             f'export LAB_ENVS="$HOME/.cache/lab/venvs" && {{ {exports(job, "; ")}{PREPARE} }}')
 
 
 def script(job: Job) -> str:
-    """What every worker runs in its copy of the checkout."""
+    """The script that every worker runs in its checkout."""
     return START.format(commit=commit(), exports=exports(job), command=shlex.join(["./launch.sh", *job.elsewhere()]))
 
 
 def begin(job: Job) -> str:
-    """What starts the script on a worker, detached; its output and its status go to files."""
+    """The command that starts the script detached on a worker; output and status go to files."""
     return (f"cd {home(job)} && rm -f launch/status && "
             "{ setsid nohup bash launch/start.sh >launch/log 2>&1 </dev/null & echo $! >launch/pid; }")
 
 
 def stop(job: Job) -> str:
-    """What makes the process of a worker save and end."""
+    """The command that makes a worker's process save and exit."""
     return f"kill -TERM -- -$(cat {home(job)}/launch/pid)"
 
 
 def tail(job: Job, line: int) -> str:
-    """Prints worker 0's output from a line on, until the process has ended."""
+    """The command that prints worker 0's output from a line on, until its process ends."""
     return f"cd {home(job)}/launch && tail -n +{line} -F --pid=$(cat pid) log 2>/dev/null"
 
 
 def state(job: Job) -> str:
-    """Prints `lab:` and what worker 0 does: an exit status, `running`, `killed`, or `none` (never started)."""
+    """The command that prints `lab:` and worker 0's state: exit status, `running`, `killed` or `none` (not started)."""
     return (f"cd {home(job)}/launch 2>/dev/null || {{ echo lab:none; exit; }}; if [ -s status ]; then "
             'echo lab:$(cat status); elif kill -0 $(cat pid) 2>/dev/null; then echo lab:running; '
             "else echo lab:killed; fi")
 
 
 def launch(options: Options, job: Job) -> int:
-    """Requests, copies, sets up, starts, follows, and starts again as long as the run asks for it."""
+    """Requests the VM, copies files, sets up, starts and follows; restarts after status 75 or preemption."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", options.tpu):
         raise UserError(f"--tpu {options.tpu!r} is no name of a TPU VM: small letters, digits and hyphens.")
     pod = Pod(options.tpu, options.zone, tuple(split(options.gcloud_flags, "--gcloud-flags")))
@@ -155,7 +155,7 @@ def launch(options: Options, job: Job) -> int:
         if doing == "running":
             say(f"it runs on {pod.name} already.")
         else:
-            if doing != "75":  # after 75 the files are there
+            if doing != "75":  # after 75 the workers are set up
                 setup(pod, job)
             must(pod.ssh("all", begin(job)), "starting")
         if options.detach:
@@ -177,17 +177,17 @@ def launch(options: Options, job: Job) -> int:
 
 
 def collect(pod: Pod, job: Job) -> list[str]:
-    """Brings the run folder from worker 0."""
+    """The command that copies the run folder from worker 0."""
     path = job.run_dir if job.run_dir.startswith("/") else f"{home(job)}/{job.run_dir}"
     return pod.scp("0", "--recurse", f"{pod.name}:{path}", str(job.local.parent))
 
 
 def check_bucket(options: Options, job: Job, workers: int = 1) -> None:
-    """Raises UserError where checkpoints on a worker's own disk would not do."""
+    """Raises UserError if checkpoints need a bucket rather than a worker's local disk."""
     chips = options.create.rpartition("-")[2]
     if options.create:
         accelerator_type(options.create)
-        workers = max(workers, 1 + int(int(chips) > 8))    # of every generation, up to -8 is one machine
+        workers = max(workers, 1 + int(int(chips) > 8))    # in every generation, up to 8 is one machine
     if job.bucket or not job.words[0].endswith(".py"):
         return
     if workers > 1:
@@ -198,7 +198,7 @@ def check_bucket(options: Options, job: Job, workers: int = 1) -> None:
 
 
 def dry_run(options: Options, pod: Pod, job: Job) -> None:
-    """Prints the script and the commands in their order."""
+    """Prints the script and the commands in order."""
     print(f"# {job.folder / 'start.sh'}\n{script(job)}")
     show(pod.describe())
     if options.create:
@@ -217,7 +217,7 @@ def dry_run(options: Options, pod: Pod, job: Job) -> None:
 
 
 def capture(command: list[str]) -> tuple[int, str, str]:
-    """Exit status, output, and the reason that gcloud gives."""
+    """Runs a command: exit status, output, and gcloud's error message."""
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and not line.startswith("#####")]
     lines = lines or [f"status {done.returncode}"]
@@ -226,14 +226,14 @@ def capture(command: list[str]) -> tuple[int, str, str]:
 
 
 def must(command: list[str], doing: str) -> None:
-    """Raises UserError, with gcloud's reason, where the command fails."""
+    """Runs a command. Raises UserError with gcloud's error message if it fails."""
     code, _, reason = capture(command)
     if code:
         raise UserError(f"{doing[0].upper()}{doing[1:]} failed: {reason}")
 
 
 def look(pod: Pod) -> dict:
-    """The VM as the API describes it; empty where there is none. Raises UserError where it cannot be asked."""
+    """The API's description of the VM; empty if there is none. Raises UserError if the API call fails."""
     code, text, reason = capture(pod.describe())
     if code == 0:
         return json.loads(text)
@@ -243,10 +243,10 @@ def look(pod: Pod) -> dict:
 
 
 def ready(options: Options, pod: Pod) -> dict:
-    """The VM once it is ready, which is requested first if --create allows it.
+    """Waits for the VM to be ready and returns its description; with --create, requests it first.
 
     Raises:
-      UserError: there is none, or the request failed.
+      UserError: the VM does not exist, or the request failed.
     """
     told = ""
     while (found := look(pod)).get("state") != "READY":
@@ -284,7 +284,7 @@ def setup(pod: Pod, job: Job) -> None:
 
 
 def ask(pod: Pod, job: Job) -> str:
-    """What worker 0 does, as `state` prints it; empty where it cannot be reached within PATIENCE or is gone."""
+    """Worker 0's state, see `state`; empty if it is gone or unreachable for PATIENCE seconds."""
     limit, told = time.monotonic() + PATIENCE, ""
     while True:
         _, text, reason = capture(pod.ssh("0", state(job)))
@@ -301,10 +301,10 @@ def ask(pod: Pod, job: Job) -> str:
 
 
 def follow(pod: Pod, job: Job) -> int | None:
-    """Worker 0's output, live; returns its exit status, or None once the VM is gone.
+    """Streams worker 0's output; returns its exit status, or None once the VM is gone.
 
     Raises:
-      KeyboardInterrupt: after Ctrl-C, which ends only the following; says so.
+      KeyboardInterrupt: after Ctrl-C, which stops following but not the run; prints a note.
     """
     lines = 0
     try:

@@ -1,1 +1,1 @@
-"""Ablation studies: arms x seeds, their statistics and the report."""
+"""Ablation studies: arms x seeds, statistics and the report."""

@@ -1,8 +1,8 @@
-"""A study as a value: a base experiment, arms that are differences from it, seeds, and the metric that decides.
+"""A study as a value: a base experiment, arms (changes of the base), seeds, and the metric to compare by.
 
     Study(base, {"rms": {"model.norm": "rmsnorm"}, "muon": {"optim": Muon(lr=Cosine(4e-3))}}, seeds=5)
 
-`grid`, `one_at_a_time`, `leave_one_out` and `factorial` write the arms of the usual designs.
+`grid`, `one_at_a_time`, `leave_one_out` and `factorial` generate the arms of the usual designs.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from lab.experiment import Experiment, digest, fields, override, to_json, value_
 BASE = "base"
 MOST_SEEDS = 10_000
 Changes = Mapping[str, Any]
-"""Dotted field of the experiment -> its other value: {"optim.lr.peak": 3e-4, "data": Text(...)}; applied in order."""
+"""Dotted field of the experiment -> new value: {"optim.lr.peak": 3e-4, "data": Text(...)}; applied in order."""
 Kind = Literal["list", "grid", "one_at_a_time", "leave_one_out", "factorial"]
 
 
 @dataclass(frozen=True)
 class Fork:
-    """An arm that is the base for some updates, and another experiment from there on."""
+    """An arm that starts from the base's state after some steps and continues with its own changes."""
 
     after: int
-    """Completed updates of the base, from whose state (of the same seed) it goes on."""
+    """Step of the base's run (same seed) whose state the arm starts from."""
     changes: Changes
 
 
 @dataclass(frozen=True)
 class Design:
-    """Arms, and the rule that made them."""
+    """Arms, and the rule that generated them."""
 
     arms: Mapping[str, Changes | Fork]
     kind: Kind = "list"
     factors: Mapping[str, Any] = field(default_factory=dict)
-    """What was varied: field -> values (grid, one_at_a_time), edit -> changes (leave_one_out, factorial)."""
+    """The factors: field -> values (grid, one_at_a_time) or edit -> changes (leave_one_out, factorial)."""
 
 
 def grid(values: Mapping[str, Sequence[Any]]) -> Design:
-    """Every combination of the fields' values. The combination that is the base itself is the arm "base"."""
+    """Every combination of the fields' values. The combination equal to the base becomes the arm "base"."""
     _check_values(values)
     names = {path: _short(path, values) for path in values}
     arms: dict[str, Changes] = {}
@@ -56,7 +56,7 @@ def grid(values: Mapping[str, Sequence[Any]]) -> Design:
 
 
 def one_at_a_time(values: Mapping[str, Sequence[Any]]) -> Design:
-    """Each value of each field alone, everything else as in the base. The base's own values are the arm "base"."""
+    """Changes one field at a time, to each of its values. The base's own values become the arm "base"."""
     _check_values(values)
     arms: dict[str, Changes] = {}
     for path, options in values.items():
@@ -66,7 +66,7 @@ def one_at_a_time(values: Mapping[str, Sequence[Any]]) -> Design:
 
 
 def leave_one_out(edits: Mapping[str, Changes]) -> Design:
-    """All edits together (the arm "all"), and all but each one of them ("all-rotary")."""
+    """All edits together (the arm "all"), then all except one, for each edit ("all-rotary")."""
     _check_edits("leave_one_out", edits)
     arms = {"all": _union(edits.values())}
     for left in edits:
@@ -75,7 +75,7 @@ def leave_one_out(edits: Mapping[str, Changes]) -> Design:
 
 
 def factorial(edits: Mapping[str, Changes]) -> Design:
-    """2^k: every subset of the k edits ("rms+rotary"); the empty one is the base (Box, Hunter & Hunter 2005, ch. 5)."""
+    """2^k: every subset of the k edits ("rms+rotary"); the empty set is the base (Box, Hunter & Hunter 2005, ch. 5)."""
     _check_edits("factorial", edits)
     arms = {"+".join(chosen): _union(edits[name] for name in chosen)
             for size in range(1, len(edits) + 1) for chosen in itertools.combinations(edits, size)}
@@ -84,21 +84,21 @@ def factorial(edits: Mapping[str, Changes]) -> Design:
 
 @dataclass(frozen=True)
 class Study:
-    """Arms x seeds. The arm "base" is the base itself, and always there."""
+    """Arms x seeds. The base is always included, as the arm "base"."""
 
     base: Experiment
     arms: Mapping[str, Changes | Fork] | Design
-    """Name -> changes of the base (a `Fork`: from some update on), or what `grid` and its like return."""
+    """Name -> changes of the base (a `Fork` applies them after some steps), or a `Design` from `grid` etc."""
     seeds: int | tuple[int, ...] = 3
-    """The seeds of every arm; a number n stands for 0 ... n-1."""
+    """The seeds of every arm; a number n means 0 ... n-1."""
     metric: str | None = None
-    """The metric that arms are compared by; None: that of `base.evaluate`."""
+    """The metric to compare arms by; None: that of `base.evaluate`."""
     mode: Literal["min", "max"] | None = None
-    """Whether a small or a large value of the metric is good; None: as in `base.evaluate`."""
+    """Whether to minimize or maximize the metric; None: as in `base.evaluate`."""
     split: Literal["validation", "test"] = "validation"
-    """Where the metric is measured, at the end of a run."""
+    """The split on which the metric is measured at the end of a run."""
     tuning_seeds: tuple[int, ...] = ()
-    """Those of the seeds by which the arms were tuned: they run, and are left out of the tests."""
+    """Seeds that were used to tune the arms: they run, but are excluded from the tests."""
 
     def __post_init__(self) -> None:
         if isinstance(self.seeds, int) and self.seeds > MOST_SEEDS:
@@ -112,11 +112,11 @@ class Study:
 
     @property
     def design(self) -> Design:
-        """The arms, with the rule that made them."""
+        """The arms, with the rule that generated them."""
         return self.arms if isinstance(self.arms, Design) else Design(self.arms)
 
     def validate(self) -> None:
-        """Raises UserError for what is no study, whatever its arms compute."""
+        """Checks seeds, mode and arm names, without building the arms. Raises UserError."""
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"A study needs seeds, each of them once; there are {list(self.seeds)}.")
         if self.mode not in ("min", "max"):
@@ -134,15 +134,15 @@ class Study:
             raise UserError(f"No arm may be called {BASE!r}: that is the base itself, which is always there.")
 
     def experiments(self) -> dict[str, tuple[Changes, Experiment]]:
-        """Arm -> (changes, experiment with seed 0), the base first. Changes to what the base has already are left out.
+        """Arm -> (changes, experiment with seed 0), the base first. Drops changes to values the base already has.
 
-        Of a grid and of `one_at_a_time` the combination that changes nothing is the base, and no arm of its own.
+        In `grid` and `one_at_a_time` the combination that changes nothing is the base, not a separate arm.
 
         Raises:
-          UserError: a field or value is wrong, an arm equals the base, or two arms are the same; names the arm.
+          UserError: a field or value is wrong, an arm equals the base, or two arms are equal; names the arm.
         """
         self.validate()
-        left = replace(self.base, seed=0)  # what is left out follows each arm's own fields
+        left = replace(self.base, seed=0)  # fields left at None are filled in per arm
         base = left.filled()
         found = {BASE: ({}, base)}
         names = {(base.fingerprint(), 0): BASE}
@@ -175,12 +175,12 @@ class Study:
         return found
 
     def forked(self, arm: str) -> int | None:
-        """Completed updates of the base after which an arm begins that says so."""
+        """The step at which an arm forks from the base; None if the arm is not a `Fork`."""
         found = self.design.arms.get(arm)
         return found.after if isinstance(found, Fork) else None
 
     def describe(self) -> dict[str, Any]:
-        """All that decides which cells there are and what they are compared by, as JSON; without the arms' costs."""
+        """Everything that determines the cells and their comparison, as JSON; without the arms' costs."""
         factors = {name: {path: to_json(v) for path, v in value.items()} if isinstance(value, Mapping)
                    else to_json(value) for name, value in self.design.factors.items()}
         arms = [{"name": name, "changes": {path: to_json(v) for path, v in changes.items()},
@@ -191,13 +191,13 @@ class Study:
                 "seeds": list(self.seeds), "tuning_seeds": list(self.tuning_seeds), "arms": arms}
 
     def fingerprint(self) -> str:
-        """12 hexadecimal digits of what this study compares."""
+        """12 hexadecimal digits that identify what this study compares."""
         said = self.describe()
-        return digest({**said, "base": said["arms"][0]["fingerprint"]})  # without how a run is carried out
+        return digest({**said, "base": said["arms"][0]["fingerprint"]})  # ignores execution settings
 
 
 def _check_kind(path: str, before: Any, value: Any) -> None:
-    """An object may only become another object: the rest of the project calls its methods."""
+    """An object may only be replaced by another object, because other code calls its methods."""
     if dataclasses.is_dataclass(before) and not dataclasses.is_dataclass(value):
         inner = next((f.name for f in fields(before)), None)
         such = f", such as {path}.{inner}" if inner else ""
@@ -224,21 +224,21 @@ def _union(several: Any) -> dict[str, Any]:
 
 
 def _short(path: str, among: Mapping[str, Any]) -> str:
-    """The fewest last names of a dotted path that no other path ends with: optim.lr.peak -> peak."""
+    """The shortest suffix of a dotted path that is unique among all paths: optim.lr.peak -> peak."""
     names = path.split(".")
     ends = (".".join(names[-n:]) for n in range(1, len(names) + 1))
     return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in among) == 1), path)
 
 
 def _label(value: Any) -> str:
-    """A value as a part of an arm's name, and so of a folder's."""
+    """A value as part of an arm's name, and therefore of a folder name."""
     shown = type(value).__name__ if dataclasses.is_dataclass(value) else f"{value:g}" if isinstance(value, float) \
         and math.isclose(float(f"{value:g}"), value, rel_tol=1e-12) else str(value)
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", shown).strip("_") or "empty"
 
 
 def _add(arms: dict[str, Changes], name: str, changes: Changes) -> None:
-    """Two values may have the same label, two optimizers of one class say; then the second gets a number."""
+    """Adds an arm. Two values can have the same label (two optimizers of one class): the second gets a number."""
     number = next(n for n in itertools.count(1) if (name if n == 1 else f"{name}.{n}") not in arms)
     arms[name if number == 1 else f"{name}.{number}"] = changes
 

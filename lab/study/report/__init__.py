@@ -1,1 +1,1 @@
-"""What a study found: statistics, tables, pictures."""
+"""Reports a study: statistics, tables, pictures."""

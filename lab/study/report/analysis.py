@@ -1,4 +1,4 @@
-"""From the cells of a study to its comparisons: who may be compared with whom, and which seeds that leaves."""
+"""Selects which cells of a study can be compared, pairs them by seed, and computes the comparisons."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 from lab.study.report import stats
 from lab.study.report.results import ArmResults, CellResult, Results, short
 
-AXIS_LEVELS = 3  # a numeric factor with so many is an axis
+AXIS_LEVELS = 3  # a numeric factor with at least this many levels is an axis
 
 
 @dataclass(frozen=True)
 class Section:
-    """Cells that may be compared with each other."""
+    """Cells that can be compared with each other."""
 
     environment: str
     cells: dict[str, dict[int, CellResult]]
-    """Arm -> seed -> finished cell, without the seeds used for tuning. Every arm of the study is there."""
+    """Arm -> seed -> finished cell, without tuning seeds. Includes every arm of the study."""
 
     def values(self, arm: str) -> dict[int, float]:
         """Seed -> metric."""
@@ -32,20 +32,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Against:
-    """All arms against one of them."""
+    """All arms compared with one reference arm."""
 
     reference: str
     comparisons: dict[str, stats.Comparison]
-    """Of every other arm with a finished cell."""
+    """Arm -> comparison, for every other arm with a finished cell."""
     excluded: dict[str, list[str]]
-    """Arm -> the pairs that are left out, each with its reason."""
+    """Arm -> the excluded pairs, each with its reason."""
 
 
 def sections(results: Results, pool: bool) -> list[Section]:
-    """The finished cells by environment, the largest group first; with `pool` all in one group.
+    """Groups the finished cells by environment, the largest group first; with `pool`, into one group.
 
-    Pooled, a seed that ran in several environments counts once: its runs share batches and initial weights, so they
-    are no independent evidence.
+    When pooled, a seed that ran in several environments counts once: its runs share batches and initial weights, so
+    they are not independent.
     """
     done = [c for c in results.cells if c.status == "done" and c.seed not in results.tuning_seeds]
     names = list(dict.fromkeys(c.environment for c in done))
@@ -61,7 +61,7 @@ def sections(results: Results, pool: bool) -> list[Section]:
 
 
 def against(results: Results, section: Section, reference: str) -> Against:
-    """Every arm that has cells against `reference`, paired by seed; p adjusted for all of them together."""
+    """Compares every arm that has cells with `reference`, paired by seed; p is adjusted for all comparisons."""
     arms = [a.name for a in results.arms if a.name != reference and section.cells[a.name]]
     other, comparisons, excluded = section.cells[reference], [], {}
     for arm in arms:
@@ -74,7 +74,7 @@ def against(results: Results, section: Section, reference: str) -> Against:
 
 
 def _reason(results: Results, section: Section, arm: str, reference: str, seed: int) -> str | None:
-    """Why there is no pair of this seed; None where there should not be one (tuning)."""
+    """Why this seed has no pair; None for a tuning seed, which is never paired."""
     if seed in results.tuning_seeds:
         return None
     words = []
@@ -87,7 +87,7 @@ def _reason(results: Results, section: Section, arm: str, reference: str, seed: 
 
 
 def whole(results: Results) -> str | None:
-    """Of a leave-one-out study the arm with all edits, from which each other one takes some away; else None."""
+    """The arm with all edits in a leave-one-out study; None for other designs."""
     if results.kind != "leave_one_out" or len(results.arms) < 3:
         return None
     most = max(results.arms, key=lambda a: len(a.changes))
@@ -95,10 +95,10 @@ def whole(results: Results) -> str | None:
 
 
 def update_seconds(section: Section, arm: str) -> tuple[float, float, float]:
-    """Seconds of an update of an arm: geometric mean and its 95 % interval; NaN where the runs do not tell.
+    """Seconds per step of an arm: geometric mean and its 95 % interval; NaN if unknown.
 
-    Over all runs of the compiled programs that the arm uses, since one program takes the same time whatever its
-    numbers. Runs that were one program together (`vmap`) count once.
+    Averages over all runs of the arm's compiled programs, since a program's speed does not depend on its numeric
+    arguments. Runs executed together as one program (`vmap`) count once.
     """
     programs = {cell.program for cell in section.cells[arm].values()}
     runs = {cell.unit: cell.result.get("seconds_per_update") for cells in section.cells.values()
@@ -112,7 +112,7 @@ def update_seconds(section: Section, arm: str) -> tuple[float, float, float]:
 
 
 def value_at(results: Results, arm: ArmResults, path: str) -> Any:
-    """The arm's value of a dotted field: its own change of it or of what contains it, else the base's."""
+    """The arm's value of a dotted field: from its changes to the field or a parent of it, else the base's value."""
     for start in (p for p in (path.rsplit(".", n)[0] for n in range(path.count(".") + 1)) if p in arm.changes):
         return _inside(arm.changes[start], path[len(start) + 1:])
     return _inside(results.base, path)
@@ -125,7 +125,7 @@ def _inside(value: Any, path: str) -> Any:
 
 
 def level(results: Results, arm: ArmResults, factor: str) -> Any:
-    """Where an arm stands on a factor: a value of the field, or for a named edit whether the arm has it."""
+    """An arm's level of a factor: the field's value, or for a named edit whether the arm has it."""
     values = results.factors[factor]
     if isinstance(values, dict):
         return all(_key(value_at(results, arm, path)) == _key(value) for path, value in values.items())
@@ -133,13 +133,13 @@ def level(results: Results, arm: ArmResults, factor: str) -> Any:
 
 
 def levels_of(results: Results, factor: str) -> list[Any]:
-    """The levels of a factor that its design names, in that order."""
+    """The levels of a factor, in the order of the design."""
     values = results.factors[factor]
     return [False, True] if isinstance(values, dict) else list(values) if isinstance(values, list | tuple) else []
 
 
 def base_is_extra(results: Results) -> bool:
-    """Whether the base is no combination of the values that were asked for, and was added to compare with."""
+    """Whether the base is not one of the design's combinations and was added only as the reference."""
     if results.kind not in ("grid", "one_at_a_time") or not results.factors:
         return False
     own = [_key(level(results, results.arms[0], f)) in map(_key, levels_of(results, f)) for f in results.factors]
@@ -154,11 +154,11 @@ class Block:
     values: np.ndarray
     """(levels of factor 0, ..., n)"""
     seeds: list[int]
-    """Those that every arm finished."""
+    """Seeds that every arm finished."""
 
 
 def block(results: Results, section: Section) -> Block | None:
-    """The crossing of all factors, for seeds finished by every arm in it; None where the design is no crossing.
+    """The crossing of all factors, for seeds that every arm finished; None if the design is not a full crossing.
 
     With no common seed, `seeds` is empty.
     """
@@ -185,7 +185,7 @@ def _key(value: Any) -> str:
 
 
 def effects(found: Block) -> dict[str, tuple[stats.Comparison, str]]:
-    """Main effects and interactions of a block of two levels each: name -> (comparison with 0, what it means)."""
+    """Main effects and interactions of a two-level block: name -> (comparison with 0, explanation)."""
     names = list(found.levels)
     made, meanings = {}, []
     for chosen, values in stats.factorial_effects(found.values).items():
@@ -199,15 +199,15 @@ def effects(found: Block) -> dict[str, tuple[stats.Comparison, str]]:
 
 @dataclass(frozen=True)
 class Axis:
-    """A numeric factor as a sweep: a line for each setting of everything else."""
+    """A sweep over a numeric factor: one line per setting of the other factors."""
 
     factor: str
     lines: dict[str, tuple[list[float], list[np.ndarray]]]
-    """Line -> (x ascending, values of the seeds at each x)."""
+    """Line -> (x ascending, per-seed values at each x)."""
     optima: dict[str, float]
-    """Line -> vertex of a parabola, or the best x where that is the first or the last."""
+    """Line -> vertex of the fitted parabola, or the best x if it is at either end."""
     words: dict[str, str]
-    """Line -> what can be said of its optimum."""
+    """Line -> a description of its optimum."""
 
 
 def axes(results: Results, section: Section) -> list[Axis]:

@@ -1,4 +1,4 @@
-"""The pictures of a report. Pure drawing: numbers in, a figure out."""
+"""Figures of a report: pure functions from numbers to a figure."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lab.train.plots import new_figure
 
 BASE = "#222222"
 COLOURS = ("#1f5a96", "#c8501e", "#3f7d3a", "#8a4fa3", "#b8860b", "#1a8a8a", "#c2407a", "#6b6b2b", "#5b7fd6", "#8c3b2a")
-STYLES = ("-", "--", ":", "-.")  # with 10 colours: 40 arms that can be told apart
-FEW = 6  # arms whose bands can be told apart
-WIDE = 3  # a bootstrap interval this many times as wide as the t interval is drawn to the edge
+STYLES = ("-", "--", ":", "-.")  # with 10 colours: 40 distinguishable arms
+FEW = 6  # most arms whose bands stay distinguishable
+WIDE = 3  # a bootstrap interval wider than this multiple of the t interval is cut off
 Curve = tuple[np.ndarray, np.ndarray]
 
 
 def png(figure: Any) -> bytes:
-    """The figure as a PNG file. Without the version of matplotlib in it: equal numbers give equal bytes."""
+    """The figure as PNG bytes. Omits matplotlib's version, so that equal numbers give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -35,7 +35,7 @@ def _plain(axes: Any, **labels: str) -> None:
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Of the n-th arm; base, the first, is black."""
+    """Line style of the n-th arm; the base (first) is black."""
     if number == 0:
         return {"color": BASE, "ls": "-"}
     return {"color": COLOURS[(number - 1) % len(COLOURS)], "ls": STYLES[(number - 1) // len(COLOURS) % len(STYLES)]}
@@ -45,24 +45,23 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def together(curves: Sequence[Sequence[tuple[int, float]]]) -> Curve:
-    """Curves of several seeds on the updates that all of them have: updates (m,), values (seeds, m)."""
+    """Curves of several seeds at their common steps: steps (m,), values (seeds, m)."""
     common = sorted(set.intersection(*({step for step, _ in c} for c in curves))) if curves else []
     return np.array(common), np.array([[dict(c)[step] for step in common] for c in curves])
 
 
 def learning_curves(arms: Mapping[str, Curve], scales: Mapping[str, Mapping[str, float]], metric: str) -> Any:
-    """One panel for each unit of cost: the mean over the seeds of each arm, and a band from the lowest to the highest.
+    """One panel per unit of cost; for each arm the mean over seeds and a band from the lowest to the highest seed.
 
     Args:
-      arms: name -> updates (m,), values (seeds, m); the first one is base.
-      scales: unit, such as "step" -> arm -> how many of it a step costs. An arm that a scale lacks is not in
-        its panel.
-      metric: its name.
+      arms: name -> steps (m,), values (seeds, m); the base is first.
+      scales: unit (such as "FLOPs") -> arm -> units per step. A panel omits arms missing from its scale.
+      metric: name of the metric.
 
-    The range of the vertical axis leaves out the first fifth of each curve, which would hide the rest.
+    The vertical range ignores the first fifth of each curve, whose large values would flatten the rest.
     """
     columns, rows = (1, 1) if len(scales) == 1 else (2, math.ceil(len(scales) / 2))
-    beside = max(1, min(len(arms), int(9.4 / (1.3 + 0.085 * max(map(len, arms), default=0)))))  # in the legend
+    beside = max(1, min(len(arms), int(9.4 / (1.3 + 0.085 * max(map(len, arms), default=0)))))  # legend columns
     figure = new_figure(9.4, 3.4 * rows + 0.2 * math.ceil(len(arms) / beside) + 0.2)  # as wide as the page
     late = [values[:, steps >= 0.2 * steps[-1]].ravel() for steps, values in arms.values() if len(steps)]
     seen = np.concatenate(late) if late else np.zeros(0)
@@ -89,10 +88,10 @@ def learning_curves(arms: Mapping[str, Curve], scales: Mapping[str, Mapping[str,
 
 
 def forest(comparisons: Mapping[str, Comparison], label: str, mode: str) -> Any:
-    """Differences with their intervals; coloured where they remain after Holm's correction.
+    """Differences with their intervals, coloured if significant after Holm's correction.
 
-    The bootstrap interval is the thin line below the thick one; where it is more than three times as wide, an arrow
-    stands for the rest. Arms without a pair are left out.
+    The thick line is the t interval, the thin line below it the bootstrap interval, which ends in an arrow if more
+    than three times as wide. Arms without a pair are left out.
     """
     rows = {name: c for name, c in comparisons.items() if c.n}
     figure = new_figure(7.5, 1.3 + 0.42 * len(rows))
@@ -122,7 +121,7 @@ def forest(comparisons: Mapping[str, Comparison], label: str, mode: str) -> Any:
 
 
 def _bars(axes: Any, x: Sequence[float], values: Sequence[np.ndarray], colour: str, label: str, style: str) -> None:
-    """Means with t intervals, and each seed as a dash."""
+    """Means with t intervals; each seed is a dash."""
     ends = [interval(v) for v in values]
     means = np.array([np.mean(v) for v in values])
     low, high = (np.nan_to_num(np.array([e[i] for e in ends]), nan=0.0) for i in (0, 1))
@@ -135,14 +134,14 @@ def _bars(axes: Any, x: Sequence[float], values: Sequence[np.ndarray], colour: s
 
 def sweep(lines: Mapping[str, tuple[Sequence[float], Sequence[np.ndarray]]], optima: Mapping[str, float],
           axis: str, metric: str) -> Any:
-    """The metric over a numeric axis: line -> (x ascending (m,), values of the seeds at each x); optima are marked."""
+    """The metric over a numeric axis: line -> (x ascending (m,), per-seed values at each x); marks optima."""
     figure = new_figure(7.5, 4.4)
     axes = figure.add_subplot()
     everywhere = np.concatenate([np.asarray(x, float) for x, _ in lines.values()])
     if logarithmic := spread_out(everywhere):
         axes.set_xscale("log")
     for number, (name, (x, values)) in enumerate(lines.items()):
-        style, aside = _style(number + 1), number - (len(lines) - 1) / 2  # so that bars do not hide each other
+        style, aside = _style(number + 1), number - (len(lines) - 1) / 2  # offset, so that bars do not overlap
         places = np.asarray(x, float)
         places = places * 1.03**aside if logarithmic else places + 0.008 * aside * np.ptp(everywhere)
         _bars(axes, places, values, style["color"], name, style["ls"])
@@ -155,14 +154,14 @@ def sweep(lines: Mapping[str, tuple[Sequence[float], Sequence[np.ndarray]]], opt
 
 
 def interactions(levels: Mapping[str, Sequence[str]], values: np.ndarray, metric: str, most: int = 6) -> Any:
-    """Each pair of factors (up to `most`): the metric at the levels of one, a line for each level of the other.
+    """For each pair of factors (up to `most`): the metric over one factor's levels, one line per level of the other.
 
     Args:
       levels: factor -> names of its levels.
-      values: (levels of factor 0, levels of factor 1, ..., n): averaged over the factors that a panel does not show.
-      metric: its name.
+      values: (levels of factor 0, levels of factor 1, ..., n); each panel averages over the factors it omits.
+      metric: name of the metric.
 
-    Parallel lines: no interaction.
+    Parallel lines mean no interaction.
     """
     names = list(levels)
     pairs = list(itertools.combinations(range(len(names)), 2))[:most]

@@ -1,4 +1,4 @@
-"""A report as blocks (headings, texts, tables, pictures), and those as Markdown, HTML and terminal output."""
+"""The blocks of a report (headings, texts, tables, pictures), rendered as Markdown, HTML and terminal output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; one that begins with WARNING stands out."""
+    """A paragraph; highlighted if it begins with WARNING."""
 
     text: str
     terminal: bool = True
@@ -43,7 +43,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are to be shown. The first column holds names; a terminal has no room for the `wide` ones."""
+    """Formatted cells. The first column holds names; terminal output omits the `wide` columns."""
 
     title: str
     headers: Sequence[str]
@@ -65,7 +65,7 @@ Block = Heading | Text | Table | Picture
 
 
 def _plain(text: object) -> str:
-    """A text in which Markdown sees neither HTML nor a link nor another line; names may come from anywhere."""
+    """Escapes text for Markdown: no HTML, links or line breaks, since names are arbitrary."""
     return " ".join(escape(str(text), quote=False).replace("](", "&#93;(").splitlines())
 
 
@@ -87,7 +87,7 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 
 def html(blocks: Sequence[Block]) -> str:
-    """The report as one HTML file that needs no other."""
+    """The report as one self-contained HTML file."""
     title = next((b.text for b in blocks if isinstance(b, Heading)), "Report")
     parts = [f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
              f"<style>{STYLE}</style></head><body>"]
@@ -114,7 +114,7 @@ def _html_table(table: Table) -> str:
         if i in wordy or i == 0:
             shown = escape(text).replace(",", ",<wbr>").replace("+", "+<wbr>")
             return f'<td{" class=words" if i in wordy else ""}>{shown}</td>'
-        # An interval may go on in the next line, a number may not: a browser breaks one at its minus sign.
+        # Intervals may wrap, numbers must not: browsers would break them after the minus sign.
         return f"<td>{' '.join(f'<span>{escape(word)}</span>' for word in text.split())}</td>"
 
     rows = ["".join(cell(i, str(c)) for i, c in enumerate(row)) for row in table.rows]
@@ -123,7 +123,7 @@ def _html_table(table: Table) -> str:
 
 
 def terminal(blocks: Sequence[Block], console: Console | None = None) -> None:
-    """Prints what is meant for the terminal."""
+    """Prints the blocks meant for the terminal."""
     console = console or Console(highlight=False)
     for b in blocks:
         if isinstance(b, Heading) and b.text != "How to read this":

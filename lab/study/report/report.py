@@ -1,4 +1,4 @@
-"""The report of a study, or of several together: report.html, report.md, results.csv and a table in the terminal."""
+"""Reports one study or several merged ones: report.html, report.md, results.csv and a table in the terminal."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ HALF = ("An interaction is half the difference between the effects of one factor
 
 
 def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None = None, quiet: bool = False) -> Path:
-    """Reports one study, or merges several of the same base, from their files alone.
+    """Reports one study, or several merged studies of the same base, from their files alone.
 
     Args:
       folders: study folders.
-      pool: compare cells also where device kind, versions or execution mode differ.
-      output: where to write; by default the study's own folder, for several ./report-of-N-studies.
+      pool: also compare cells whose device kind, versions or execution mode differ.
+      output: where to write; by default the study's folder, or ./report-of-N-studies for several.
       quiet: print nothing.
 
     Returns:
       The folder with report.html, report.md, results.csv and pictures/.
 
     Raises:
-      UserError: there is no such study, a file is damaged, nothing is finished, or the studies do not fit together.
+      UserError: a study does not exist, a file is damaged, no cell has finished, or the studies cannot be merged.
     """
     if not folders:
         raise UserError("Say which study: ./launch.sh report studies/NAME-...")
@@ -77,7 +77,7 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
         old.unlink(missing_ok=True)
     for item in blocks:
         if isinstance(item, Picture):
-            with forgiving(f"The picture {item.name}"):  # it is in report.html, too
+            with forgiving(f"The picture {item.name}"):  # report.html has it, too
                 replace_file(output / "pictures" / f"{item.name}.png", item.png)
     replace_file(output / "report.md", markdown(blocks))
     replace_file(output / "report.html", html(blocks))
@@ -89,7 +89,7 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
 
 
 def accounting(results: Results, arm: str | None = None) -> str:
-    """planned = done + diverged + failed + missing, which must hold."""
+    """Text such as "planned 9 = 7 done + 1 diverged + 0 failed + 1 missing"; asserts that the counts add up."""
     n = results.count(arm)
     assert n["planned"] == n["done"] + n["diverged"] + n["failed"] + n["missing"], n
     running = sum(c.running for c in results.cells if arm in (None, c.arm))
@@ -173,8 +173,8 @@ def _section(results: Results, section: Section, prefix: str) -> list[Block]:
 
 
 def _number(results: Results, section: Section) -> Callable[[float], str]:
-    """Writes numbers of the metric with digits to a hundredth of the spread between all runs: of the smallest half of
-    them, lest one that nearly diverged takes all digits from the others.
+    """Formats metric values to a hundredth of the spread between runs. The spread is that of the half with smaller
+    absolute values, because one run that nearly diverged would leave too few digits for the rest.
     """
     values = sorted((v for arm in results.arms for v in section.values(arm.name).values()), key=abs)
     half = values if len(values) < 4 else values[: -(-len(values) // 2)]
@@ -274,7 +274,7 @@ def _factors(results: Results, section: Section, show: Callable[[float], str], p
 
 
 def _not_controlled(results: Results, section: Section) -> list[Block]:
-    """What the arms differ in besides quality. Times get no ratio: a difference of two arms is mostly the machine's."""
+    """Costs of the arms, which are not matched. No ratio of times: it would mostly reflect the machine."""
     def cost(arm: ArmResults) -> list[float | None]:
         return [arm.parameters, arm.flops, arm.memory]
 
@@ -321,10 +321,10 @@ def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
 
 
 def cells_csv(results: Results) -> str:
-    """A row for every planned cell: what anyone needs to do the statistics again.
+    """One row per planned cell, enough to repeat the statistics.
 
-    `changes`: all of them, as JSON. Then the study's metric, every number that result.json has of the end of the run
-    ("final.loss"), its best evaluation and the test split, and the run folder.
+    `changes` holds all changes as JSON. Then follow the study's metric, every number in result.json (the run's end
+    such as "final.loss", its best evaluation, the test split), and the run folder.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

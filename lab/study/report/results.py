@@ -1,4 +1,4 @@
-"""The results of studies, read from their folders alone: no device, no model, no code of the experiment."""
+"""Reads the results of studies from their folders alone: needs no device, model or experiment code."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from lab.train.metrics import read_rows
 
 STATUSES = ("done", "diverged", "failed", "missing")
 PACKAGES = ("jax", "flax", "optax")
-UNLISTED = ("CACHE", "COORDINATOR", "PLATFORMS")  # JAX_ settings that cannot change a result
+UNLISTED = ("CACHE", "COORDINATOR", "PLATFORMS")  # JAX_ settings that cannot affect results
 
 
 @dataclass(frozen=True)
 class ArmResults:
-    """One arm: its difference from base, and what the comparison does not control."""
+    """One arm: its changes to the base, and its costs, which the comparison does not control."""
 
     name: str
     changes: dict[str, Any]
     fingerprint: str
     parameters: float | None
     flops: float | None
-    """FLOPs of an update."""
+    """FLOPs per step."""
     memory: float | None
     """Bytes."""
     fork: int = 0
-    """Updates of the base that it goes on from; 0: it is another run from its beginning."""
+    """Step of the base at which it forks; 0: it does not fork."""
     shared: int = 0
-    """Updates that it took over from the base's run, which it would have made itself otherwise."""
+    """Steps reused from the base's run to save time."""
 
     @property
     def difference(self) -> str:
-        """The changes as flags would have them."""
+        """The changes, written as flags."""
         said = ", ".join(f"{path}={short(value)}" for path, value in self.changes.items()) or "(base)"
         return f"after step {self.fork}: {said}" if self.fork else said
 
@@ -52,24 +52,24 @@ class CellResult:
     folder: Path
     status: str = "missing"
     running: bool = False
-    """Missing, but a process holds its lease."""
+    """Its status is "missing", but a process holds its lease."""
     value: float | None = None
     """The study's metric; None unless done."""
     environment: str = "unknown"
-    """All that must agree before runs may be compared, in words."""
+    """Text that must be equal for runs to be comparable."""
     seconds: float | None = None
     error: str | None = None
     fingerprint: str | None = None
     code: dict[str, str] = field(default_factory=dict)
-    """File or package -> digest or version, as far as the cell's record says."""
+    """File or package -> digest or version; empty if not recorded."""
     result: dict[str, Any] = field(default_factory=dict)
     unit: str = ""
-    """What it was run as, by itself or together with others; unique over all studies that are merged."""
+    """The unit (one cell, or several run together) that it was part of; unique across merged studies."""
     program: str = ""
-    """The compiled program of its unit."""
+    """The compiled program that its unit used."""
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """(update, metric): of the validation split, or of training where validation does not have it."""
+        """(step, metric) on the validation split, or on training if validation lacks the metric."""
         rows = read_rows(self.folder / "metrics.jsonl")
         for split in ("validation", "train"):
             found = [(r["step"], r[metric]) for r in rows if r["split"] == split and metric in r]
@@ -91,16 +91,16 @@ class Results:
     base: dict[str, Any]
     """The base experiment's JSON value."""
     arms: list[ArmResults]
-    """The first one is base."""
+    """All arms, the base first."""
     seeds: list[int]
     tuning_seeds: list[int]
     cells: list[CellResult]
     notes: list[str] = field(default_factory=list)
 
     def count(self, arm: str | None = None) -> dict[str, int]:
-        """Planned cells and how many of them have which status, of one arm or of all.
+        """Counts planned cells and cells of each status, for one arm or all.
 
-        A cell that ran twice (in two merged folders) counts once, by the better status.
+        A cell present in two merged folders counts once, with its better status.
         """
         best: dict[tuple[str, int], int] = {}
         for cell in self.cells:
@@ -113,7 +113,7 @@ class Results:
 
 
 def short(value: Any) -> str:
-    """A changed value, for a table: an object by its class and its plain fields."""
+    """Formats a changed value for a table: an object by its class and plain fields."""
     if isinstance(value, dict) and "class" in value:
         plain = ", ".join(f"{k}={short(v)}" for k, v in value.items() if k != "class" and v is not None)
         return f"{value['class'].rpartition('.')[2]}({plain if len(plain) < 60 else plain[:57] + '...'})"
@@ -121,7 +121,7 @@ def short(value: Any) -> str:
 
 
 Number = int | float
-# What the files of a study must hold where they hold it: name -> type.
+# Field of a study's files -> required type, if the field is present.
 STUDY = {"name": str, "metric": str, "mode": str, "split": str, "design": dict[str, Any], "base": dict[str, Any],
          "arms": list[dict[str, Any]], "seeds": list[int], "tuning_seeds": list[int] | None}
 DESIGN = {"kind": str, "factors": dict[str, Any] | None}
@@ -135,7 +135,7 @@ UNIT = {"name": str, "cells": list[str], "group": int}
 
 
 def _json(path: Path, remedy: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is none, or a field is not of its kind."""
+    """Reads an object from a JSON file. Raises UserError if there is none, or a field has the wrong type."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -158,10 +158,10 @@ def _checked(value: Any, path: Path, remedy: str, kinds: Mapping[str, Any]) -> d
 
 
 def read_study(folder: Path) -> Results:
-    """A study folder. Every planned cell is in the results, whatever has become of it.
+    """Reads a study folder. The results include every planned cell, whatever its status.
 
     Raises:
-      UserError: it is no study folder, or a file in it is damaged.
+      UserError: not a study folder, or a file in it is damaged.
     """
     if not (folder / "study.json").is_file():
         near = sorted(str(p.parent) for p in (Path("studies"), folder) for p in p.glob("*/study.json"))
@@ -195,7 +195,7 @@ def read_study(folder: Path) -> Results:
 
 
 def _units(folder: Path) -> dict[str, tuple[str, str]]:
-    """Name of a cell -> (name of the lease of those that run together, of their program), from plan.json."""
+    """Cell name -> (name of its unit, name of the unit's program), from plan.json."""
     if not (folder / "plan.json").exists():
         return {}
     remedy = "Run the study again; finished cells are kept."
@@ -210,7 +210,7 @@ def _units(folder: Path) -> dict[str, tuple[str, str]]:
 
 def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dict[str, str],
               units: Mapping[str, tuple[str, str]]) -> CellResult:
-    """One cell of a study folder; `code` is that of a cell whose record has none of its own; `units`: see `_units`.
+    """Reads one cell of a study folder; `code` is the default if the cell recorded none; `units`: see `_units`.
 
     Raises:
       UserError: a file of a finished cell is damaged.
@@ -222,7 +222,7 @@ def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dic
     remedy = f"Delete {folder} and run the study again: it makes this cell anew."
     cell = _json(folder / "cell.json", remedy, CELL)
     status = cell.get("status")
-    # A cell that is a link to one of another study may have another arm's name there.
+    # A cell linked from another study may have another arm name there.
     if status not in STATUSES[:3] or (cell.get("arm"), cell.get("seed")) != (arm, seed) and not folder.is_symlink():
         raise UserError(f"{folder / 'cell.json'} is damaged (status {status!r}, arm {cell.get('arm')!r}, seed "
                         f"{cell.get('seed')!r}). {remedy}")
@@ -240,7 +240,7 @@ def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dic
 
 
 def _metric(result: dict[str, Any], study: Results, folder: Path) -> float:
-    """The study's metric: at the end of the run, or of the test split; NaN as written by JSON included."""
+    """The study's metric, at the end of the run or on the test split; accepts NaN as JSON writes it."""
     row = result.get("final" if study.split == "validation" else study.split)
     if not isinstance(row, dict) or not isinstance(row.get(study.metric), int | float):
         raise UserError(f"{folder / 'result.json'} has no {study.metric} of the {study.split} split; it has "
@@ -250,7 +250,7 @@ def _metric(result: dict[str, Any], study: Results, folder: Path) -> float:
 
 
 def _environment(folder: Path, mode: str | None, remedy: str) -> str:
-    """Device kind, versions, compiler settings and execution mode; of a run that moved, of all its machines."""
+    """Device kind, versions, compiler settings and execution mode, of every machine that the run used."""
     found = []
     for path in sorted(folder.glob("environment*.json")):
         there = _json(path, remedy, ENVIRONMENT)
@@ -265,10 +265,10 @@ def _environment(folder: Path, mode: str | None, remedy: str) -> str:
 
 
 def merge(studies: Sequence[Results]) -> Results:
-    """Several studies of one base as one; arms with equal fingerprints are the same arm, by the first one's name.
+    """Merges studies of one base. Arms with equal fingerprints become one arm, under the first study's name for it.
 
     Raises:
-      UserError: they measure different things, or against different bases.
+      UserError: their metrics or bases differ.
     """
     first = studies[0]
     arms, names, cells, notes = list(first.arms), {}, {}, []
@@ -305,7 +305,7 @@ def merge(studies: Sequence[Results]) -> Results:
 
 
 def changed_code(cells: Sequence[CellResult]) -> list[str]:
-    """The files and packages that are not the same in all cells whose records name them."""
+    """Files and packages that differ between the cells that recorded them."""
     versions: dict[str, set[str]] = {}
     for cell in cells:
         for name, version in cell.code.items():

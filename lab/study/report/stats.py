@@ -1,9 +1,9 @@
-"""The statistics of a study: pure functions of arrays, whose last axis is the seeds.
+"""Statistics of a study: pure functions of arrays whose last axis is the seeds.
 
-Leading axes are independent studies, so that thousands can be simulated in one call. An arm is compared with base by
-the differences of runs of the same seed (which share batches and initial weights): the noise that both have in common
-cancels. ``scipy.special`` rather than ``scipy.stats`` because it takes arrays everywhere and starts in a tenth of the
-time; the tests hold each function to its counterpart in ``scipy.stats``.
+Leading axes are independent studies, so that one call can simulate thousands. An arm is compared with the base by the
+differences of runs with the same seed: they share batches and initial weights, so their common noise cancels. Uses
+``scipy.special`` rather than ``scipy.stats`` because all its functions take arrays and it imports in a tenth of the
+time; the tests compare each function with its counterpart in ``scipy.stats``.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
 
-LEVEL = 0.95  # of all intervals
-ALPHA = 0.05  # of all tests, over the family of comparisons
+LEVEL = 0.95  # confidence of all intervals
+ALPHA = 0.05  # family-wise error rate of all tests
 POWER = 0.8
-MOST = 10_000  # seeds beyond which a number is no advice
+MOST = 10_000  # larger seed counts are not reported
 RESAMPLES = 9_999
 Array = np.ndarray
 Ends = tuple[Array, Array]
 
 
 def mean_sd(values: Array) -> tuple[Array, Array]:
-    """Mean and standard deviation (divisor n - 1) of values (..., n); NaN where n is too small for either."""
+    """Mean and standard deviation (divisor n - 1) of values (..., n); NaN where n is too small."""
     values = np.asarray(values, float)
     n = values.shape[-1]
     none = np.full(values.shape[:-1], math.nan)
@@ -42,7 +42,7 @@ def interval(values: Array, level: float = LEVEL) -> Ends:
 
 
 def paired_p(differences: Array) -> Array:
-    """Two-sided p of the paired t test on differences (..., n); NaN for n < 2 and where they have no spread."""
+    """Two-sided p of the paired t test on differences (..., n); NaN for n < 2 or zero spread."""
     n = np.shape(differences)[-1]
     mean, sd = mean_sd(differences)
     t = np.divide(mean * math.sqrt(n), sd, out=np.full_like(mean, math.nan), where=sd > 0)
@@ -52,16 +52,16 @@ def paired_p(differences: Array) -> Array:
 def bootstrap(differences: Array, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Ends:
     """Studentized bootstrap interval (low, high) of the mean of differences (..., n) (Efron & Tibshirani 1993, 12.5).
 
-    Studentized, since studies have few seeds: of 4,000 simulated studies with 5 normal differences it covered the truth
-    in 95.9 %, BCa in 84.7 % (tests/test_stats.py). Its price is width when data are few; with 3 or fewer so many
-    resamples have no spread that the interval is infinite. The same seed gives the same interval.
+    Studentized because studies have few seeds: in 4,000 simulated studies with 5 normal differences it covered the
+    true mean in 95.9 %, BCa in 84.7 % (tests/test_stats.py). It is wide for small n, and infinite for n <= 3, where
+    too many resamples have zero variance. Deterministic for a given seed.
     """
     differences = np.asarray(differences, float)
     n = differences.shape[-1]
     mean, sd = mean_sd(differences)
     if n < 2:
         return mean * math.nan, mean * math.nan
-    # How often each seed is drawn, as (n, resamples), turns all resampled means and variances into two products.
+    # Draw counts, (n, resamples), so that all resampled means and variances take two matmuls.
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples).T / n
     centred = differences - mean[..., None]
     means = centred @ drawn
@@ -70,7 +70,7 @@ def bootstrap(differences: Array, level: float = LEVEL, resamples: int = RESAMPL
     with np.errstate(divide="ignore", invalid="ignore"):
         t = means * math.sqrt(n) / np.where(tiny, 0.0, np.sqrt(variances))
     t = np.sort(np.nan_to_num(t, nan=0.0, posinf=math.inf, neginf=-math.inf), axis=-1)
-    first = math.floor((1 - level) / 2 * (resamples + 1)) - 1  # an order statistic: infinities cannot be interpolated
+    first = math.floor((1 - level) / 2 * (resamples + 1)) - 1  # an order statistic: cannot interpolate infinities
     with np.errstate(invalid="ignore"):
         low = mean - t[..., resamples - 1 - first] * sd / math.sqrt(n)
         high = mean - t[..., first] * sd / math.sqrt(n)
@@ -80,7 +80,7 @@ def bootstrap(differences: Array, level: float = LEVEL, resamples: int = RESAMPL
 def welch(a: Array, b: Array, level: float = LEVEL) -> tuple[Array, Array, Array, Array]:
     """mean(a) - mean(b) of unpaired a (..., n) and b (..., m), its interval and two-sided p (Welch 1947).
 
-    Returns (difference, low, high, p); the last three are NaN where either has fewer than two values, or no spread.
+    Returns (difference, low, high, p); the last three are NaN where either has fewer than two values or zero spread.
     """
     (mean_a, sd_a), (mean_b, sd_b) = mean_sd(a), mean_sd(b)
     n, m = np.shape(a)[-1], np.shape(b)[-1]
@@ -95,9 +95,9 @@ def welch(a: Array, b: Array, level: float = LEVEL) -> tuple[Array, Array, Array
 
 
 def correlation(a: Array, b: Array) -> Array:
-    """Pearson's correlation of the pairs of a and b, both (..., n); NaN where either has no spread, and for n < 3."""
+    """Pearson's correlation of pairs a and b, both (..., n); NaN for n < 3 or where either has zero spread."""
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape[-1] < 3:  # of two pairs it is always 1 or -1
+    if a.shape[-1] < 3:  # always 1 or -1 for two pairs
         return np.full(a.shape[:-1], math.nan)
     a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -105,9 +105,9 @@ def correlation(a: Array, b: Array) -> Array:
 
 
 def holm(p: Array) -> Array:
-    """Holm's adjusted p of families (..., k): all <= alpha together keep the family error <= alpha (Holm 1979).
+    """Holm's adjusted p of families (..., k): rejecting p <= alpha keeps the family-wise error <= alpha (Holm 1979).
 
-    A NaN was not tested: it stays NaN and does not count as a member of its family.
+    A NaN was not tested: it stays NaN and does not count towards k.
     """
     p = np.asarray(p, float)
     order = np.argsort(p, axis=-1)  # NaN last
@@ -123,8 +123,8 @@ def holm(p: Array) -> Array:
 def d_z(differences: Array) -> Array:
     """Cohen's d_z of paired differences (..., n): mean / standard deviation *of the differences*, unbiased.
 
-    The factor against the bias of few data is the exact one (Hedges 1981). Not comparable with a d whose standard
-    deviation is that of the runs, such as `d_av`: pairing makes this one larger.
+    Uses the exact small-sample correction (Hedges 1981). Not comparable with a d that divides by the standard
+    deviation of the runs, such as `d_av`: pairing makes d_z larger.
     """
     n = np.shape(differences)[-1]
     mean, sd = mean_sd(differences)
@@ -138,8 +138,8 @@ def d_z(differences: Array) -> Array:
 def d_av(a: Array, b: Array) -> Array:
     """Cohen's d_av of paired a and b, both (..., n): mean difference / average of the two standard deviations.
 
-    Lakens 2013, eq. 10; not corrected for few data. NaN for n < 2 and where neither has any spread. The size of the
-    effect in units of the spread between seeds, whether or not the runs were paired.
+    Lakens 2013, eq. 10, without small-sample correction. NaN for n < 2 and where both have zero spread. It measures the
+    effect in units of the spread between seeds, whether or not the runs are paired.
     """
     (mean_a, sd_a), (mean_b, sd_b) = mean_sd(a), mean_sd(b)
     spread = (sd_a + sd_b) / 2
@@ -147,10 +147,10 @@ def d_av(a: Array, b: Array) -> Array:
 
 
 def probability_positive(differences: Array) -> Array:
-    """How probable it is that the difference of one further, yet unseen seed is above 0; differences (..., n).
+    """Probability that the difference of one further seed is above 0; differences (..., n).
 
-    The predictive distribution of normal data: (new - mean) / (sd sqrt(1 + 1/n)) is Student's t with n - 1 degrees of
-    freedom. Where there is no spread, the side on which all are.
+    By the predictive distribution of normal data: (new - mean) / (sd sqrt(1 + 1/n)) is Student's t with n - 1 degrees
+    of freedom. With zero spread, 0 or 1 by the sign of the mean.
     """
     n = np.shape(differences)[-1]
     mean, sd = mean_sd(differences)
@@ -163,9 +163,9 @@ def probability_positive(differences: Array) -> Array:
 
 
 def power(gap: float, sd: float, n: int, alpha: float = ALPHA) -> float:
-    """Probability that the two-sided paired t test sees a true mean difference `gap` with n pairs.
+    """Probability that the two-sided paired t test detects a true mean difference `gap` with n pairs.
 
-    `sd` is that of the differences; `difference_sd` turns that of single runs into it. By the noncentral t.
+    `sd` is that of the differences (see `difference_sd`). Uses the noncentral t distribution.
     """
     if n < 2:
         return 0.0
@@ -175,12 +175,12 @@ def power(gap: float, sd: float, n: int, alpha: float = ALPHA) -> float:
 
 
 def difference_sd(sd: float, correlation: float = 0.0) -> float:
-    """Standard deviation of the differences of pairs of runs that each have `sd` and correlate."""
+    """Standard deviation of paired differences, for runs that each have `sd` and the given correlation."""
     return sd * math.sqrt(2 * (1 - correlation))
 
 
 def seeds_needed(gap: float, sd: float, wanted: float = POWER, alpha: float = ALPHA) -> int | None:
-    """The fewest pairs that show a true difference `gap` with probability `wanted`; None: more than 10,000.
+    """The fewest pairs that detect a true difference `gap` with probability `wanted`; None: more than 10,000.
 
     `sd` is that of the differences.
     """
@@ -200,30 +200,30 @@ def seeds_needed(gap: float, sd: float, wanted: float = POWER, alpha: float = AL
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against base, in the metric's unit; differences are arm - base. NaN: too few data to say."""
+    """One arm compared with the base, in the metric's unit; differences are arm - base. NaN: too little data."""
 
     n: int
-    """Pairs: seeds that are finished on both sides."""
+    """Number of pairs: seeds finished by both."""
     difference: float
     sd: float
     """Standard deviation of the differences."""
     t: tuple[float, float]
     """95 % interval of the mean difference by Student's t."""
     bootstrap: tuple[float, float]
-    """The same by the studentized bootstrap; infinite for 3 or fewer pairs."""
+    """95 % interval by the studentized bootstrap; infinite for 3 or fewer pairs."""
     p: float
-    """Two-sided, of the paired t test."""
+    """Two-sided p of the paired t test."""
     holm: float
-    """The same adjusted for all comparisons of its table."""
+    """`p` adjusted for all comparisons of its table."""
     family: int
-    """How many comparisons those are."""
+    """Number of comparisons adjusted for."""
     welch: tuple[float, float, float, float]
-    """Difference, low, high, p of all finished seeds of both, unpaired."""
+    """Difference, low, high, p over all finished seeds, unpaired."""
     correlation: float
     d_z: float
     """Mean / standard deviation of the paired differences, unbiased."""
     d_av: float
-    """Mean difference / average standard deviation of the two sides, of the same pairs."""
+    """Mean difference / average standard deviation of arm and base, over the same pairs."""
     better: float
     """Probability of being better than base with one further seed."""
     wins: int
@@ -232,16 +232,15 @@ class Comparison:
 
 def compare(arm: Mapping[int, float], base: Mapping[int, float], mode: str,
             pairs: Collection[int] | None = None) -> Comparison:
-    """An arm against base, from seed -> metric of the finished runs of each; `mode` is "min" or "max".
+    """Compares an arm with the base, each as seed -> metric of finished runs; `mode` is "min" or "max".
 
-    `pairs` are the seeds to pair, by default all that both have. Until `adjust` has seen the whole family, `holm` is
-    `p`.
+    `pairs` are the seeds to pair, by default all common ones. `holm` equals `p` until `adjust` is applied.
     """
     seeds = sorted(arm.keys() & base.keys() if pairs is None else pairs)
     a, b = np.array([arm[s] for s in seeds], float), np.array([base[s] for s in seeds], float)
     d = a - b
     if len(d) and np.ptp(d) <= 1e-12 * max(np.abs(a).max(), np.abs(b).max()):
-        d = np.full(len(d), d[0])  # differs by the rounding of the subtraction only
+        d = np.full(len(d), d[0])  # equal up to rounding of the subtraction
         d[np.abs(d) <= 1e-12 * np.abs(a).max()] = 0.0
     mean, sd = mean_sd(d)
     sign = 1 if mode == "max" else -1
@@ -258,14 +257,14 @@ def _floats(values: Sequence[Array]) -> tuple[float, ...]:
 
 
 def adjust(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same with Holm's p for the family that they form."""
+    """The comparisons, with p adjusted by Holm's method for the family they form."""
     p = np.array([c.p for c in comparisons])
     family = int((~np.isnan(p)).sum())
     return [replace(c, holm=float(h), family=family) for c, h in zip(comparisons, holm(p), strict=True)]
 
 
 def verdict(c: Comparison, mode: str, reference: str = "base") -> str:
-    """What may be said, in words. "Better" and "worse" only with an interval, and only after Holm's correction."""
+    """The conclusion in words: "better" or "worse" only if significant after Holm's correction, with an interval."""
     if c.n < 2:
         return f"nothing can be concluded from {'one pair' if c.n else 'no pair'} of runs"
     if c.sd == 0:
@@ -285,7 +284,7 @@ def verdict(c: Comparison, mode: str, reference: str = "base") -> str:
 
 
 def _advice(c: Comparison) -> str:
-    """With the strictest of Holm's levels: the one that holds whatever the other arms do."""
+    """Advice on seeds at Holm's strictest level, which holds whatever the other arms' results."""
     needed = seeds_needed(c.difference, c.sd, alpha=ALPHA / max(c.family, 1))
     return (f"you would need about {needed} seeds" if needed else f"you would need more than {MOST:,} seeds"
             ) + " if the true difference were this large"
@@ -295,16 +294,16 @@ def _advice(c: Comparison) -> str:
 
 
 def factorial_effects(values: Array) -> dict[tuple[int, ...], Array]:
-    """Main effects and interactions of a 2^k design, one number for each seed.
+    """Main effects and interactions of a 2^k design, one value per seed.
 
     Args:
-      values: (2, ..., 2, n): axis i is the level of factor i, the last one the seeds.
+      values: (2, ..., 2, n): axis i is the level of factor i, the last axis the seeds.
 
     Returns:
       (factors) -> (n,). The main effect (i,) is the mean at level 1 minus the mean at level 0 of factor i; the
-      interaction (i, j) is half the difference of the effect of i between the levels of j, and so on (Box, Hunter &
-      Hunter 2005, chapter 5). Every seed ran all 2^k arms, so each effect is a paired difference, and `interval`,
-      `bootstrap` and `paired_p` apply to it.
+      interaction (i, j) is half the difference in the effect of i between the levels of j, and so on (Box, Hunter &
+      Hunter 2005, chapter 5). Every seed ran all 2^k arms, so each effect is a paired difference: `interval`,
+      `bootstrap` and `paired_p` apply.
     """
     k = np.ndim(values) - 1
     effects = {}
@@ -321,10 +320,10 @@ def factorial_effects(values: Array) -> dict[tuple[int, ...], Array]:
 
 
 def sweep_optimum(x: Array, means: Array, mode: str) -> tuple[int, float | None]:
-    """The index of the best of the means (m,) at ascending x (m,), and the vertex of a parabola around it.
+    """Index of the best mean, for means (m,) at ascending x (m,), and the vertex of a parabola around it.
 
-    The parabola goes through the best point and its two neighbours, over log x where `spread_out` says so. It is None
-    where the best point is the first or last: then the optimum may lie outside of what was tried.
+    The parabola passes through the best point and its two neighbours, over log x if `spread_out(x)`. The vertex is None
+    if the best point is the first or last, since the optimum may then lie outside the sweep.
     """
     x, y = np.asarray(x, float), np.asarray(means, float) * (-1 if mode == "max" else 1)
     best = int(y.argmin())
@@ -337,6 +336,6 @@ def sweep_optimum(x: Array, means: Array, mode: str) -> tuple[int, float | None]
 
 
 def spread_out(x: Array) -> bool:
-    """Whether positive values span so much that their logarithm is what should be evenly spaced."""
+    """Whether positive values span enough to call for a log scale."""
     x = np.asarray(x, float)
     return bool(x.min() > 0 and x.max() >= 8 * x.min())

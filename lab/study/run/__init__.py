@@ -1,1 +1,1 @@
-"""A study carried out: cells, workers, compiled programs they share."""
+"""Runs a study: cells, workers, shared compiled programs."""

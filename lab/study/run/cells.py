@@ -1,4 +1,4 @@
-"""The cells of a study, arm x seed: what identifies one, what its folder says, and finished ones of other studies."""
+"""The cells (arm x seed) of a study: their identity, their folders, and reuse of finished cells of other studies."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ STUDY = (
     "lab.study.run.stacked",
     "lab.study.run.together",
     "lab.study.run.forks",
-)  # cells go through these, besides the loop
+)  # code that cells depend on, besides the training loop
 __all__ = ["Cell", "cells_of", "changed", "code_of", "finished_elsewhere", "finished_folders", "link", "read_cell"]
 FINISHED = ("done", "diverged", "failed")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study, and what it is a function of."""
+    """One run of a study, and everything that determines its result."""
 
     arm: str
     seed: int
@@ -39,24 +39,24 @@ class Cell:
     code: Mapping[str, str]
     """See `code_of`."""
     fork: tuple[int, str] | None = None
-    """Where the arm says so: after how many updates it goes on from the base, and the base's fingerprint."""
+    """For a `Fork` arm: the step at which it forks, and the base's fingerprint."""
     mode: str = "loop"
-    """How it is carried out: cells of one arm one after another, sharing a program."""
+    """Execution mode; "loop" runs the cells of an arm one after another with a shared program."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits: two cells that have the same compute the same."""
+        """12 hexadecimal digits; cells with equal fingerprints compute the same result."""
         fork = [self.fork] if self.fork else []
         return digest([self.experiment.fingerprint(), self.data, dict(self.code), self.mode, *fork])
 
     @property
     def name(self) -> str:
-        """Of its lease."""
+        """Name of its lease."""
         return f"{self.arm}-{self.seed}"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What cell.json and begun.json say of what the cell is a function of."""
+        """What determines the cell's result, as recorded in cell.json and begun.json."""
         return {"arm": self.arm, "seed": self.seed, "fingerprint": self.fingerprint, "mode": self.mode,
                 "data": self.data, "code": dict(self.code)}
 
@@ -72,7 +72,7 @@ def cells_of(arm: Arm, base: Arm, seeds: tuple[int, ...], data: str, code: Mappi
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:
-    """What cell.json says; None where the cell is not finished.
+    """Contents of cell.json; None if the cell is not finished.
 
     Raises:
       UserError: the folder is damaged.
@@ -94,13 +94,13 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
 
 
 def finished_elsewhere(studies: Path, but: Path) -> dict[str, Path]:
-    """Fingerprint -> folder, of every cell that is done or diverged in the other studies of a folder."""
+    """Fingerprint -> folder of every done or diverged cell in the studies of a folder, except study `but`."""
     found = {}
     for path in sorted(studies.glob("*/cells/*/*/cell.json")):
         if not path.is_relative_to(but):
             try:
                 cell = read_cell(path.parent)
-            except UserError:  # not our study: whoever goes on with that one is told
+            except UserError:  # not this study: resuming that one reports the damage
                 continue
             if cell["status"] != "failed":
                 found[cell["fingerprint"]] = path.parent
@@ -108,14 +108,14 @@ def finished_elsewhere(studies: Path, but: Path) -> dict[str, Path]:
 
 
 def finished_folders(study: Path, cells: Sequence[Cell]) -> dict[str, Path]:
-    """Name of a cell -> its folder, of those that are finished in this study or in another one beside it."""
+    """Cell name -> folder, for cells finished in this study or in another study in the same parent folder."""
     others = finished_elsewhere(study.parent, study)
     found = {cell.name: others[cell.fingerprint] for cell in cells if cell.fingerprint in others}
     return found | {cell.name: folder for cell in cells if read_cell(folder := cell.folder(study))}
 
 
 def link(cell: Cell, source: Path, target: Path) -> None:
-    """Makes a finished cell of another study one of this study: the same files under another name, no second copy."""
+    """Reuses a finished cell of another study by hard-linking its files."""
     no_links(source)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=_hard_link,
@@ -124,7 +124,7 @@ def link(cell: Cell, source: Path, target: Path) -> None:
 
 
 def _hard_link(source: str, target: str) -> None:
-    """Survives the deletion of the other study, unlike a symbolic link; a copy where the disk has no links."""
+    """Unlike a symbolic link, survives deletion of the other study. Copies if the disk has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -132,5 +132,5 @@ def _hard_link(source: str, target: str) -> None:
 
 
 def code_of(experiment: Experiment) -> dict[str, str]:
-    """What a cell is a function of besides its experiment and data, see `lab.train.source_code`."""
+    """The code and packages that determine a cell's result, see `lab.train.source_code`."""
     return source_code.code_of(experiment, STUDY)

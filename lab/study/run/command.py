@@ -1,4 +1,4 @@
-"""``./launch.sh experiments/ablate_x.py`` and ``EXPERIMENT.py --vary FIELD=a,b``: a study from the command line."""
+"""Studies on the command line: ``./launch.sh experiments/ablate_x.py`` and ``EXPERIMENT.py --vary FIELD=a,b``."""
 
 from __future__ import annotations
 
@@ -33,41 +33,41 @@ from lab.train.json_files import read_json, write_json
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """Options of a study, beside the flags of its base experiment."""
+    """Options of a study, in addition to the flags of its base experiment."""
 
     vary: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """FIELD=VALUE,VALUE,... makes a study of an experiment; several make a grid."""
+    """FIELD=VALUE,VALUE,... turns an experiment into a study; several --vary form a grid."""
     seeds: int | None = None
-    """How many seeds, from 0; by default what the study says, or 3."""
+    """Number of seeds, from 0; by default the study's own, or 3."""
     design: Literal["grid", "one_at_a_time"] = "grid"
-    """How several --vary combine."""
+    """How several --vary are combined."""
     metric: str | None = None
-    """Compare by this metric; by default what the study says, or that of --evaluate.metric."""
+    """Metric to compare by; by default the study's own, or that of --evaluate.metric."""
     mode: Literal["min", "max"] | None = None
-    """Whether a small or a large value of --metric is good."""
+    """Whether to minimize or maximize --metric."""
     split: Literal["validation", "test"] | None = None
-    """Where the metric is measured."""
+    """Split on which the metric is measured."""
     only: str | None = None
-    """Run the cells of this arm only."""
+    """Run only the cells of this arm."""
     execution: Literal["loop", "vmap", "cores"] | None = None
-    """Run cells one after another, those that differ in numbers only as one program, or one on each core of a CPU; by
-    default the fastest way."""
+    """loop: cells one after another. vmap: cells that differ only in numbers as one program. cores: one cell per CPU
+    core. By default the fastest."""
     accept: bool = False
-    """Take finished cells as they are, though code or data changed since."""
+    """Keep finished cells even if code or data changed since."""
     rerun: bool = False
-    """Run finished cells again whose code or data changed since, and those that failed."""
+    """Rerun failed cells, and finished cells whose code or data changed since."""
     studies: Path = Path("studies")
-    """The folder of all studies; cells that finished in one of them are not run again in another."""
+    """Folder of all studies; a cell finished in one study is reused in the others."""
     dry_run: bool = False
-    """Check every arm, say what the study would cost and what it could see, and stop."""
+    """Check every arm, print the study's estimated cost and statistical power, and exit."""
     full: bool = False
-    """Run the real experiments, also without an accelerator."""
+    """Run the real experiments, even without an accelerator."""
     local: bool = False
-    """Run the small local config, also with an accelerator."""
+    """Run the small local config, even with an accelerator."""
 
 
 def make_study(written: Study | None, base: Experiment, options: StudyOptions) -> Study:
-    """The study of a file, or of --vary, with the options of the command line. Raises UserError."""
+    """The study from a file or from --vary, with command-line options applied. Raises UserError."""
     if written is not None and options.vary:
         raise UserError("This file is a study already: leave out --vary, or add arms in the file.")
     if base.seed != (written.base.seed if written else 0):
@@ -86,7 +86,7 @@ def make_study(written: Study | None, base: Experiment, options: StudyOptions) -
 
 
 def vary(words: Sequence[str], design: str) -> Design:
-    """The design of ``FIELD=VALUE,VALUE,...``; the words are as after --vary. Raises UserError."""
+    """The design for --vary arguments such as ``FIELD=VALUE,VALUE,...``. Raises UserError."""
     values = {}
     for word in words:
         path, equals, text = word.partition("=")
@@ -99,7 +99,7 @@ def vary(words: Sequence[str], design: str) -> Design:
 
 
 def _values(text: str) -> list[Any]:
-    """Python values where all of the text is; else its parts at commas, each a value or a word."""
+    """Parses the text as Python values; if that fails, splits it at commas into values or plain words."""
     try:
         return list(ast.literal_eval(f"({text},)"))
     except (ValueError, SyntaxError):
@@ -117,13 +117,13 @@ def _value(text: str) -> Any:
 
 
 def run_study(study: Study, options: StudyOptions, file: Path, args: Sequence[str]) -> int:
-    """Checks, prices and runs a study; returns the exit status. The same command goes on, or reports. `args`: the
-    command's, for further processes.
+    """Checks a study, estimates its cost and runs it; returns the exit status. Repeating the command resumes the study,
+    or reports it once finished. `args`: the command's arguments, for worker processes.
 
-    0: every cell is finished, diverged ones too. 1: some failed. 75 / 130: told to stop.
+    0: every cell is finished, including diverged ones. 1: some failed. 75 / 130: stopped by a signal.
 
     Raises:
-      UserError: see `preflight`, `Engine.check_code` and `read_cell`.
+      UserError: see `preflight`, `Engine._check_code` and `read_cell`.
     """
     folder = options.studies / f"{file.stem}-{study.fingerprint()}"
     if CORE in os.environ:
@@ -158,7 +158,7 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
             return 0
         if status := engine.run_on_cores(args) if engine.plan.how == "cores" else engine.run():
             bench.close()
-            if bench.compiling():  # for minutes perhaps, and whoever told us to stop is about to kill us
+            if bench.compiling():  # may take minutes, and SIGKILL follows the stop signal soon
                 sys.stdout.flush()
                 os._exit(status)
             return status
@@ -172,7 +172,7 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
 
 
 def _work(study: Study, options: StudyOptions, folder: Path, file: Path) -> int:
-    """Works on the cells of a study that another process has prepared; returns the exit status."""
+    """Runs cells of a study that another process has prepared; returns the exit status."""
     said = {arm["name"]: arm for arm in read_json(folder / "study.json")["arms"]}
     arms = [Arm(name, changes, experiment, said[name]["parameters"], said[name]["flops_per_update"],
                 said[name]["memory_bytes"], said[name]["forked_after"], bool(said[name]["fork"]))
@@ -186,7 +186,7 @@ def _work(study: Study, options: StudyOptions, folder: Path, file: Path) -> int:
 
 
 def _cells(arms: Sequence[Arm], study: Study, only: str | None, bench: Bench) -> list[Cell]:
-    """Those of all arms, or of the one that the user wants and the base's if it goes on from there."""
+    """Cells of all arms, or of `only`, plus the base's if that arm forks from it."""
     wanted = [arm for arm in arms if only in (None, arm.name)]
     if not wanted:
         near = difflib.get_close_matches(only, [arm.name for arm in arms], n=1)
@@ -205,11 +205,11 @@ def _cells(arms: Sequence[Arm], study: Study, only: str | None, bench: Bench) ->
 
 
 def _describe(folder: Path, study: Study, arms: Sequence[Arm], file: Path, cells: Sequence[Cell]) -> None:
-    """Writes study.json, once: it is the same for all processes."""
+    """Writes study.json once; its content is the same for all processes."""
     (folder / "leases").mkdir(parents=True, exist_ok=True)
     lease = leases.claim(folder / "leases", "study")
     if lease is None:
-        return  # another process is about to write the same
+        return  # another process is writing the same content
     try:
         if not (folder / "study.json").exists():
             write_json(folder / "study.json", {
@@ -228,7 +228,7 @@ def _price(
     bench: Bench,
     screen: Screen,
 ) -> None:
-    """Prints the table of arms, and how long the study will take."""
+    """Prints the table of arms and the study's estimated duration."""
     left = {arm.name: sum(c.arm == arm.name and c.name not in folders for c in cells)
             for arm in arms}
     screen.console.print(table(study, arms, left))
@@ -245,7 +245,7 @@ def _price(
 
 
 def _say_power(study: Study, base: Mapping[int, float], screen: Screen) -> None:
-    """Seeds needed to see a given gap, from the spread of the base's finished cells, `base`: seed -> metric."""
+    """Prints the seeds needed to detect a gap, from the base's finished cells (`base`: seed -> metric)."""
     values = list(base.values())
     if len(values) < 2:
         screen.info("Power: unknown until the base has finished with two seeds.")
@@ -266,9 +266,9 @@ def _report(folder: Path, screen: Screen) -> None:
     from lab.study.report.report import report
 
     while not (lease := leases.claim(folder / "leases", "report")):
-        time.sleep(0.5)  # another process that worked here writes the same
+        time.sleep(0.5)  # another process is writing the same report
     try:
-        with forgiving("The report"):  # the cells are finished; ./launch.sh report writes it again
+        with forgiving("The report"):  # not fatal: cells are finished, and ./launch.sh report can redo it
             report([folder])
     finally:
         lease.release()

@@ -1,4 +1,4 @@
-"""Runs the cells of a study, each exactly once, with any number of processes on one folder."""
+"""Runs the cells of a study, each exactly once, from any number of processes sharing one folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ WAIT_SECONDS = 0.5
 
 
 class CellScreen(Screen):
-    """The screen of one cell: what it says goes to a file in its folder, its progress to the study's screen."""
+    """The screen of one cell: logs to a file in the cell's folder, shows progress on the study's screen."""
 
     def __init__(self, outer: Screen, label: str, folder: Path):
         super().__init__(quiet=True)
@@ -58,20 +58,20 @@ class CellScreen(Screen):
         self.record(folder / "logs" / "screen.txt")
 
     def record(self, path: Path | None) -> None:
-        """The loop has no file for one process alone; ours stays."""
+        """Keeps logging to the cell's file if `path` is None."""
         super().record(path or self._record)
 
     def progress(self, line: str) -> None:
-        """A line that the next one replaces."""
+        """Shows a line that the next progress line overwrites."""
         self._outer.progress(f"{self._label}  {line}" if line else "")
 
 
 class Engine:
-    """The cells of one study folder, as this process sees and works on them."""
+    """Runs the cells of one study folder in this process."""
 
     def __init__(self, folder: Path, cells: Sequence[Cell], arms: Mapping[str, Arm], groups: Sequence[Group],
                  screen: Screen, bench: Bench, file: Path | None):
-        """`arms`: all of the study, the base first."""
+        """`arms`: all arms of the study, the base first."""
         self.folder, self.cells, self.arms, self.groups = folder, list(cells), arms, groups
         self.screen, self.bench, self.file = screen, bench, file
         self.leases = folder / "leases"
@@ -81,11 +81,11 @@ class Engine:
         self.plan: ExecutionPlan
 
     def settle(self, how: How | None, accept: bool, rerun: bool) -> int:
-        """Decides how the study is carried out, unless that was done; returns how many finished cells of the other
-        studies beside this one are taken over. `how`: what the user wants. `accept`, `rerun`: see `_check_code`.
+        """Loads or creates the execution plan; returns how many finished cells were reused from other studies in the
+        same parent folder. `how`: the requested mode. `accept`, `rerun`: see `_check_code`.
 
         Raises:
-          UserError: cells of this folder ran otherwise than the user wants; or see `_check_code`.
+          UserError: cells of this folder ran in another mode than requested; or see `_check_code`.
         """
         while not (lease := leases.claim(self.leases, "plan")):
             self.screen.progress("Waiting for another process, which decides how to run the cells.")
@@ -93,7 +93,7 @@ class Engine:
         try:
             plan = read_plan(self.folder)
             if plan and how and not any((self.folder / "cells").iterdir()):
-                plan = None  # nothing has begun as it says
+                plan = None  # no cell has started under it
             if plan and how not in (None, plan.how):
                 raise UserError(f"The cells of {self.folder} run as {plan.how!r}, and two ways cannot be compared. "
                                 f"Leave out --execution, or choose another folder with --studies.")
@@ -114,7 +114,7 @@ class Engine:
             raise UserError(f"--execution {how}: {impossible[how]} Leave it out, or use --execution loop.")
         known = [plan for plan in _ways(own) if how in (None, plan.how) and plan.how not in impossible]
         found = [sum(replace(cell, mode=plan.mode).fingerprint in elsewhere for cell in self.cells) for plan in known]
-        if any(found):  # as most of the cells that need not run again
+        if any(found):  # the mode of most finished cells
             return known[found.index(max(found))]
         if how is not None:
             return ExecutionPlan(how, MOST_UPDATES if self.arms[BASE].flops < FEW_FLOPS else own)
@@ -122,7 +122,7 @@ class Engine:
         return choose(self.groups, self.arms, seeds, self.bench, self.file, self.screen.info)
 
     def _add_units(self) -> None:
-        """Gives every cell that has none, and is not finished, a unit."""
+        """Assigns a unit to every unfinished cell without one."""
         known = {name for unit in self.plan.units for name in unit.cells}
         new = [c for c in self.cells if c.name not in known and not self._finished(c)]
 
@@ -138,12 +138,12 @@ class Engine:
         return (cell.folder(self.folder) / "cell.json").exists()
 
     def _lease(self, cell: Cell) -> leases.Lease | None:
-        """Whoever has it may touch the cell."""
+        """The lease that grants write access to the cell; None while another process has it."""
         unit = next((unit.name for unit in self.plan.units if cell.name in unit.cells), cell.name)
         return leases.claim(self.leases, unit)
 
     def _adopt(self) -> int:
-        """Takes over finished cells of the other studies beside this one; returns how many."""
+        """Reuses finished cells of other studies in the same parent folder; returns how many."""
         others, taken = finished_elsewhere(self.folder.parent, self.folder), 0
         for cell in self.cells:
             source = others.get(cell.fingerprint)
@@ -158,17 +158,17 @@ class Engine:
         return taken
 
     def _keeps(self, source: Path, cell: Cell) -> bool:
-        """Whether the states are there that arms of this study must go on from."""
+        """Whether `source` has the checkpoints that this study's `Fork` arms start from."""
         needed = {arm.after for arm in self.arms.values() if arm.stated and cell.arm == BASE}
         return all((source / "checkpoints" / str(step)).exists() for step in needed)
 
     def _check_code(self, accept: bool, rerun: bool) -> None:
-        """Finished cells must come from this code and data.
+        """Checks that finished cells were computed with the current code and data.
 
-        `accept`: they count as they are. `rerun`: those that do not, and those that failed, are deleted.
+        `accept`: keep outdated cells. `rerun`: delete outdated and failed cells.
 
         Raises:
-          UserError: some do not, and it was not said what to do; names the files.
+          UserError: some are outdated, and neither option is set; names the files.
         """
         other: Counter[str] = Counter()
         for cell in self.cells:
@@ -188,18 +188,18 @@ class Engine:
     def _delete(self, cell: Cell) -> None:
         if lease := self._lease(cell):
             try:
-                (cell.folder(self.folder) / "cell.json").unlink()  # first: from here on it is an unfinished one
+                (cell.folder(self.folder) / "cell.json").unlink()  # first: the cell must not count as finished
                 shutil.rmtree(cell.folder(self.folder))
             finally:
                 lease.release()
 
     def follow(self) -> None:
-        """Takes the plan of this folder, which another process has made."""
+        """Loads the plan that another process wrote to this folder."""
         self.plan = read_plan(self.folder)
         self.cells = [replace(cell, mode=self.plan.mode) for cell in self.cells]
 
     def run_on_cores(self, args: Sequence[str]) -> int:
-        """`run`, by a process on each core; `args`: of the command that they are started with.
+        """`run`, with one process per core; `args`: the command's arguments for these processes.
 
         Raises:
           UserError: processes died.
@@ -218,9 +218,9 @@ class Engine:
         return 0
 
     def run(self) -> int:
-        """Works until every cell is finished, by this process or another; returns the exit status.
+        """Runs cells until all are finished, by this process or others; returns the exit status.
 
-        0: finished. 75 / 130: told to stop, the running cell is saved. Raises OSError when the disk is full.
+        0: finished. 75 / 130: stopped by a signal, the running cell is saved. Raises OSError when the disk is full.
         """
         cells, group = {cell.name: cell for cell in self.cells}, None
         while pending := [unit for unit in self.plan.units if any(
@@ -246,18 +246,18 @@ class Engine:
 
     def _claim(self, pending: Sequence[Unit], cells: Mapping[str, Cell], group: int | None) -> (
             tuple[Unit, leases.Lease] | None):
-        """The next unit that nobody works on: of the group that is compiled already, else of one that nobody has."""
+        """The next free unit: preferably of the group already compiled, then of a group no process works on."""
         taken = {unit.group for unit in pending if leases.busy(self.leases, unit.name)}
         ready = [unit for unit in pending if all(self._ready(cells[name]) for name in unit.cells if name in cells)]
         for unit in sorted(ready, key=lambda u: (u.group != group, u.group in taken)):
             if lease := leases.claim(self.leases, unit.name):
-                if not all(self._finished(cells[name]) for name in unit.cells if name in cells):  # while we looked
+                if not all(self._finished(cells[name]) for name in unit.cells if name in cells):  # may just have ended
                     return unit, lease
                 lease.release()
         return None
 
     def _base_of(self, cell: Cell) -> Cell | None:
-        """The cell from which this one goes on, if it is one of ours."""
+        """The base cell that this cell forks from, if the study has it."""
         forks = self.plan.how != "vmap" and self.arms[cell.arm].after
         return next((c for c in self.cells if forks and (c.arm, c.seed) == (BASE, cell.seed)), None)
 
@@ -283,19 +283,19 @@ class Engine:
         return found
 
     def _compile_next(self, later: Sequence[Unit], cells: Mapping[str, Cell]) -> None:
-        """In the background, while this unit runs. Only where all its cells are ours: others are another program."""
+        """Compiles the next unit in the background. Skips units with unknown or finished cells: the program differs."""
         unit = next((u for u in later if all(n in cells and not self._finished(cells[n]) for n in u.cells)), None)
         if unit:
             self.bench.ahead([cells[name].experiment for name in unit.cells], unit.numbers, self.plan.updates,
                              together=self.plan.how == "vmap")
 
     def _run(self, unit: Unit, cells: Sequence[Cell]) -> int:
-        """Runs the one cell of a unit, from wherever it was, and writes its cell.json; returns the loop's status."""
+        """Runs or resumes the single cell of a unit and writes its cell.json; returns the loop's status."""
         (cell,) = cells
         folder, start = cell.folder(self.folder), time.monotonic()
         again = self._begin(cell, folder)
         errors, status = [], 0
-        if not (folder / "result.json").exists():  # else only its cell.json was missing
+        if not (folder / "result.json").exists():  # else only cell.json is missing
             screen = CellScreen(self.screen, f"cell {self._number()}/{len(self.cells)}  {cell.arm} {cell.seed}", folder)
             with _failing(errors):
                 status = loop.train(cell.experiment, folder, screen, self.file, prepared=self._prepared(unit, cell))
@@ -305,12 +305,12 @@ class Engine:
         return status
 
     def _run_together(self, unit: Unit, cells: Sequence[Cell]) -> int:
-        """Runs the cells of a unit at once, from wherever they were, and writes their cell.json; returns the status."""
+        """Runs or resumes the cells of a unit as one program and writes their cell.json; returns the status."""
         home, start = self.folder / "together" / unit.name, time.monotonic()
         begun = _begun(home)
         members = {c.name: c for c in self.cells}
         if begun and all(n in members and members[n].fingerprint == f for n, f in begun.items()):
-            cells = [members[name] for name in begun]  # also those that finished while others were still written
+            cells = [members[name] for name in begun]  # includes cells whose cell.json is already written
         else:
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir(parents=True)
@@ -337,7 +337,7 @@ class Engine:
         return 1 + sum(self._finished(cell) for cell in self.cells)
 
     def _begin(self, cell: Cell, folder: Path, anew: bool = False) -> bool:
-        """Whether an earlier process began this very cell. What other code or data left there is deleted."""
+        """Whether an earlier process began this cell. Deletes files from other code or data."""
         if not anew and _begun(folder).get("fingerprint") == cell.fingerprint:
             return True
         shutil.rmtree(folder, ignore_errors=True)
@@ -346,7 +346,7 @@ class Engine:
         return False
 
     def _end(self, cell: Cell, said: str, errors: Sequence[str], seconds: float | None, shown: str) -> None:
-        """Writes cell.json, which makes the cell a finished one; a failed one where there are errors."""
+        """Writes cell.json, which marks the cell finished, or failed if there are errors."""
         folder, error = cell.folder(self.folder), next(iter(errors), None)
         said = "failed" if error else said
         write_json(folder / "cell.json", cell.identity | {
@@ -355,12 +355,12 @@ class Engine:
         self.screen.info(f"{cell.arm} seed {cell.seed}: {said} {result} ({shown})")
 
     def summary(self) -> dict[str, int]:
-        """How many cells are done, diverged and failed; together they are all that were planned.
+        """Counts of done, diverged and failed cells; they add up to all planned cells.
 
         Raises:
           UserError: a cell is damaged.
         """
-        for unit in self.plan.units if any(self.leases.iterdir()) else ():  # of processes that died at the very end
+        for unit in self.plan.units if any(self.leases.iterdir()) else ():  # left by processes that died at the end
             if lease := leases.claim(self.leases, unit.name):
                 lease.release()
         found = Counter(cell["status"] for c in self.cells if (cell := read_cell(c.folder(self.folder))))
@@ -369,7 +369,7 @@ class Engine:
 
 
 def _begun(folder: Path) -> dict[str, str]:
-    """What begun.json says of whoever began here; nothing where it is not there, or damaged: then it begins anew."""
+    """Contents of begun.json; empty if missing or damaged, so that the cell starts over."""
     try:
         found = read_json(folder / "begun.json") if (folder / "begun.json").exists() else {}
     except UserError:
@@ -379,7 +379,7 @@ def _begun(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _failing(errors: list[str]) -> Iterator[None]:
-    """Collects what fails a cell while others may be well: out of memory, above all. A full disk fails them all."""
+    """Collects errors that fail only this unit, mainly out-of-memory. A full disk still fails the whole study."""
     try:
         yield
     except CannotWrite:

@@ -1,7 +1,7 @@
-"""Forked arms: an arm that is the base up to some update goes on from the base's state there, instead of repeating it.
+"""Forked arms: an arm identical to the base up to some step starts from the base's state there, without rerunning it.
 
-Found from what the fields of both experiments declare (the tail of a schedule, the start of an average, evaluation), or
-stated by the arm: ``Fork(500, {"optim.lr.peak": 1e-4})``.
+The step is derived from the fields that differ (the tail of a schedule, the start of an average, evaluation), or set by
+the arm: ``Fork(500, {"optim.lr.peak": 1e-4})``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lab.train.metrics import marked_rows
 from lab.train.program import Program, abstract_state
 from lab.train.step import State
 
-WORTH = 0.1  # of the updates; to share fewer is not worth the waiting
+WORTH = 0.1  # minimum fraction of steps to share; less does not repay waiting for the base
 
 
 def acts_from(base: Experiment, arm: Experiment) -> int:
-    """Completed updates up to which the arm cannot differ from the base; 0 where that is not known."""
+    """Number of initial steps in which the arm cannot differ from the base; 0 if unknown."""
     if base.evaluate.patience is not None or arm.evaluate.patience is not None or base.exact or arm.exact:
         return 0
     ours, theirs, first = arm.optim, base.optim, min(arm.steps, base.steps)
@@ -44,7 +44,7 @@ def acts_from(base: Experiment, arm: Experiment) -> int:
 
 
 def check_fork(base: Experiment, arm: Experiment, after: int) -> None:
-    """Raises UserError where an arm cannot go on from the base's state after so many updates."""
+    """Raises UserError if an arm cannot start from the base's state after step `after`."""
     if not 0 < after < arm.steps or after > base.steps:
         raise UserError(f"it forks after step {after}, which is not inside its {arm.steps} updates.")
     if base.evaluate.patience is not None or arm.evaluate.patience is not None:
@@ -58,7 +58,7 @@ def check_fork(base: Experiment, arm: Experiment, after: int) -> None:
 
 
 def _taken(experiment: Experiment, state: State) -> Any:
-    """The optimizer state of the base in this state, as the arm has it."""
+    """Converts the base's optimizer state to the arm's."""
     take_over = experiment.optim.take_over
     if isinstance(experiment.model, Several):
         take_over = jax.vmap(take_over, in_axes=(0, 0, 0, None))
@@ -67,9 +67,9 @@ def _taken(experiment: Experiment, state: State) -> Any:
 
 def take_over(folder: Path, after: int, experiment: Experiment, base: Experiment, program: Program, own: Path) -> (
         State | None):
-    """The base's state after so many updates, as the arm has it there; None where it was not kept.
+    """The base's state after step `after`, converted for the arm; None if it was not kept.
 
-    `folder`, `base`: of the base's run with this seed; `own`, `experiment`: of the arm's. Writes the rows up to there.
+    `folder`, `base`: the base's run with this seed; `own`, `experiment`: the arm's. Copies metric rows up to that step.
     """
     kept = Checkpoints(folder / "checkpoints") if (folder / "checkpoints").exists() else None
     if kept is None or after not in kept.steps():

@@ -1,7 +1,7 @@
-"""Which cells can be one program: those whose experiments differ only in numbers that the step treats as data.
+"""Groups cells that can share one program: their experiments differ only in numbers that the step treats as data.
 
-A learning rate or a decay reaches the step as a factor, and may as well be an argument of the compiled program. A field
-that Python looks at (a dropout rate, a number of layers) cannot: tracing the step with it fails, and its cells part.
+A learning rate or a weight decay is only multiplied in, so it can be an argument of the compiled program. A number that
+Python branches on (dropout rate, number of layers) cannot: tracing it fails, and its cells get separate programs.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from lab.experiment import Checkpoint, Experiment, Log, digest, flat, override, 
 from lab.train.program import abstract_state, batch_spec, one_record
 from lab.train.step import init_state, make_train_step
 
-INGREDIENTS = ("optim.", "model.", "task.")  # numbers elsewhere (splits of the data, say) act outside of the step
+INGREDIENTS = ("optim.", "model.", "task.")  # numbers elsewhere (e.g. data splits) act outside the step
 
 
 @dataclass(frozen=True)
 class Group:
-    """Experiments (all with seed 0) that one compiled program serves."""
+    """Arms that share one compiled program."""
 
     numbers: tuple[str, ...]
-    """The dotted fields that are its arguments, besides the seed."""
+    """Dotted fields that are arguments of the program, besides the seed."""
     arms: tuple[str, ...]
 
 
 def groups(arms: Mapping[str, Experiment]) -> list[Group]:
-    """Parts arms into as few programs as possible, in their order. Traces them; computes nothing."""
+    """Partitions arms into as few programs as possible, keeping their order. Only traces them."""
     found: list[Group] = []
     for alike in _parted(arms, lambda e: _without(e, _floats(e))):
         found += _by_tracing({name: arms[name] for name in alike})
@@ -41,7 +41,7 @@ def groups(arms: Mapping[str, Experiment]) -> list[Group]:
 
 
 def _by_tracing(arms: Mapping[str, Experiment]) -> list[Group]:
-    """Of arms that differ in numbers only."""
+    """Groups arms that differ only in numbers."""
     numbers = [path for path in _floats(next(iter(arms.values())))
                if len({flat(to_json(e))[path] for e in arms.values()}) > 1]
     first = next(iter(arms.values()))
@@ -50,9 +50,9 @@ def _by_tracing(arms: Mapping[str, Experiment]) -> list[Group]:
     found = []
     for alike in _parted(arms, lambda e: [_without(e, numbers), str(abstract_state(e))]):
         own = {name: arms[name] for name in alike}
-        if len(own) < len(arms):  # fewer may need fewer numbers
+        if len(own) < len(arms):  # a smaller set may need fewer numbers
             found += _by_tracing(own)
-        elif numbers and _structure(first, numbers) != str(abstract_state(first)):  # a momentum that is 0 in all
+        elif numbers and _structure(first, numbers) != str(abstract_state(first)):  # e.g. momentum 0 in all arms
             found += [Group((), (name,)) for name in own]
         else:
             found.append(Group(tuple(numbers), tuple(own)))
@@ -60,16 +60,16 @@ def _by_tracing(arms: Mapping[str, Experiment]) -> list[Group]:
 
 
 def traceable(experiment: Experiment, numbers: Sequence[str]) -> bool:
-    """Whether an update can be traced without knowing these numbers."""
+    """Whether a step can be traced with these numbers as arguments."""
     try:
         _structure(experiment, numbers)
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, FlaxError, UserError):
-        return False  # JAX's own errors about tracers are TypeErrors; others come from what a model does with them
+        return False  # JAX's tracer errors are TypeErrors; model code may raise others on tracers
     return True
 
 
 def _structure(experiment: Experiment, numbers: Sequence[str]) -> str:
-    """The shapes of the state when the numbers are arguments."""
+    """Shapes of the state when the numbers are arguments."""
     spec = batch_spec(experiment)
 
     def begin_and_update(given: Mapping[str, Any], batch: Any) -> Any:
@@ -88,18 +88,18 @@ def _floats(experiment: Experiment) -> list[str]:
 
 
 def _without(experiment: Experiment, numbers: Sequence[str]) -> dict[str, Any]:
-    """All that identifies an experiment but the seed and these numbers."""
+    """What identifies an experiment, except the seed and these numbers."""
     whole = flat(to_json(replace(experiment, seed=0, checkpoint=Checkpoint(), log=Log())))
     return whole | dict.fromkeys(numbers, "a number")
 
 
 def program_key(experiment: Experiment, numbers: Sequence[str]) -> str:
-    """Experiments with the same key are served by the same program (see `Program.like`)."""
+    """Experiments with equal keys share a program (see `Program.like`)."""
     return digest([_without(experiment, numbers), list(numbers)])
 
 
 def _parted(arms: Mapping[str, Experiment], key: Any) -> Iterator[list[str]]:
-    """The names of arms that have the same key, in order."""
+    """Names of arms with equal keys, in order."""
     found: dict[str, list[str]] = {}
     for name, experiment in arms.items():
         found.setdefault(digest(key(experiment)), []).append(name)

@@ -1,9 +1,9 @@
-"""Who works on which cell: files in a folder that several processes and machines share.
+"""Leases on cells: files in a folder shared by several processes and machines.
 
-A lease is ``NAME.json``; one whose holder is gone is succeeded by ``NAME.json.1``, that by ``NAME.json.2``, and so on.
-Each is created atomically and none is ever replaced, so that of several who want to succeed a dead holder one does. A
-holder on this machine is dead when its process is gone; one elsewhere when the file has not been touched for
-STALE_SECONDS, by the clock of the disk.
+A lease is the file ``NAME.json``; after its holder dies, the next holder creates ``NAME.json.1``, then ``NAME.json.2``,
+and so on. Files are created atomically and never replaced, so that only one process can succeed a dead holder. A holder
+on this machine is dead when its process is gone; on another machine, when the file has not been touched for
+STALE_SECONDS by the file system's clock.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
-EXIT_LOST = 75  # as after SIGTERM: start me again
+EXIT_LOST = 75  # restart the command, as after SIGTERM
 
 
 def process_identity() -> dict[str, Any]:
-    """What tells this process from every other one, and its machine (or container) from every other one."""
+    """Unique identifiers of this process and its machine (or container)."""
     machine, started = platform.node(), None
-    with contextlib.suppress(OSError):  # Linux; elsewhere another process is only known by its heartbeat
+    with contextlib.suppress(OSError):  # Linux only; elsewhere only the heartbeat counts
         machine += ":" + Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip() + ":" + os.readlink(
             "/proc/self/ns/pid")
         started = _started(os.getpid())
@@ -35,7 +35,7 @@ def process_identity() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine was started, in clock ticks: the same number may be another process by now."""
+    """Start time in clock ticks of a local process, to detect a reused process id."""
     try:
         return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -43,7 +43,7 @@ def _started(pid: int) -> str | None:
 
 
 class Lease:
-    """One cell, held by this process. Made by `claim`, given back by `release`."""
+    """A lease held by this process. Created by `claim`, ended by `release`."""
 
     def __init__(self, path: Path, before: list[Path]):
         self.path, self._before = path, before
@@ -57,29 +57,29 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # the disk is away for a moment; if for longer, somebody takes over
+            with contextlib.suppress(OSError):  # the disk may be unavailable briefly
                 os.utime(self.path)
-            # Twice: one that looks at the same moment as another may be there shortly, and goes away.
+            # Check twice: a competing `claim` may create a later file and remove it at once.
             if self._lost() and not self._done.wait(1) and self._lost():
-                # This machine slept, or the disk was away, for so long that another process took the cell over. Writing
-                # on would damage its files, and everything that we saved is good: end here and now.
+                # This machine slept, or lost the disk, for so long that another process took over the cell. Further
+                # writes would damage its files, and everything saved so far is valid: exit immediately.
                 print(f"error: {self.path} was taken over by another process. The same command goes on.",
                       file=sys.stderr, flush=True)
                 os._exit(EXIT_LOST)
 
     def release(self) -> None:
-        """Lets others have the cell."""
+        """Lets another process claim the cell."""
         self._done.set()
         self._thread.join()
-        for path in [*self._before, self.path]:  # ours last: as long as one of them is there it is a living one
+        for path in [*self._before, self.path]:  # our own last, so that the lease looks alive until the end
             path.unlink(missing_ok=True)
 
 
 def claim(folder: Path, name: str) -> Lease | None:
-    """The lease on `name`, or None while another process has it.
+    """The lease on `name`, or None while another process holds it.
 
     Raises:
-      OSError: the folder cannot be written.
+      OSError: the folder is not writable.
     """
     before = _leases(folder / f"{name}.json")
     if any(alive(path) for path in before):
@@ -91,7 +91,7 @@ def claim(folder: Path, name: str) -> Lease | None:
             json.dump(process_identity(), file)
     except FileExistsError:
         return None
-    if any(alive(other) for other in _leases(path) if other != path):  # two came at once, and saw different files
+    if any(alive(other) for other in _leases(path) if other != path):  # two processes claimed at once
         path.unlink()
         return None
     return Lease(path, before)
@@ -103,14 +103,14 @@ def busy(folder: Path, name: str) -> bool:
 
 
 def alive(path: Path) -> bool:
-    """Whether the holder of a lease file still works."""
+    """Whether the holder of a lease file is alive."""
     try:
         age = _now(path.parent) - path.stat().st_mtime
         holder = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        return False  # given back this moment
+        return False  # just released
     except ValueError:
-        return age < STALE_SECONDS  # being written, or its writer died over it
+        return age < STALE_SECONDS  # incomplete: being written, or its writer died
     here = process_identity()
     if holder["machine"] == here["machine"] and here["started"] is not None:
         return _started(holder["pid"]) == holder["started"]
@@ -118,7 +118,7 @@ def alive(path: Path) -> bool:
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock that dates files in this folder, which may be another machine's."""
+    """The current time by the file system's clock, which may be another machine's."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime
 
@@ -128,7 +128,7 @@ def _number(path: Path) -> int:
 
 
 def _leases(path: Path) -> list[Path]:
-    """All files of the same lease, oldest first."""
+    """All files of a lease, oldest first."""
     first = path if path.suffix == ".json" else path.with_suffix("")
     later = [p for p in path.parent.glob(f"{glob.escape(first.name)}.*") if p.suffix[1:].isdigit()]
     return ([first] if first.exists() else []) + sorted(later, key=_number)

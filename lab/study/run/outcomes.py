@@ -1,4 +1,4 @@
-"""What finished cells tell about cells that are to run."""
+"""Estimates for pending cells from finished ones."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from lab.train.json_files import read_json
 
 
 def _ways(updates: int) -> list[ExecutionPlan]:
-    """All ways to carry out a study whose base makes so many updates in a call."""
+    """All execution plans of a study; `updates` is the base's `steps_per_call`."""
     return [ExecutionPlan(how, n) for how in get_args(How) for n in dict.fromkeys((updates, MOST_UPDATES))]
 
 
 def likeliest(folder: Path, cells: Sequence[Cell], updates: int) -> list[Cell]:
-    """The cells as they would be carried out, for a study that is not: as the plan of its folder says, or as most of
-    those that are finished were."""
+    """The cells with the execution mode they would get: that of the folder's plan, else that of most finished cells."""
     plan = read_plan(folder)
     modes = [plan.mode] if plan else list(dict.fromkeys(way.mode for way in _ways(updates)))
     ways = [[replace(cell, mode=mode) for cell in cells] for mode in modes]
@@ -32,7 +31,7 @@ def likeliest(folder: Path, cells: Sequence[Cell], updates: int) -> list[Cell]:
 
 
 def mean_seconds(cells: Sequence[Cell], folders: Mapping[str, Path]) -> dict[str, float]:
-    """Arm -> mean seconds of its cells that are done, where they are known. `folders`: as `finished_folders` says."""
+    """Arm -> mean seconds of its done cells, where known. `folders`: from `finished_folders`."""
     found: dict[str, list[float]] = {}
     for cell in cells:
         said = read_cell(folders[cell.name]) if cell.name in folders else None
@@ -42,7 +41,7 @@ def mean_seconds(cells: Sequence[Cell], folders: Mapping[str, Path]) -> dict[str
 
 
 def metric_values(cells: Sequence[Cell], folders: Mapping[str, Path], metric: str, split: str) -> dict[int, float]:
-    """Seed -> the metric at the end, of the cells that are done. `folders`: as `finished_folders` says."""
+    """Seed -> final metric of the done cells. `folders`: from `finished_folders`."""
     found = {}
     for cell in cells:
         if cell.name in folders and read_cell(folders[cell.name])["status"] == "done":

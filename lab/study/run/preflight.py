@@ -1,4 +1,4 @@
-"""Before the first update of a study: every arm is built, checked, traced and priced; nothing is trained."""
+"""Checks before a study trains: builds and traces every arm and estimates its cost."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lab.train.cost import Cost, make_plan, size_of, step_flops
 from lab.train.program import Program, batch_spec
 from lab.train.step import State, make_eval_step
 
-TIMED_FLOPS = 2e12  # on a CPU a base whose update costs more is not timed: that alone would take minutes
+TIMED_FLOPS = 2e12  # on a CPU, a base with costlier steps is not timed, as that would take minutes
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm that is known to work, and what an update of it costs."""
+    """A checked arm and its cost per step."""
 
     name: str
     changes: Changes
@@ -38,16 +38,16 @@ class Arm:
     """With seed 0."""
     parameters: int
     flops: int
-    """Of one whole update, as it is traced: with the optimizer's products, and what is computed again."""
+    """FLOPs per step as traced, including the optimizer's matmuls and rematerialization."""
     memory: int
-    """Bytes of state and gradients, and at most those kept for the backward pass; of all devices together."""
+    """Bytes of state, gradients and (upper bound) saved activations, summed over all devices."""
     after: int = 0
-    """Completed updates of the base from whose state it goes on, instead of repeating them."""
+    """Step of the base that it starts from; 0: it trains from scratch."""
     stated: bool = False
-    """Whether that is what the arm is, and not only a way to save time."""
+    """Whether the arm is a `Fork`, rather than starting at `after` only to save time."""
 
     def to_json(self) -> dict[str, Any]:
-        """The arm as study.json has it."""
+        """The arm's entry in study.json."""
         return {"name": self.name, "changes": {path: to_json(value) for path, value in self.changes.items()},
                 "fingerprint": self.experiment.fingerprint(), "parameters": self.parameters,
                 "flops_per_update": self.flops, "memory_bytes": self.memory, "forked_after": self.after,
@@ -55,10 +55,10 @@ class Arm:
 
 
 def preflight(study: Study) -> list[Arm]:
-    """The arms, the base first. Reads no data and runs nothing on a device.
+    """The checked arms, the base first. Reads no data and runs nothing on a device.
 
     Raises:
-      UserError: what `Study.experiments` raises; an arm cannot be built, or does not produce the study's metric.
+      UserError: from `Study.experiments`; or an arm cannot be built, or lacks the study's metric.
     """
     arms, found = [], study.experiments()
     base = found[BASE][1]
@@ -70,7 +70,7 @@ def preflight(study: Study) -> list[Arm]:
                 check_fork(base, experiment, stated)
         except UserError as e:
             raise UserError(f"Arm {name}: {e}") from e
-        except (TypeError, ValueError, LookupError, AttributeError, FlaxError) as e:  # the model's or the task's own
+        except (TypeError, ValueError, LookupError, AttributeError, FlaxError) as e:  # raised by model or task code
             reason = str(e).strip().partition("\n")[0]
             raise UserError(f"Arm {name} cannot be built: {type(e).__name__}: {reason}") from e
         for metric in (study.metric, experiment.evaluate.metric):
@@ -85,13 +85,13 @@ def preflight(study: Study) -> list[Arm]:
 
 
 def metric_names(experiment: Experiment, state: State) -> list[str]:
-    """The names of all evaluation metrics, from shapes alone. `state`: abstract."""
+    """Names of all evaluation metrics, without computing them. `state`: abstract."""
     rows = experiment.batch // experiment.grad_accum_steps
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch_spec(experiment).items()}
     shapes = jax.eval_shape(make_eval_step(experiment), state, batch)
     means = {name: 1.0 for name, x in shapes.items() if isinstance(x, tuple)}
     counts = {name: np.ones(x.shape, x.dtype) for name, x in shapes.items() if not isinstance(x, tuple)}
-    with np.errstate(all="ignore"):  # ones are no real counts
+    with np.errstate(all="ignore"):  # the counts here are dummies
         return [*means, *experiment.task.summary(means, counts)]
 
 
@@ -101,15 +101,15 @@ def _memory(plan: Cost) -> int:
 
 @dataclass(frozen=True)
 class Timing:
-    """Measured on the base, and scaled by FLOPs for the other arms."""
+    """Times measured on the base, scaled by FLOPs for other arms; all in seconds."""
 
     compile: float
-    """Seconds, as all here."""
+    """Compilation."""
     update: float
     evaluation: float
 
     def cell(self, arm: Arm, base: Arm) -> float:
-        """What one cell of an arm will take, without compiling."""
+        """Seconds for one cell of an arm, without compilation."""
         experiment = arm.experiment
         evaluations = 2 + (experiment.steps - 1) // experiment.evaluate.every if experiment.evaluate.every else 2
         seconds = (experiment.steps - arm.after) * self.update + evaluations * self.evaluation
@@ -117,7 +117,7 @@ class Timing:
 
 
 def measure(base: Arm, data: Any, program: Program) -> Timing | None:
-    """Three updates and one evaluation of the base; None where even that would take minutes."""
+    """Times three steps and one evaluation of the base; None if that would take minutes."""
     experiment, calls = base.experiment, program.experiment.steps_per_call
     if jax.default_backend() == "cpu" and base.flops * calls > TIMED_FLOPS:
         return None
@@ -140,7 +140,7 @@ def measure(base: Arm, data: Any, program: Program) -> Timing | None:
 
 
 def guess(base: Arm, data: Any, update: float) -> Timing:
-    """From the seconds of an update alone: an evaluation is a forward pass, about a third of an update, per batch."""
+    """Timing from the seconds per step alone: an evaluation batch (forward pass) costs about a third of a step."""
     experiment = base.experiment
     records = min(len(data.validation), experiment.evaluate.records or len(data.validation))
     return Timing(0.0, update, update / 3 * math.ceil(records / experiment.batch))
@@ -148,8 +148,8 @@ def guess(base: Arm, data: Any, update: float) -> Timing:
 
 def estimate(arms: list[Arm], left: Mapping[str, int], seconds: Mapping[str, float], timing: Timing | None) -> (
         float | None):
-    """Seconds for the cells that are `left` of each arm, one after another: from finished cells of the same arm
-    (`seconds`: their mean), else from `timing`; None where neither is known.
+    """Seconds to run the remaining cells (`left`: arm -> count) sequentially. Uses the mean of the arm's finished cells
+    (`seconds`), else `timing`; None if neither is known.
     """
     total = 0.0
     for arm in arms:
@@ -165,7 +165,7 @@ def estimate(arms: list[Arm], left: Mapping[str, int], seconds: Mapping[str, flo
 
 
 def table(study: Study, arms: list[Arm], left: Mapping[str, int]) -> Table:
-    """Per arm: what it changes, and what it costs."""
+    """Changes and cost of each arm."""
     base = flat(to_json(study.base))
     found = Table(title=f"{len(arms)} arms x {len(study.seeds)} seeds, compared by {study.split} {study.metric} "
                         f"({study.mode})", title_justify="left")
@@ -184,7 +184,7 @@ def table(study: Study, arms: list[Arm], left: Mapping[str, int]) -> Table:
 
 
 def _shown(value: Any) -> str:
-    """A JSON value, shortly: of an object its class and what is in it."""
+    """A JSON value in short form: an object as its class and fields."""
     if isinstance(value, dict):
         inner = ", ".join(f"{k}={_shown(v)}" for k, v in value.items() if k != "class")
         text = f"{value['class'].rpartition('.')[2]}({inner})"
@@ -193,7 +193,7 @@ def _shown(value: Any) -> str:
 
 
 def describe_estimate(seconds: float | None, cells: int) -> str:
-    """One line on how long the study will take."""
+    """One line with the study's estimated duration."""
     if not cells:
         return "Every cell is already complete."
     if seconds is None:

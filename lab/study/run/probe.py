@@ -1,4 +1,4 @@
-"""Times an update of one cell in a process of its own, bound to one core: `python -m lab.study.run.probe`."""
+"""Times a step of one cell in a separate process bound to one core: `python -m lab.study.run.probe`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lab.study.run.workers import pin
 
 
 def probe() -> None:
-    """Prints the seconds of an update of what stdin describes."""
+    """Prints seconds per step of the cell described on stdin."""
     from lab.experiment import from_json
     from lab.parallel.backend import start_jax
     from lab.study.run.shared import Bench

@@ -1,4 +1,4 @@
-"""What the cells of a study share: data and compiled programs."""
+"""Data and compiled programs shared by the cells of a study."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lab.train import loop
 from lab.train.program import Program
 
 SMALL_BYTES = 1 << 29
-KEPT = 2  # programs: the one that runs, and the next one
+KEPT = 2  # programs: the running one and the next one
 
 
 class Bench:
-    """Data and programs for one cell or unit after another. It holds one data set, and the last programs used."""
+    """Provides data and programs to consecutive units. Holds one data set and the most recently used programs."""
 
     def __init__(self, stops: Sequence[int] = ()) -> None:
-        """`stops`: steps after which a call must end, because states are taken over there."""
+        """`stops`: steps at which a call must end, because arms fork from the state there."""
         self.stops = tuple(stops)
         self._data: tuple[str, Any] = ("", None)
         self._programs: dict[str, Future] = {}
@@ -31,22 +31,22 @@ class Bench:
         """The experiment's data, loaded. Raises UserError."""
         key = digest(to_json(experiment.data))
         if self._data[0] != key:
-            self._programs.clear()  # the old must go before the new comes
+            self._programs.clear()  # frees the old data before loading the new
             self._data = ("", None)
             self._data = (key, experiment.data.load())
         return self._data[1]
 
     def _program(self, key: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made in another thread; by an earlier call perhaps."""
+        """The cached result of `make`, which runs in another thread."""
         if key not in self._programs:
             while len(self._programs) >= KEPT:
                 self._programs.pop(next(iter(self._programs)))
             self._programs[key] = self._compiler.submit(make)
-        self._programs[key] = found = self._programs.pop(key)  # the last one used goes last
+        self._programs[key] = found = self._programs.pop(key)  # most recently used last
         return found
 
     def _run(self, experiment: Experiment, updates: int) -> Experiment:
-        """The experiment as it is carried out: several updates in a call, small records on the device."""
+        """The experiment as executed: several steps per call, small data on the device."""
         arrays = getattr(self.data(experiment).train, "arrays", {})
         small = experiment.data_on_device == "auto" and 0 < sum(x.nbytes for x in arrays.values()) < SMALL_BYTES
         return replace(experiment, steps_per_call=common_dispatch(experiment, updates, self.stops),
@@ -73,25 +73,25 @@ class Bench:
         return self._program(digest([[to_json(e) for e in runs], list(numbers)]), make)
 
     def prepared(self, experiment: Experiment, numbers: Sequence[str] = (), updates: int = 1) -> loop.Shared:
-        """Data and program; compiled by the first cell of a group. Raises UserError."""
+        """Data and program; the first cell of a group compiles it. Raises UserError."""
         program = self._alone(experiment, numbers, updates).result()
         wanted = self._run(experiment, updates)
         return loop.Shared(self.data(experiment), program if program.experiment == wanted else program.like(wanted))
 
     def stacked(self, experiments: Sequence[Experiment], numbers: Sequence[str], updates: int) -> Stacked:
-        """The program of several cells at once, compiled. Raises UserError."""
+        """The compiled program that runs several cells at once. Raises UserError."""
         return self._together(experiments, numbers, updates).result()
 
     def ahead(self, experiments: Sequence[Experiment], numbers: Sequence[str], updates: int, together: bool) -> None:
-        """Begins to compile what will be asked for next, if it needs no other data."""
+        """Starts compiling the next program, if it uses the current data."""
         if digest(to_json(experiments[0].data)) == self._data[0]:
             (self._together(experiments, numbers, updates) if together else
              self._alone(experiments[0], numbers, updates))
 
     def compiling(self) -> bool:
-        """Whether a program is being compiled that nobody waits for: a process that ends would wait for it."""
+        """Whether a compilation is running; a normal process exit would wait for it."""
         return any(not found.done() for found in self._programs.values())
 
     def close(self) -> None:
-        """Begins no further compilation."""
+        """Cancels pending compilations."""
         self._compiler.shutdown(wait=False, cancel_futures=True)

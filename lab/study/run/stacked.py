@@ -1,4 +1,4 @@
-"""Many cells in one program: the pure step under `vmap`, the cells divided among the devices."""
+"""Many cells in one program: the pure step under `vmap`, with cells sharded over devices."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CELLS, EVERYWHERE, UPDATES = PartitionSpec("cell"), PartitionSpec(), PartitionSp
 
 
 class Stacked:
-    """Experiments that differ in their seed and in `numbers`. Every array has a leading axis of cells (C).
+    """Experiments that differ only in seed and `numbers`. Every array has a leading axis of cells (C).
 
-    The cells of one seed share its batches. A cell whose loss or gradient is no longer a number stops changing.
+    Cells with the same seed share batches. A cell whose loss or gradient becomes NaN or infinite is frozen.
     """
 
     def __init__(self, experiments: Sequence[Experiment], numbers: Sequence[str], train: Any,
                  devices: Sequence[Any] | None = None):
-        """`train`: the training records. `devices`: by default as many of this process's as the cells fill evenly."""
+        """`train`: the training records. Uses the largest number of `devices` (default: local) that divides C."""
         self.experiments, self.experiment, self.numbers = list(experiments), experiments[0], tuple(numbers)
         devices = list(devices or jax.local_devices())
         even = max(n for n in range(1, len(devices) + 1) if len(experiments) % n == 0)
@@ -56,25 +56,24 @@ class Stacked:
         return len(self.experiments)
 
     def _divided(self, function: Callable, ins: Any, outs: Any, **options: Any) -> Callable:
-        """Jitted; each device works on its cells."""
+        """Jits `function`, with cells sharded over devices."""
         spread = jax.shard_map(function, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
         return jax.jit(spread, **options)
 
     def init(self, arrays: Mapping[str, Any] | None = None) -> State:
-        """The states before the first update. `arrays`: see `init_state`; the same for all."""
+        """The initial states. `arrays`: see `init_state`; the same for all cells."""
         def init(given: Any, batch: Any, arrays: Any) -> State:
             return jax.vmap(lambda own: init_state(override(self.experiment, own), batch, arrays))(given)
 
         return self._divided(init, (CELLS, EVERYWHERE, EVERYWHERE), CELLS)(self.given, one_record(self.spec), arrays)
 
     def everyone(self) -> jax.Array:
-        """bool (C,): all cells live."""
+        """All-True `alive` mask, bool (C,)."""
         return jax.device_put(np.ones(len(self), bool), self.cells)
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
-        """(states, alive, given, place, batches, resident) -> (states, alive, metrics): `steps_per_call` updates of
-        all.
+        """(states, alive, given, place, batches, resident) -> (states, alive, metrics): `steps_per_call` steps.
 
         Batches have leading axes (steps_per_call, seeds), metrics (steps_per_call, C).
         """
@@ -94,7 +93,7 @@ class Stacked:
 
             if self.experiment.steps_per_call > 1:
                 (states, alive), values = jax.lax.scan(step, (states, alive), batches)
-            else:  # a scan of one would be slower for convolutions on a CPU
+            else:  # a scan of length 1 makes convolutions slower on a CPU
                 (states, alive), values = step((states, alive), jax.tree.map(lambda x: x[0], batches))
                 values = jax.tree.map(lambda x: x[None], values)
             return states, alive, values
@@ -109,12 +108,11 @@ class Stacked:
         return found
 
     def train(self, states: State, alive: jax.Array, batches: Any) -> tuple[State, jax.Array, Any]:
-        """`steps_per_call` updates: (states, alive, metrics). States and `alive` are donated."""
+        """Runs `steps_per_call` steps: (states, alive, metrics). Donates states and `alive`."""
         return self.compiled(states, alive, self.given, self._place, batches, self.resident)
 
     def batch(self, call: int) -> dict[str, jax.Array]:
-        """The batches of dispatch number `call`, of every seed, on the devices: leading axes (steps_per_call,
-        seeds)."""
+        """The batches of call number `call` for every seed, on the devices: leading axes (steps_per_call, seeds)."""
         n, size = self.experiment.steps_per_call, self.experiment.batch
         each = [train_batches(self.records, call, n, size, seed) for seed in self.seeds]
         stacks = {name: np.stack([batches[name] for batches in each], axis=1) for name in each[0]}
@@ -130,7 +128,7 @@ class Stacked:
 
     def evaluate(self, states: State, batches: Iterator[dict[str, np.ndarray]],
                  stop: Callable[[], bool] = lambda: False) -> list[dict[str, float]] | None:
-        """Of each cell the means over all batches, with the task's summary; None when `stop` said so in between."""
+        """Per-cell means over all batches, with the task's summary. None if `stop()` interrupts it."""
         total = None
         for rows in batches:
             if stop():
@@ -142,12 +140,12 @@ class Stacked:
 
 
 def apart(stacked: Any, number: int) -> list[Any]:
-    """The trees of the single cells, of one whose arrays have a leading axis of them."""
+    """Splits a tree along the leading axis of its arrays into one tree per cell."""
     return [jax.tree.map(lambda x: x[i], stacked) for i in range(number)]  # noqa: B023 (called at once)
 
 
 def common_dispatch(experiment: Experiment, most: int, also: Sequence[int] = ()) -> int:
-    """The greatest number of updates in one call, up to `most`, at whose multiples everything is due; `also`: at these
-    steps something else is."""
+    """The largest number of steps per call, up to `most`, that divides the total steps, the evaluation and checkpoint
+    intervals, and the steps in `also`."""
     settings = experiment.evaluate.every, experiment.checkpoint.every, experiment.checkpoint.permanent or 0
     return max(n for n in range(1, most + 1) if not any(x % n for x in (experiment.steps, *settings, *also)))

@@ -1,4 +1,4 @@
-"""Runs several cells as one program, with the files that each would have if it had run alone."""
+"""Runs several cells as one program and writes the same files for each as if it had run alone."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from lab.train.run_folder import open_folder, write_diverged, write_result
 
 def run_together(stacked: Stacked, cells: Sequence[Cell], folders: Sequence[Path], home: Path, data: Any,
                  screen: Screen, file: Path | None, stop: Stop) -> tuple[int, list[bool]]:
-    """Runs the cells to their end from wherever they were: (exit status, whether each cell lives).
+    """Runs or resumes the cells to their end. Returns (exit status, for each cell whether it has not diverged).
 
-    `home`: a folder for what they have in common while they run. 0: finished; 75 / 130: told to stop, saved.
+    `home`: a folder for their shared files while they run. 0: finished; 75 / 130: stopped by a signal, saved.
 
     Raises:
-      UserError: data, checkpoint, devices or disk are not as they must be.
+      UserError: a problem with data, checkpoint, devices or disk.
     """
     run = _Together(stacked, cells, folders, home, data, screen, file, stop)
     try:
@@ -87,7 +87,7 @@ class _Together:
                 self.screen.progress("Compiling ...")
                 _ = self.stacked.compiled
             self.begun = time.monotonic()
-            with self.stop.listening():  # until here there was nothing to save
+            with self.stop.listening():  # before this there is nothing to save
                 return self._updates(batches)
 
     def _updates(self, batches: Prefetch) -> tuple[int, list[bool]]:
@@ -111,7 +111,7 @@ class _Together:
         return EXIT[self.stop.signal], self.lives
 
     def _flush(self) -> None:
-        """Writes the metrics of the updates before those in flight, of the cells that live."""
+        """Writes the metrics of the last completed call, for cells that have not diverged."""
         if self.pending is None:
             return
         (last, values), self.pending = self.pending, None
@@ -146,7 +146,7 @@ class _Together:
         settings = self.experiment.evaluate
         due = self.step in (0, self.experiment.steps) or (settings.every and self.step % settings.every == 0)
         missing = [lives and all(row["step"] != self.step for row in self._evaluations(c))
-                   for c, lives in enumerate(self.lives)]  # whoever was killed here wrote some of them
+                   for c, lives in enumerate(self.lives)]  # a killed process may have written some rows
         if not due or not any(missing):
             return
         self._flush()
@@ -176,7 +176,7 @@ class _Together:
                               | ({} if self.best is None else {"best": self.best}), [rows.mark() for rows in self.rows])
 
     def _finish(self) -> tuple[int, list[bool]]:
-        self._save()  # whoever is killed from here on only has to do this last part again
+        self._save()  # if killed after this, only this last part is repeated
         tested = None
         if self.data.test is not None and (tested := self._evaluate(self.states, "test", None)) is None:
             return EXIT[self.stop.signal], self.lives
@@ -204,8 +204,7 @@ class _Together:
         return 0, self.lives
 
     def _save_alone(self, folder: Path, states: Sequence[Any], best: int | None) -> None:
-        """Checkpoints as the cell would have them lock_run_folder, so that it can be continued, sampled or
-        evaluated."""
+        """Saves checkpoints as if the cell had run alone, so that it can be resumed, sampled or evaluated."""
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         checkpoints = Checkpoints(folder / "checkpoints", self.experiment.checkpoint, lambda: best)
         by_step: Mapping[int, Any] = {int(state.step): state for state in states}
@@ -222,5 +221,5 @@ class _Together:
 
 @jax.jit
 def _select(mask: jax.Array, new: Any, old: Any) -> Any:
-    """Cell by cell."""
+    """`jnp.where` per cell, on trees."""
     return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)

@@ -1,4 +1,4 @@
-"""The units of a study: which cells are run by one program at a time, decided once and written to plan.json."""
+"""The units of a study (cells that run together as one program), decided once and written to plan.json."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ from lab.study.run.stacked import common_dispatch
 from lab.train.json_files import read_json, write_json
 
 How = Literal["loop", "vmap", "cores"]
-MOST_UPDATES = 10  # in one call
-FEW_FLOPS = 1e9  # an update below takes milliseconds, of which starting it is a part
+MOST_UPDATES = 10  # per call
+FEW_FLOPS = 1e9  # cheaper steps take milliseconds, a part of which is call overhead
 WORTH_SECONDS = 60.0
-SECONDS_PER_CALL = 2.0  # when timed
-CALLS = 4  # timed; the first one is not counted
+SECONDS_PER_CALL = 2.0  # target while timing
+CALLS = 4  # timed calls, including a discarded first one
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Cells that one process runs at a time, as one program."""
+    """Cells that one process runs together as one program."""
 
     name: str
-    """Of its lease."""
+    """Name of its lease."""
     cells: tuple[str, ...]
     numbers: tuple[str, ...]
     """See `Group`."""
     group: int
-    """Units of one group are served by one program."""
+    """Index of its group; units of one group share a program."""
 
 
 @dataclass(frozen=True)
 class ExecutionPlan:
-    """How a study is carried out: all its cells in the same way."""
+    """How a study is executed; all its cells use the same mode."""
 
     how: How
-    """"loop": one cell after another, those of a group with one compiled program. "vmap": a group's cells at once.
-    "cores": a cell on each core of a CPU."""
+    """"loop": one cell after another, sharing one compiled program per group. "vmap": a group's cells at once.
+    "cores": one cell per CPU core."""
     updates: int
-    """The most updates in one call."""
+    """Maximum steps per call."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """What was measured: mode -> seconds per update of one cell."""
+    """Measured: mode -> seconds per step of one cell."""
     units: tuple[Unit, ...] = ()
     workers: int = field(default_factory=lambda: max(len(workers.cores()), 1))
-    """Processes, if "cores": as many as fit the memory."""
+    """Number of processes for "cores", limited by memory."""
 
     @property
     def mode(self) -> str:
-        """As cells and reports name it."""
+        """Its name in cells and reports."""
         return mode_of(self.how, self.updates)
 
     def write(self, folder: Path) -> None:
@@ -70,12 +70,12 @@ class ExecutionPlan:
 
 
 def mode_of(how: How, updates: int) -> str:
-    """A way to carry out a study, in words."""
+    """The name of an execution mode."""
     return f"{how}, up to {updates} updates a call" if updates > 1 else how
 
 
 def read_plan(folder: Path) -> ExecutionPlan | None:
-    """The plan of a study folder that has one. Raises UserError where it is damaged."""
+    """The plan of a study folder; None if it has none. Raises UserError if it is damaged."""
     if not (folder / "plan.json").exists():
         return None
     found = read_json(folder / "plan.json")
@@ -88,7 +88,7 @@ def read_plan(folder: Path) -> ExecutionPlan | None:
 
 
 def cannot(how: How, arms: Sequence[Arm]) -> str:
-    """Why a study with these arms cannot be carried out like this; empty where it can."""
+    """Why a study with these arms cannot use mode `how`; empty if it can."""
     if how == "vmap" and not all(can_be_stacked(arm.experiment) for arm in arms):
         return "cells with patience, exact sums, pmap or a mesh of their own cannot be one program."
     if how == "vmap" and any(arm.stated for arm in arms):
@@ -99,8 +99,7 @@ def cannot(how: How, arms: Sequence[Arm]) -> str:
 
 
 def can_be_stacked(experiment: Experiment) -> bool:
-    """Whether cells of this experiment can be one program: it needs neither several devices for one cell nor to stop
-    one cell before the others."""
+    """Whether cells of this experiment can run as one program: no cell needs several devices or stops early."""
     mesh = experiment.mesh
     return ((mesh.fsdp, mesh.tensor, mesh.sequence) == (1, 1, 1) and not mesh.rules and not experiment.exact
             and experiment.parallel == "jit" and experiment.evaluate.patience is None)
@@ -108,9 +107,9 @@ def can_be_stacked(experiment: Experiment) -> bool:
 
 def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int], bench: Bench, file: Path | None,
            say: Callable[[str], None]) -> ExecutionPlan:
-    """The fastest way to run the cells: three calls are timed of the largest group, one cell after another (an update
-    or several in a call), at once, and on a core each. What takes less than WORTH_SECONDS is not worth the
-    compilations. `file`: where the experiments are from.
+    """The fastest plan. Times three calls of the largest group in each mode: sequential cells (one or several steps per
+    call), all cells at once, and one per core. If the study takes less than WORTH_SECONDS sequentially, skips the other
+    modes, since their compilations would not pay off. `file`: the experiments' file.
     """
     largest = max(groups, key=lambda group: len(group.arms))
     cells = [replace(arms[name].experiment, seed=seed) for seed in seeds for name in largest.arms]
@@ -129,7 +128,7 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
     n = updates[min(seconds, key=seconds.__getitem__)]
     memory = bench.prepared(cells[0], largest.numbers, n).program.compiled.memory_analysis()
     if all(can_be_stacked(arm.experiment) for arm in arms.values()) and not any(arm.after for arm in arms.values()):
-        most = max(2, round(SECONDS_PER_CALL / (min(seconds.values()) * n)))  # if it gained nothing
+        most = max(2, round(SECONDS_PER_CALL / (min(seconds.values()) * n)))  # assumes no speed-up
         together = cells[:min(most, chunk_size(len(cells), memory))]
         seconds[mode_of("vmap", n)] = _time_together(together, largest, n, bench)
     number = min(len(workers.cores()), chunk_size(len(cells), memory))
@@ -144,7 +143,7 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
 
 
 def time_alone(experiment: Experiment, numbers: Sequence[str], updates: int, bench: Bench) -> float:
-    """Seconds per update."""
+    """Seconds per step."""
     program = bench.prepared(experiment, numbers, updates).program
     batches = [program.batch(reader(program), i) for i in range(CALLS)]
     return (
@@ -154,7 +153,7 @@ def time_alone(experiment: Experiment, numbers: Sequence[str], updates: int, ben
 
 
 def _time_together(experiments: Sequence[Experiment], group: Group, updates: int, bench: Bench) -> float:
-    """Seconds per update and cell."""
+    """Seconds per step and cell."""
     stacked = bench.stacked(experiments, group.numbers, updates)
     batches = [stacked.batch(i) for i in range(CALLS)]
     each = _median((stacked.init(), stacked.everyone()), lambda both, i: stacked.train(*both, batches[i])[:2])
@@ -162,7 +161,7 @@ def _time_together(experiments: Sequence[Experiment], group: Group, updates: int
 
 
 def _median(state: Any, call: Callable[[Any, int], Any]) -> float:
-    """Seconds of a call; the first is not counted."""
+    """Median seconds per call, without the first."""
     seconds = []
     for i in range(CALLS):
         start = time.perf_counter()
@@ -172,9 +171,9 @@ def _median(state: Any, call: Callable[[Any, int], Any]) -> float:
 
 
 def chunk_size(cells: int, memory: Any) -> int:
-    """How many cells fit at once. `memory`: what the compiler says of the program of one (`memory_analysis`)."""
+    """How many cells fit in memory at once. `memory`: the `memory_analysis` of a one-cell program."""
     devices = jax.local_devices()
-    # Of one cell alone; its rows may have been divided among all devices. Twice the state: the best one, too.
+    # One cell's temporaries may be spread over all devices. The state counts twice because the best one is kept too.
     each = memory.temp_size_in_bytes * len(devices) + 2 * memory.argument_size_in_bytes
     stats = (devices[0].memory_stats() or {}) if jax.default_backend() != "cpu" else {}
     if "bytes_limit" in stats:
@@ -186,17 +185,17 @@ def chunk_size(cells: int, memory: Any) -> int:
 
 def make_units(groups: Sequence[Group], cells: Sequence[Cell], how: How, size: Callable[[Group], int],
                first: int) -> list[Unit]:
-    """Units of these cells. `size`: how many cells of a group fit at once; `first`: the number of the first unit."""
+    """Units for these cells. `size`: how many cells of a group fit at once; `first`: number of the first unit."""
     found: list[Unit] = []
     for number, group in enumerate(groups):
-        own = sorted((c for c in cells if c.arm in group.arms), key=lambda c: c.seed)  # those of a seed share batches
+        own = sorted((c for c in cells if c.arm in group.arms), key=lambda c: c.seed)  # cells of a seed share batches
         if how != "vmap":
             found += [Unit(c.name, (c.name,), group.numbers, number) for c in own]
             continue
         most = size(group) if own else 1
-        even = -(-len(own) // -(-len(own) // most)) if own else 1  # chunks of about one size
+        even = -(-len(own) // -(-len(own) // most)) if own else 1  # chunks of similar size
         devices = jax.local_device_count()
-        even = max(even - even % devices, 1) if even > devices else even  # which the devices divide evenly
+        even = max(even - even % devices, 1) if even > devices else even  # a multiple of the devices
         for start in range(0, len(own), even):
             names = tuple(c.name for c in own[start: start + even])
             found.append(Unit(f"together-{first + len(found)}", names, group.numbers, number))

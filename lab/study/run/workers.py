@@ -1,6 +1,6 @@
-"""A study on the cores of a CPU: a process on each, which works on the cells as any other process would.
+"""Runs a study with one process per CPU core; each runs cells like any other process of the study.
 
-A small model leaves most of a second core unused; two models on a core each do not.
+A small model leaves most of a second core idle; two models, each bound to a core, use both.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SHOWN = re.compile(r"(cell \d+/\d+  .*)|(\S+ seed \d+: (done|diverged|failed) .*
 
 
 def pin() -> bool:
-    """Whether this process is a worker. Before JAX is imported: it uses the one core that it was given, and ends when
-    the process that started it does."""
+    """If this process is a worker, binds it to its core, makes it exit with its parent, and returns True. Call before
+    importing JAX."""
     core = os.environ.get(CORE)
     if core is None:
         return False
@@ -42,13 +42,13 @@ def pin() -> bool:
 
 
 def cores() -> list[int]:
-    """The cores that this process may use; none where processes cannot be bound to one."""
+    """The cores available to this process; empty on systems without CPU affinity."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
 
 
 def _start(core: int, module: str, args: Sequence[str]) -> subprocess.Popen:
     environ = os.environ | {CORE: str(core)}
-    if kept := environ.get("JAX_COMPILATION_CACHE_DIR"):  # several cores must not find what was compiled for one
+    if kept := environ.get("JAX_COMPILATION_CACHE_DIR"):  # a program compiled on one core is slow on two
         environ["JAX_COMPILATION_CACHE_DIR"] = f"{kept}/one-core"
     return subprocess.Popen([sys.executable, "-P", "-m", module, *args], env=environ, text=True,
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -56,11 +56,11 @@ def _start(core: int, module: str, args: Sequence[str]) -> subprocess.Popen:
 
 def seconds_per_update(file: Path | None, experiment: Any, numbers: Sequence[str], updates: int, stops: Sequence[int],
                        number: int) -> float | None:
-    """Of one cell, when `number` cores do the same at once; None where that cannot be had. `experiment`: as JSON."""
+    """Seconds per step of one cell while `number` cores run it at once; None if unknown. `experiment`: as JSON."""
     told = json.dumps({"file": str(file) if file else None, "experiment": experiment, "numbers": list(numbers),
                        "updates": updates, "stops": list(stops)})
     probes = [_start(core, "lab.study.run.probe", ()) for core in cores()[:number]]
-    for probe in probes:  # all begin before the first is waited for
+    for probe in probes:  # start all before waiting for any
         probe.stdin.write(told)
         probe.stdin.close()
     said = [probe.stdout.read() for probe in probes]
@@ -70,9 +70,9 @@ def seconds_per_update(file: Path | None, experiment: Any, numbers: Sequence[str
 
 
 def run_workers(args: Sequence[str], number: int, folder: Path, screen: Any, stop: Any) -> list[int]:
-    """Runs the command `args` on so many cores until all have ended; returns their exit statuses.
+    """Runs the command `args` on `number` cores until all processes have ended; returns their exit statuses.
 
-    When `stop` says so, they save and end. What they say is in `folder`; errors they say here.
+    When `stop()` is true, they save and exit. Their stdout goes to files in `folder`, stderr to ours.
     """
     make_folder(folder)
     workers = [_start(core, "lab", args) for core in cores()[:number]]
@@ -96,7 +96,7 @@ def run_workers(args: Sequence[str], number: int, folder: Path, screen: Any, sto
 def _relay(worker: subprocess.Popen, log: Path, screen: Any) -> None:
     with open_file(log) as file:
         for line in worker.stdout:
-            with contextlib.suppress(OSError):  # a full disk, of which the worker itself has more to say
+            with contextlib.suppress(OSError):  # full disk: the worker reports it
                 file.write(line)
                 file.flush()
             if found := SHOWN.fullmatch(line.rstrip("\n")):
