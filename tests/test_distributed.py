@@ -234,7 +234,7 @@ def test_different_code(place, tmp_path):
     shutil.copytree(ROOT / "lab", tmp_path / "lab", ignore=shutil.ignore_patterns("__pycache__"))
     body = CODE.format(root=str(tmp_path), file=str(place / "small.py"))
     assert ends(talk(body), 0) == ""
-    with (tmp_path / "lab" / "step.py").open("a") as file:
+    with (tmp_path / "lab/train" / "step.py").open("a") as file:
         file.write("# changed\n")
     said = ends(talk(body))
     assert re.search(
