@@ -95,7 +95,7 @@ class Mesh:
 
 @runtime_checkable
 class DataPart(Protocol):
-    """Data such as Text(...): the two required methods. For the optional ones see lab/data/messages/messages.py."""
+    """Data such as Text(...). The required methods; for optional ones see lab/data/messages/messages.py."""
 
     def record_spec(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
         """name -> shape and type of one record."""
@@ -133,7 +133,7 @@ class OptimPart(Protocol):
 
 @runtime_checkable
 class StartPart(Protocol):
-    """Initial parameters such as Pretrained(...). See lab/pretrained.py."""
+    """A beginning such as Pretrained(...). See lab/pretrained.py."""
 
     def frozen_rules(self) -> tuple[tuple[str, float], ...]:
         """Learning-rate multipliers (path regex, 0.0) of the frozen parameters."""

@@ -22,7 +22,7 @@ LEFT_OUT = ("checkpoints", "lock", "launch")
 
 
 class _Copy:
-    """Copies what changed since the last time."""
+    """Copies the files that changed since the last copy."""
 
     def __init__(self, folder: Path, place: Any):
         self.folder, self.place, self.seen = folder, place / NAME, {}
@@ -42,9 +42,9 @@ class _Copy:
 
 @contextlib.contextmanager
 def copied(folder: Path, place: Any) -> Iterator[None]:
-    """While this is open, and once more at its end, the run folder is copied to run/ in `place`, by another thread.
+    """Context in which a thread copies the run folder to run/ in `place`, every 60 s and once at the end.
 
-    `place`: a pathlib.Path or an etils.epath.Path. What fails is said, and the run goes on.
+    `place`: a pathlib.Path or an etils.epath.Path. Failures are logged and do not stop the run.
     """
     copy, done = _Copy(folder, place), threading.Event()
 
@@ -65,10 +65,10 @@ def copied(folder: Path, place: Any) -> Iterator[None]:
 
 
 def bring_back(folder: Path, place: Any, experiment: Experiment, data_fingerprint: str) -> None:
-    """Fills a new run folder with the copy that an earlier machine left in `place`, but for its result.
+    """Restores a new run folder from the copy that an earlier machine left in `place`, except for the result.
 
     Raises:
-      UserError: what is in `place` is of another experiment or other data.
+      UserError: the copy has another experiment or other data.
     """
     if (folder / "experiment.json").exists() or not (place / NAME / "experiment.json").exists():
         return
@@ -81,5 +81,5 @@ def _fetch(source: Any, target: Path) -> None:
     for path in source.iterdir():
         if path.is_dir():
             _fetch(path, target / path.name)
-        elif path.name != "result.json":  # written by the end of the run, which comes again
+        elif path.name != "result.json":  # written anew when the run ends
             (target / path.name).write_bytes(path.read_bytes())
