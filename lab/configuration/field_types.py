@@ -135,7 +135,7 @@ def _methods(cls: type) -> set[str]:
 
 
 def _strict(hint: Any) -> Any:
-    """The annotation for typeguard, stricter about bools: typeguard alone accepts True as an int."""
+    """Maps int to `Whole` and float to `Number`: typeguard's int accepts True, its float rejects traced scalars."""
     if hint in (int, float):
         return Whole if hint is int else Number
     args = typing.get_args(hint)

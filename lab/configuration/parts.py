@@ -1,4 +1,4 @@
-"""What the parts of an experiment must be, said about the author's own file and line where they are not."""
+"""Checks the parts of an experiment. Errors name the author's file and line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lab.errors import UserError, where
 
-# part -> (its base class, what it must have, an example)
+# part -> (its base class, required attributes, an example)
 PARTS = {
     "data": (
         "lab.data.dataset.Data",

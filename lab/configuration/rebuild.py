@@ -101,7 +101,7 @@ def _class(value: Mapping[str, Any]) -> type:
 
 
 def find_class(path: str) -> type | None:
-    """A dataclass or Linen module of the packages in `ROOMS` or of a loaded user file; None if there is no such class."""
+    """A dataclass or Linen module of the packages in `ROOMS` or of a loaded user file; None if there is none."""
     module, _, name = path.rpartition(".")
     if path.startswith("lab."):
         if name not in _defined(module):

@@ -108,14 +108,14 @@ class Rows:
     """A JSON-lines file that depends only on the experiment: contains no times, and is rewound when a run resumes."""
 
     def __init__(self, path: Path, last_step: int, saved: Mapping[str, Any] | None = None):
-        """Opens for appending, without the rows after `last_step` that a crashed process may have left. `saved`: the
+        """Opens for appending, after removing rows later than `last_step`, left by a crashed process. `saved`: the
         `mark` of that step.
 
         Raises:
-          UserError: rows are damaged, or other ones than when the state of that step was saved.
+          UserError: the rows are damaged, or changed since the state of that step was saved.
         """
         if saved is None:
-            # In the order of time, in which the row of the test split is last, even if it is of an earlier, best state.
+            # takewhile, not filter: the test row is written last, but its step may be earlier (the best state).
             rows = list(itertools.takewhile(lambda row: row["step"] <= last_step, read_rows(path)))
         else:
             rows = marked_rows(path, saved)

@@ -1,7 +1,7 @@
-"""The file of a user's experiment: a copy in the run folder, and which copies this machine may run again.
+"""The copy of a user's experiment file in the run folder, and whether this machine may execute it.
 
-The copy may come from somebody else, with the rest of a run folder. It is run only where its very content was an
-experiment that was started here, or where the user names it.
+A run folder, and the copy in it, may come from somebody else. The copy is executed only if a file with the same content
+was started on this machine before, or if the user names it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lab.files import cache_folder, replace_file, user_path
 from lab.train.experiment_file import load
 
 COPY = "experiment.py"  # in the run folder
-KNOWN = "experiments"  # in the cache folder: sha256 of a file -> where it was
+KNOWN = "experiments"  # in the cache folder: sha256 of a file -> its original path
 
 
 def keep_copy(folder: Path, file: Path) -> None:

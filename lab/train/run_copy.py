@@ -1,7 +1,7 @@
-"""A copy of the run folder beside its checkpoints, where these are in another place than the run folder.
+"""Copies the run folder next to its checkpoints, if these are in a bucket or another folder.
 
-A machine that is rented by the hour goes away with its disk: by preemption, or as soon as the run has ended. Then the
-checkpoints in the bucket are all that is left, unless metrics, pictures and the result are there, too.
+A cloud machine loses its disk when it is preempted or the run ends. The bucket must then also hold the metrics,
+pictures and result, not only the checkpoints.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lab.experiment import Experiment
 from lab.train.description import check_same
 
 SECONDS = 60.0  # between two copies
-NAME = "run"  # of the copy, in the folder of the checkpoints
+NAME = "run"  # folder of the copy, next to the checkpoints
 LEFT_OUT = ("checkpoints", "lock", "launch")
 
 
