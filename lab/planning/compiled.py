@@ -69,14 +69,14 @@ class CompiledPlan:
 
 
 def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
-    """Compiles the training step for `topology`. For GPUs it only traces it if JAX's GPU packages are not installed.
+    """Compiles the training step for `topology`. Without JAX's GPU packages, a GPU step is only traced.
 
     Memory excludes the records kept by `data_on_device`.
 
     Raises:
       UserError: the mesh or batch does not fit the devices, or the compiler is not installed.
     """
-    experiment = replace(experiment, steps_per_call=1, deterministic=False)  # compiling a deterministic step needs a GPU
+    experiment = replace(experiment, steps_per_call=1, deterministic=False)  # a deterministic step needs a GPU to compile
     devices = topologies.devices(topology)
     program = Program(experiment, devices=devices)
     state, placed, cost = program.abstract, program.shardings, make_plan(experiment)
@@ -123,7 +123,7 @@ def needed(message: str) -> int:
 
 
 def alternatives(experiment: Experiment, plan: CompiledPlan) -> Iterator[tuple[str, Experiment]]:
-    """Changes that may reduce memory without changing results: (flags, changed experiment); finally all combined."""
+    """Changes that may reduce memory without changing results: (flags, changed experiment). The last combines all."""
     changes: list[tuple[str, dict[str, Any]]] = []
     mesh, sizes, devices = experiment.mesh, plan.mesh, plan.topology.devices
     if sizes.get("data", 1) > 1:

@@ -14,7 +14,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 # Operations that move no data, or whose traffic is counted in the computation that they call.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
         "iota", "opt-barrier", "while", "conditional", "call", "async-start"}
-SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}  # read only as many bytes as they return
+SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}  # read only what they return
 
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*)")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
@@ -184,7 +184,7 @@ class HloModule:
         return list(found.values())
 
     def _scattered(self, computation: Computation) -> bool:
-        """Whether an all-reduce is a reduce-scatter: TPUs print it as all-reduce fused with the slice of each device."""
+        """Whether an all-reduce is a reduce-scatter, printed on TPUs as an all-reduce fused with a device's slice."""
         return computation.name in self.fused and any(i.opcode == "dynamic-slice"
                                                       for i in computation.instructions.values())
 
@@ -218,7 +218,7 @@ class HloModule:
         if opcode == "copy-start":
             return sum(bytes_of(part, memory=True) for part in tuple_parts(instruction.shape)[:2])
         read = computation.operand_bytes(instruction, memory=True)
-        # The result of a start is a tuple that includes its operands; count the write, which ends at its done, here.
+        # The result of a start is a tuple that includes its operands, so the write is taken equal to the read.
         return 2 * read if opcode.endswith("-start") else read + result
 
     def _read(self, fused: Computation, number: int, size: int) -> int:
@@ -244,7 +244,7 @@ class HloModule:
         return total
 
     def _written(self, fused: Computation, name: str, shape: str, number: int = 0) -> int:
-        """Bytes that a fusion writes for its result `number`, of printed shape `shape`, computed by instruction `name`."""
+        """Bytes that a fusion writes for its result `number`, of printed shape `shape`, found in instruction `name`."""
         root, size = fused.instructions[name], bytes_of(shape, memory=True)
         if root.opcode in ("tuple", "bitcast"):
             for inside in root.operands:  # an operand may itself be a tuple

@@ -54,8 +54,8 @@ class Chip:
 
 def _tpu(teraflops: float, memory: float, gigabytes: float, bidirectional: float, full: tuple[int, ...],
          cores: int) -> Chip:
-    # Float32 matmuls have the same peak: by default a TPU computes them in one bfloat16 pass. The published bandwidth is
-    # the sum over all links of a chip in both directions.
+    # Float32 matmuls have the same peak: by default a TPU computes them in one bfloat16 pass. The published bandwidth
+    # is the sum over all links of a chip in both directions.
     link = bidirectional * GB / (4 * len(full))
     return Chip("tpu", round(memory * GiB), dict.fromkeys(("bfloat16", "float32"), teraflops * TB), gigabytes * GB,
                 link, full, cores)
@@ -126,7 +126,7 @@ def names() -> str:
 
 
 def find(name: str) -> Topology:
-    """The topology of a name: ``cpu:8``, ``h100:8``, ``v5e-256`` (256 chips), ``v4-32``, ``v5p-32`` (32 cores: 16 chips).
+    """The topology of a name: ``cpu:8``, ``h100:8``, ``v5e-256`` (256 chips), ``v4-32`` or ``v5p-32`` (16 chips).
 
     Raises:
       UserError: unknown machine; lists the known ones.
