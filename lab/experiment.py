@@ -152,11 +152,11 @@ class Experiment:
     batch: int
     """Records per step, over all devices and microbatches."""
     grad_accum_steps: int = 1
-    """Microbatches per step, computed in sequence to save memory. The result is the same up to rounding, and a run may
-    resume with another number. With dropout or BatchNorm, which act per microbatch, another number is another
-    experiment."""
+    """Microbatches per step, computed in sequence to save memory. Does not change the result (up to rounding), and may
+    change when a run resumes. Exception: dropout and BatchNorm act per microbatch, so with either, another number is
+    another experiment."""
     steps_per_call: int = field(default=1, metadata=HOW)
-    """Steps per compiled call (a scan); above 1 helps small models, whose time goes into dispatch."""
+    """Steps per compiled call (a scan). Above 1 speeds up small models by saving dispatch time."""
     seed: int = 0
     """Random seed of initial weights, data order and dropout."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -190,7 +190,7 @@ class Experiment:
     def filled(self) -> Experiment:
         """The experiment with derived fields set: a `model.vocab` of None becomes the tokenizer's vocabulary size.
 
-        Loads the data if only the data has the size (`Chars`). Raises UserError if the data has no tokenizer.
+        Loads the data if the size depends on it (`Chars`). Raises UserError if the data has no tokenizer.
         """
         if getattr(self.model, "vocab", 0) is not None:
             return self
@@ -257,7 +257,7 @@ class Experiment:
         return undivided
 
     def _identities(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`identity` with and without `grad_accum_steps` and `parallel`; their defaults are never included."""
+        """`identity` with and without `grad_accum_steps` and `parallel`. Both omit fields that have the default."""
         value = to_json(self, identity=True)
         if not self.exact:
             del value["virtual_shards"]
@@ -266,7 +266,7 @@ class Experiment:
                      for left_out in (alone, {"grad_accum_steps", "parallel"}))
 
     def may_be(self, fingerprint: str) -> bool:
-        """Whether `fingerprint` may be this experiment's; does not trace the model, so it allows both identities."""
+        """Whether `fingerprint` matches one of the two possible identities; choosing one needs a trace of the model."""
         return fingerprint in map(digest, self._identities())
 
     def fingerprint(self) -> str:
@@ -275,7 +275,7 @@ class Experiment:
 
 
 def check_model(model: Any, metadata: Mapping[str, Any]) -> None:
-    """Raises UserError if the model has a `check` method and it rejects the data's metadata."""
+    """Calls the model's optional method `check`, which raises UserError if the model does not fit the metadata."""
     if hasattr(model, "check"):
         model.check(metadata)
 

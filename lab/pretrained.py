@@ -49,10 +49,10 @@ class Pretrained(Start):
     freeze: tuple[str, ...] = ()
     """Path regexes of parameters to freeze (searched in the path)."""
     experiment: str | None = field(default=None, metadata={"fingerprint": False})
-    """That run's experiment file, if it defines classes of its own and was not run on this machine."""
+    """The run's experiment file, needed if it defines classes and was not run on this machine."""
 
     def validate(self) -> None:
-        """Raises UserError for what is not a regular expression."""
+        """Raises UserError for an invalid regular expression."""
         _check_rules(include=self.include, exclude=self.exclude, freeze=self.freeze)
 
 
@@ -73,10 +73,10 @@ class Continue(Start):
     freeze: tuple[str, ...] = ()
     """Path regexes of parameters to freeze (searched in the path)."""
     experiment: str | None = field(default=None, metadata={"fingerprint": False})
-    """That run's experiment file, if it defines classes of its own and was not run on this machine."""
+    """The run's experiment file, needed if it defines classes and was not run on this machine."""
 
     def validate(self) -> None:
-        """Raises UserError for a step below 1, and for what is not a regular expression."""
+        """Raises UserError for a step below 1 or an invalid regular expression."""
         if self.step is not None and self.step < 1:
             raise UserError(f"--init-from.step must be at least 1, not {self.step}.")
         _check_rules(freeze=self.freeze)
@@ -98,5 +98,5 @@ class WordVectors(Start):
     """Path regexes of parameters to freeze: ("^embedding/",) freezes the vectors."""
 
     def validate(self) -> None:
-        """Raises UserError for what is not a regular expression."""
+        """Raises UserError for an invalid regular expression."""
         _check_rules(freeze=self.freeze)

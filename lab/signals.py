@@ -45,7 +45,7 @@ class _Process:
         self.quiet = False
 
     def begin(self, number: int) -> None:
-        """Decides once who handles the first signal or the loss of the output: the loop, or this thread before it."""
+        """Records the first signal (or loss of the output) once, and notifies the training loop if it is listening."""
         with self.lock:
             if self.first is None:
                 self.first, self.noted = number, self.note is not None
@@ -252,7 +252,7 @@ class Output(io.TextIOWrapper):
         super().__init__(buffer, encoding="utf-8", errors="backslashreplace", line_buffering=line_buffering)
 
     def write(self, text: str) -> int:
-        """As of any text stream."""
+        """See `io.TextIOBase`."""
         try:
             return super().write(text)
         except OSError as e:
@@ -260,7 +260,7 @@ class Output(io.TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """As of any text stream."""
+        """See `io.TextIOBase`."""
         try:
             super().flush()
         except OSError as e:

@@ -132,7 +132,7 @@ def xla_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _seconds_since_start() -> float:
-    """Seconds since the command was typed: launch.sh becomes this process by exec, so the process start counts."""
+    """Seconds since the command was typed: launch.sh execs this process, so its start time counts."""
     import psutil
 
     return time.time() - psutil.Process().create_time()
@@ -147,7 +147,7 @@ def _memory(program: Program) -> dict[str, int | None]:
 
 
 def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[str, float]:
-    """Milliseconds of the parts of one step, as differences between the times of separately compiled programs.
+    """Milliseconds of the parts of one step, as time differences between separately compiled programs.
 
     Forward: the loss. Backward: gradient minus loss. Optimizer: step minus gradient. Donates the state.
     """

@@ -75,8 +75,8 @@ def show(experiment: Experiment) -> None:
 
 
 def _evaluation(experiment: Experiment, plan: Cost, described: Mapping[str, Any]) -> str:
-    """The cost of all evaluations relative to training. An evaluated record costs a forward pass: a third of a step's
-    FLOPs per record."""
+    """The cost of all evaluations relative to training. Evaluating a record takes a forward pass, a third of the FLOPs
+    of training on it."""
     settings = experiment.evaluate
     times = 2 + (experiment.steps - 1) // settings.every if settings.every else 2
     counts = [count for name, count in described.items() if name in RECORDS and isinstance(count, int)]

@@ -44,7 +44,7 @@ def evaluate(
       records: use this many evenly spaced records; by default all.
       split: by default validation. Training evaluates the test split once, at the end of a run.
       judge: for a GAN: the run folder of a classifier of such images, which labels the samples.
-      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
+      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
     """
     no_links(run)
     found, program, state = open_run(run, step, best, file=experiment)

@@ -46,7 +46,7 @@ def predict(
       strict: treat a blank row or line as an error; by default it is skipped and counted.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
-      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
+      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
     """
     if (input is None) == (split is None):
         raise UserError("Say what to predict: --input FILE, or --split test for the run's own data, and not both.")

@@ -47,7 +47,7 @@ def sample(
       seed: random seed of the sampling.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
-      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
+      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
     """
     for name, value, good in (("new-tokens", new_tokens, new_tokens >= 1),
                               ("top-k", top_k, top_k is None or top_k >= 1),

@@ -1,7 +1,6 @@
-"""Checks the fields of an experiment's parts against their annotations, by typeguard with stricter rules for numbers
-and parts.
+"""Checks the fields of an experiment's parts against their annotations: typeguard, plus rules for numbers and parts.
 
-Without these checks, errors such as a string in place of a tuple go unnoticed: Python iterates over its characters.
+Without the checks, a string in place of a tuple would go unnoticed: Python iterates over its characters.
 """
 
 from __future__ import annotations

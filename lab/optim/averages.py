@@ -40,10 +40,11 @@ class EmaState(NamedTuple):
 def with_ema(inner: optax.GradientTransformation, decay: Any, start: int) -> optax.GradientTransformationExtraArgs:
     """Averages the parameters and the model's statistics (`model_state`) after each step. The average starts at the
     values after `start` steps, so it needs no debiasing. The decay at step start + t, t = 0, 1, ..., is
-    min(decay, (1 + t) / (10 + t)), as in TensorFlow, to forget the start soon. `decay` None: `inner` alone.
+    min(decay, (1 + t) / (10 + t)), as in TensorFlow, which quickly forgets the initial value. `decay` None: only
+    `inner`.
 
-    Statistics are averaged because BatchNorm's statistics belong to the weights that produced the activations: they do
-    not fit averaged weights otherwise.
+    The statistics are averaged too, because BatchNorm statistics depend on the weights: those of the last step do not
+    fit the averaged weights.
     """
     def init(params: Any, model_state: Any = ()) -> Any:
         state = inner.init(params)

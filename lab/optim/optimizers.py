@@ -159,14 +159,14 @@ class Optimizer:
         return jax.tree.map(lambda e, x: e.astype(x.dtype), find(opt_state, EmaState).model_state, model_state)
 
     def take_over(self, opt_state: Any, params: Params, model_state: Any, count: jax.Array) -> Any:
-        """Converts the state of an optimizer that differs only in its EMA, after `count` steps, to this optimizer's."""
+        """Adds the EMA to the state of the same optimizer without one (or removes it), after `count` steps."""
         averages = isinstance(opt_state, EmaState)
         if self.ema is not None and not averages:
             return EmaState.begin(params, model_state, opt_state, count)
         return opt_state.inner if averages and self.ema is None else opt_state
 
     def check(self, params: Params, matrices: Mapping[str, Matrix], model_state: Any) -> None:
-        """UserError if a multiplier's regex matches no parameter, or only those of earlier rules, or all are frozen."""
+        """Raises UserError if a multiplier's rule is the first match of no parameter, or all parameters are frozen."""
         paths = jax.tree.leaves(map_paths(lambda path, _: path, params))
         first = {
             next((i for i, (r, _) in enumerate(self.lr_multipliers) if re.search(r, path)), None) for path in paths

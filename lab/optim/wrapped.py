@@ -13,7 +13,7 @@ from lab.optim.schedules import Schedule
 @dataclass(frozen=True)
 class Optax(Optimizer):
     """Any optax transformation with its own learning rate: ``Optax(optax.adam(1e-3))``. Clipping, EMA, weight decay and
-    `lr_multipliers` also apply. Weight decay and the metric learning_rate use only `lr`, a factor of its updates.
+    `lr_multipliers` also apply. `lr` multiplies its updates; weight decay and the metric learning_rate use only `lr`.
     """
 
     lr: Schedule | float = field(default=1.0, kw_only=True)

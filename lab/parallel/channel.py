@@ -166,7 +166,7 @@ class Channel:
             self._change.wait_for(lambda: self._left, GRACE + LEAVE + 1)
         self._exit(status)
 
-    # --------------------------------------------------------------------------------------------- for the own threads
+    # ---------------------------------------------------------------------------------------- for the channel's threads
 
     def _write(self, message: dict[str, Any]) -> None:
         with self._send_lock, contextlib.suppress(OSError):  # the listening thread reports a lost hub

@@ -153,7 +153,7 @@ class Hub:
         limit = time.monotonic() + LEAVE
         while (others - self._gone or 0 not in self._sockets) and time.monotonic() < limit:
             time.sleep(0.01)
-        self._send(message, {0})  # last: it ends process 0, and this hub with it
+        self._send(message, {0})  # last, because it ends process 0 with this hub
 
     def _send(self, message: dict[str, Any], processes: Iterable[int] | None = None) -> None:
         data = _encoded(message)

@@ -68,7 +68,7 @@ def devices_of(process: int, processes: int, each: int | None, environ: Mapping[
 
 
 def _free_ports() -> int:
-    """A free port whose successor is free, too."""
+    """A free port such that the next one is also free."""
     while True:
         with socket.socket() as a, socket.socket() as b:
             a.bind(("127.0.0.1", 0))

@@ -130,7 +130,7 @@ def _detected(launcher: str) -> Launch | None:
 
 
 def _slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """JAX assigns GPU i to task i of a node. Here a node's only task gets all GPUs, and a bound task gets its GPU 0."""
+    """JAX assigns GPU i to task i of a node. Here a node's only task gets all GPUs; a task bound to one GPU gets 0."""
     tasks = max(int(n) for n in re.findall(r"(?:^|,)(\d+)", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     count = len(visible.split(",")) if visible else len(glob.glob("/dev/nvidia[0-9]*"))

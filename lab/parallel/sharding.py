@@ -25,7 +25,7 @@ from lab.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 ROWS = ("data", "fsdp")
-SMALL = 2**12  # arrays with fewer elements are replicated
+SMALL = 2**12  # without a rule, arrays with fewer elements are replicated
 
 # (regex searched in the path of a state array, mesh axes of its last dimensions with "-" for none). First match wins.
 # Rules name the last dimensions because scanned blocks are stacked along a leading one. A rule with more dimensions
@@ -40,7 +40,7 @@ RULES: Rules = (
     (r"/head$", "fsdp, tensor"),
 )
 # The same for activations: rules for a module's output, by its path. Other dimensions, and those an axis does not
-# divide, are left to the compiler. The rules keep XLA from matmul shardings that look cheap to it but are slow.
+# divide, are left to the compiler. Without the rules, XLA picks matmul shardings that seem cheap but are slow.
 ACTIVATIONS: Rules = (
     (r"attn/query$|ffn/(up|gate)$", "rows, sequence, tensor"),
     (r"attn/(key|value)$", "rows, -, tensor"),

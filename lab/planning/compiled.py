@@ -25,7 +25,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device during a step. None: unknown, because compilation ran out of memory or did not take place."""
+    """Bytes on one device during a step. None: unknown, because the compiler ran out of memory or did not run."""
 
     parameters: int
     optimizer: int
@@ -76,7 +76,7 @@ def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
     Raises:
       UserError: the mesh or batch does not fit the devices, or the compiler is not installed.
     """
-    experiment = replace(experiment, steps_per_call=1, deterministic=False)  # a deterministic step needs a GPU to compile
+    experiment = replace(experiment, steps_per_call=1, deterministic=False)  # compiling deterministic ops needs a GPU
     devices = topologies.devices(topology)
     program = Program(experiment, devices=devices)
     state, placed, cost = program.abstract, program.shardings, make_plan(experiment)

@@ -136,7 +136,7 @@ class Checkpoints:
         return sorted({int(name) for name in names if re.fullmatch(r"0|[1-9]\d{0,17}", name)} - set(self.steps()))
 
     def save(self, step: int, state: Any, beside: Any = None) -> None:
-        """Starts a save. The state may be donated as soon as this returns. `beside`: a JSON value to save with it.
+        """Starts a save; the state may be donated once this returns. `beside`: a JSON value to save with it.
 
         Raises:
           UserError: the disk is full or not writable. Earlier checkpoints are not affected.

@@ -163,7 +163,7 @@ def read_folder(folder: Path, file: Path | None = None) -> Experiment:
     """Rebuilds the experiment of a run folder. `file`: see `load_own`.
 
     Raises:
-      UserError: the folder has no run, or the code or experiment file that made it is not available here.
+      UserError: no run in the folder, or its code or experiment file is not available here.
     """
     described = folder / "experiment.json"
     if not described.exists():

@@ -52,7 +52,7 @@ def finish(run: Any) -> int:
 
 
 def _show(run: Any, outcome: EvalResult) -> None:
-    """Writes pictures, samples and comparisons. If one process fails, all end: the rest would wait for it in a
+    """Writes pictures, samples and comparisons. If one process fails, all end, because the rest would block in a
     collective."""
     task, complete = run.experiment.task, False
     with forgiving("The pictures of the run"):

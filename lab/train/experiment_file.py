@@ -17,7 +17,7 @@ from lab.experiment import ROOT, Experiment
 
 
 def load(path: Path, content: bytes | None = None, name: str | None = None) -> ModuleType:
-    """Imports an experiment file, or `content` instead of the file's.
+    """Imports an experiment file. `content` replaces the content of the file.
 
     The module name defaults to the file's path in the repository; outside the repository, to one that shadows nothing.
 

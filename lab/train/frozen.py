@@ -11,8 +11,8 @@ import flax.linen as nn
 
 def frozen_statistics(optimizer: Any) -> contextlib.AbstractContextManager[None]:
     """Context for tracing a model in training: each BatchNorm frozen by `optimizer` uses its running statistics without
-    updating them, as in evaluation. Frozen means that all its parameters are; without parameters, that the path of its
-    statistics matches.
+    updating them, as in evaluation. A BatchNorm is frozen if all its parameters are; one without parameters, if the
+    paths of its statistics are.
     """
     if not optimizer.lr_multipliers:
         return contextlib.nullcontext()

@@ -24,8 +24,8 @@ def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) ->
     (`shardings`); unconstrained, XLA all-reduces whole gradients along "fsdp" and keeps a shard of each.
 
     With the axis "data" alone, each device sums its own rows in a `shard_map`, followed by one all-reduce per step.
-    Otherwise XLA would all-reduce in every microbatch, scanned block and loss chunk. Not along "fsdp", where whole
-    gradients do not fit, and not for models with random numbers or batch statistics, which span a whole microbatch.
+    Otherwise XLA would all-reduce in every microbatch, scanned block and loss chunk. The compiler still partitions
+    meshes with "fsdp", where whole gradients do not fit, and models with dropout or BatchNorm, which span microbatches.
     """
     def placed(gradient: Gradient) -> Gradient:
         def gradient_placed(*args: Any) -> Any:

@@ -50,7 +50,7 @@ class Shared:
     keep: tuple[int, ...] = ()
     """Steps whose checkpoints are always kept."""
     begin: Callable[[Program, Path], State | None] = lambda program, folder: None
-    """Returns the state from which the arms of a study branch, with its rows in `folder`; None: start from init."""
+    """Returns the shared state that this arm starts from, with its rows in `folder`; None: initialise the state."""
 
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
@@ -126,14 +126,14 @@ class TrainingRun:
         self.clock = Clock(experiment, data, self.step, self.program.mesh.size)
 
     def _open_rows(self) -> metrics.Rows:
-        """The metric rows so far. Processes other than the first get its evaluation rows only, to decide as it does."""
+        """The metric rows so far. Other processes get only process 0's evaluation rows, to make the same decisions."""
         processes, path = self.stop.processes, self.folder / "metrics.jsonl"
         saved = self.checkpoints.beside(self.step) if self.step in self.checkpoints.steps() else None
         rows = metrics.Rows(path, self.step, saved if processes.first else None)
         evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
         if not processes.first:
             rows.rows = evaluations
-        if self.step and not rows.rows:  # a resumed run has at least its evaluation at step 0
+        if self.step and not rows.rows:  # a resumed run has at least its first evaluation
             self.screen.info("The run folder is new: metrics, the best state and patience count from here.")
         return rows
 
@@ -163,7 +163,7 @@ class TrainingRun:
             self.screen.info(describe(report, frozen, self.folder / "pretrained.json"))
 
     def go(self) -> int:
-        """Compiles and trains until the last step, a stop signal or lack of improvement; returns the exit status."""
+        """Compiles, then trains until the last step, early stopping or a signal; returns the exit status."""
         experiment, n = self.experiment, self.program.experiment.steps_per_call
         read, first, last = reader(self.program), self.step // n, experiment.steps // n
         with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
@@ -176,7 +176,7 @@ class TrainingRun:
                 return self._updates()
 
     def _updates(self) -> int:
-        """Evaluates and saves when due, then trains; until the run ends or is stopped."""
+        """The loop: evaluates and saves if due, then makes the next step, until the run ends or is stopped."""
         experiment, n = self.experiment, self.program.experiment.steps_per_call
         while not self.stop():
             self._evaluate_if_due()

@@ -105,7 +105,7 @@ def marked_rows(path: Path, saved: Mapping[str, Any] | None) -> list[dict[str, A
 
 
 class Rows:
-    """A JSON-lines file that depends only on the experiment: contains no times, and is rewound when a run resumes."""
+    """A reproducible JSON-lines file: it contains no times, and is truncated to the checkpoint when a run resumes."""
 
     def __init__(self, path: Path, last_step: int, saved: Mapping[str, Any] | None = None):
         """Opens for appending, after removing rows later than `last_step`, left by a crashed process. `saved`: the

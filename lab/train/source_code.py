@@ -1,4 +1,4 @@
-"""Digests of the code that a run imports. A run's results depend on experiment, data and this code.
+"""Digests of the code that a run imports. Experiment, data and this code determine a run's results.
 
 Digests ignore comments, docstrings and formatting. Runs and cells of studies are compared by the same digests.
 """
