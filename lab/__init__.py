@@ -14,7 +14,7 @@ __all__ = ["Run", "fit", "open_run"]
 
 
 def __getattr__(name: str) -> Any:
-    """The API, imported when it is used: `import lab` itself takes no time."""
+    """Imports the API lazily, to keep `import lab` fast."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lab import api

@@ -1,4 +1,4 @@
-"""The command line: ``./launch.sh COMMAND ...`` ends up here, inside the environment that lab/bootstrap.py built."""
+"""The command line: ``./launch.sh COMMAND ...`` runs this in the environment built by lab/bootstrap.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
 
 
 def overview() -> str:
-    """What can be typed."""
+    """The help text: commands and experiments."""
     rows = [("EXPERIMENT.py [--flags]", "train it, or go on; --help lists every knob, --dry-run only plans"),
             ("EXPERIMENT.py --vary FIELD=a,b", "a study: arms x seeds, then a report; files ablate_* and sweep_*, too"),
             *[(f"{name} ...", summary) for name, (_, summary) in COMMANDS.items()],
@@ -104,13 +104,13 @@ def run(args: Sequence[str], processes: Processes) -> int:
 
 
 def main(args: Sequence[str]) -> int:
-    """Runs a command; returns the exit status: 2 for what a person can fix, said in a sentence or two.
+    """Runs a command; returns the exit status: 2, with a message, for an error that the user can fix.
 
-    With several processes all of them end when one does, with its status, and process 0 says why.
+    If one of several processes fails, all exit with its status, and process 0 prints the reason.
     """
     from lab.parallel.processes import ALONE, start
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and TFDS think aloud, and raise what matters
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax and TFDS log verbosely, and raise real errors
     processes = ALONE
     try:
         if "--processes" in args:
@@ -128,7 +128,7 @@ def main(args: Sequence[str]) -> int:
             processes.leave_by(e)
             raise
         status, sentence = explained
-    if sentence and processes.first:  # process 0 says what it hears from the others
+    if sentence and processes.first:  # process 0 prints errors of all processes
         print(f"error: {sentence}", file=sys.stderr)
     processes.leave(status, sentence)
     return status

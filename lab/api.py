@@ -1,8 +1,8 @@
-"""For notebooks and scripts: train an experiment, open a run, look at its parameters, metrics and data.
+"""API for notebooks and scripts: train an experiment, open a run, inspect its parameters, metrics and data.
 
     run = lab.fit(experiment)               # or lab.open_run("runs/mnist_cnn-...")
-    run.metrics("validation")                 # a DataFrame where pandas is installed
-    run.apply(run.batch(8)["inputs"])         # what the model says of eight validation records
+    run.metrics("validation")                 # a DataFrame if pandas is installed
+    run.apply(run.batch(8)["inputs"])         # model outputs for eight validation records
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Split = Literal["train", "validation", "test"]
 
 
 class Run:
-    """A run folder and one of its checkpoints. Everything is read when it is first asked for."""
+    """A run folder and one of its checkpoints. All attributes are loaded lazily."""
 
     def __init__(self, folder: str | Path, experiment: Experiment | None = None, step: int | None = None,
                  best: bool = False):
-        """`experiment`: the value that was trained, where its classes cannot be imported (those of a notebook)."""
+        """`experiment`: the trained experiment, needed if its classes cannot be imported (defined in a notebook)."""
         self.folder = user_path(folder)
         self._experiment, self._step, self._best = experiment, step, best
 
@@ -39,7 +39,7 @@ class Run:
 
     @functools.cached_property
     def experiment(self) -> Experiment:
-        """The experiment, built again. Raises UserError where the folder is no run."""
+        """The experiment, rebuilt from the folder. Raises UserError if the folder is not a run folder."""
         from lab.train.description import read_folder
 
         return self._experiment or read_folder(self.folder)
@@ -48,37 +48,37 @@ class Run:
     def _opened(self) -> tuple[Program, State]:
         from lab.train.restore import open_run as restore
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax thinks aloud
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs verbosely
         _, program, state = restore(self.folder, self._step, self._best, self.experiment)
         return program, state
 
     @property
     def state(self) -> State:
-        """Step, parameters, the model's other variables and the optimizer's state, as the checkpoint holds them.
+        """Step, parameters, other model variables and optimizer state, from the checkpoint.
 
         Raises:
-          UserError: there is no such checkpoint, or only damaged ones.
+          UserError: no such checkpoint, or only damaged ones.
         """
         return self._opened[1]
 
     @property
     def step(self) -> int:
-        """Completed updates of the checkpoint."""
+        """Completed steps of the checkpoint."""
         return int(self.state.step)
 
     @functools.cached_property
     def params(self) -> Any:
-        """The parameters to evaluate with, a tree of arrays by module name: averaged ones where the optimizer
-        averages, in the compute type."""
+        """Parameters for evaluation, a tree of arrays by module name, in the compute dtype: averaged if the optimizer
+        keeps an average."""
         from lab.train.step import eval_params
 
         return eval_params(self.experiment, self.state)
 
     def apply(self, inputs: Any, *, params: Any = None, **named: Any) -> Any:
-        """What the model returns for `inputs`, (B, ...) as it takes them in training, without dropout.
+        """Model outputs for `inputs` (B, ...), in evaluation mode (no dropout).
 
-        Of a `batch()` that is `batch["inputs"]`, for language models `batch["tokens"][:, :-1]`. `params`: others than
-        the run's own. `named`: further arguments of the model, such as `mask`.
+        With a `batch()`, pass `batch["inputs"]`, or for language models `batch["tokens"][:, :-1]`. `params`: replaces
+        the run's parameters. `named`: further arguments of the model, such as `mask`.
         """
         model_state = self.experiment.optim.eval_model_state(self.state.opt_state, self.state.model_state)
         variables = {"params": self.params if params is None else params, **model_state}
@@ -86,8 +86,8 @@ class Run:
 
     @functools.cached_property
     def data(self) -> Any:
-        """The loaded data: `train`, `validation` and `test` (or None), each with a length and `[indices]`, and what
-        was fitted. Raises UserError where it is not where it was, or changed since."""
+        """The loaded data: `train`, `validation` and `test` (or None), each with a length and `[indices]`, and fitted
+        values. Raises UserError if the data is missing or has changed."""
         from lab.train.description import check_same
 
         data = self.experiment.data.load()
@@ -95,9 +95,9 @@ class Run:
         return data
 
     def batch(self, records: int | Sequence[int] = 32, split: Split = "validation") -> dict[str, Any]:
-        """Records of a split as the model and the task see them: the first ones, or those of these numbers.
+        """Records of a split after the data's transform: the first `records`, or those with these indices.
 
-        Returns name -> (B, ...). Raises UserError where the split is not there, or too short.
+        Returns name -> (B, ...). Raises UserError if the split does not exist or is too short.
         """
         import numpy as np
 
@@ -113,11 +113,11 @@ class Run:
         return dict(prepare(self.experiment, numbered, False))
 
     def metrics(self, split: Split | None = None) -> Any:
-        """The rows of metrics.jsonl, of one split or of all: a pandas.DataFrame where pandas is installed, else a list
+        """The rows of metrics.jsonl, of one split or all, as a pandas.DataFrame if pandas is installed, else as a list
         of dictionaries."""
         from lab.train.metrics import read_rows
 
-        self.experiment  # noqa: B018 (says that this is not a run folder)
+        self.experiment  # noqa: B018 (raises if this is not a run folder)
         rows = [row for row in read_rows(self.folder / "metrics.jsonl") if split in (None, row["split"])]
         with contextlib.suppress(ImportError):
             import pandas
@@ -127,7 +127,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """result.json: final and best metrics, and times; None where the run is not finished."""
+        """result.json: final and best metrics, and times; None if the run is not finished."""
         from lab.train.description import finished
 
         return finished(self.folder)
@@ -135,31 +135,31 @@ class Run:
 
 def open_run(folder: str | Path, *, step: int | None = None, best: bool = False,
              experiment: Experiment | None = None) -> Run:
-    """A run folder, with its latest checkpoint, its best, or that after `step` updates.
+    """Opens a run folder with its latest checkpoint, its best, or that of `step`.
 
-    `experiment`: the value that was trained, where its classes cannot be imported (those of a notebook).
+    `experiment`: the trained experiment, needed if its classes cannot be imported (defined in a notebook).
 
     Raises:
-      UserError: there is no run there, or it was made by code that is gone.
+      UserError: not a run folder, or the code that made it is not available.
     """
     run = Run(folder, experiment, step, best)
-    run.experiment  # noqa: B018 (a mistake is said here, not at the first use)
+    run.experiment  # noqa: B018 (raises errors here, not at first use)
     return run
 
 
 def fit(experiment: Experiment, folder: str | Path | None = None, *, quiet: bool = False) -> Run:
-    """Trains in this process, to the end or on from where it was; a finished run is only opened.
+    """Trains in this process, resuming an interrupted run. Opens a finished run without training.
 
     Args:
-      experiment: the value; `dataclasses.replace` changes it.
+      experiment: the experiment; use `dataclasses.replace` to change fields.
       folder: the run folder; by default runs/notebook-<fingerprint>.
       quiet: print nothing.
 
     Returns:
-      The finished run. After an interrupt the same call goes on from the last checkpoint.
+      The finished run. After an interrupt, the same call resumes from the last checkpoint.
 
     Raises:
-      UserError: the experiment, the data or the folder is not as it must be, or the run diverged.
+      UserError: a problem with the experiment, data or folder, or the run diverged.
     """
     from lab.parallel.backend import start_jax
     from lab.train import loop
@@ -173,7 +173,7 @@ def fit(experiment: Experiment, folder: str | Path | None = None, *, quiet: bool
     run = Run(place, experiment)
     with Screen(quiet=quiet) as screen:
         if run.result is not None:
-            run.data  # noqa: B018 (says where the folder is of another experiment, or the data changed)
+            run.data  # noqa: B018 (raises if the folder has another experiment or the data changed)
             screen.info(f"{place}: run already complete.")
             return run
         status = loop.train(experiment, place, screen)

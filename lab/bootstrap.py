@@ -1,10 +1,10 @@
 """Builds the Python environment once, chooses the accelerator, and starts `python -m lab "$@"` in it.
 
-Standard library only, and run by path: it works before anything is installed. What it does is in lab/environment.
+Standard library only, and run by path, so that it works before anything is installed. lab/environment does the work.
 
-Variables: LAB_ACCELERATOR (cpu, cuda12, cuda13, tpu), LAB_EXTRAS (such as tiktoken,tensorboard), LAB_ENVS (folder for
-the environments), LAB_UV (a uv executable), PYTHON (the Python to build on), LAB_PYTHON or LAB_ENV=active (an
-environment that is there already, see lab/environment/existing.py).
+Variables: LAB_ACCELERATOR (cpu, cuda12, cuda13, tpu), LAB_EXTRAS (such as tiktoken,tensorboard), LAB_ENVS (folder of
+the environments), LAB_UV (a uv executable), PYTHON (the base Python), LAB_PYTHON or LAB_ENV=active (use an existing
+environment, see lab/environment/existing.py).
 """
 
 # ruff: noqa: E402
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import _signal
 
-if __name__ == "__main__":    # held back until something hears them: no signal is lost, and none shows a traceback
+if __name__ == "__main__":    # blocked until `lab.signals` handles them: none is lost or shows a traceback
     _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGINT, _signal.SIGTERM, _signal.SIGUSR1, _signal.SIGHUP})
 
 import os
@@ -37,14 +37,14 @@ from lab.environment.variables import built_environ, process_environ
 
 QUICK = "not (slow or processes or clusters or tpu_compile)"    # the marks of tests/conftest.py
 LAUNCHERS = ("--slurm", "--hosts", "--tpu", "--sky")    # handled by lab/launch
-# Data sets are prepared with TensorFlow, in an environment of their own: it must never enter the one we train in.
+# TensorFlow prepares data sets in a separate environment, so that the training environment stays free of it.
 PREPARE = ("tensorflow-cpu>=2.20; sys_platform == 'linux' and platform_machine == 'x86_64'",
            "tensorflow>=2.20; sys_platform != 'linux' or platform_machine != 'x86_64'",
            "tensorflow-datasets>=4.9.9", "importlib_resources")
 
 
 def describe(folder: Path, choice: Choice) -> str:
-    """What `./launch.sh env` prints."""
+    """The output of `./launch.sh env`."""
     installed = folder.glob("lib/python*/site-packages/jax-*.dist-info")
     jax = next((path.stem.removeprefix("jax-") for path in installed), "unknown")
     return (f"environment  {folder}\naccelerator  {choice.accelerator} ({choice.reason})\n"
@@ -60,17 +60,17 @@ def chosen_tests(words: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    """Finds or builds the environment and becomes the command in it."""
+    """Finds or builds the environment, then executes the command in it (exec)."""
     verb, rest = (arguments or [""])[0], arguments[1:]
     if verb in ("tests", "ruff", "env", "prepare") or verb.partition("=")[0] in LAUNCHERS:
         signals.heed()
-    if verb.partition("=")[0] in LAUNCHERS:    # starting elsewhere needs no environment here
+    if verb.partition("=")[0] in LAUNCHERS:    # remote launchers need no environment here
         from lab.launch import start
 
         sys.exit(start.main(arguments))
     if verb == "prepare":
         script = str(ROOT / "lab/data/prepare.py")
-        if not rest or {"-h", "--help"} & set(rest):    # answered without TensorFlow
+        if not rest or {"-h", "--help"} & set(rest):    # help needs no TensorFlow
             os.execv(BASE_PYTHON, [BASE_PYTHON, "-I", script, *rest])
         name = environment_name(["prepare"], *PREPARE)
         folder = ensure(
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
     if verb == "env":
         print(python if rest == ["--python"] else shown)
         return
-    # -P keeps the current folder out of the search path: a user's random.py there must not shadow a module.
+    # -P keeps the current folder off sys.path, where a user's random.py would shadow a module.
     words = [python, "-P", "-m", "lab", *arguments]
     if verb == "tests":
         os.chdir(ROOT)    # so that paths such as tests/test_step.py mean the same from everywhere
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
     elif verb == "ruff":
         words = [python, "-P", "-m", "ruff", *rest]
     else:
-        signals.hold()    # until lab hears them itself
+        signals.hold()    # until lab handles them
     os.execve(words[0], words, environ)
 
 

@@ -1,4 +1,4 @@
-"""The exceptions that mean "a person can fix this": the command line prints them and exits 2, without a traceback."""
+"""Exceptions for errors that the user can fix: the command line prints them without a traceback and exits with 2."""
 
 import contextlib
 import errno
@@ -16,18 +16,18 @@ LAB = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
-    """A mistake in an experiment, a flag, a file or a machine. The text says what is wrong, where, and what to do."""
+    """An error in an experiment, flag, file or machine. The message contains the problem, its place and a remedy."""
 
 
 class Absent(UserError):
-    """Data that is not on this machine; a dry run says so and goes on, since the run may be meant for another one."""
+    """Data is not on this machine. A dry run reports this and continues: the run may be for another machine."""
 
 
 class CannotWrite(UserError):
-    """A disk is full or not writable: it is no use to try another run of a study."""
+    """A disk is full or not writable. A study stops, because its remaining runs would fail, too."""
 
 
-# What the operating system refuses, and what helps.
+# OS errors and advice.
 _REFUSED = {
     errno.ENOSPC: "Free some space", errno.EDQUOT: "Free some space, or ask for a larger quota",
     errno.EROFS: "Choose a place that can be written", errno.EACCES: "Unlock it", errno.EPERM: "Unlock it",
@@ -38,23 +38,23 @@ _REFUSED = {
     errno.ENOMEM: "Free memory, or raise the limit on it (ulimit -v)", errno.ESTALE: "Mount the disk again",
 }
 
-# How libraries say that there is no memory: while they are loaded, started, or at work in C++.
+# Out-of-memory messages of libraries: while loading, starting threads, or running in C++.
 _NO_MEMORY = ("failed to map segment", "can't start new thread", "Cannot allocate memory", "std::bad_alloc")
 
-# Of whatever path was typed.
+# Errors caused by the path that the user typed.
 _BAD_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
-# Packages that are imported where they are used, so that an environment without them can do the rest: module -> name.
+# Packages imported where they are used, so that lab works without them: module -> package name.
 _OPTIONAL = {"grain": "grain", "tensorflow_datasets": "tensorflow-datasets", "matplotlib": "matplotlib",
              "PIL": "pillow", "importlib_resources": "importlib_resources", "psutil": "psutil",
              "sklearn": "scikit-learn", "tokenizers": "tokenizers", "einops": "einops"}
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """(exit status, sentence for a person) of an exception; None for one that is a mistake of the program's."""
+    """(exit status, message) of an exception that the user can fix; None for a bug in lab."""
     if isinstance(error, KeyboardInterrupt):
         return 130, ""
-    if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has seen enough
+    if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has exited
         return 141, ""
     if isinstance(error, UserError):
         return 2, str(error)
@@ -69,7 +69,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         place = str(error.filename or "A path")
         return 2, f"{place if len(place) <= 200 else f'{place[:200]}...'}: {error.strerror}. Give another path."
     text = str(error)
-    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:  # JAX's, of a device
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:  # raised by JAX for device memory
         return 2, (f"The memory of the device does not hold this ({text.splitlines()[0][:200]}). A larger "
                    f"--grad-accum-steps or a smaller --batch needs less.")
     if isinstance(error, MemoryError) or (isinstance(error, ImportError | RuntimeError)
@@ -82,7 +82,7 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
 
 def where(thing: Any) -> str:
-    """"FILE, line N: " of a class or function outside lab, else ""."""
+    """Location prefix "FILE, line N: " of a class or function outside lab, else ""."""
     try:
         file, line = inspect.getsourcefile(thing), inspect.getsourcelines(thing)[1]
     except (OSError, TypeError):
@@ -91,8 +91,8 @@ def where(thing: Any) -> str:
 
 
 def authors_line(error: BaseException) -> str | None:
-    """The author's exception in their words, "FILE, line N: Type: text": of the innermost frame that is neither lab's
-    nor a library's. None where there is no such frame, so the error is not theirs.
+    """"FILE, line N: Type: text" for an exception in user code, at the innermost frame outside lab and libraries. None
+    if there is no such frame.
     """
     libraries = {str(Path(prefix).resolve()) for prefix in (sys.prefix, sys.base_prefix)} | {str(LAB)}
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -107,7 +107,7 @@ def authors_line(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def naming(path: os.PathLike[str]) -> Iterator[None]:
-    """An operation on an open file fails without its name (a full disk, a limit on sizes): this puts it in."""
+    """Adds the file name to OSErrors of operations on an open file (disk full, size limit), which lack it."""
     try:
         yield
     except OSError as e:
@@ -117,9 +117,9 @@ def naming(path: os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forgiving(what: str) -> Iterator[None]:
-    """What is inside may fail without failing the run that it describes: one line says what is missing, and why.
+    """Context that logs an exception as one line (output and reason) instead of failing the run.
 
-    For pictures, samples and comparisons: whatever a library raises there, the numbers are safe already.
+    For pictures, samples and comparisons, which libraries may fail to produce after the results are saved.
     """
     try:
         yield
@@ -129,7 +129,7 @@ def forgiving(what: str) -> Iterator[None]:
 
 
 def check_words(args: Sequence[str]) -> None:
-    """Raises UserError for a word that is no text: it could be neither shown nor written to a file."""
+    """Raises UserError for a word that is not valid text and so cannot be printed or written to a file."""
     for word in args:
         try:
             word.encode()

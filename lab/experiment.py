@@ -1,7 +1,7 @@
-"""The experiment: one frozen value that, with a seed and a step, decides everything that a run computes.
+"""The experiment: one frozen dataclass that, with a seed and a step, determines everything a run computes.
 
 An experiment holds objects, not names: ``Experiment(data=Text(...), model=GPT(...), task=LanguageModel(), ...)``.
-Here are that value, what it must satisfy before any device is touched, its fingerprint, and its JSON.
+This file has the dataclass, the checks that need no device, the fingerprint and the JSON form.
 """
 
 from __future__ import annotations
@@ -22,68 +22,67 @@ from lab.pretrained import Pretrained
 __all__ = ["Checkpoint", "Evaluate", "Experiment", "Log", "Mesh", "check_types", "differences", "digest", "fields",
            "flat", "from_json", "override", "to_json", "value_at"]
 ROOT = Path(__file__).resolve().parent.parent
-HOW = {"fingerprint": False}  # marks fields that say how a run is carried out, not what it computes
+HOW = {"fingerprint": False}  # marks fields that change how a run executes, not what it computes
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """When and on what to evaluate, and when that is reason to stop."""
+    """When and on which records to evaluate, and when to stop early."""
 
     every: int = 250
-    """Updates between evaluations; there is always one before the first update and one at the end. 0: only those."""
+    """Steps between evaluations. A run always evaluates before the first step and at the end; 0: only then."""
     records: int | None = None
-    """Records of the validation split to use, evenly spaced; None: all of it."""
+    """Validation records to use, evenly spaced; None: all."""
     metric: str = "loss"
-    """The validation metric that decides which checkpoint is the best, and early stopping."""
+    """Validation metric that selects the best checkpoint and drives early stopping."""
     mode: Literal["min", "max"] = "min"
-    """Whether a small or a large value of the metric is good."""
+    """Whether a lower (min) or a higher (max) metric is better."""
     patience: int | None = None
-    """Stop after this many evaluations in a row without a new best; None: never."""
+    """Stop after this many consecutive evaluations without a new best; None: never."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Which states of a run are kept."""
+    """When to save checkpoints and which to keep."""
 
     every: int = 250
-    """Updates between checkpoints; there is always one at the end. 0: only that."""
+    """Steps between checkpoints. A run always saves at the end; 0: only then."""
     keep: int = 2
-    """How many of the latest are kept."""
+    """Number of latest checkpoints to keep."""
     permanent: int | None = None
-    """Checkpoints at multiples of this many updates are never deleted; None: there are none such."""
+    """Never delete checkpoints at multiples of this many steps; None: no permanent checkpoints."""
     best: bool = True
     """Also save and keep the state with the best validation metric so far."""
 
 
 @dataclass(frozen=True)
 class Log:
-    """What a run writes down while it goes."""
+    """Training metrics logged by a run."""
 
     every: int = 1
-    """Write the metrics of every n-th update to metrics.jsonl."""
+    """Write the metrics of every n-th step to metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """How devices are laid out. The result does not depend on it (up to the order of sums). See
-    lab/parallel/sharding.py.
+    """The device mesh. Results do not depend on it, up to summation order. See lab/parallel/sharding.py.
 
-    One of the four may be -1: all devices that the others leave.
+    One of the four sizes may be -1: all remaining devices.
     """
 
     data: int = -1
-    """Devices along the batch."""
+    """Devices that split the batch."""
     fsdp: int = 1
-    """Devices along the batch that also divide parameters and optimizer state among them."""
+    """Devices that split the batch and also shard parameters and optimizer state."""
     tensor: int = 1
-    """Devices that divide attention heads, the hidden width of MLPs and the vocabulary."""
+    """Devices that shard attention heads, the MLP hidden width and the vocabulary."""
     sequence: int = 1
-    """Devices that divide the length of a Transformer's activations."""
+    """Devices that shard the length axis of a Transformer's activations."""
     rules: tuple[tuple[str, str], ...] = ()
-    """Own rules before the project's: (regular expression for paths, axes of the last dimensions such as "-, fsdp")."""
+    """Sharding rules tried before the built-in ones: (path regex, mesh axes of the last dimensions, e.g. "-, fsdp")."""
 
     def validate(self) -> None:
-        """Raises UserError for sizes that are none."""
+        """Raises UserError for invalid sizes."""
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "sequence": self.sequence}
         for axis, size in sizes.items():
             if size != -1:
@@ -96,13 +95,13 @@ class Mesh:
 
 @runtime_checkable
 class DataPart(Protocol):
-    """Data such as Text(...). Here is what nothing works without; see lab/data/messages/messages.py."""
+    """Data such as Text(...). The required methods; for optional ones see lab/data/messages/messages.py."""
 
     def record_spec(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
         """name -> shape and type of one record."""
 
     def load(self) -> Any:
-        """The data: see lab/data/dataset.py."""
+        """The loaded data; see lab/data/dataset.py."""
 
 
 @runtime_checkable
@@ -110,10 +109,10 @@ class ModelPart(Protocol):
     """A Linen module such as GPT(...)."""
 
     def init(self, rngs: Any, *args: Any) -> Any:
-        """Its variables."""
+        """Initial variables."""
 
     def apply(self, variables: Any, *args: Any) -> Any:
-        """What it computes."""
+        """Forward pass."""
 
 
 @runtime_checkable
@@ -129,7 +128,7 @@ class OptimPart(Protocol):
     """An optimizer such as AdamW(...). See lab/optim/optimizers.py."""
 
     def build(self, steps: int) -> Any:
-        """The optax transformation for a run of so many updates."""
+        """The optax transformation for a run of `steps` steps."""
 
 
 @runtime_checkable
@@ -137,61 +136,61 @@ class StartPart(Protocol):
     """A beginning such as Pretrained(...). See lab/pretrained.py."""
 
     def frozen_rules(self) -> tuple[tuple[str, float], ...]:
-        """(regular expression, 0.0) of parameters that are not updated, as multipliers of the learning rate."""
+        """Learning-rate multipliers (path regex, 0.0) of the frozen parameters."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training run, completely."""
+    """The complete description of one training run."""
 
     data: DataPart
     model: ModelPart
     task: TaskPart
     optim: OptimPart
     steps: int
-    """Updates of the parameters; a run makes exactly this many."""
+    """Training steps; a run makes exactly this many."""
     batch: int
-    """Records in an update, over all devices and microbatches."""
+    """Records per step, over all devices and microbatches."""
     grad_accum_steps: int = 1
-    """Parts that the batch is computed in, one after another, to save memory. The result is the same up to rounding,
-    and a run may go on with another number; except with dropout or batch statistics (BatchNorm), which belong to a
-    part: there another number is another experiment."""
+    """Microbatches per step, computed in sequence to save memory. Does not change the result (up to rounding), and may
+    change when a run resumes. Exception: dropout and BatchNorm act per microbatch, so with either, another number is
+    another experiment."""
     steps_per_call: int = field(default=1, metadata=HOW)
-    """Updates in one compiled call (a scan); more than 1 helps models so small that starting a step costs."""
+    """Steps per compiled call (a scan). Above 1 speeds up small models by saving dispatch time."""
     seed: int = 0
-    """Decides initial weights, order of the data and dropout."""
+    """Random seed of initial weights, data order and dropout."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Compute type; parameters and optimizer state stay float32."""
+    """Compute dtype; parameters and optimizer state stay float32."""
     evaluate: Evaluate = Evaluate()
     init_from: StartPart = Pretrained()
-    """Parameters to begin with instead of random ones, and which of them stay as they are."""
+    """Pretrained parameters to start from, and which of them to freeze."""
     checkpoint: Checkpoint = field(default=Checkpoint(), metadata=HOW)
     log: Log = field(default=Log(), metadata=HOW)
     mesh: Mesh = field(default=Mesh(), metadata=HOW)
     parallel: Literal["jit", "pmap"] = "jit"
-    """How an update is spread over devices: by the compiler, or as plain data parallelism by jax.pmap. Where results
-    depend on `grad_accum_steps` they depend on this, too."""
+    """How a step is distributed: sharded by the compiler (jit), or plain data parallelism (pmap). Results that depend
+    on `grad_accum_steps` also depend on this."""
     exact: bool = False
-    """The same bits on every number of devices that divides virtual_shards, at some cost (lab/train/gradients.py)."""
+    """Bitwise equal results on any device count that divides virtual_shards; slower (see lab/train/gradients.py)."""
     virtual_shards: int = 8
-    """Parts of a batch that are computed alone when exact; without, nothing reads it."""
+    """Parts of the batch computed separately with `exact`; unused without it."""
     deterministic: bool = field(default=False, metadata=HOW)
-    """The same bits every time on GPUs, at some cost; CPUs and TPUs give them anyway."""
+    """Bitwise reproducible runs on GPUs, at some cost in speed; CPUs and TPUs are always reproducible."""
     data_on_device: Literal["auto", "always", "never"] = field(default="auto", metadata=HOW)
-    """Keep the training records on the devices and gather batches there; auto: on accelerators, where they fit."""
+    """Keep the training records on the devices and gather batches there; auto: on accelerators, if they fit."""
 
     @property
     def optimizer(self) -> Any:
-        """The optimizer with the frozen parameters at rate 0."""
+        """The optimizer, with learning rate 0 for the frozen parameters."""
         frozen = self.init_from.frozen_rules()
         return (
             dataclasses.replace(self.optim, lr_multipliers=frozen + self.optim.lr_multipliers) if frozen else self.optim
         )
 
     def filled(self) -> Experiment:
-        """The same with what follows from other fields: `model.vocab`, where it is None, is the tokenizer's.
+        """The experiment with derived fields set: a `model.vocab` of None becomes the tokenizer's vocabulary size.
 
-        Reads the data where the tokenizer's size is not known without (`Chars`). Raises UserError where there is none.
+        Loads the data if the size depends on it (`Chars`). Raises UserError if the data has no tokenizer.
         """
         if getattr(self.model, "vocab", 0) is not None:
             return self
@@ -201,10 +200,10 @@ class Experiment:
         return dataclasses.replace(self, model=self.model.clone(vocab=size + getattr(self.model, "reserved_ids", 0)))
 
     def validate(self) -> None:
-        """Checks all that can be checked without data and devices.
+        """Checks everything that needs neither data nor devices.
 
         Raises:
-          UserError: names the field and what would be right.
+          UserError: names the field and its valid values.
         """
         check_types(self)
         check_numbers(flat(to_json(self)))
@@ -229,7 +228,7 @@ class Experiment:
                 raise UserError(f"{flag} {value} is not a multiple of --steps-per-call {self.steps_per_call}.")
         self.optim.validate(self.steps)
         for part in (self.data, self.model, self.task, self.init_from):
-            if hasattr(part, "validate"):  # a user's model need not have it
+            if hasattr(part, "validate"):  # optional in a user's model
                 part.validate()
         check_model(self.model, self.data.metadata())
 
@@ -248,8 +247,8 @@ class Experiment:
             raise UserError(f"--batch {self.batch} is not divisible by --virtual-shards {self.virtual_shards}.")
 
     def identity(self) -> dict[str, Any]:
-        """JSON of what decides the result. How the work is divided does not, unless what is drawn or normalised in a
-        part of the batch belongs to that part: see `Task.mixes_rows`.
+        """JSON of the fields that determine the result. Includes `grad_accum_steps` and `parallel` only if random
+        numbers or normalisation depend on the microbatch: see `Task.mixes_rows`.
         """
         whole, undivided = self._identities()
         mixes_rows = getattr(self.task, "mixes_rows", lambda *_: True)
@@ -258,7 +257,7 @@ class Experiment:
         return undivided
 
     def _identities(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`identity` where how the batch is divided decides the result, and where it does not."""
+        """`identity` with and without `grad_accum_steps` and `parallel`. Both omit fields that have the default."""
         value = to_json(self, identity=True)
         if not self.exact:
             del value["virtual_shards"]
@@ -267,16 +266,16 @@ class Experiment:
                      for left_out in (alone, {"grad_accum_steps", "parallel"}))
 
     def may_be(self, fingerprint: str) -> bool:
-        """Whether this experiment can have a fingerprint, as far as can be said without tracing its model."""
+        """Whether `fingerprint` matches one of the two possible identities; choosing one needs a trace of the model."""
         return fingerprint in map(digest, self._identities())
 
     def fingerprint(self) -> str:
-        """12 hexadecimal digits of what this run computes: the same in every process and on every Python version."""
+        """Hash of `identity`, 12 hex digits; equal in every process and on every Python version."""
         return digest(self.identity())
 
 
 def check_model(model: Any, metadata: Mapping[str, Any]) -> None:
-    """Raises UserError where a model that can tell does not fit data with these metadata."""
+    """Calls the model's optional method `check`, which raises UserError if the model does not fit the metadata."""
     if hasattr(model, "check"):
         model.check(metadata)
 

@@ -1,6 +1,6 @@
-"""Files that this project writes: whole or not at all, and never through a symbolic link. Standard library only.
+"""File writes: atomic, and never through a symbolic link. Standard library only.
 
-A run folder may come from somebody else. A link in it (``lock -> ~/.ssh/config``) must not lead a write anywhere.
+A run folder may come from somebody else: a link in it (``lock -> ~/.ssh/config``) must not redirect a write.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def user_path(text: str | Path) -> Path:
-    """A path that a person wrote: a leading ~ or ~name is the home folder, where there is one of that name."""
+    """Expands a leading ~ or ~name in a path typed by the user, if that home folder exists."""
     return Path(os.path.expanduser(text))
 
 
 def expand_home(words: Sequence[str]) -> list[str]:
-    """The words of a command line with the home folder for a leading ~, also after the = of --flag=~/file.
+    """Expands a leading ~ in command-line words, also after the = of --flag=~/file.
 
-    The shell leaves ~ alone there and within quotation marks. A --prompt is text, and stays as it is.
+    The shell does not expand ~ there or within quotes. The text of --prompt is not expanded.
     """
     found, flag = [], ""
     for word in words:
@@ -46,7 +46,7 @@ def _link(path: Path) -> UserError:
 
 
 def no_links(folder: Path) -> None:
-    """Raises UserError where something in a folder, at any depth, is a symbolic link; names it."""
+    """Raises UserError if a folder contains a symbolic link at any depth; names it."""
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             if os.path.islink(path := Path(place, name)):
@@ -54,7 +54,7 @@ def no_links(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Creates a folder and those above it, where they are missing. Raises UserError where it is a symbolic link."""
+    """Creates a folder and its parents, if missing. Raises UserError if the folder is a symbolic link."""
     if path.is_symlink():
         raise _link(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def make_folder(path: Path) -> Path:
 
 
 def open_file(path: Path, mode: str = "a") -> IO[str]:
-    """A text file to append to ("a") or to empty and write ("w"). Raises UserError where it is a symbolic link."""
+    """Opens a text file to append ("a") or overwrite ("w"). Raises UserError if it is a symbolic link."""
     how = {"a": os.O_APPEND, "w": os.O_TRUNC}[mode]
     try:
         number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | how, 0o666)
@@ -74,22 +74,22 @@ def open_file(path: Path, mode: str = "a") -> IO[str]:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Replaces a file's content by all of `content` or nothing, and makes it survive a power cut.
+    """Atomically replaces a file's content, and syncs it to disk.
 
-    A symbolic link at `path` is replaced, not followed. Text is written as UTF-8.
+    Replaces a symbolic link at `path` instead of following it. Text is written as UTF-8.
     """
-    # A name of a file or a class that is no text (bytes of another encoding) is written with escapes.
+    # Text may contain file or class names with undecodable bytes: escape those.
     content = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with naming(path), temporary.open("xb") as file:  # x: never a file or link that is there already
+        with naming(path), temporary.open("xb") as file:  # x: fails on an existing file or link
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name itself must be on disk, too
+    folder = os.open(path.parent, os.O_RDONLY)  # sync the folder entry, too
     try:
         os.fsync(folder)
     finally:
@@ -99,7 +99,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def cache_folder(kind: str) -> Path:
     """The writable folder `kind` under $LAB_CACHE, $XDG_CACHE_HOME/lab or ~/.cache/lab (the first that is set).
 
-    Where that cannot be written, a private folder under the system's temporary one is used, and one line says so.
+    If that is not writable, prints a line and uses a private folder under the system's temporary folder.
     """
     env = os.environ
     wanted = env.get("LAB_CACHE") or os.path.join(env.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lab")
@@ -110,7 +110,7 @@ def cache_folder(kind: str) -> Path:
             return folder
     except OSError as error:
         reason = error.strerror or str(error)
-    # One folder per user, so that the next start finds it again; never one that somebody else prepared for us.
+    # One fixed folder per user, so that the next start finds it; refuse one that another user created.
     spare = Path(tempfile.gettempdir()) / f"lab-cache-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         spare.mkdir(mode=0o700)

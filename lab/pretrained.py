@@ -1,7 +1,7 @@
-"""Parameters to begin with: those of another run (transfer learning), or word vectors from a file.
+"""Initial parameters: from another run (transfer learning), or word vectors from a file.
 
-The arrays are read by lab/train/initial.py. Paths are those within the state's parameters and mutable
-collections: ``block_0/attn/query/kernel``, ``batch_stats/stem_norm/mean``.
+lab/train/initial.py loads the arrays. Paths are relative to the state's parameters or mutable collections:
+``block_0/attn/query/kernel``, ``batch_stats/stem_norm/mean``.
 """
 
 from __future__ import annotations
@@ -22,61 +22,61 @@ def _check_rules(**rules: tuple[str, ...]) -> None:
 
 
 class Start:
-    """The base of values for `Experiment.init_from`: frozen dataclasses with a field `freeze`. One of your own also has
+    """Base class for `Experiment.init_from`: frozen dataclasses with a field `freeze`. A user's subclass also defines
     ``load(state, data) -> (arrays by path, report)``.
     """
 
     freeze: tuple[str, ...]
 
     def frozen_rules(self) -> tuple[tuple[str, float], ...]:
-        """(regular expression, 0.0) of parameters that are not updated, as multipliers of the learning rate."""
+        """Learning-rate multipliers (path regex, 0.0) of the frozen parameters."""
         return tuple((rule, 0.0) for rule in self.freeze)
 
 
 @dataclass(frozen=True)
 class Pretrained(Start):
-    """The parameters of another run, where paths agree; what that run lacks begins at random.
+    """Loads the parameters of another run by path. Paths that the run lacks are initialised at random.
 
-    Averaged parameters are taken where that run's optimizer averages. Optimizer state is never taken.
+    Loads averaged parameters if the run's optimizer keeps an average. Never loads optimizer state.
     """
 
     run: str | None = None
-    """A run folder (its latest checkpoint), or one of its checkpoints, RUN/checkpoints/STEP; None: begin at random."""
+    """Run folder (latest checkpoint) or checkpoint RUN/checkpoints/STEP; None: initialise at random."""
     include: tuple[str, ...] = (".*",)
-    """Regular expressions searched in the paths: what to take."""
+    """Load paths that match one of these regular expressions (searched in the path)."""
     exclude: tuple[str, ...] = ()
-    """Regular expressions searched in the paths: what not to take after all (an output layer for other classes)."""
+    """Of those, skip paths that match one of these, such as an output layer for other classes."""
     freeze: tuple[str, ...] = ()
-    """Regular expressions searched in the paths of parameters that training leaves as they are."""
+    """Path regexes of parameters to freeze (searched in the path)."""
     experiment: str | None = field(default=None, metadata={"fingerprint": False})
-    """That run's experiment file, if it defines classes of its own and was not run on this machine."""
+    """The run's experiment file, needed if it defines classes and was not run on this machine."""
 
     def validate(self) -> None:
-        """Raises UserError for what is not a regular expression."""
+        """Raises UserError for an invalid regular expression."""
         _check_rules(include=self.include, exclude=self.exclude, freeze=self.freeze)
 
 
 @dataclass(frozen=True)
 class Continue(Start):
-    """Another run at one of its checkpoints, to go on from under other settings: its parameters, the state of its
-    optimizer, and its number of updates. That run stays as it is; this is a new one.
+    """Continues another run from a checkpoint with other settings: loads its parameters, optimizer state and step.
+    Creates a new run and leaves the other one unchanged.
 
-    `steps` counts all updates, those of the other run too, and the schedule is evaluated anew for that number. The data
-    goes on with the batch of the next update. What does not fit (a new layer, another optimizer's moments) begins
-    afresh and is named.
+    `steps` counts all steps, including those of the other run, and the schedule is rebuilt for that total. The data
+    continues with the next batch. State that does not match (a new layer, another optimizer's moments) is initialised
+    anew and reported.
     """
 
     run: str
-    """A run folder, or one of its checkpoints, RUN/checkpoints/STEP."""
+    """Run folder, or checkpoint RUN/checkpoints/STEP."""
     step: int | None = None
-    """The checkpoint after this many updates; None: the latest."""
+    """Step of the checkpoint; None: the latest."""
     freeze: tuple[str, ...] = ()
-    """Regular expressions searched in the paths of parameters that training leaves as they are."""
+    """Path regexes of parameters to freeze (searched in the path)."""
     experiment: str | None = field(default=None, metadata={"fingerprint": False})
-    """That run's experiment file, if it defines classes of its own and was not run on this machine."""
+    """The run's experiment file, needed if it defines classes and was not run on this machine."""
 
     def validate(self) -> None:
-        """Raises UserError for a step below 1, and for what is not a regular expression."""
+        """Raises UserError for a step below 1 or an invalid regular expression."""
         if self.step is not None and self.step < 1:
             raise UserError(f"--init-from.step must be at least 1, not {self.step}.")
         _check_rules(freeze=self.freeze)
@@ -86,8 +86,8 @@ class Continue(Start):
 class WordVectors(Start):
     """Pretrained word vectors in GloVe's text format (a word and its numbers on each line) for an embedding.
 
-    The first line may be a header as word2vec and fastText write it: the numbers of words and of dimensions. Rows of
-    words that the file lacks begin at random. Source of the format: Pennington et al. 2014.
+    The first line may be a header as in word2vec and fastText: the numbers of words and dimensions. Words that the file
+    lacks get random vectors. Source of the format: Pennington et al. 2014.
     """
 
     path: str
@@ -95,8 +95,8 @@ class WordVectors(Start):
     parameter: str = "embedding/embedding"
     """Path of the embedding, (vocabulary, dimension)."""
     freeze: tuple[str, ...] = ()
-    """Regular expressions of parameters that training leaves as they are: ("^embedding/",) keeps the vectors."""
+    """Path regexes of parameters to freeze: ("^embedding/",) freezes the vectors."""
 
     def validate(self) -> None:
-        """Raises UserError for what is not a regular expression."""
+        """Raises UserError for an invalid regular expression."""
         _check_rules(freeze=self.freeze)

@@ -1,9 +1,9 @@
-"""Signals: heard from the first line of a process on, answered at once, and always ending in the same exit status.
+"""Signal handling from process start: an immediate response and a fixed exit status per signal.
 
-Python runs a signal handler only when the main thread is back in Python, not while XLA compiles; and an exception that
-a handler raises while a library is imported, or in a callback from C++, is a traceback or aborts the process. Here a
-thread hears each signal. It says at once what follows; where there is nothing to save it ends the process, else it
-tells the loop. Imports nothing slow.
+Python runs a signal handler only when the main thread executes Python code, not while XLA compiles. An exception raised
+by a handler during an import or in a C++ callback prints a traceback or aborts the process. Here a thread receives each
+signal and prints the consequence at once. It ends the process if there is nothing to save, else notifies the training
+loop. Imports nothing slow.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# 75 (EX_TEMPFAIL) tells a launcher: saved, start me again. SIGUSR1 is what SLURM and mpirun can be asked to send,
-# SIGHUP what a lost connection sends. SIGPIPE stands for an output that nobody reads any more; the signal is ignored.
+# 75 (EX_TEMPFAIL) tells a launcher that the state is saved and to restart. SLURM and mpirun can send SIGUSR1; a lost
+# connection sends SIGHUP. SIGPIPE represents an output without a reader; the signal itself is ignored.
 EXIT = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGINT: 130, signal.SIGPIPE: 141}
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-URGENT = (signal.SIGTERM, signal.SIGINT)  # a second one of these stops at once; the others may come twice by themselves
-TWICE = 0.2  # seconds; what comes sooner is the same signal, sent to a process and to its group
-FLUSH = 0.5  # seconds for what was printed and not written yet
+URGENT = (signal.SIGTERM, signal.SIGINT)  # a second one stops at once; other signals may be sent twice automatically
+TWICE = 0.2  # seconds; sooner repeats are one signal, sent to both process and group
+FLUSH = 0.5  # seconds to flush buffered output
 
 
 class _Process:
-    """What this process knows of the signals it got. `listening` only for a command, not where lab is a library."""
+    """Signal state of this process. `listening` is set for commands only, not if lab is used as a library."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -45,7 +45,7 @@ class _Process:
         self.quiet = False
 
     def begin(self, number: int) -> None:
-        """Decides once who obeys the first signal, or the loss of the output: the loop, or nobody yet."""
+        """Records the first signal (or loss of the output) once, and notifies the training loop if it is listening."""
         with self.lock:
             if self.first is None:
                 self.first, self.noted = number, self.note is not None
@@ -53,18 +53,18 @@ class _Process:
                     self.note(number)
 
     def handle(self, number: int, frame: Any) -> None:
-        """Python's handler, in the main thread. The thread does the work."""
+        """Python's signal handler, in the main thread. The watching thread does the work."""
 
     def watch(self, pipe: int) -> None:
-        """The thread. It gets a byte as soon as the operating system delivers a signal."""
+        """Body of the watching thread: reads a byte per signal, written when the operating system delivers it."""
         while True:
             if (number := os.read(pipe, 1)[0]) in EXIT:
                 self.answer(number)
 
     def answer(self, number: int) -> None:
-        """Says what follows, and sees to it."""
+        """Prints the consequence of a signal and carries it out."""
         name, now = signal.Signals(number).name, time.monotonic()
-        if self.status is not None:  # done; what is left is tearing down
+        if self.status is not None:  # already finished; only teardown remains
             self.leave(self.status)
         if self.answered is None:
             self.answered = now
@@ -78,7 +78,7 @@ class _Process:
             self.leave(EXIT[number])
 
     def say(self, line: str) -> None:
-        """Past all buffers and locks, which the main thread may hold."""
+        """Writes directly to stderr, bypassing buffers and locks that the main thread may hold."""
         clear = "\r\033[K" if os.isatty(2) else ""  # the live progress line
         if not self.quiet:
             with contextlib.suppress(OSError):
@@ -99,29 +99,29 @@ _process = _Process()
 
 
 def listen() -> None:
-    """Hears signals from now until the process ends. Call it once, first thing, in the main thread.
+    """Handles signals until the process ends. Call it once, first, in the main thread.
 
-    SIGHUP stays ignored under nohup. SIGINT is heard also where a shell started this in the background and has it
-    ignored: `kill -INT` then saves, as everywhere.
+    SIGHUP stays ignored under nohup. SIGINT is handled even in background jobs, where the shell ignores it, so that
+    `kill -INT` saves there, too.
     """
     out, into = os.pipe()
     os.set_blocking(into, False)
     signal.set_wakeup_fd(into, warn_on_full_buffer=False)
     _process.listening = True
-    atexit.register(_ignore)  # the first to be registered is the last to run: from there on Python has no handlers
+    atexit.register(_ignore)  # registered first, so runs last: Python has no handlers after it
     os.register_at_fork(after_in_child=_forget)
     threading.Thread(target=_process.watch, args=(out,), name="signals", daemon=True).start()
     install()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # the launcher blocks them while Python starts
     for name in ("stdout", "stderr"):
-        if stream := getattr(sys, name):  # None where it is closed
+        if stream := getattr(sys, name):  # None if closed
             lines = stream.line_buffering
             setattr(sys, name, Output(stream.detach(), lines))
             setattr(sys, f"__{name}__", getattr(sys, name))
 
 
 def heed() -> None:
-    """For the launcher, which holds signals back while it starts: from here on they end it, with the right status."""
+    """For the launcher, which blocks signals at start: from here on they end it, with the right exit status."""
     if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         for number in HEARD:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -134,13 +134,13 @@ def _exit(number: int, frame: Any) -> None:
 
 
 def hold() -> None:
-    """Holds signals back for the next program of this process, which is to call `listen`."""
+    """Blocks signals until the program that this process will exec calls `listen`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
 
 
 def install(leave: Callable[[int], None] | None = None, quiet: bool = False) -> None:
-    """Puts our handlers in place, again where a library took them. `leave`: ends this process and all that belong to
-    it; `quiet`: another process says what happens."""
+    """Installs our handlers, also after a library replaced them. `leave`: function that ends this process and its
+    peers; `quiet`: print nothing, because another process does."""
     if not _process.listening:
         return
     _process.leave, _process.quiet = leave or _process.leave, quiet
@@ -150,14 +150,14 @@ def install(leave: Callable[[int], None] | None = None, quiet: bool = False) -> 
 
 
 def release() -> None:
-    """Leaves all signals to handlers that the caller has put in place of ours."""
+    """Stops our handling: the caller has installed its own handlers."""
     if _process.listening:
         signal.set_wakeup_fd(-1)
         _process.listening = False
 
 
 def _forget() -> None:
-    """In a forked child, which must not speak for its parent."""
+    """Resets the state in a forked child, which must not respond for its parent."""
     if _process.listening:
         release()
         for number in HEARD:
@@ -171,27 +171,27 @@ def _ignore() -> None:
 
 
 def done(status: int) -> int:
-    """The command is through with this status, which no signal changes any more. Returns it."""
+    """Fixes the exit status of a finished command: later signals do not change it. Returns it."""
     try:
         if sys.stdout:
             sys.stdout.flush()
-    except SystemExit:  # nobody reads
+    except SystemExit:  # the output has no reader
         status = EXIT[signal.SIGPIPE]
     _process.status = status
-    if status:  # what libraries say of themselves while they are torn down would bury the reason
+    if status:  # teardown messages of libraries would bury the reason
         sys.unraisablehook = lambda *_: None
         warnings.simplefilter("ignore")
     return status
 
 
 class Stop:
-    """Remembers the first signal; a second one ends the process.
+    """Records the first signal; a second one ends the process.
 
-    Of several processes all stop at the same call, whichever got the signal: all must ask at the same places.
+    All processes of a run stop at the same call, whichever received the signal, so all must call it at the same places.
     """
 
     def __init__(self, processes: Any) -> None:
-        """`processes`: those of this run (`lab.parallel.processes.Processes`)."""
+        """`processes`: the `lab.parallel.processes.Processes` of this run."""
         self.processes = processes
         self.signal: int | None = None
         self._caught: int | None = None
@@ -205,9 +205,9 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stop]:
-        """While inside, a signal is noted for whoever asks, instead of ending the process."""
+        """Context in which a signal is recorded for `__call__` instead of ending the process."""
         before = _process.note
-        if not _process.listening:  # a library: whoever calls it has handlers of his own
+        if not _process.listening:  # used as a library: the caller has its own handlers
             with _borrowed(self._note):
                 yield self
             return
@@ -222,8 +222,8 @@ class Stop:
 
 @contextlib.contextmanager
 def _borrowed(note: Callable[[int], None]) -> Iterator[None]:
-    """Hears the first signal; the second one finds the handlers that were there before, which come back at the end."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may have handlers
+    """Handles the first signal, then restores its previous handler; restores all handlers when the context ends."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only in the main thread
         yield
         return
     before: dict[int, Any] = {}
@@ -242,17 +242,17 @@ def _borrowed(note: Callable[[int], None]) -> Iterator[None]:
 
 
 class Output(io.TextIOWrapper):
-    """A standard stream in UTF-8 whatever the locale, which outlives its reader.
+    """A standard stream that is always UTF-8 and survives the loss of its reader.
 
-    When nobody reads it any more (`| head`, a closed terminal), a run saves and stops as for a signal, with status 141;
-    any other command ends with that.
+    If the reader is gone (`| head`, a closed terminal), a run saves and stops as for a signal, with status 141; any
+    other command exits with 141.
     """
 
     def __init__(self, buffer: Any, line_buffering: bool = False):
         super().__init__(buffer, encoding="utf-8", errors="backslashreplace", line_buffering=line_buffering)
 
     def write(self, text: str) -> int:
-        """As of any text stream."""
+        """See `io.TextIOBase`."""
         try:
             return super().write(text)
         except OSError as e:
@@ -260,7 +260,7 @@ class Output(io.TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """As of any text stream."""
+        """See `io.TextIOBase`."""
         try:
             super().flush()
         except OSError as e:

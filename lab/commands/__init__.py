@@ -1,1 +1,1 @@
-"""The commands of ./launch.sh, a file each."""
+"""The commands of ./launch.sh, one file each."""

@@ -1,6 +1,4 @@
-"""From the words of a command line to an experiment and the command's options: which file, which of its two
-configurations, which fields are overridden.
-"""
+"""Parses a command line into an experiment and the command's options: file, real or local config, overrides."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def experiments() -> dict[str, str]:
-    """File name -> first line of its docstring, without importing anything."""
+    """File name -> first line of its docstring. Imports no experiment."""
     found = {}
     for path in sorted((ROOT / "experiments").glob("*.py")):
         try:
@@ -37,7 +35,8 @@ def experiments() -> dict[str, str]:
 
 
 def find_experiment(name: str) -> Path:
-    """The file of an experiment: as typed, or in the repository. Raises UserError with the nearest name."""
+    """The file of an experiment, relative to the current folder or the repository. Raises UserError with the nearest
+    name."""
     for path in (Path(name), ROOT / name, ROOT / "experiments" / Path(name).name):
         if path.is_file():
             return path.resolve()
@@ -47,14 +46,14 @@ def find_experiment(name: str) -> Path:
 
 
 def check_run_dir(run_dir: str | None) -> None:
-    """Raises UserError where the run folder would be a bucket."""
+    """Raises UserError if the run folder is a bucket."""
     if "://" in (run_dir or ""):
         raise UserError("--run-dir is a folder on the machine of process 0; checkpoints may go to a bucket: "
                         "--checkpoint-dir gs://...")
 
 
 def choose_config(module: Any, args: Sequence[str]) -> tuple[Experiment | Study, str]:
-    """The experiment or study of a file, or its `local` config; and one line that says which and why."""
+    """The experiment or study of a file, or its `local` config; and a line that tells which and why."""
     local = getattr(module, "local", None)
     real = module.study if hasattr(module, "study") else module.experiment
     if hasattr(module, "study") and local is not None and not hasattr(local, "arms"):
@@ -72,9 +71,9 @@ def choose_config(module: Any, args: Sequence[str]) -> tuple[Experiment | Study,
 
 
 def parse(path: Path, args: Sequence[str], options: type, module: Any = None) -> tuple[Experiment, Any, Path]:
-    """The experiment with its overrides, or the base of a study; and the other options of the command.
+    """The experiment with overrides (or the base experiment of a study), the command's options, and the file.
 
-    `module`: the file, if it is loaded already.
+    `module`: the file's module, if already loaded.
     """
     import tyro
 
@@ -84,25 +83,25 @@ def parse(path: Path, args: Sequence[str], options: type, module: Any = None) ->
     module = module or load(path)
     default, line = choose_config(module, args)
     default = getattr(default, "base", default)
-    check_types(default)  # tyro would say less
+    check_types(default)  # clearer messages than tyro's
     if line:
         print(line, flush=True)
     flat = tyro.conf.arg(name="")
     command_type = make_dataclass("Command", [("experiment", Annotated[type(default), flat]),
                                               ("options", Annotated[options, flat])])
-    with warnings.catch_warnings(action="ignore"):  # a field of the wrong type is said by validate() below
+    with warnings.catch_warnings(action="ignore"):  # validate() reports fields of the wrong type
         command = tyro.cli(command_type, args=list(args), default=command_type(default, options()),
                            prog=f"./launch.sh {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}",
                            description=module.__doc__, config=(tyro.conf.AvoidSubcommands,))
     for flag, value in unchanged(args, default, command.experiment):
         print(f"Note: {flag} is already {value}: no effect.", flush=True)
     command.experiment.validate()
-    study = hasattr(module, "study") or hasattr(command.options, "vary")  # whose arms may have other tokenizers
+    study = hasattr(module, "study") or hasattr(command.options, "vary")  # the arms may have other tokenizers
     return command.experiment if study else command.experiment.filled(), command.options, path
 
 
 def unchanged(args: Sequence[str], before: Any, after: Any) -> list[tuple[str, Any]]:
-    """The overrides that change nothing: (flag, value)."""
+    """The overrides that have no effect: (flag, value)."""
     found = []
     for flag in (a.split("=")[0] for a in args if a.startswith("--")):
         path = flag[2:].replace("-", "_")
@@ -122,16 +121,16 @@ def _at(value: Any, path: str) -> Any:
 
 
 class _Missing:
-    """Stands for an attribute that is not there."""
+    """Sentinel for a missing attribute."""
 
 
 def call(name: str, function: Callable[..., None], args: Sequence[str]) -> int:
-    """Runs a function as the command `name`: its parameters are the flags, its docstring is the help."""
+    """Runs `function` as the command `name`: its parameters are the flags, its docstring is the help text."""
     import tyro
 
     from lab.train.console import Screen
 
-    @functools.wraps(function)  # tyro reads its arguments and their documentation
+    @functools.wraps(function)  # tyro reads its signature and docstring
     def checked(*values: Any, **named: Any) -> None:
         start_jax()
         with Screen(stderr=True):

@@ -1,4 +1,4 @@
-"""``bench``: how fast the compiled update is on this machine, where its time goes, and whether data keeps up."""
+"""``bench``: time per compiled step on this machine, its breakdown, and the throughput of the data pipeline."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from lab.train.cost import make_plan
 from lab.train.program import Program
 from lab.train.step import State, make_loss, microbatched, prepare
 
-WARM = 3  # calls before the clock counts
+WARM = 3  # untimed calls
 TRACED = 5  # calls in a profile
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Options of this command, beside the experiment's own."""
+    """Options of this command, in addition to the experiment's fields."""
 
     updates: int = 50
-    """Updates to time, after 3 to warm up (also --steps)."""
+    """Steps to time, after 3 to warm up (also --steps)."""
     breakdown: bool = True
-    """Compile and time the forward pass and the gradient alone, too: forward, backward, optimizer."""
+    """Also compile and time the forward pass and the gradient separately: forward, backward, optimizer."""
     profile: bool = False
-    """Write a trace of 5 calls of the update, for xprof or https://ui.perfetto.dev, to profiles/."""
+    """Write a trace of 5 calls of the step to profiles/, for xprof or https://ui.perfetto.dev."""
     xla: tuple[str, ...] = ()
-    """Options of XLA for the compiled update, NAME=VALUE: xla_gpu_enable_latency_hiding_scheduler=true."""
+    """XLA options for the compiled step, NAME=VALUE, such as xla_gpu_enable_latency_hiding_scheduler=true."""
     full: bool = False
-    """Measure the real experiment, also without an accelerator."""
+    """Measure the real experiment, even without an accelerator."""
     local: bool = False
-    """Measure the small local config, also with an accelerator."""
+    """Measure the small local config, even with an accelerator."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -68,9 +68,9 @@ def main(args: Sequence[str]) -> int:
 
 
 def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
-    """Prints a table, and the same as one line of JSON, which is returned as a dictionary.
+    """Prints a table and a line of JSON with the same values, and returns them as a dictionary.
 
-    The updates are timed as the training loop runs them: the metrics of one are fetched when the next has been called.
+    Steps are timed as in the training loop: the metrics of a step are fetched after the next one is dispatched.
     """
     data = load_data(experiment)
     program = Program(experiment, data.train)
@@ -87,7 +87,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
             jax.device_get(values)
             values = last
             ends.append(time.perf_counter())
-            # On an accelerator the second of these waits for the computation, on a CPU the first one computes.
+            # Host overhead is the shorter interval: an accelerator computes in the second, a CPU in the first.
             host.append(min(called - start, ends[-1] - called))
             waits.append(batches.wait_seconds)
         jax.block_until_ready(state)
@@ -96,7 +96,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
     median, units = float(np.median(ms)), experiment.batch * data.units_per_record
     flops = make_plan(experiment).flops / median * 1000
     profile, state = _profile(program, state, program.batch(read, 0)) if options.profile else (None, state)
-    parts = _breakdown(program, state, data, options.updates) if options.breakdown else {}  # takes the state
+    parts = _breakdown(program, state, data, options.updates) if options.breakdown else {}  # donates the state
     found = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__,
         "precision": experiment.precision, "time_to_first_update_seconds": round(first, 2),
@@ -117,10 +117,10 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
 
 
 def xla_options(words: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE as the compiler takes it: truth values and whole numbers by their type.
+    """Parses NAME=VALUE words into compiler options, with bools and ints converted.
 
     Raises:
-      UserError: a word has no name or no value.
+      UserError: a word without name or value.
     """
     found: dict[str, Any] = {}
     for word in words:
@@ -132,14 +132,14 @@ def xla_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _seconds_since_start() -> float:
-    """Since the command was typed: launch.sh does not start this process, it becomes it."""
+    """Seconds since the command was typed: launch.sh execs this process, so its start time counts."""
     import psutil
 
     return time.time() - psutil.Process().create_time()
 
 
 def _memory(program: Program) -> dict[str, int | None]:
-    """Peak bytes: of temporaries as compiled, of the first device where it counts them, of this process."""
+    """Peak bytes: compiled temporaries, first device (if it reports them), this process."""
     compiled, device = program.compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
     return {"temporary_bytes": getattr(compiled, "temp_size_in_bytes", None),
@@ -147,10 +147,9 @@ def _memory(program: Program) -> dict[str, int | None]:
 
 
 def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[str, float]:
-    """Milliseconds of the parts of a single update, each the difference of two programs that run one after another.
+    """Milliseconds of the parts of one step, as time differences between separately compiled programs.
 
-    Forward: the loss. Backward: what the gradient takes beyond it. Optimizer: what the update takes beyond that. The
-    state is used up.
+    Forward: the loss. Backward: gradient minus loss. Optimizer: step minus gradient. Donates the state.
     """
     if program.stacked or program.resident is not None:
         program = Program(replace(program.experiment, steps_per_call=1, data_on_device="never"), data.train)
@@ -170,11 +169,11 @@ def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[
     forward, gradient = alone(lambda loss: loss), alone(functools.partial(jax.grad, has_aux=True))
 
     def update() -> Any:
-        kept[0], values = program.train(kept[0], batch)  # the old state is gone
+        kept[0], values = program.train(kept[0], batch)  # the old state is donated
         return values
 
     times: dict[Callable, list[float]] = {forward: [], gradient: [], update: []}
-    for i in range(WARM + max(updates // 2, 5)):  # in turn, for the machine may change its speed meanwhile
+    for i in range(WARM + max(updates // 2, 5)):  # interleaved, because the machine's speed may drift
         for run, seconds in times.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
@@ -184,7 +183,7 @@ def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[
 
 
 def _profile(program: Program, state: State, batch: Any) -> tuple[str, State]:
-    """Writes a trace of `TRACED` updates; returns its folder, and the state after them."""
+    """Writes a trace of `TRACED` calls; returns its folder and the state after them."""
     folder = Path("profiles") / f"{program.experiment.fingerprint()}-{time.strftime('%Y%m%d-%H%M%S')}"
     with jax.profiler.trace(str(folder), create_perfetto_trace=True):
         for _ in range(TRACED):

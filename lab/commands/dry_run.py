@@ -1,4 +1,4 @@
-"""``--dry-run``: what a run would do and cost, printed before anything is computed."""
+"""``--dry-run``: prints the size and cost of a run without computing anything."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ RECORDS = [f"validation {unit}" for unit in ("rows", "windows", "images", "messa
 
 
 def show(experiment: Experiment) -> None:
-    """Prints parameters per module, FLOPs, tokens and bytes. Runs nothing on a device, and reads data only where that
-    takes no time; whether model, task and data fit is checked as before a run.
+    """Prints parameters per module, FLOPs, tokens and bytes. Runs nothing on a device, and reads data only if that is
+    fast. Checks that model, task and data fit, as before a run.
     """
     console = Console(highlight=False)
     model_outputs(experiment)
-    with contextlib.suppress(Absent):  # said below
+    with contextlib.suppress(Absent):  # reported below
         if not getattr(experiment.data, "slow", False):
             load_data(experiment)
     plan = make_plan(experiment)
@@ -75,7 +75,8 @@ def show(experiment: Experiment) -> None:
 
 
 def _evaluation(experiment: Experiment, plan: Cost, described: Mapping[str, Any]) -> str:
-    """What all evaluations cost beside the training: forward passes, a third of an update for as many records."""
+    """The cost of all evaluations relative to training. Evaluating a record takes a forward pass, a third of the FLOPs
+    of training on it."""
     settings = experiment.evaluate
     times = 2 + (experiment.steps - 1) // settings.every if settings.every else 2
     counts = [count for name, count in described.items() if name in RECORDS and isinstance(count, int)]
@@ -91,7 +92,7 @@ def _evaluation(experiment: Experiment, plan: Cost, described: Mapping[str, Any]
 
 
 def _placement(console: Console, experiment: Experiment, state: State) -> None:
-    """Where the state lives: on this machine's devices if the mesh fits them, else on as many as it needs."""
+    """Prints the state's shardings, for this machine's devices if the mesh fits them, else for as many as it needs."""
     devices = jax.device_count()
     needed = math.prod(max(getattr(experiment.mesh, axis), 1) for axis in AXES)
     if devices < needed:
@@ -103,7 +104,7 @@ def _placement(console: Console, experiment: Experiment, state: State) -> None:
     spread = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     rows = describe_state(state, shardings)
     table = Table(title=f"The state on each device ({spread})", title_justify="left")
-    table.add_column("parameter, with moments", overflow="fold")  # whatever is left of 80 columns
+    table.add_column("parameter, with moments", overflow="fold")  # takes the rest of 80 columns
     for column in ("shape", "sharded over", "arrays", "bytes"):
         table.add_column(column, no_wrap=True)
     for path, shape, axes, arrays, size in rows:

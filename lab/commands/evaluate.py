@@ -1,4 +1,4 @@
-"""`./launch.sh eval RUN`: evaluate a checkpoint, and write the full report of its task."""
+"""`./launch.sh eval RUN`: evaluate a checkpoint and write the task's full report."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def evaluate(
     judge: Path | None = None,
     experiment: Path | None = None,
 ) -> None:
-    """Evaluates a checkpoint of a run, and writes the task's whole report to evaluation-<split>-<step>/ in its folder.
+    """Evaluates a checkpoint of a run and writes the task's full report to evaluation-<split>-<step>/ in its folder.
 
     Args:
       run: the run folder.
-      step: the checkpoint after this many updates; by default the latest.
-      best: the checkpoint with the best validation metric.
-      records: use that many evenly spaced records; by default all.
-      split: by default validation: the test split is evaluated once, when a run ends.
-      judge: for a GAN, the run folder of a classifier of such images, which labels the samples.
-      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
+      step: use the checkpoint of this step; by default the latest.
+      best: use the checkpoint with the best validation metric.
+      records: use this many evenly spaced records; by default all.
+      split: by default validation. Training evaluates the test split once, at the end of a run.
+      judge: for a GAN: the run folder of a classifier of such images, which labels the samples.
+      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
     """
     no_links(run)
     found, program, state = open_run(run, step, best, file=experiment)
@@ -70,11 +70,11 @@ def evaluate(
 
 
 def _judged(outcome: EvalResult, judge: Path, number: int = 2000) -> dict[str, Any]:
-    """How a classifier of the same images labels `number` samples of a GAN."""
+    """Label statistics of `number` samples of a GAN, by a classifier of the same images."""
     _, program, state = open_run(judge)
     images = generate_images(outcome.compute, number, outcome.seed)
     wanted = program.spec["inputs"].shape[1:] if "inputs" in program.spec else None
-    if wanted != images.shape[1:]:  # as stored: larger ones would lose their borders without a word
+    if wanted != images.shape[1:]:  # as stored: larger images would be cropped silently
         raise UserError(f"{judge} cannot judge images of shape {images.shape[1:]}: its own inputs are {wanted}.")
     labelled = evaluation.predict(program, state, Arrays({"inputs": images}))
     if "probabilities" not in labelled:

@@ -1,4 +1,4 @@
-"""`./launch.sh plan EXPERIMENT.py --on v5e-256`: will it fit, and how fast can it be, on a machine that is not here?"""
+"""`./launch.sh plan EXPERIMENT.py --on v5e-256`: memory and a time bound for a run on another machine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lab.planning import topologies
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of this command, beside the experiment's own."""
+    """Options of this command, in addition to the experiment's fields."""
 
     on: str = ""
-    """The machine: cpu:8, v5e-256, v4-32, v5p-64, v6e-8, h100:8 and so on."""
+    """The machine, such as cpu:8, v5e-256, v4-32, v5p-64, v6e-8 or h100:8."""
     full: bool = False
-    """Plan the real experiment; this is the default."""
+    """Plan the real experiment (the default)."""
     local: bool = False
     """Plan the small local config."""
 

@@ -33,20 +33,20 @@ def predict(
     best: bool = False,
     experiment: Path | None = None,
 ) -> None:
-    """Writes the predictions of a run as CSV: for new records, or for those of one of its own splits.
+    """Writes the predictions of a run as CSV, for new records or for a split of the run's data.
 
     Args:
       run: the run folder.
-      input: a CSV with the columns of the training data, a text file with one message a line, an image, a folder of
-        images: what the run's data reads.
-      output: the CSV to write: a row per record with `record` (its number in the input, from 0), the prediction, for
-        classes their probabilities p_<class>, and `truth` where the input has the target.
-      split: predict this split of the run's own data instead of an input; for this the data must be there.
-      id: a column of the input to keep beside the predictions.
-      strict: a blank row or line is an error; by default it is skipped, and counted.
-      step: the checkpoint after this many updates; by default the latest.
-      best: the checkpoint with the best validation metric.
-      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
+      input: new records in a format that the run's data reads: a CSV with the columns of the training data, a text
+        file with one message per line, an image, or a folder of images.
+      output: the CSV to write. One row per record: `record` (its number in the input, from 0), the prediction, class
+        probabilities p_<class> for classifiers, and `truth` if the input has the target.
+      split: predict this split of the run's data instead of an input; requires the data.
+      id: a column of the input to copy to the output.
+      strict: treat a blank row or line as an error; by default it is skipped and counted.
+      step: use the checkpoint of this step; by default the latest.
+      best: use the checkpoint with the best validation metric.
+      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
     """
     if (input is None) == (split is None):
         raise UserError("Say what to predict: --input FILE, or --split test for the run's own data, and not both.")

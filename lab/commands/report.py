@@ -1,4 +1,4 @@
-"""`./launch.sh report STUDY_FOLDER...`: the statistics and pictures of studies again, or of several together."""
+"""`./launch.sh report STUDY_FOLDER...`: regenerate the statistics and plots of studies, or of several pooled."""
 
 from __future__ import annotations
 

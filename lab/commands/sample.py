@@ -38,16 +38,16 @@ def sample(
 
     Args:
       run: the run folder.
-      prompt: one text or several to continue; empty starts a new text.
-      new_tokens: how many tokens to add at most. Beyond the model's context a window slides along.
-      temperature: divides the logits; small is safe, 1 is the model's own distribution.
-      top_k: choose among the k most likely tokens only.
-      top_p: choose among the smallest set of tokens with this probability only.
+      prompt: one or more texts to continue; an empty text starts from scratch.
+      new_tokens: maximum number of tokens to add. Longer texts use a sliding window of the model's context length.
+      temperature: divides the logits. 1 samples from the model's distribution; lower is more deterministic.
+      top_k: sample from the k most likely tokens only.
+      top_p: sample from the smallest set of tokens with this total probability only.
       greedy: always take the most likely token.
-      seed: another seed, another text.
-      step: sample from the checkpoint after this many updates; by default the latest.
-      best: sample from the checkpoint with the best validation metric.
-      experiment: the run's experiment file, if it defines classes of its own and was not run on this machine.
+      seed: random seed of the sampling.
+      step: use the checkpoint of this step; by default the latest.
+      best: use the checkpoint with the best validation metric.
+      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
     """
     for name, value, good in (("new-tokens", new_tokens, new_tokens >= 1),
                               ("top-k", top_k, top_k is None or top_k >= 1),

@@ -1,4 +1,4 @@
-"""`./launch.sh EXPERIMENT.py`: train an experiment, or go on with it."""
+"""`./launch.sh EXPERIMENT.py`: train an experiment or resume its run."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of this command, beside the experiment's own."""
+    """Options of this command, in addition to the experiment's fields."""
 
     run_dir: str | None = None
-    """Folder of the run; by default runs/<experiment>-<fingerprint>."""
+    """Run folder; by default runs/<experiment>-<fingerprint>."""
     checkpoint_dir: str | None = None
-    """Folder or bucket (gs://BUCKET/RUN, LAB_EXTRAS=bucket) for checkpoints; by default they are in the run folder.
-    With a bucket, machines need not share a disk: the run folder is process 0's."""
+    """Folder or bucket (gs://BUCKET/RUN, needs LAB_EXTRAS=bucket) for checkpoints; by default in the run folder. With a
+    bucket, machines need no shared disk: only process 0 has a run folder."""
     accept: bool = False
-    """Go on with a run, or take its result as it is, though code or data changed since it began."""
+    """Resume a run, or accept its result, although code or data changed since it began."""
     rerun: bool = False
-    """Delete a run whose code or data changed since it began, and run it again."""
+    """Delete and rerun a run whose code or data changed since it began."""
     tensorboard: bool = False
     """Also write TensorBoard event files to tensorboard/ in the run folder (needs LAB_EXTRAS=tensorboard)."""
     dry_run: bool = False
-    """Print what the run would cost, and stop."""
+    """Print the size and cost of the run, then exit."""
     full: bool = False
-    """Run the real experiment, also without an accelerator."""
+    """Run the real experiment, even without an accelerator."""
     local: bool = False
-    """Run the small local config, also with an accelerator."""
+    """Run the small local config, even with an accelerator."""
 
 
 def train(args: Sequence[str], processes: Processes) -> int:
@@ -78,10 +78,10 @@ def train(args: Sequence[str], processes: Processes) -> int:
 
 
 def compare(processes: Processes, experiment: Experiment, options: TrainOptions, folder: Path, file: Path) -> None:
-    """Returns when all processes have come here with the same experiment, run folder and code.
+    """Barrier that checks that all processes have the same experiment, run folder and code.
 
     Raises:
-      UserError: this process has something else than process 0.
+      UserError: this process differs from process 0.
     """
     if processes.count > 1:
         from lab.parallel.processes import code_version

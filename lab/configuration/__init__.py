@@ -1,1 +1,1 @@
-"""What makes an experiment a value: types, checks, JSON."""
+"""Experiments as values: type checks, limits, JSON."""

@@ -1,7 +1,6 @@
-"""Whether the fields of an experiment's parts hold what their annotations say. typeguard compares; here is what a
-number and a part are.
+"""Checks the fields of an experiment's parts against their annotations: typeguard, plus rules for numbers and parts.
 
-Python itself would let a typo pass: a string where a tuple is wanted is iterated by its characters.
+Without the checks, a string in place of a tuple would go unnoticed: Python iterates over its characters.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from lab.errors import UserError
 
 
 def fields(value: Any) -> list[dataclasses.Field]:
-    """The fields of a dataclass or Linen module (or of its class) that are its configuration."""
+    """The configuration fields of a dataclass or Linen module, or of such a class."""
     of_linen = {"parent", "name"} if hasattr(value, "parent") else set()
     return [f for f in dataclasses.fields(value) if f.init and f.name not in of_linen]
 
 
 def is_part(value: Any) -> bool:
-    """Whether a value is a dataclass or Linen module, and no class of them."""
+    """Whether a value is an instance of a dataclass or Linen module."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def hints_of(cls: type) -> dict[str, Any]:
-    """The annotations of a class; none where they cannot be evaluated (a user's class inside a function)."""
+    """The annotations of a class; empty if they cannot be evaluated (a user's class inside a function)."""
     try:
         return typing.get_type_hints(cls)
     except (NameError, AttributeError, TypeError, SyntaxError):
@@ -38,10 +37,11 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def check_types(value: Any, flag: str = "") -> None:
-    """Compares the fields of nested dataclasses and Linen modules with their annotations.
+    """Checks the fields of nested dataclasses and Linen modules against their annotations. Traced numbers count as
+    floats.
 
     Raises:
-      UserError: names the field and what it may be. Traced numbers pass as floats.
+      UserError: names the field and its valid values.
     """
     hints = hints_of(type(value))
     for f in fields(value):
@@ -61,8 +61,8 @@ def _parts(item: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what an annotation says. A dataclass of the user's own may stand where one of ours may, if it
-    has the methods that all of ours have.
+    """Whether a value matches an annotation. A user's dataclass matches in place of lab's classes if it has all the
+    methods that these have in common.
     """
     options = _options(hint)
     if is_part(value):
@@ -70,11 +70,11 @@ def fits(value: Any, hint: Any) -> bool:
     options = [o for o in options if not _is_protocol(o)]
     if not options:
         return False
-    return _is(value, typing.Union[tuple(map(_strict, options))])  # noqa: UP007 (of any number)
+    return _is(value, typing.Union[tuple(map(_strict, options))])  # noqa: UP007 (any number of options)
 
 
 def class_fits(cls: type, hint: Any) -> bool:
-    """The same of the instances of a dataclass or Linen module."""
+    """Whether instances of a dataclass or Linen module match an annotation; see `fits`."""
     options = _options(hint)
     if Any in options:
         return True
@@ -87,7 +87,7 @@ def class_fits(cls: type, hint: Any) -> bool:
 
 
 def element(hint: Any, i: int) -> Any:
-    """The annotation of item i of a tuple with this annotation; None where it allows no tuple, or no such item."""
+    """The annotation of item i of a tuple with annotation `hint`; None if it allows no tuple or no such item."""
     for option in _options(hint):
         if option is Any:
             return Any
@@ -111,15 +111,15 @@ class _Number(type):
 
 
 class Whole(metaclass=_Whole):
-    """An int that is no bool."""
+    """An int, but not a bool."""
 
 
 class Number(metaclass=_Number):
-    """A real number that is no bool, or a traced scalar."""
+    """A real number, but not a bool, or a traced scalar."""
 
 
 def _options(hint: Any) -> list[Any]:
-    """The members of a union; else the annotation alone."""
+    """The members of a union, or the annotation itself."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return [option for arg in typing.get_args(hint) for option in _options(arg)]
     return [hint]
@@ -134,7 +134,7 @@ def _methods(cls: type) -> set[str]:
 
 
 def _strict(hint: Any) -> Any:
-    """The annotation as typeguard is to check it: it would take True as an int and an int alone as a float."""
+    """Maps int to `Whole` and float to `Number`: typeguard's int accepts True, its float rejects traced scalars."""
     if hint in (int, float):
         return Whole if hint is int else Number
     args = typing.get_args(hint)

@@ -1,4 +1,4 @@
-"""How large the numbers of an experiment may be, before an array's size or a counter overflows somewhere inside."""
+"""Limits on the numbers of an experiment, so that array sizes and counters do not overflow."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DEVICES = 2**20
 
 
 def check_numbers(values: dict[str, Any]) -> None:
-    """Checks every number among `values`: dotted field -> plain value, or list of them.
+    """Checks every number in `values`: dotted field -> plain value, or list of plain values.
 
     Raises:
-      UserError: an integer is too large, or a float is infinite or no number; names the field.
+      UserError: an integer is too large, or a float is infinite or NaN; names the field.
     """
     for path, value in values.items():
         for number in value if isinstance(value, list) else [value]:
@@ -25,12 +25,12 @@ def check_numbers(values: dict[str, Any]) -> None:
                               {f"{path}.{name}": inner for name, inner in number.items()})
             elif isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{flag} is {number}: it must be a finite number.")
-            elif isinstance(number, int) and abs(number) > MOST and path != "seed":  # it has limits of its own
+            elif isinstance(number, int) and abs(number) > MOST and path != "seed":  # the seed has its own limit
                 raise UserError(f"{flag} {_shortly(number)} is too large: at most {MOST}.")
 
 
 def check_devices(sizes: dict[str, int]) -> None:
-    """Raises UserError where a mesh of these sizes (axis -> devices) has more devices than anybody."""
+    """Raises UserError if a mesh of these sizes (axis -> devices) has more than `DEVICES` devices."""
     if math.prod(max(size, 1) for size in sizes.values()) > DEVICES:
         shown = ", ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items() if size > 1)
         raise UserError(f"{shown}: a mesh has at most {DEVICES} devices.")

@@ -1,4 +1,4 @@
-"""What the parts of an experiment must be, said about the author's own file and line where they are not."""
+"""Checks the parts of an experiment. Errors name the author's file and line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lab.errors import UserError, where
 
-# part -> (its base class, what it must have, an example)
+# part -> (its base class, required attributes, an example)
 PARTS = {
     "data": (
         "lab.data.dataset.Data",
@@ -29,7 +29,7 @@ PARTS = {
     ),
 }
 
-# part -> method -> the arguments that it is called with, by place and by name
+# part -> method -> its (positional, keyword) arguments
 CALLS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "task": {"loss": (("model", "variables", "batch", "rngs"), ("train",))},
     "data": {"load": ((), ()), "transform": (("batch", "train"), ())},
@@ -37,8 +37,8 @@ CALLS: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
 
 
 def check_parts(experiment: Any) -> None:
-    """Raises UserError for a part that is missing, a class or a string instead of an object, lacks what it needs, or
-    has a method that does not take the arguments it is called with.
+    """Raises UserError for a part that is missing, is a class or string instead of an object, lacks a required
+    attribute, or has a method with an incompatible signature.
     """
     for name, (base, needed, example) in PARTS.items():
         part = getattr(experiment, name)
@@ -59,7 +59,7 @@ def check_parts(experiment: Any) -> None:
 
 
 def _check_call(part: Any, method: str, places: tuple[str, ...], names: tuple[str, ...]) -> None:
-    """UserError where `part.method` cannot be called with these arguments."""
+    """Raises UserError if `part.method` cannot be called with these arguments."""
     try:
         inspect.signature(getattr(part, method)).bind(*places, **dict.fromkeys(names))
     except TypeError as e:
@@ -69,10 +69,10 @@ def _check_call(part: Any, method: str, places: tuple[str, ...], names: tuple[st
 
 
 def check_loss(task: Any, result: Any, train: bool) -> tuple[Any, Any, dict[str, Any], Any]:
-    """What `Task.loss` returned, if it is (sum of losses, sum of weights, metrics, mutable collections).
+    """Checks and returns the result of `Task.loss`: (sum of losses, sum of weights, metrics, mutable collections).
 
     Raises:
-      UserError: it is something else; names the author's class and line.
+      UserError: the result has another form; names the author's class and line.
     """
     here = f"{where(type(task).loss)}{type(task).__name__}.loss"
     if not isinstance(result, tuple) or len(result) != 4:

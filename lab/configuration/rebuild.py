@@ -1,8 +1,7 @@
-"""An experiment from its JSON. The JSON may come from anybody: it names classes, and may not name code to run.
+"""Rebuilds an experiment from its JSON. The JSON is untrusted: it names classes, but must not run arbitrary code.
 
-A class is looked up among the dataclasses and Linen modules of the rooms of lab that hold an experiment's parts, and
-those of the user's files that are loaded already, because the user named them. Every class and every plain value is
-compared with the annotation of the field it stands in before anything is built.
+A class must be a dataclass or Linen module of the lab packages in `ROOMS`, or of a user file that is already loaded.
+Every class and plain value is checked against its field's annotation before any object is constructed.
 """
 
 from __future__ import annotations
@@ -27,18 +26,18 @@ ROOMS = ("data", "models", "tasks", "optim", "experiment", "pretrained")
 
 
 def from_json(value: Any, kind: Any = Any) -> Any:
-    """The inverse of `to_json`. `kind`: the annotation that it must fit.
+    """The inverse of `to_json`. `kind`: the annotation that the result must match.
 
     Raises:
-      UserError: a class is not one that an experiment may have, is no longer where it was, or does not fit its field;
-        or a value does not.
+      UserError: a class is not allowed in an experiment or no longer exists, or a class or value does not match its
+        field's annotation.
     """
     _check(value, kind, "it")
     return _build(value)
 
 
 def class_paths(value: Any) -> set[str]:
-    """All class paths of a JSON value."""
+    """All class paths in a JSON value."""
     if isinstance(value, list):
         return set().union(*map(class_paths, value))
     if not isinstance(value, dict):
@@ -48,7 +47,7 @@ def class_paths(value: Any) -> set[str]:
 
 
 def _check(value: Any, hint: Any, place: str) -> None:
-    """Raises UserError unless the JSON value may stand where this annotation is. Nothing is called."""
+    """Raises UserError unless the JSON value matches the annotation. Constructs nothing."""
     if isinstance(value, list) and has_objects(value):
         for i, item in enumerate(value):
             if (inner := element(hint, i)) is None:
@@ -69,7 +68,7 @@ def _check(value: Any, hint: Any, place: str) -> None:
 
 
 def has_objects(value: Any) -> bool:
-    """Whether there is an object anywhere in a JSON value."""
+    """Whether a JSON value contains an object at any depth."""
     return isinstance(value, dict) or isinstance(value, list) and any(map(has_objects, value))
 
 
@@ -89,7 +88,7 @@ def _build(value: Any) -> Any:
 
 
 def _class(value: Mapping[str, Any]) -> type:
-    """The class that a JSON object names. Raises UserError where it is none that an experiment may have."""
+    """The class that a JSON object names. Raises UserError if an experiment may not have it."""
     path = value.get("class")
     if not isinstance(path, str):
         raise UserError("This run's experiment has a value without a class: its experiment.json is damaged.")
@@ -102,7 +101,7 @@ def _class(value: Mapping[str, Any]) -> type:
 
 
 def find_class(path: str) -> type | None:
-    """A dataclass or Linen module of the rooms of lab that hold parts, or of the user's files that are loaded."""
+    """A dataclass or Linen module of the packages in `ROOMS` or of a loaded user file; None if there is none."""
     module, _, name = path.rpartition(".")
     if path.startswith("lab."):
         if name not in _defined(module):
@@ -120,13 +119,13 @@ def find_class(path: str) -> type | None:
 
 
 def module_of(path: str) -> str | None:
-    """The loaded module of a class path, whose class may be inside another class."""
+    """The loaded module of a class path; the class may be nested."""
     parts = path.split(".")
     return next((name for i in range(len(parts) - 1, 0, -1) if (name := ".".join(parts[:i])) in sys.modules), None)
 
 
 def of_a_library(module: ModuleType) -> bool:
-    """Whether a module is Python's, an installed package's, or of lab itself: not one of the user's files."""
+    """Whether a module is from the standard library, an installed package or lab, not a user file."""
     file = getattr(module, "__file__", None)
     if file is None:
         return module.__name__ != "__main__"  # a notebook
@@ -137,7 +136,7 @@ def of_a_library(module: ModuleType) -> bool:
 
 @functools.cache
 def _defined(module: str) -> frozenset[str]:
-    """The classes that a module of one of the `ROOMS` defines, read without importing it."""
+    """The classes defined in a module of `ROOMS`, read without importing it."""
     parts = module.split(".")
     if len(parts) < 2 or not re.fullmatch(r"lab(\.[A-Za-z]\w*)+", module) or parts[1] not in ROOMS:
         return frozenset()

@@ -1,4 +1,4 @@
-"""An experiment's fields as plain values: its JSON, dotted paths into it, and what differs between two."""
+"""An experiment's fields as plain values: JSON, dotted paths, overrides and differences."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lab.errors import UserError
 
 
 def digest(value: Any) -> str:
-    """12 hexadecimal digits of a JSON value."""
+    """Hash of a JSON value, 12 hex digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def to_json(value: Any, *, identity: bool = False) -> Any:
-    """A JSON value that `from_json` turns into `value` again; dataclasses carry their class path.
+    """The JSON form of `value`, which `from_json` inverts; objects contain their class path.
 
-    With `identity`, fields that only say how a run is carried out are left out.
+    With `identity`, omits fields that do not affect the result.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own = {f.name: to_json(getattr(value, f.name), identity=identity) for f in fields(value)
@@ -39,7 +39,7 @@ def to_json(value: Any, *, identity: bool = False) -> Any:
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Dotted path -> plain value, of a JSON value."""
+    """Flattens a JSON value: dotted path -> plain value."""
     if not isinstance(value, dict):
         return {path: value}
     return {name: item for key, inner in value.items()
@@ -47,12 +47,10 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def override(experiment: Any, changes: Mapping[str, Any]) -> Any:
-    """The experiment with other values in some (dotted) fields of its dataclasses and Linen modules.
-
-    The values may be traced.
+    """The experiment with (dotted) fields of its dataclasses and Linen modules replaced. Values may be traced.
 
     Raises:
-      UserError: there is no such field; with the nearest name.
+      UserError: no such field; suggests the nearest name.
     """
     for path, value in changes.items():
         experiment = _set(experiment, path, path.split("."), value, experiment)
@@ -68,12 +66,12 @@ def _set(part: Any, path: str, names: list[str], value: Any, whole: Any) -> Any:
     if rest:
         value = _set(before, path, rest, value, whole)
     elif isinstance(before, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)  # 1 and 1.0 are the same learning rate, and must have the same fingerprint
+        value = float(value)  # 1 and 1.0 must give the same fingerprint
     return part.clone(**{head: value}) if hasattr(part, "clone") else dataclasses.replace(part, **{head: value})
 
 
 def _paths(value: Any, prefix: str = "") -> Iterator[str]:
-    """All dotted fields of an experiment."""
+    """All dotted field paths of an experiment."""
     for f in fields(value):
         yield prefix + f.name
         if dataclasses.is_dataclass(inner := getattr(value, f.name)):
@@ -86,7 +84,7 @@ def value_at(experiment: Any, path: str) -> Any:
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two JSON values differ: (dotted path, in a, in b)."""
+    """Differences between two JSON values: (dotted path, value in a, value in b)."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
             yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)

@@ -1,4 +1,4 @@
-"""Adafactor: the second moment from row and column means, for little memory."""
+"""Adafactor: a factored second moment, which saves memory."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,21 @@ from lab.optim.schedules import require
 
 @dataclass(frozen=True, kw_only=True)
 class Adafactor(Optimizer):
-    """Adam's second moment as an outer product of row and column means (Shazeer & Stern 2018), for little memory.
+    """Adam's second moment as an outer product of row and column means (Shazeer & Stern 2018), to save memory.
 
-    Factors the two largest axes of a parameter when both reach `factored_from`. Clipping and relative step take the RMS
-    of a whole array, which layers stacked by `nn.scan` share: scanned and unrolled models differ slightly."""
+    Factors the two largest axes of a parameter if both reach `factored_from`. Clipping and the relative step use the
+    RMS of a whole array, and `nn.scan` stacks layers in one array: scanned and unrolled models differ slightly."""
 
     exponent: float = 0.8
-    """The second moment of update t decays by 1 - t^-exponent."""
+    """The decay of the second moment at step t is 1 - t^-exponent."""
     threshold: float = 1.0
-    """Greatest RMS of a parameter's step."""
+    """Maximum RMS of a parameter's update."""
     relative: bool = True
-    """Multiply the step by max(RMS of the parameter, 0.001): `lr` is then relative, near 0.01."""
+    """Multiply the update by max(RMS of the parameter, 0.001). `lr` is then relative; start near 0.01."""
     momentum: float = 0.0
-    """Decay of a moving average of the steps, in [0, 1); 0 for none, which saves the memory."""
+    """Decay of a moving average of the updates, in [0, 1); 0: no average, which saves memory."""
     factored_from: int = 128
-    """Smallest axis length that is factored."""
+    """Minimum axis length to factor."""
 
     def direction(self) -> optax.GradientTransformation:
         factored = optax.scale_by_factored_rms(decay_rate=self.exponent, min_dim_size_to_factor=self.factored_from)

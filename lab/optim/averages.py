@@ -1,4 +1,4 @@
-"""Averages of the parameters, and of the statistics that go with them, as an optax transformation around another."""
+"""EMA of the parameters and of the model's statistics, as an optax wrapper."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import optax
 
 
 def map_paths(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`jax.tree.map` whose function gets the leaf's path first, its names joined by "/"."""
+    """`jax.tree.map` with the leaf's path (names joined by "/") as first argument of `f`."""
     keystr = jax.tree_util.keystr
     return jax.tree.map_with_path(lambda path, *leaf: f(keystr(path, simple=True, separator="/"), *leaf), tree, *rest)
 
 
 def find(state: Any, kind: type) -> Any:
-    """The one node of this type in an optimizer state."""
+    """The first node of this type in an optimizer state."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
     return next(node for node in nodes if isinstance(node, kind))
 
@@ -25,25 +25,26 @@ def find(state: Any, kind: type) -> Any:
 class EmaState(NamedTuple):
     """State of `with_ema`."""
 
-    count: jax.Array  # completed updates
+    count: jax.Array  # completed steps
     ema: Any  # float32
-    model_state: Any  # the same average of the model's statistics, float32
+    model_state: Any  # EMA of the model's statistics, float32
     inner: Any
 
     @classmethod
     def begin(cls, params: Any, model_state: Any, inner: Any, count: jax.Array) -> EmaState:
-        """After `count` updates, none of them averaged yet."""
+        """The state after `count` steps, with the current values as the average."""
         ema, model_state = jax.tree.map(lambda x: jnp.array(x, jnp.float32), (params, model_state))
         return cls(count, ema, model_state, inner)
 
 
 def with_ema(inner: optax.GradientTransformation, decay: Any, start: int) -> optax.GradientTransformationExtraArgs:
-    """Averages the parameters and the model's statistics (`model_state`) after each update, beginning with those after
-    `start` updates (so there is nothing to debias). The decay of update start + t, t = 0, 1, ..., is
-    min(decay, (1 + t) / (10 + t)), which soon forgets the start (TensorFlow's rule). `decay` None: only `inner`.
+    """Averages the parameters and the model's statistics (`model_state`) after each step. The average starts at the
+    values after `start` steps, so it needs no debiasing. The decay at step start + t, t = 0, 1, ..., is
+    min(decay, (1 + t) / (10 + t)), as in TensorFlow, which quickly forgets the initial value. `decay` None: only
+    `inner`.
 
-    The statistics are averaged, too, because BatchNorm's are those of the activations that the weights make: averaged
-    weights with the last update's statistics are another function.
+    The statistics are averaged too, because BatchNorm statistics depend on the weights: those of the last step do not
+    fit the averaged weights.
     """
     def init(params: Any, model_state: Any = ()) -> Any:
         state = inner.init(params)

@@ -1,10 +1,9 @@
-"""Which parameters are matrices, read from what a model computes with them: no name and no rank decides.
+"""Finds the matrices among a model's parameters from its jaxpr, not from names or ranks.
 
-A parameter is a matrix if something is multiplied by it (a matrix product or a convolution), in the program of the
-model, traced without computing anything; tables whose rows are looked up (embeddings, also where they are the output
-layer, too), biases, scales and tokens are none. A matrix is a *head* if its products reach an output of the model
-without going through another matrix. Weight decay (all matrices), Muon (the hidden ones: all but heads) and whatever
-else treats matrices apart use this one list.
+A parameter is a *matrix* if it is an operand of a matmul or convolution in the abstractly traced model. Lookup tables
+(embeddings, even if tied to the output layer), biases, scales and tokens are not matrices. A matrix is a *head* if its
+product reaches an output of the model without passing through another matrix. Weight decay (all matrices) and Muon
+(hidden matrices: all but heads) share this list.
 """
 
 from __future__ import annotations
@@ -24,34 +23,33 @@ Spec = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Matrix(NamedTuple):
-    """A parameter that something is multiplied by. Its axes: each is in one of the three."""
+    """A parameter that is an operand of a matmul or convolution. Each axis is in exactly one of the three tuples."""
 
     stack: tuple[int, ...]
-    """Axes that number independent matrices (scanned layers, experts)."""
+    """Axes over independent matrices (scanned layers, experts)."""
     inputs: tuple[int, ...]
-    """Axes that are summed over."""
+    """Contracted axes."""
     outputs: tuple[int, ...]
-    """Axes of the result."""
+    """Axes kept in the product."""
     head: bool
-    """Whether the model's output comes from it through no other matrix."""
+    """Whether its product reaches the model's output through no other matrix."""
 
 
 def matrices(experiment: Any, batch: Mapping[str, Any]) -> dict[str, Matrix]:
-    """Path -> matrix, of the parameters of an experiment's model, for batches shaped like `batch` (before the data's
-    transform). Of a model of several members, those of one member, whose paths are the same.
+    """Path -> matrix for the experiment's model, for batches shaped like `batch` (before the data's transform). For a
+    model of `Several` members: the matrices of one member.
     """
     spec = tuple((name, (1, *x.shape[1:]), np.dtype(x.dtype)) for name, x in sorted(batch.items()))
     parts = experiment.model, experiment.task, experiment.data
     try:
         hash(parts)
-    except TypeError:  # a number in them is traced, or a field is a list
+    except TypeError:  # a traced number or a list field
         return _matrices(*parts, spec)
     return _remembered(*parts, spec)
 
 
 def outputs(experiment: Any, batch: Mapping[str, Any]) -> list[Any]:
-    """The shapes of what the experiment's model returns for one record of such a batch, for each call that the task
-    makes to initialise it."""
+    """Output shapes of the model for one record, one entry per model call that the task makes at initialisation."""
     batch = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
     variables, calls = _initialised(experiment.model, experiment.task, experiment.data, batch)
     return [jax.eval_shape(call, variables["params"], {**variables, "params": {}}, arrays) for call, arrays in calls]
@@ -82,7 +80,7 @@ _remembered = functools.lru_cache(maxsize=64)(_matrices)
 
 
 def _initialised(model: Any, task: Any, data: Any, batch: Spec) -> tuple[Any, list[tuple[Callable, Any]]]:
-    """The shapes of the model's variables, and what the task calls of the model to get them: (function, arguments)."""
+    """Shapes of the model's variables, and the model calls by which the task creates them: (function, arguments)."""
     found: list[tuple[str, tuple, dict[str, Any]]] = []
     inside = False
 
@@ -131,7 +129,7 @@ def _is_matrix(shape: tuple[int, ...], axes: Any) -> bool:
 
 
 def _matrix(ndim: int, axes: tuple[tuple[int, ...], tuple[int, ...]] | None, head: bool) -> Matrix:
-    """`axes`: inputs and outputs; None where they got lost on the way to the product."""
+    """`axes`: (inputs, outputs), or None if they could not be traced to the product: then the last axis is output."""
     inputs, outputs = axes or (tuple(range(ndim - 1)), (ndim - 1,))
     return Matrix(tuple(i for i in range(ndim) if i not in inputs + outputs), inputs, outputs, head)
 
@@ -139,22 +137,22 @@ def _matrix(ndim: int, axes: tuple[tuple[int, ...], tuple[int, ...]] | None, hea
 # --------------------------------------------------------------------------------------------------------- data flow
 
 Axes = tuple[tuple[int, ...], ...] | None
-"""Which axes of a parameter each dimension of an array is; None: not known any more."""
+"""For each dimension of an array, the parameter axes in it; None: unknown."""
 
 
 class _Value(NamedTuple):
-    """What is known of an array in a traced program."""
+    """The dataflow state of an array in a jaxpr."""
 
     kind: str
-    """"data": computed from inputs; "param": from parameters alone; "const": from neither."""
+    """"data": computed from inputs; "param": from parameters only; "const": from neither."""
     leaves: dict[int, Axes] = {}
-    """Of a "param": the parameters that it is made of."""
+    """If "param": the parameters it is computed from, with their axes."""
     last: frozenset[int] = frozenset()
-    """Of "data": the matrices whose products it comes from, through no other matrix."""
+    """If "data": the last matrices on the paths to it."""
 
 
 def _joined(values: Iterable[_Value], axes: Callable[[Axes], Axes] = lambda axes: axes) -> _Value:
-    """What is computed from all of `values` other than by a product; `axes`: what becomes of a parameter's axes."""
+    """The result of a non-product operation on `values`; `axes` maps a parameter's axes through the operation."""
     values = list(values)
     if any(v.kind == "data" for v in values):
         return _Value("data", last=frozenset().union(*(v.last for v in values)))
@@ -166,14 +164,14 @@ def _joined(values: Iterable[_Value], axes: Callable[[Axes], Axes] = lambda axes
 
 
 class _Flow:
-    """Follows parameters through a program; collects the matrices (with their inputs and outputs) and the tables."""
+    """Follows parameters through a jaxpr; collects the matrices (with inputs and outputs) and the lookup tables."""
 
     def __init__(self) -> None:
         self.products: dict[int, tuple[tuple[int, ...], tuple[int, ...]] | None] = {}
         self.tables: set[int] = set()
 
     def through(self, program: Jaxpr | ClosedJaxpr, inputs: Sequence[_Value]) -> list[_Value]:
-        """The values of the program's results."""
+        """The values of the jaxpr's outputs."""
         jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
         known: dict[Any, _Value] = dict(zip(jaxpr.invars, inputs, strict=True))
 
@@ -212,7 +210,7 @@ class _Flow:
         return [_joined(values, functools.partial(_moved, eqn))] * len(eqn.outvars)
 
     def _product(self, values: list[_Value], sides: Sequence[tuple[Sequence[int], Sequence[int]]]) -> _Value:
-        """`sides`: of each operand, the dimensions that are summed over, and those that number products."""
+        """`sides`: (contracted dimensions, batch dimensions) of each operand."""
         kinds = [v.kind for v in values]
         if kinds.count("param") != 1:
             return _joined(values, lambda axes: None)
@@ -229,7 +227,7 @@ class _Flow:
     def _scan(self, body: ClosedJaxpr, values: list[_Value], consts: int, carry: int) -> list[_Value]:
         fixed, state, rows = values[:consts], values[consts: consts + carry], values[consts + carry:]
         rows = [v._replace(leaves={k: axes and axes[1:] for k, axes in v.leaves.items()}) for v in rows]
-        while True:  # what a step leaves for the next, until nothing new comes
+        while True:  # iterate the carry to a fixed point
             results = self.through(body, [*fixed, *state, *rows])
             new = [_joined(pair) for pair in zip(state, results[:carry], strict=True)]
             if new == state:
@@ -238,7 +236,7 @@ class _Flow:
 
 
 def _moved(eqn: Any, axes: Axes) -> Axes:
-    """A parameter's axes after an operation that is no product."""
+    """A parameter's axes after a non-product operation."""
     name, parameters, out = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
     if name == "transpose":
         return tuple(axes[d] for d in parameters["permutation"])
@@ -253,7 +251,7 @@ def _moved(eqn: Any, axes: Axes) -> Axes:
 
 
 def _merged(axes: Axes, old: tuple[int, ...], new: tuple[int, ...]) -> Axes:
-    """The axes after a reshape that puts neighbours together; None after one that takes apart."""
+    """The axes after a reshape that merges neighbouring dimensions; None if it splits one."""
     found, i = [], 0
     for size in new:
         own, product = [], 1

@@ -1,4 +1,4 @@
-"""A digest of functions with what they close over, which tells one optax transformation from another."""
+"""A digest of functions and their closures, to identify an optax transformation in a fingerprint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 
 def source_of(value: Any) -> str:
-    """12 hexadecimal digits of the source of all functions in `value` and the values that they hold (closures,
-    defaults, bound arguments): equal in every process, and another one after an edit or with another number.
+    """12 hex digits: a hash of the source of all functions in `value` and of the values they hold (closures, defaults,
+    bound arguments). Equal in every process; changes with the code and with any value.
     """
     total = hashlib.sha256()
     for part in _parts(value, set()):
@@ -29,12 +29,12 @@ def _parts(value: Any, seen: set[int]) -> Iterator[str]:
         yield from _parts((value.__func__, value.__self__), seen)
     elif isinstance(value, types.FunctionType):
         yield f"{value.__module__}.{value.__qualname__}"
-        if id(value) in seen:  # a function that holds itself
+        if id(value) in seen:  # a recursive function
             return
         seen.add(id(value))
         try:
             yield inspect.getsource(value)
-        except (OSError, TypeError):  # made in an interpreter
+        except (OSError, TypeError):  # no source file, such as in an interpreter
             yield value.__code__.co_code.hex() + repr(value.__code__.co_consts)
         cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
         yield from _parts((cells, value.__defaults__, value.__kwdefaults__), seen)

@@ -1,18 +1,18 @@
-"""Optimizers: values with `.build(steps)`, thin over optax.
+"""Optimizers: dataclasses with `.build(steps)`, thin wrappers around optax.
 
-Every number (rates, betas, decays, clip, penalties, multipliers) may be a Python number or a traced JAX scalar, so that
-a study can `vmap` over it: build the transformation inside the traced function. What the optimizer state holds is
-decided by Python values alone (None, or a Python 0).
+Every number (rates, betas, decays, clip norm, penalties, multipliers) may be a Python number or a traced JAX scalar. To
+`vmap` over one, build the transformation inside the traced function. Only Python values (None or a Python 0) change the
+structure of the optimizer state.
 
-One update of every optimizer but the schedule-free one, for a parameter w with path p, loss gradient g:
+One step of every optimizer except the schedule-free one, for a parameter w with path p and loss gradient g:
 
     g <- g + l1 sign(w) + l2 w              (matrices only, as weight decay)
     g <- g min(1, grad_clip_norm / |g|)     (norm over all trained parameters)
     u <- direction(g)                       (Adam, Lion, ...)
     w <- w - lr(count) multiplier(p) (u + weight_decay w)
 
-Paths are the names joined by "/", such as `blocks/attention/query/kernel`. What is a matrix, and a hidden one, is read
-from the model's program (lab/optim/matrices.py), never from names.
+Paths are names joined by "/", such as `blocks/attention/query/kernel`. Matrices, and which of them are hidden, are
+found in the model's jaxpr (lab/optim/matrices.py), not by name.
 """
 
 import re
@@ -36,53 +36,53 @@ NONE: Mapping[str, Matrix] = MappingProxyType({})
 
 
 def off(value: Any) -> bool:
-    """True for None and a Python 0; never for a traced value, whose transformation must stay."""
+    """True for None and a Python 0. False for a traced value, which keeps its transformation even if it is 0."""
     return value is None or (isinstance(value, Real) and value == 0)
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What all optimizers share. See the top of the file for the order of operations."""
+    """Base class of all optimizers. The top of the file has the order of operations."""
 
     lr: Schedule | float
     """Learning rate: a schedule, or a number, which becomes `Constant(number)`."""
     _: KW_ONLY
     grad_clip_norm: float | None = None
-    """Greatest global gradient norm; None for no clipping (Pascanu et al. 2013). Frozen parameters do not count."""
+    """Maximum global gradient norm, over trained parameters; None: no clipping (Pascanu et al. 2013)."""
     weight_decay: float = 0.0
     """Decoupled weight decay, multiplied by the learning rate (Loshchilov & Hutter 2019)."""
     l1: float = 0.0
-    """Penalty l1 * sum |w|, added to the gradient (as l1 * sign(w)) before clipping. Masked as weight decay is."""
+    """L1 penalty l1 * sum |w|: adds l1 * sign(w) to the gradient before clipping. Same mask as weight decay."""
     l2: float = 0.0
-    """Penalty l2 / 2 * sum w^2, added to the gradient (as l2 * w) before clipping. Masked as weight decay is."""
+    """L2 penalty l2 / 2 * sum w^2: adds l2 * w to the gradient before clipping. Same mask as weight decay."""
     ema: float | None = None
-    """Decay of an exponential moving average of the parameters, used to evaluate and sample; None for none."""
+    """Decay of an exponential moving average (EMA) of the parameters, for evaluation and sampling; None: no EMA."""
     ema_from: int = 0
-    """Completed updates before the average begins; until then it is the parameters themselves."""
+    """Completed steps before the EMA begins; until then it equals the parameters."""
     lr_multipliers: tuple[tuple[str, float], ...] = ()
-    """Learning-rate multipliers: (regex searched in the path, multiplier). First match wins; 0 freezes exactly."""
+    """Learning-rate multipliers: (regex searched in the path, multiplier). First match wins; 0 freezes."""
     no_decay: str | None = None
-    """Regex of paths of matrices that get neither weight decay nor penalties. Nothing but matrices gets any."""
+    """Path regex of matrices without weight decay and penalties, which apply to matrices only."""
 
     def __post_init__(self) -> None:
-        # One form, so that the flag of every experiment is `--optim.lr.peak` (tyro gives a bare number no flag at all).
+        # Always a schedule, so that every experiment has the flag `--optim.lr.peak` (tyro gives a bare number none).
         if not isinstance(self.lr, Schedule):
             object.__setattr__(self, "lr", Constant(self.lr))
 
     def direction(self) -> optax.GradientTransformation:
-        """From the gradient to the step that the learning rate multiplies (pointing uphill), without weight decay."""
+        """Maps the gradient to the direction u (uphill, before weight decay and learning rate)."""
         raise NotImplementedError
 
     def directions(self, matrices: Mapping[str, Matrix]) -> optax.GradientTransformation:
-        """`direction`, where matrices are treated otherwise than the rest."""
+        """`direction`, for optimizers that treat matrices differently."""
         return self.direction()
 
     def wrap(self, step: optax.GradientTransformation, rate: optax.Schedule) -> optax.GradientTransformation:
-        """Put something around direction, decay and rate."""
+        """Hook to wrap the chain of direction, weight decay and learning rate."""
         return step
 
     def rate(self, steps: int) -> optax.Schedule:
-        """Learning rate before multipliers, as a function of the number of completed updates."""
+        """Learning rate before multipliers, as a function of the completed steps."""
         return self.lr.build(steps)
 
     def decays(self, params: Params, matrices: Mapping[str, Matrix]) -> Any:
@@ -91,24 +91,24 @@ class Optimizer:
         return map_paths(lambda path, _: path in matrices and path not in spared, params)
 
     def group(self, path: str) -> Any:
-        """Learning-rate multiplier of the first group that matches."""
+        """The multiplier of the first rule of `lr_multipliers` that matches, else 1."""
         return next((multiplier for pattern, multiplier in self.lr_multipliers if re.search(pattern, path)), 1.0)
 
     def multiplier(self, path: str, matrix: Matrix | None) -> Any:
-        """All that the learning rate of this parameter is multiplied by."""
+        """The full learning-rate multiplier of this parameter."""
         return self.group(path)
 
     @property
     def needs_matrices(self) -> bool:
-        """Whether anything depends on which parameters are matrices."""
+        """Whether `build` needs `matrices`."""
         return not (off(self.weight_decay) and off(self.l1) and off(self.l2))
 
     def build(self, steps: int, matrices: Mapping[str, Matrix] = NONE) -> optax.GradientTransformationExtraArgs:
-        """The optax transformation for a run of `steps` updates. ``init(params, model_state)``, ``update(grads, state,
-        params, model_state=model_state)``, where `model_state` are the model's statistics after this update: an average
-        of the parameters averages them, too. `matrices`: by path, see lab/optim/matrices.py.
+        """The optax transformation for a run of `steps` steps: ``init(params, model_state)`` and ``update(grads, state,
+        params, model_state=model_state)``. `model_state` holds the model's statistics after this step, which the EMA
+        averages like the parameters. `matrices`: by path, see lab/optim/matrices.py.
 
-        `init` raises UserError where a rule fits no parameter (see `check`)."""
+        `init` raises UserError if a rule matches no parameter (see `check`)."""
 
         def penalise(grads: Params, params: Params) -> Params:
             penalised = jax.tree.map(lambda g, w: g + self.l1 * jnp.sign(w) + self.l2 * w, grads, params)
@@ -129,7 +129,7 @@ class Optimizer:
         if self.grad_clip_norm is not None:
             tx += [optax.clip_by_global_norm(self.grad_clip_norm)]
         tx = optax.chain(*tx, self.wrap(optax.chain(*step), rate))
-        if any(off(multiplier) for _, multiplier in self.lr_multipliers):  # frozen parameters get no state at all
+        if any(off(multiplier) for _, multiplier in self.lr_multipliers):  # no state for frozen parameters
             tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, self._labels)
         tx = with_ema(tx, self.ema, self.ema_from)
 
@@ -143,30 +143,30 @@ class Optimizer:
         return map_paths(lambda path, _: "frozen" if self.frozen(path) else "trained", params)
 
     def frozen(self, path: str) -> bool:
-        """Whether a parameter stays as it is."""
+        """Whether a parameter is frozen (multiplier 0)."""
         return off(self.group(path))
 
     def eval_params(self, opt_state: Any, params: Params) -> Params:
-        """The parameters to evaluate and sample with: their moving average if `ema` is set, else themselves."""
+        """Parameters for evaluation and sampling: the EMA if `ema` is set, else `params`."""
         if self.ema is None:
             return params
         return jax.tree.map(lambda e, p: e.astype(p.dtype), find(opt_state, EmaState).ema, params)
 
     def eval_model_state(self, opt_state: Any, model_state: Any) -> Any:
-        """The model's statistics that go with `eval_params`."""
+        """The model's statistics that match `eval_params`."""
         if self.ema is None:
             return model_state
         return jax.tree.map(lambda e, x: e.astype(x.dtype), find(opt_state, EmaState).model_state, model_state)
 
     def take_over(self, opt_state: Any, params: Params, model_state: Any, count: jax.Array) -> Any:
-        """The state, after `count` updates, of an optimizer that differs from this one in its average only, as ours."""
+        """Adds the EMA to the state of the same optimizer without one (or removes it), after `count` steps."""
         averages = isinstance(opt_state, EmaState)
         if self.ema is not None and not averages:
             return EmaState.begin(params, model_state, opt_state, count)
         return opt_state.inner if averages and self.ema is None else opt_state
 
     def check(self, params: Params, matrices: Mapping[str, Matrix], model_state: Any) -> None:
-        """UserError when a group's regex fits no parameter (or only those of earlier groups) or nothing is trained."""
+        """Raises UserError if a multiplier's rule is the first match of no parameter, or all parameters are frozen."""
         paths = jax.tree.leaves(map_paths(lambda path, _: path, params))
         first = {
             next((i for i, (r, _) in enumerate(self.lr_multipliers) if re.search(r, path)), None) for path in paths
@@ -185,7 +185,7 @@ class Optimizer:
             )
 
     def validate(self, steps: int) -> None:
-        """UserError, in plain words, for a number out of range. Traced values are not looked at."""
+        """Raises UserError for a number out of range. Traced values are not checked."""
         require("steps", steps, "at least 1 update", lambda v: v >= 1)
         self.lr.validate(steps)
         require("grad_clip_norm", self.grad_clip_norm, "above 0, or None for no clipping", lambda v: v > 0)
@@ -206,13 +206,13 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class SGD(Optimizer):
-    """Gradient descent. With momentum, m <- momentum m + g and the step is m (Polyak 1964), or g + momentum m with
-    `nesterov` (Nesterov 1983; Sutskever et al. 2013). `l2` is the coupled weight decay of most textbooks."""
+    """Gradient descent. With momentum, m <- momentum m + g and u = m (Polyak 1964), or u = g + momentum m with
+    `nesterov` (Nesterov 1983; Sutskever et al. 2013). `l2` is coupled weight decay."""
 
     momentum: float = 0.0
-    """Decay of the accumulated gradient, in [0, 1); 0 for none."""
+    """Decay of the accumulated gradient, in [0, 1); 0: no momentum."""
     nesterov: bool = False
-    """Look ahead along the momentum."""
+    """Use Nesterov momentum."""
 
     def direction(self) -> optax.GradientTransformation:
         return optax.identity() if off(self.momentum) else optax.trace(self.momentum, nesterov=self.nesterov)
@@ -225,14 +225,14 @@ class SGD(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(Optimizer):
-    """Adam with bias correction, step m / (sqrt(v) + eps) (Kingma & Ba 2015). `l2` is its coupled weight decay."""
+    """Adam with bias correction, u = m / (sqrt(v) + eps) (Kingma & Ba 2015). `l2` is coupled weight decay."""
 
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.999
     """Decay of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
 
     def direction(self) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
@@ -240,7 +240,7 @@ class Adam(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) and the betas usual for language models."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019) and the usual betas of language models."""
 
     b2: float = 0.95
     """Decay of the second moment."""
@@ -250,11 +250,11 @@ class AdamW(Adam):
 
 @dataclass(frozen=True, kw_only=True)
 class Lion(Optimizer):
-    """Step sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g (Chen et al. 2023, algorithm 2). Wants a learning rate
-    3 to 10 times below AdamW's, and a weight decay as much above."""
+    """u = sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g (Chen et al. 2023, algorithm 2). Use a learning rate 3
+    to 10 times lower than for AdamW, and a weight decay higher by the same factor."""
 
     b1: float = 0.9
-    """Weight of the momentum in the step."""
+    """Weight of the momentum in u."""
     b2: float = 0.99
     """Decay of the momentum."""
     weight_decay: float = 0.3

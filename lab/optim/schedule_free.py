@@ -17,13 +17,13 @@ from lab.optim.schedules import require
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFreeAdamW(AdamW):
-    """AdamW whose iterates are averaged instead of its rate decayed (Defazio et al. 2024): z takes the AdamW steps
-    (gradient and decay at y), x is the mean of z weighted by lr^2, and the parameters are y = b1 x + (1 - b1) z.
+    """AdamW with averaged iterates instead of a decaying learning rate (Defazio et al. 2024). z takes the AdamW steps
+    (gradient and weight decay at y), x is the mean of z weighted by lr^2, and the parameters are y = b1 x + (1 - b1) z.
 
-    Evaluate at x = `eval_params`. Use a `Constant` rate with warm-up."""
+    Evaluate at x = `eval_params`. Use a `Constant` learning rate with warm-up."""
 
     b1: float = 0.9
-    """Weight of the average in the parameters that are trained, in (0, 1): it takes the place of momentum."""
+    """Weight of the average x in the trained parameters y, in (0, 1). Replaces momentum."""
     b2: float = 0.999
     """Decay of the second moment."""
 
@@ -31,7 +31,7 @@ class ScheduleFreeAdamW(AdamW):
         return optax.scale_by_rms(self.b2, self.eps, eps_in_sqrt=False, bias_correction=True)
 
     def wrap(self, step: optax.GradientTransformation, rate: optax.Schedule) -> optax.GradientTransformation:
-        # Optax's wrapper counts from 1, its schedules from 0: unshifted, the weights would be those of the next rate.
+        # Optax's wrapper counts from 1, schedules from 0. Without the shift, x would be weighted by the next step's lr.
         return optax.contrib.schedule_free(step, lambda count: rate(count - 1), b1=self.b1)
 
     def eval_params(self, opt_state: Any, params: Params) -> Params:
@@ -43,7 +43,7 @@ class ScheduleFreeAdamW(AdamW):
         def mean(z: Any, y: jax.Array) -> jax.Array:
             if masked(z):
                 return y
-            b1 = jnp.expand_dims(state.b1, range(state.b1.ndim, y.ndim))  # one for each member, where there are some
+            b1 = jnp.expand_dims(state.b1, range(state.b1.ndim, y.ndim))  # `Several`: one b1 per member
             return (y - (1 - b1) * z) / b1
 
         return jax.tree.map(mean, state.z, params, is_leaf=masked)

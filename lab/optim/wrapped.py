@@ -1,4 +1,4 @@
-"""Any optax transformation as an optimizer of an experiment."""
+"""Adapter that makes any optax transformation an optimizer of an experiment."""
 
 from dataclasses import dataclass, field
 
@@ -12,16 +12,16 @@ from lab.optim.schedules import Schedule
 
 @dataclass(frozen=True)
 class Optax(Optimizer):
-    """Any optax transformation with its own learning rate: ``Optax(optax.adam(1e-3))``. Clipping, average, decay and
-    learning-rate groups go on top; decay and the metric learning_rate know of `lr` alone, which multiplies its steps.
+    """Any optax transformation with its own learning rate: ``Optax(optax.adam(1e-3))``. Clipping, EMA, weight decay and
+    `lr_multipliers` also apply. `lr` multiplies its updates; weight decay and the metric learning_rate use only `lr`.
     """
 
     lr: Schedule | float = field(default=1.0, kw_only=True)
-    """Factor of the transformation's steps."""
+    """Factor of the transformation's updates."""
     transformation: optax.GradientTransformation | None = field(default=None, metadata={"json": False})
     """The optax transformation."""
     source: str = field(default="", kw_only=True)
-    """What tells transformations apart: a digest of the code and the values that it is made of; found by itself."""
+    """Digest of the transformation's code and values, for the fingerprint; set automatically."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,7 +29,7 @@ class Optax(Optimizer):
             object.__setattr__(self, "source", source_of(self.transformation))
 
     def direction(self) -> optax.GradientTransformation:
-        return optax.chain(self.transformation, optax.scale(-1.0))  # its steps point downhill, a direction uphill
+        return optax.chain(self.transformation, optax.scale(-1.0))  # optax updates point downhill, a direction uphill
 
     def validate(self, steps: int) -> None:
         super().validate(steps)

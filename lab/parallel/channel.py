@@ -1,9 +1,9 @@
-"""What the processes of one run tell each other beside JAX: who has arrived, values, when to stop, who has ended.
+"""Control channel between the processes of a run, independent of JAX: start-up barrier, gather, stop, failure reports.
 
-JAX ends the survivors of a dead process with SIGABRT once its own time-outs have passed, and no Python code gets a
-word in. Here process 0 keeps one TCP connection to each process. The operating system closes it when a process dies,
-so that the others know within a second which one it was, and say so; a machine that vanishes is missed by its silence.
-A message is one line of JSON. A connection begins with each side's proof that it has the secret of the run.
+When a process dies, JAX aborts the others with SIGABRT after its own time-outs, and no Python code runs. Here process 0
+keeps one TCP connection to each process. The operating system closes it when a process dies, so the other processes
+report within a second which one it was. A lost machine is detected by a time-out. A message is one line of JSON. Each
+connection starts with a mutual proof of the run's secret.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lab.errors import UserError
 from lab.files import open_file
 from lab.parallel.shared_secret import proof, proves, shared_secret
 
-GRACE = 1.0  # seconds in which process 0 may come to say the same mistake itself
-LEAVE = 3.0  # seconds in which the others end before process 0 does: JAX aborts them when its service is gone
-LONGEST = 1 << 26  # bytes of one message
-LONGEST_HELLO = 4096  # from somebody of whom nothing is known yet
-TOLD = (0, 75, 130, 141)  # exit statuses that are no error
+GRACE = 1.0  # seconds to wait for process 0 to report the same error itself
+LEAVE = 3.0  # seconds that process 0 outlives the other processes: JAX aborts them when its service is gone
+LONGEST = 1 << 26  # maximum bytes of a message
+LONGEST_HELLO = 4096  # same, before authentication
+TOLD = (0, 75, 130, 141)  # exit statuses that are not errors
 
 
 def _encoded(message: dict[str, Any]) -> bytes:
@@ -36,9 +36,9 @@ def _encoded(message: dict[str, Any]) -> bytes:
 
 
 def own_addresses(host: str) -> list[tuple[int, Any]]:
-    """(family, socket address without a port) of this machine under the name by which others reach it.
+    """(family, socket address without a port) of this machine, under the name that other machines use for it.
 
-    Empty where that is not known: the name leads to loopback here only (/etc/hosts of Debian), or to a router.
+    Empty if unknown: the name resolves to loopback here (/etc/hosts of Debian), or to a router.
     """
     if host == "localhost" or host.startswith("127."):
         return [(socket.AF_INET, ("127.0.0.1",))]
@@ -57,7 +57,7 @@ def own_addresses(host: str) -> list[tuple[int, Any]]:
 
 
 def _servers(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen where the others look for process 0: there only, or where that is not known everywhere."""
+    """Listening sockets of process 0: on the addresses of `host`, or on all addresses if those are unknown."""
     if addresses := own_addresses(host):
         return [socket.create_server((address, port, *scope), family=family) for family, (address, *scope) in addresses]
     if socket.has_dualstack_ipv6():
@@ -66,14 +66,14 @@ def _servers(host: str, port: int) -> list[socket.socket]:
 
 
 class Channel:
-    """One process's connection to the hub. Its thread ends this process as soon as another one has ended."""
+    """One process's connection to the hub. A thread ends this process as soon as another process has ended."""
 
     def __init__(self, host: str, port: int, process: int, processes: int, seconds: float, silence: float,
                  secret: bytes | None = None):
         """Returns when all processes have arrived. `secret`: by default `shared_secret()`.
 
         Raises:
-          UserError: process 0 is not reached within `seconds`, or has another secret.
+          UserError: process 0 is unreachable for `seconds`, or has another secret.
         """
         self._secret = secret or shared_secret()
         self.process, self.processes, self.place = process, processes, f"{host}:{port}"
@@ -91,7 +91,7 @@ class Channel:
         self._socket = self._connect(host, port)
         for work in (self._listen, self._ping):
             threading.Thread(target=work, name="channel", daemon=True).start()
-        with self._change:  # the hub's own limit comes first; this one is for a hub that is no hub
+        with self._change:  # the hub times out first, unless it is not our hub
             if not self._change.wait_for(lambda: self._started, seconds + 10):
                 raise UserError(f"Something answers at {self.place}, but it is not process 0 of this run.")
 
@@ -112,7 +112,7 @@ class Channel:
                         f"LAB_START_SECONDS changes the limit.")
 
     def _greet(self, connection: socket.socket) -> None:
-        """Proves that this process belongs to the run, if the other side does. Raises UserError where it does not."""
+        """Mutual authentication: checks the hub's proof, then sends ours. Raises UserError if the hub's is wrong."""
         said = secrets.token_hex(16), f"{socket.gethostname()}, pid {os.getpid()}"
         hello = {"kind": "hello", "process": self.process, "processes": self.processes, "name": said[1],
                  "nonce": said[0]}
@@ -135,7 +135,7 @@ class Channel:
     # ------------------------------------------------------------------------------------------- for the main thread
 
     def gather(self, value: Any, *, last: bool = False) -> list[Any]:
-        """The values (plain JSON) of all processes, in their order; returns when all have come here."""
+        """All processes' values (plain JSON), in process order. Blocks until every process has called it."""
         with self._change:
             self._gathers += 1
             self._values = None
@@ -145,10 +145,10 @@ class Channel:
             return self._values
 
     def stopping(self, wanted: int | None) -> int | None:
-        """The signal for which all processes stop at this very call, or None.
+        """The signal for which all processes stop at this call, or None.
 
-        All processes call this at the same places. `wanted`: a signal that this process got. An agreement costs one
-        round of messages; while it is on its way nobody passes this call, so all can stop at the next one.
+        All processes must call this at the same places. `wanted`: a signal that this process received. The agreement
+        takes one round of messages, during which this call blocks in every process, so that all stop at the same call.
         """
         with self._change:
             self._calls += 1
@@ -159,17 +159,17 @@ class Channel:
             return self._signal if self._stop_at is not None and self._calls >= self._stop_at else None
 
     def leave(self, status: int, sentence: str = "") -> None:
-        """Ends this process, and tells the others why before."""
+        """Tells the other processes why, then ends this process."""
         self._leaving = True
         with self._change:
             self._write({"kind": "end", "status": status, "sentence": sentence})
             self._change.wait_for(lambda: self._left, GRACE + LEAVE + 1)
         self._exit(status)
 
-    # --------------------------------------------------------------------------------------------- for the own threads
+    # ---------------------------------------------------------------------------------------- for the channel's threads
 
     def _write(self, message: dict[str, Any]) -> None:
-        with self._send_lock, contextlib.suppress(OSError):  # the listening thread says it when the hub is gone
+        with self._send_lock, contextlib.suppress(OSError):  # the listening thread reports a lost hub
             self._socket.sendall(_encoded(message))
 
     def _ping(self) -> None:
@@ -200,7 +200,7 @@ class Channel:
                     self._socket.settimeout(self.silence)
                 case "gathered":
                     self._values = message["values"]
-                    self._closed |= message["last"]  # here, because the hub may be gone before the main thread wakes
+                    self._closed |= message["last"]  # set here: the hub may be gone before the main thread wakes
                 case "report":
                     self._reporting, self._signal = True, message["signal"]
                     self._write({"kind": "calls", "calls": self._calls})
@@ -217,17 +217,17 @@ class Channel:
         if sentence and status not in TOLD:
             sentence = f"error: {sentence}"
         if sentence and aloud:
-            clear = b"\r\033[K\033[?25h" if sys.stderr.isatty() else b""  # the live line, and its hidden cursor
+            clear = b"\r\033[K\033[?25h" if sys.stderr.isatty() else b""  # clears the live line and shows the cursor
             os.write(2, clear + sentence.encode() + b"\n")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what JAX's threads say while they are torn down helps nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides messages of JAX's threads at teardown
         if sentence and self.log:
             with contextlib.suppress(OSError), open_file(self.log) as log:
                 log.write(sentence + "\n")
         self._exit(status)
 
     def _exit(self, status: int) -> None:
-        """Ends at once: the ordinary way would wait for the others in JAX's shutdown barrier."""
-        with contextlib.suppress(Exception):  # nothing may keep this process alive now
+        """Exits at once: a normal exit would block in JAX's shutdown barrier."""
+        with contextlib.suppress(Exception):  # must exit whatever fails
             self.at_exit()
             sys.stdout.flush()
             sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Process 0 hears the others: who is there, who ended and why."""
+"""The hub in process 0: accepts all processes, forwards messages, and reports which process ended and why."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lab.parallel.shared_secret import proof, proves, shared_secret
 
 
 class Hub:
-    """Process 0's side: waits for everyone, then passes on what arrives. All of it in daemon threads."""
+    """The server side of the channel, in daemon threads of process 0. Waits for all processes, then relays messages."""
 
     def __init__(self, host: str, port: int, processes: int, seconds: float, silence: float,
                  secret: bytes | None = None):
-        """Listens at once; `seconds`: until when all must have arrived; `silence`: after which a process is lost;
-        `secret`: by default `shared_secret()`.
+        """Starts listening. `seconds`: time limit for all processes to connect; `silence`: seconds without a message
+        after which a process counts as lost; `secret`: by default `shared_secret()`.
 
         Raises:
           UserError: the port is taken.
@@ -72,7 +72,7 @@ class Hub:
             hello = self._greet(connection, lines)
             process, name = int(hello["process"]), str(hello["name"])
         except (OSError, ValueError, KeyError, TypeError):
-            connection.close()  # a stranger
+            connection.close()  # not a process of this run
             return
         with self._lock:
             twice = process in self._sockets
@@ -96,8 +96,8 @@ class Hub:
                      f"checkpoint.")
 
     def _greet(self, connection: socket.socket, lines: Any) -> dict[str, Any]:
-        """What a process says of itself, once both sides have proved that they belong to this run. ValueError, OSError
-        and the like for a stranger.
+        """The hello message of a process, after mutual authentication. Raises ValueError, OSError, KeyError or
+        TypeError for a peer that is not of this run.
         """
         hello, nonce = json.loads(lines.readline(LONGEST_HELLO)), secrets.token_hex(16)
         if hello["kind"] != "hello":
@@ -112,7 +112,7 @@ class Hub:
     def _handle(self, process: int, message: dict[str, Any]) -> None:
         kind = message["kind"]
         if kind == "end":
-            # In a thread of its own, because this one has to see that connection end.
+            # In its own thread: this one must keep reading to see the connection close.
             words = process, message["status"], message["sentence"]
             threading.Thread(target=self._left, args=words, name="hub", daemon=True).start()
         with self._lock:
@@ -153,12 +153,12 @@ class Hub:
         limit = time.monotonic() + LEAVE
         while (others - self._gone or 0 not in self._sockets) and time.monotonic() < limit:
             time.sleep(0.01)
-        self._send(message, {0})  # it takes this hub with it
+        self._send(message, {0})  # last, because it ends process 0 with this hub
 
     def _send(self, message: dict[str, Any], processes: Iterable[int] | None = None) -> None:
         data = _encoded(message)
         with self._lock:
             chosen = self._sockets.keys() & (self._sockets if processes is None else processes)
-            for process in sorted(chosen, reverse=True):  # process 0 last: it may end at once, and this hub with it
+            for process in sorted(chosen, reverse=True):  # process 0 last: it may exit at once and end this hub
                 with contextlib.suppress(OSError):
                     self._sockets[process].sendall(data)

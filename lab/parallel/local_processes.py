@@ -1,4 +1,4 @@
-"""``--processes N``: a real run of several processes on one machine, to find the mistakes that only those have."""
+"""``--processes N``: a multi-process run on one machine, to find bugs that need several processes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from lab import signals
 from lab.errors import UserError
 from lab.parallel.shared_secret import new_secret
 
-ENDING_SECONDS = 20.0  # what the others get to end by themselves after one has ended
-# What JAX's services say in C++ when a process has died: lines of which none says which one it was. Ours does.
+ENDING_SECONDS = 20.0  # for the remaining processes to exit after the first has ended; then SIGKILL
+# Log lines of JAX's C++ services after a process has died. They do not name the process; our message does.
 ECHO = re.compile(rb"[EF]\d{4} [\d:.]+ +\d+ (coordination_service\w*\.cc|preemption_\w+\.cc|client\.h):"
                   rb"|Additional GRPC error information|:UNKNOWN:Error received from peer")
 FORCE = "--xla_force_host_platform_device_count"
 
 
 def start_processes(args: Sequence[str]) -> int:
-    """Runs ``--processes N`` or ``--processes NxM`` (M devices each) of `args`; returns the exit status of all.
+    """Runs `args` with ``--processes N`` or ``--processes NxM`` (M devices each); returns the common exit status.
 
-    Process 0 has the screen; what others print to stderr is shown behind their number. SIGTERM and SIGINT go to all of
-    them. When one dies, the others end within seconds.
+    Process 0 owns the terminal; stderr of the other processes is shown with their number as prefix. Signals are
+    forwarded to all processes. When one dies, the rest end within seconds.
 
     Raises:
-      UserError: the numbers are wrong, or there are not that many GPUs.
+      UserError: malformed numbers, or too few GPUs.
     """
     at = args.index("--processes")
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", args[at + 1] if at + 1 < len(args) else "")
@@ -45,10 +45,10 @@ def start_processes(args: Sequence[str]) -> int:
 
 
 def devices_of(process: int, processes: int, each: int | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that give a process its part of this machine's devices.
+    """Environment variables that assign a process its share of this machine's devices.
 
     Raises:
-      UserError: there are fewer GPUs than asked for.
+      UserError: too few GPUs, or a TPU.
     """
     if environ.get("LAB_PLATFORM") == "gpu":
         visible = environ.get("CUDA_VISIBLE_DEVICES")
@@ -68,7 +68,7 @@ def devices_of(process: int, processes: int, each: int | None, environ: Mapping[
 
 
 def _free_ports() -> int:
-    """A port that is free together with the next one."""
+    """A free port such that the next one is also free."""
     while True:
         with socket.socket() as a, socket.socket() as b:
             a.bind(("127.0.0.1", 0))
@@ -81,7 +81,7 @@ def _free_ports() -> int:
 
 
 class _Family:
-    """The processes, and this one, which watches them."""
+    """The child processes and their supervisor."""
 
     def __init__(self, args: Sequence[str], processes: int, each: int | None):
         self.signal: int | None = None
@@ -90,7 +90,7 @@ class _Family:
         for k, environ in enumerate(environs):
             environ |= {"LAB_COORDINATOR": f"127.0.0.1:{port}", "LAB_PROCESSES": str(processes),
                         "LAB_PROCESS_ID": str(k), "LAB_PARENT": str(os.getpid()), "LAB_SECRET": secret}
-            # A session of its own: Ctrl-C reaches it through this process, once.
+            # Own session, so that Ctrl-C reaches each child once, through this process.
             self.children.append(subprocess.Popen(
                 [sys.executable, "-P", "-m", "lab", *args], env=os.environ | environ, start_new_session=True,
                 stderr=subprocess.PIPE if k else None, stdin=subprocess.DEVNULL))
@@ -105,10 +105,10 @@ class _Family:
         self.signal = self.signal or number
         for child in self.children:
             if child.poll() is None:
-                child.send_signal(number)  # a second one, too: each knows what it means
+                child.send_signal(number)  # also a second signal, which the children handle
 
     def wait(self) -> int:
-        """The exit status of the first that ended otherwise than with 0; the others follow it or are ended."""
+        """The first nonzero exit status, else 0. Kills processes that outlive the first exit by `ENDING_SECONDS`."""
         limit, told = None, {}
         while running := [child for child in self.children if child.poll() is None]:
             ended = [k for k, child in enumerate(self.children) if child.returncode is not None and k not in told]
@@ -124,7 +124,7 @@ class _Family:
         return next((status for status in told.values() if status), 0)
 
     def _status(self, k: int) -> int:
-        """The exit status of a child that has ended; says when a signal ended it."""
+        """The exit status of an ended child. Prints an error if an unexpected signal ended it."""
         code = self.children[k].returncode
         if code >= 0:
             return code

@@ -1,9 +1,8 @@
-"""One entry for every launcher: which processes there are, JAX's runtime among them, and what they agree on.
+"""Multi-process start-up for every launcher: detects the processes, starts `jax.distributed`, and synchronises them.
 
-A launcher says who is who by LAB_COORDINATOR (host:port of process 0), LAB_PROCESSES and LAB_PROCESS_ID, or is one that
-is recognised: SLURM's srun, Open MPI's mpirun, SkyPilot, a TPU pod. The port after the coordinator's is used, too.
-LAB_SECRET is the same random text in all processes; without it they must share a home folder
-(lab/parallel/shared_secret.py).
+A launcher sets LAB_COORDINATOR (host:port of process 0), LAB_PROCESSES and LAB_PROCESS_ID. SLURM's srun, Open MPI's
+mpirun, SkyPilot and TPU pods are detected. The port after the coordinator's is used, too. LAB_SECRET is the same random
+text in all processes; without it they must share a home folder (lab/parallel/shared_secret.py).
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from lab.parallel.channel import TOLD, Channel, own_addresses
 from lab.parallel.hub import Hub
 
 ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS = 120.0  # LAB_START_SECONDS: in which all processes must have arrived
-SILENCE_SECONDS = 45.0  # LAB_SILENCE_SECONDS: after which a process counts as lost; one that dies is noticed at once
+START_SECONDS = 120.0  # LAB_START_SECONDS: time limit for all processes to connect
+SILENCE_SECONDS = 45.0  # LAB_SILENCE_SECONDS: time-out for a lost machine; a dead process is noticed at once
 
 
 class Launch(NamedTuple):
-    """What a launcher says of this process."""
+    """The process layout, as set by a launcher."""
 
     launcher: str
     host: str
@@ -43,25 +42,25 @@ class Launch(NamedTuple):
     processes: int
     process: int
     local_devices: list[int] | None = None
-    """Which of the machine's GPUs this process drives; None: all that it sees."""
+    """The machine's GPUs that this process uses; None: all visible ones."""
 
 
 def find_launch(environ: Mapping[str, str]) -> Launch | None:
-    """What the launcher set in `environ`; None for one process.
+    """The launch described by `environ`; None for a single process.
 
     Raises:
-      UserError: LAB_COORDINATOR, LAB_PROCESSES and LAB_PROCESS_ID do not fit together, or a launcher's own variables
-        are not all there.
+      UserError: LAB_COORDINATOR, LAB_PROCESSES and LAB_PROCESS_ID are inconsistent, or some of the launcher's own
+        variables are missing.
     """
     if any(environ.get(name) for name in ("LAB_COORDINATOR", "LAB_PROCESSES", "LAB_PROCESS_ID")):
         return _explicit(environ)
-    if _number(environ, "SKYPILOT_NUM_NODES") > 1:  # it removes SLURM's own variables
+    if _number(environ, "SKYPILOT_NUM_NODES") > 1:  # SkyPilot unsets SLURM's variables
         _need("SkyPilot", environ, "SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK")
         port = _number(environ, "JAX_COORDINATOR_PORT", 8476)
         return Launch("SkyPilot", environ["SKYPILOT_NODE_IPS"].split()[0], port,
                       _number(environ, "SKYPILOT_NUM_NODES"), _number(environ, "SKYPILOT_NODE_RANK", least=0))
     if "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
-        # A shell that srun opened inside a larger allocation is a step of one task; SLURM_NTASKS is the allocation's.
+        # SLURM_NTASKS counts the allocation's tasks. A shell opened by srun in a larger allocation is a 1-task step.
         tasks = _number(environ, "SLURM_STEP_NUM_TASKS", _number(environ, "SLURM_NTASKS"))
         if tasks > 1:
             _need("SLURM", environ, "SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_LOCALID")
@@ -70,7 +69,7 @@ def find_launch(environ: Mapping[str, str]) -> Launch | None:
         _need("Open MPI", environ, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri")
         return _detected("Open MPI")
     several = environ.get("TPU_WORKER_HOSTNAMES", "").count(",") or environ.get("MEGASCALE_NUM_SLICES")
-    platform = environ.get("LAB_PLATFORM")  # elsewhere the variables of a TPU are left over from something else
+    platform = environ.get("LAB_PLATFORM")  # on other platforms TPU variables are leftovers
     if platform == "tpu" or (several and not platform):
         found = _detected("TPU pod")
         return found if found and found.processes > 1 else None
@@ -78,7 +77,7 @@ def find_launch(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _number(environ: Mapping[str, str], name: str, default: int = 1, least: int = 1) -> int:
-    """The number in a variable; `default` where it is not set. Raises UserError where it is none."""
+    """The integer in a variable, `default` if unset. Raises UserError if it is not an integer >= `least`."""
     text = environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < least:
         raise UserError(f"{name}={text} must be a number of at least {least}. {_ALONE.format(name)}")
@@ -86,7 +85,7 @@ def _number(environ: Mapping[str, str], name: str, default: int = 1, least: int 
 
 
 def _need(launcher: str, environ: Mapping[str, str], *names: str) -> None:
-    """Raises UserError where a launcher that started several processes did not say all of who is who."""
+    """Raises UserError if a multi-process launcher left any of the variables `names` unset."""
     if missing := [name for name in names if not environ.get(name)]:
         set_here = ", ".join(sorted(n for n in environ if n.startswith(names[0].partition("_")[0] + "_")))
         raise UserError(f"{launcher} seems to have started several processes, but {' and '.join(missing)} "
@@ -94,7 +93,7 @@ def _need(launcher: str, environ: Mapping[str, str], *names: str) -> None:
                         f"{_ALONE.format('them')}")
 
 
-# What to do about variables that do not fit.
+# Advice for inconsistent variables.
 _ALONE = ("If several processes were started, set LAB_COORDINATOR, LAB_PROCESSES and LAB_PROCESS_ID in each; if this "
           "one is alone, unset {}.")
 
@@ -114,14 +113,14 @@ def _explicit(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _detected(launcher: str) -> Launch | None:
-    """What JAX itself makes of the environment; the same rules as `jax.distributed.initialize()`."""
-    from jax._src.clusters import ClusterEnv  # not public; JAX would only use it where no time limit can be given
+    """The launch as JAX detects it, by the rules of `jax.distributed.initialize()`."""
+    from jax._src.clusters import ClusterEnv  # private API: the public one takes no time limit
 
     seconds = int(_seconds("LAB_START_SECONDS", START_SECONDS))
     try:
         address, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, seconds)
-    except (LookupError, ValueError, RuntimeError, OSError) as e:  # its variables are another launcher's, or old
+    except (LookupError, ValueError, RuntimeError, OSError) as e:  # variables of another launcher, or stale ones
         raise UserError(f"The variables of {launcher} cannot be used ({type(e).__name__}: {str(e)[:160]}). "
                         f"{_ALONE.format('them')}") from e
     if address is None or processes is None or process is None:
@@ -131,7 +130,7 @@ def _detected(launcher: str) -> Launch | None:
 
 
 def _slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """JAX takes GPU i for task i of a node. A node's only task drives all; one bound to a GPU sees it as number 0."""
+    """JAX assigns GPU i to task i of a node. Here a node's only task gets all GPUs; a task bound to one GPU gets 0."""
     tasks = max(int(n) for n in re.findall(r"(?:^|,)(\d+)", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     count = len(visible.split(",")) if visible else len(glob.glob("/dev/nvidia[0-9]*"))
@@ -153,7 +152,7 @@ def _seconds(name: str, default: float) -> float:
 
 
 class Processes:
-    """The processes of this run, and this one among them. By default one, for which every agreement is free."""
+    """This process and its peers in the run. By default a single process, which needs no communication."""
 
     def __init__(self, launch: Launch | None = None, channel: Channel | None = None):
         self.process, self.count = (launch.process, launch.processes) if launch else (0, 1)
@@ -161,7 +160,7 @@ class Processes:
         self._channel, self._scratch = channel, None
 
     def gather(self, value: Any) -> list[Any]:
-        """The values (plain JSON) of all processes, in their order; returns when all have come here."""
+        """All processes' values (plain JSON), in process order. Blocks until every process has called it."""
         return self._channel.gather(value) if self._channel else [value]
 
     def share(self, value: Any) -> Any:
@@ -169,17 +168,17 @@ class Processes:
         return self._channel.gather(value if self.first else None)[0] if self._channel else value
 
     def stopping(self, wanted: int | None) -> int | None:
-        """The signal for which all processes stop at this very call, or None; `wanted`: one that this process got.
+        """The signal for which all processes stop at this call, or None. `wanted`: a signal that this process received.
 
-        All processes call this at the same places of their work.
+        All processes must call this at the same places.
         """
         return self._channel.stopping(wanted) if self._channel else wanted
 
     def check_same(self, mine: dict[str, Any], advice: str) -> None:
-        """Returns when all processes have come here with the same values (plain JSON).
+        """Barrier that checks that all processes have the same values (plain JSON).
 
         Raises:
-          UserError: this process's differ from those of process 0, and how; the others hear it and stop, too.
+          UserError: values differ from those of process 0; names them. All processes then stop.
         """
         if not self._channel:
             return
@@ -192,8 +191,8 @@ class Processes:
         self.gather(None)
 
     def own_folder(self, folder: Path) -> Path:
-        """Where this process writes what describes the run: `folder` for process 0, and one that is thrown away for the
-        others, which compute all of it as well, since computing takes them all.
+        """Output folder of this process: `folder` in process 0. Elsewhere a temporary folder, because every process
+        computes the outputs (collectives need all of them) but only those of process 0 are kept.
         """
         if self.first:
             return folder
@@ -203,7 +202,7 @@ class Processes:
         return self._scratch
 
     def log(self, folder: Path) -> Path | None:
-        """This process's log file in the run folder; None for one process alone, whose screen says it all."""
+        """This process's log file in the run folder; None for a single process."""
         if not self._channel:
             return None
         self._channel.log = folder / "logs" / f"process-{self.process}.txt"
@@ -211,25 +210,25 @@ class Processes:
         return self._channel.log
 
     def leave(self, status: int, sentence: str = "") -> None:
-        """Ends this process and all others for the same reason; returns only where there is just one."""
+        """Ends all processes for the same reason. Returns only if there is a single process."""
         if self._channel:
             self._channel.leave(status, sentence)
 
     def leave_by(self, error: BaseException) -> None:
-        """Ends all processes by an exception that nobody handled; returns only where there is just one."""
+        """Ends all processes after an unhandled exception. Returns only if there is a single process."""
         if not self._channel:
             return
         if isinstance(error, SystemExit):
             status = error.code if isinstance(error.code, int) else int(error.code is not None)
             self.leave(status, "" if status in TOLD else f"It ended with exit status {status}; see what it printed.")
-        # Whatever went wrong may be a collective's answer to the death of another process, in the words of any of three
-        # libraries (JAX, Gloo, gRPC). The channel then ends this process with a sentence that says which one it was.
+        # The exception may come from a collective whose peer died (raised by JAX, Gloo or gRPC). The channel then ends
+        # this process within the 5 s, with a message that names the peer.
         threading.Event().wait(5)
         traceback.print_exception(error)
         self.leave(1, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
     def close(self) -> None:
-        """The ordinary end: all processes come here."""
+        """Normal shutdown. All processes must call it."""
         if self._channel:
             import jax
 
@@ -246,16 +245,16 @@ ALONE = Processes()
 
 
 def start() -> Processes:
-    """Joins the other processes, if the launcher started several. Call it before anything else asks JAX for devices.
+    """Connects to the other processes, if the launcher started several. Call it before JAX initialises its devices.
 
     Raises:
-      UserError: some process did not arrive in time (says which), or cannot be reached.
+      UserError: a process did not connect in time (names it), or cannot be reached.
     """
     launch = find_launch(os.environ)
     if launch is None:
         return Processes()
     seconds, silence = _seconds("LAB_START_SECONDS", START_SECONDS), _seconds("LAB_SILENCE_SECONDS", SILENCE_SECONDS)
-    # Only process 0 talks, and not the C++ code in it: Gloo greets every peer on standard output.
+    # Only process 0 prints, and only from Python: Gloo's C++ code prints a line per peer to stdout.
     sys.stdout = signals.Output(open(os.devnull if launch.process else os.dup(1), "wb"), line_buffering=True)  # noqa: SIM115
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     port = launch.port + 1 if launch.port < 65535 else launch.port - 1
@@ -264,23 +263,23 @@ def start() -> Processes:
     channel = Channel(launch.host, port, launch.process, launch.processes, seconds, silence)
     processes = Processes(launch, channel)
     _initialize(launch, processes, seconds, silence)
-    signals.install(processes.leave, quiet=not processes.first)  # in place of JAX's, which only notes a SIGTERM
+    signals.install(processes.leave, quiet=not processes.first)  # replaces JAX's handler, which only records a SIGTERM
     return processes
 
 
 def _initialize(launch: Launch, processes: Processes, seconds: float, silence: float) -> None:
-    """JAX's own runtime. Its time-outs are longer than ours, because it ends a process without a sentence.
+    """Starts `jax.distributed`. Its time-outs are longer than ours, because it aborts without naming the process.
 
-    A heartbeat time-out of 60 s ended processes after 38 and 43 s (measured), hence the wide margin.
+    The margin is wide: with a heartbeat time-out of 60 s, processes were aborted after 38 and 43 s (measured).
     """
     import jax
 
     address = f"[{launch.host}]:{launch.port}" if ":" in launch.host else f"{launch.host}:{launch.port}"
-    bind = None  # JAX's way: all addresses of this machine
+    bind = None  # JAX's default: all addresses of this machine
     if len(here := own_addresses(launch.host)) == 1:
         bind = f"[{here[0][1][0]}]:{launch.port}" if ":" in here[0][1][0] else f"{here[0][1][0]}:{launch.port}"
     if any("_proxy" in name.lower() for name in os.environ):
-        os.environ.setdefault("no_grpc_proxy", launch.host)  # a company's proxy would not reach it
+        os.environ.setdefault("no_grpc_proxy", launch.host)  # a corporate proxy would not reach it
     late = threading.Timer(seconds, processes.leave, (2, f"JAX's runtime at {address} was not reached within "
                                                          f"{seconds:g} s. Is that port open between the machines?"))
     late.daemon = True
@@ -297,7 +296,7 @@ def _initialize(launch: Launch, processes: Processes, seconds: float, silence: f
 
 
 def code_version(file: Path | None) -> dict[str, str]:
-    """Digests of what decides a run besides its flags: lab's files, the experiment's file, versions of packages."""
+    """Digests of the code of a run: lab's files, the experiment's file, package versions."""
     files = {str(path.relative_to(ROOT)): path for path in (ROOT / "lab").rglob("*.py")}
     if file:
         files[file.name] = file

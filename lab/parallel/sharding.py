@@ -1,10 +1,9 @@
-"""Where every array of a run lives: the mesh, one table of path rules for the whole state, the batch, the activations.
+"""Sharding: the mesh, path rules for the state and for activations, and the batch.
 
-A mesh has four axes. `data` and `fsdp` both divide the rows of a batch; `fsdp` also divides the state, which is
-gathered where it is used (fully sharded data parallelism, Rajbhandari et al. 2020). `tensor` divides attention heads,
-the hidden width of MLPs and the vocabulary (Shoeybi et al. 2019). `sequence` divides the length of activations; keys
-and values are gathered. The compiler inserts the communication; the results are those of one device up to the order of
-sums.
+A mesh has four axes. `data` and `fsdp` both shard the rows of a batch; `fsdp` also shards the state, which is gathered
+where it is used (fully sharded data parallelism, Rajbhandari et al. 2020). `tensor` shards attention heads, the hidden
+width of MLPs and the vocabulary (Shoeybi et al. 2019). `sequence` shards the length of activations; keys and values are
+gathered. The compiler inserts the collectives. Results equal those of one device up to summation order.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from lab.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 ROWS = ("data", "fsdp")
-SMALL = 2**12  # numbers in an array that is not worth dividing
+SMALL = 2**12  # without a rule, arrays with fewer elements are replicated
 
-# (regular expression searched in the path of an array of the state, axes of its last dimensions with "-" for none). The
-# first match wins. The last dimensions, because scanned blocks stack their parameters along a first one; a rule for
-# more dimensions than an array has does not fit it (factored moments have another rank than their parameters). What no
-# rule fits has its largest dimension that can be divided along fsdp; what is small is on every device.
+# (regex searched in the path of a state array, mesh axes of its last dimensions with "-" for none). First match wins.
+# Rules name the last dimensions because scanned blocks are stacked along a leading one. A rule with more dimensions
+# than the array is skipped (factored moments have another rank than their parameters). An array without a rule is
+# sharded over fsdp along its largest divisible dimension; small arrays are replicated.
 Rules = Sequence[tuple[str, str]]
 RULES: Rules = (
     # Every Transformer (GPT, BERT, ViT).
@@ -40,8 +39,8 @@ RULES: Rules = (
     (r"/wte/embedding", "tensor, fsdp"),
     (r"/head$", "fsdp, tensor"),
 )
-# The same for what a module returns, by the module's path; dimensions left out, or that an axis does not divide, are up
-# to the compiler. They keep it from dividing a product in a way that looks cheap and is not.
+# The same for activations: rules for a module's output, by its path. Other dimensions, and those an axis does not
+# divide, are left to the compiler. Without the rules, XLA picks matmul shardings that seem cheap but are slow.
 ACTIVATIONS: Rules = (
     (r"attn/query$|ffn/(up|gate)$", "rows, sequence, tensor"),
     (r"attn/(key|value)$", "rows, -, tensor"),
@@ -49,15 +48,15 @@ ACTIVATIONS: Rules = (
     (r"^$", "rows, sequence, tensor"),
     (r"", "rows"),
 )
-# Modules that every device runs on its own part of arguments and results, because the compiler cannot divide them.
+# Modules run in a `shard_map` because the compiler cannot partition them; all arguments and results have these axes.
 OWN: Rules = ((r"attn/own$", "rows, -, tensor, -"),)
 
 
 def mesh_sizes(mesh: Any, devices: int) -> dict[str, int]:
-    """Axis -> number of devices, with -1 replaced by what the other axes leave. `mesh`: an experiment's `Mesh`.
+    """Axis -> number of devices, with -1 replaced by the remaining devices. `mesh`: an experiment's `Mesh`.
 
     Raises:
-      UserError: there are not that many devices, or the others do not divide them.
+      UserError: too few devices, or the other axes do not divide their number.
     """
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     named = math.prod(size for size in sizes.values() if size != -1)
@@ -70,11 +69,11 @@ def mesh_sizes(mesh: Any, devices: int) -> dict[str, int]:
 
 
 def make_mesh(mesh: Any, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The mesh of these devices (all by default). TPU slices are divided by the axis "data" only: the network between
-    them is slower than within.
+    """The mesh of these devices (all by default). Only the axis "data" spans TPU slices, because the network between
+    slices is slower than within.
 
     Raises:
-      UserError: `mesh_sizes` cannot be had of these devices, or "data" not of these slices.
+      UserError: see `mesh_sizes`; or the number of slices does not divide "data".
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(mesh, len(devices))
@@ -93,7 +92,7 @@ def make_mesh(mesh: Any, devices: Sequence[Any] | None = None) -> jax.sharding.M
 
 
 def path_of(path: Sequence[Any]) -> str:
-    """`params/block_0/attn/query/kernel`: a pytree path as people and rules write it."""
+    """A pytree path as a string, such as `params/block_0/attn/query/kernel`."""
     return "/".join(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path)
 
 
@@ -106,11 +105,11 @@ def _axes(rule: tuple[str, str]) -> list[str | None]:
 
 
 def state_shardings(state: Any, mesh: jax.sharding.Mesh | AbstractMesh, own: Rules = ()) -> Any:
-    """A NamedSharding for every array of the (abstract) state. `own`: rules that come before `RULES`.
+    """A NamedSharding for every array of the (abstract) state. `own`: rules tried before `RULES`.
 
     Raises:
-      UserError: an axis does not divide a dimension (names the path), is in no mesh, or divides nothing at all; or an
-        own rule matches nothing.
+      UserError: an axis does not divide a dimension (names the path), is unknown, or shards no array; or a rule of
+        `own` matches no array.
     """
     unused = {rule[0] for rule in own}
     used: set[str | None] = {"data", "fsdp", "sequence"}
@@ -143,7 +142,7 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh | AbstractMesh, own: Rul
 
 
 def _largest(shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """The largest dimension that can be divided, along "fsdp"."""
+    """Shards the largest divisible dimension over "fsdp"; replicates small arrays."""
     dividing = [(size, -i) for i, size in enumerate(shape) if size % devices == 0]
     if devices == 1 or not dividing or math.prod(shape) < SMALL:
         return PartitionSpec()
@@ -151,9 +150,9 @@ def _largest(shape: tuple[int, ...], devices: int) -> PartitionSpec:
 
 
 def describe_state(state: Any, shardings: Any) -> list[tuple[str, tuple[int, ...], str, int, int]]:
-    """(path, shape, axes, arrays, bytes per device) of the whole state.
+    """Rows (path, shape, axes, arrays, bytes per device) for the whole state.
 
-    One row for all arrays that are alike: a parameter with its moments, and numbered blocks, shown as a `*`.
+    Similar arrays share a row: a parameter and its moments, and numbered blocks (number shown as `*`).
     """
     paths = [path_of(path) for path, _ in jax.tree.leaves_with_path(state)]
     parameters = {path.removeprefix("params/") for path in paths if path.startswith("params/")}
@@ -169,20 +168,20 @@ def describe_state(state: Any, shardings: Any) -> list[tuple[str, tuple[int, ...
 
 
 def bytes_per_device(state: Any, shardings: Any) -> int:
-    """Bytes that every device holds of these (abstract) arrays."""
+    """Bytes of these (abstract) arrays on each device."""
     return sum(row[-1] for row in describe_state(state, shardings))
 
 
 @contextlib.contextmanager
 def constrained(mesh: jax.sharding.Mesh, rules: Rules = ACTIVATIONS) -> Iterator[set[str]]:
-    """While a model is traced in it, what its modules return is placed by `rules`; gives the axes that were used.
+    """Context that constrains the outputs of Flax modules traced in it by `rules`. Yields the set of axes used.
 
-    So no model knows of shardings, and nothing changes where it is applied outside.
+    Model code needs no sharding annotations, and is unaffected outside the context.
     """
     used: set[str] = set()
 
     def place(next_function: Any, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
-        alone = jax.sharding.get_abstract_mesh().manual_axes  # in a shard_map: these are one device's rows
+        alone = jax.sharding.get_abstract_mesh().manual_axes  # nonempty inside a shard_map
         if alone or context.method_name != "__call__":
             return next_function(*args, **kwargs)
         path = "/".join(context.module.path)
@@ -191,7 +190,7 @@ def constrained(mesh: jax.sharding.Mesh, rules: Rules = ACTIVATIONS) -> Iterator
             return jax.shard_map(next_function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*args)
         take = functools.partial(jnp.take, axis=0) if isinstance(context.module, nn.Embed) else None
         if lookup := getattr(context.module, "embedding_lookup", take):
-            # Gathered first: left to itself the compiler divides the lookup, and then every device computes all of it.
+            # Gather the table first: otherwise XLA partitions the lookup, and then every device computes all of it.
             table = jax.lax.with_sharding_constraint(context.module.embedding, NamedSharding(mesh, PartitionSpec()))
             out = lookup(table, *args)
         else:
@@ -212,7 +211,7 @@ def constrained(mesh: jax.sharding.Mesh, rules: Rules = ACTIVATIONS) -> Iterator
 
 
 def _dividing(size: int, axis: str | None, mesh: jax.sharding.Mesh) -> Any:
-    """What stands in a PartitionSpec for a dimension of that size."""
+    """The PartitionSpec entry for a dimension of length `size`; unconstrained if the axis does not divide it."""
     if axis is None:
         return None
     names = ROWS if axis == "rows" else (axis,)
@@ -223,7 +222,7 @@ def _dividing(size: int, axis: str | None, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _together(shapes: Sequence[tuple[int, ...]], axes: Sequence[str | None], mesh: jax.sharding.Mesh) -> PartitionSpec:
-    """One spec for all shapes: an axis that does not divide all of them divides none (query and key heads)."""
+    """One spec for all shapes. Drops an axis unless it divides that dimension in every shape (query and key heads)."""
     found = [{_dividing(size, axis, mesh) for size in sizes}
              for axis, sizes in zip(axes, zip(*shapes, strict=True), strict=True)]
     return PartitionSpec(*(None if PartitionSpec.UNCONSTRAINED in names else names.pop() for names in found))
@@ -231,10 +230,10 @@ def _together(shapes: Sequence[tuple[int, ...]], axes: Sequence[str | None], mes
 
 def batch_sharding(mesh: jax.sharding.Mesh, batch: int, microbatches: int = 1, *,
                    stacked: bool = False) -> NamedSharding:
-    """Rows over the axes "data" and "fsdp"; with `stacked`, behind a leading axis of updates.
+    """Shards rows over "data" and "fsdp"; with `stacked`, after a leading axis of steps.
 
     Raises:
-      UserError: a microbatch cannot be divided among the devices.
+      UserError: the devices do not divide a microbatch.
     """
     devices = math.prod(mesh.shape[axis] for axis in ROWS)
     if batch % (devices * microbatches):
@@ -245,9 +244,9 @@ def batch_sharding(mesh: jax.sharding.Mesh, batch: int, microbatches: int = 1, *
 
 
 def process_rows(sharding: NamedSharding, batch: int) -> slice:
-    """The rows of the global batch that this process's devices hold, all that it has to read.
+    """The rows of the global batch on this process's devices, which this process reads.
 
-    Processes that differ in "tensor" or "sequence" only hold the same rows.
+    Processes that differ only in "tensor" or "sequence" have the same rows.
     """
     stacked = len(sharding.spec) > 1
     places = sharding.addressable_devices_indices_map((1, batch) if stacked else (batch,)).values()
@@ -256,7 +255,7 @@ def process_rows(sharding: NamedSharding, batch: int) -> slice:
 
 
 def put(rows: Mapping[str, np.ndarray], sharding: NamedSharding, batch: int) -> dict[str, jax.Array]:
-    """This process's rows (those of `process_rows`) -> global arrays on the devices, of `batch` rows."""
+    """Puts this process's rows (those of `process_rows`) on the devices, as global arrays of `batch` rows."""
     if jax.process_count() == 1:
         return jax.device_put(dict(rows), sharding)
     axis, first = len(sharding.spec) - 1, process_rows(sharding, batch).start

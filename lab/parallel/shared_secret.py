@@ -1,7 +1,7 @@
-"""The secret that the processes of one run share, and how two of them prove to each other that they have it.
+"""The shared secret of a multi-process run, and the proof that a peer has it.
 
-A launcher hands it to all of them in LAB_SECRET. Where none does (a bare `srun` or `mpirun`), it is a file of the
-user's in the cache folder, which the processes of one machine, or of machines with one home folder, all read.
+A launcher passes it to all processes in LAB_SECRET. Without a launcher (a bare `srun` or `mpirun`) it is a private file
+in the user's cache folder, so the machines must share a home folder.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from pathlib import Path
 from lab.errors import UserError
 from lab.files import cache_folder
 
-LEAST = 16  # characters of LAB_SECRET
+LEAST = 16  # minimum length of LAB_SECRET
 
 
 def new_secret(environ: Mapping[str, str] = os.environ) -> str:
-    """What a launcher puts into LAB_SECRET: what the user has put there, else something new."""
+    """The value that a launcher puts into LAB_SECRET: the user's own, else a random one."""
     return environ.get("LAB_SECRET") or secrets.token_hex(16)
 
 
 def shared_secret(environ: Mapping[str, str] = os.environ) -> bytes:
-    """LAB_SECRET, or else the user's own file.
+    """LAB_SECRET, else the content of the user's secret file.
 
     Raises:
-      UserError: LAB_SECRET is too short, or others may read the file.
+      UserError: LAB_SECRET is too short, or other users may read the file.
     """
     if text := environ.get("LAB_SECRET"):
         if len(text) < LEAST:
@@ -49,7 +49,7 @@ def shared_secret(environ: Mapping[str, str] = os.environ) -> bytes:
 
 
 def _create(path: Path) -> None:
-    """Of several who come at once one wins, and all read its secret."""
+    """Creates the file atomically: of several concurrent processes one wins, and all read its secret."""
     own = path.with_name(f"{secrets.token_hex(8)}.tmp")
     with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(secrets.token_hex(32))
@@ -59,10 +59,10 @@ def _create(path: Path) -> None:
 
 
 def proof(secret: bytes, *said: object) -> str:
-    """What only somebody with the secret can say about `said`."""
+    """HMAC-SHA256 of `said` with the secret."""
     return hmac.new(secret, repr(said).encode(), "sha256").hexdigest()
 
 
 def proves(claim: object, secret: bytes, *said: object) -> bool:
-    """Whether a claim is `proof(secret, *said)`, compared in constant time."""
+    """Whether `claim` equals `proof(secret, *said)`; constant-time comparison."""
     return isinstance(claim, str) and hmac.compare_digest(claim.encode(), proof(secret, *said).encode())

@@ -1,1 +1,1 @@
-"""Compile for machines that are not here."""
+"""Ahead-of-time compilation for other machines: memory, collectives, time bounds."""

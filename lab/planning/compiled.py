@@ -1,4 +1,4 @@
-"""What the compiler says of an experiment on devices that need not exist: memory, collectives, and a bound on time."""
+"""Compiles an experiment for AOT topology devices: memory, collectives, and a lower bound on the step time."""
 
 from __future__ import annotations
 
@@ -25,58 +25,58 @@ UNITS = {"K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device while an update runs. None: the compiler gave up before it came to that."""
+    """Bytes on one device during a step. None: unknown, because the compiler ran out of memory or did not run."""
 
     parameters: int
     optimizer: int
     other: int | None
-    """Batch, mutable collections, step; and the padding that the compiler gives to small arrays."""
+    """Batch, mutable collections, step, and the compiler's padding of small arrays."""
     outputs: int | None
-    """Results that do not take the place of an argument."""
+    """Outputs that do not alias a donated argument."""
     temporaries: int | None
     """Activations, gradients, gathered parameters, workspaces."""
     code: int | None
     total: int | None
-    """None where nothing was compiled."""
+    """None if not compiled."""
 
 
 @dataclass(frozen=True)
 class CompiledPlan:
-    """One experiment on one topology."""
+    """The compiled step of one experiment on one topology."""
 
     topology: Topology
     mesh: dict[str, int]
     """Axis -> devices."""
     memory: Memory
     flops: int
-    """Of one update's matrix products, all devices together, recomputation included."""
+    """Matmul FLOPs per step over all devices, including recomputation."""
     model_flops: int
-    """The same without recomputation: what MFU counts."""
+    """The same without recomputation, for MFU."""
     activations: int
-    """Bytes that the backward pass of a microbatch keeps, on one device, before the compiler fuses any away."""
+    """Bytes of residuals per device for the backward pass of a microbatch, before compiler fusion."""
     collectives: list[hlo.Collective]
     traffic: int
-    """Bytes read and written in each device's memory in one update."""
+    """Bytes read and written in each device's memory per step."""
     roofline: Roofline | None
     compile_seconds: float | None
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device's memory holds it; None where one of the two is unknown."""
+        """Whether the step fits the device's memory; None if either size is unknown."""
         if self.memory.total is None or self.topology.chip.memory is None:
             return None
         return self.memory.total <= self.topology.chip.memory
 
 
 def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
-    """Compiles the train step for `topology` (GPUs: only traces it where JAX's packages for them are not installed).
+    """Compiles the training step for `topology`. Without JAX's GPU packages, a GPU step is only traced.
 
-    Records that `data_on_device` keeps on the devices are not counted.
+    Memory excludes the records kept by `data_on_device`.
 
     Raises:
-      UserError: the mesh or the batch does not fit the devices, or the compiler is not installed.
+      UserError: the mesh or batch does not fit the devices, or the compiler is not installed.
     """
-    experiment = replace(experiment, steps_per_call=1, deterministic=False)  # the compiler needs a GPU for that
+    experiment = replace(experiment, steps_per_call=1, deterministic=False)  # compiling deterministic ops needs a GPU
     devices = topologies.devices(topology)
     program = Program(experiment, devices=devices)
     state, placed, cost = program.abstract, program.shardings, make_plan(experiment)
@@ -111,10 +111,10 @@ def _measured(compiled: jax.stages.Compiled, memory: Memory) -> Memory:
 
 
 def needed(message: str) -> int:
-    """Bytes that a program needs, from the compiler's refusal to make it because they are too many.
+    """Bytes that a program needs, parsed from the compiler's out-of-memory error.
 
     Raises:
-      UserError: it refused for another reason.
+      UserError: compilation failed for another reason.
     """
     found = re.search(r"(?:temporaries \(|[Uu]sed )([\d.]+)([KMGT])", message)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
@@ -123,7 +123,7 @@ def needed(message: str) -> int:
 
 
 def alternatives(experiment: Experiment, plan: CompiledPlan) -> Iterator[tuple[str, Experiment]]:
-    """Changes that leave the mathematics alone and may make it fit: (flags, changed experiment); last all together."""
+    """Changes that may reduce memory without changing results: (flags, changed experiment). The last combines all."""
     changes: list[tuple[str, dict[str, Any]]] = []
     mesh, sizes, devices = experiment.mesh, plan.mesh, plan.topology.devices
     if sizes.get("data", 1) > 1:
@@ -147,7 +147,7 @@ def alternatives(experiment: Experiment, plan: CompiledPlan) -> Iterator[tuple[s
 
 
 def _shrink(plan: CompiledPlan) -> float:
-    """How many times smaller the temporaries must get, with a tenth to spare."""
+    """The factor by which the temporaries must shrink to fit 90% of the memory."""
     state = plan.memory.parameters + plan.memory.optimizer
-    free = 0.9 * plan.topology.chip.memory - state - plan.memory.parameters  # the gradients stay as large as they are
+    free = 0.9 * plan.topology.chip.memory - state - plan.memory.parameters  # gradients do not shrink
     return (plan.memory.total - state) / free if free > 0 else math.inf

@@ -1,6 +1,6 @@
-"""What a compiled program moves, read from its text (HLO): collectives between devices, and bytes to and from memory.
+"""Parses HLO text for the data that a compiled program moves: collectives between devices and memory traffic.
 
-XLA's own cost analysis counts the body of a loop once; here everything counts as often as it runs.
+Loop bodies are multiplied by their trip count; XLA's own cost analysis counts them once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
-# Operations that move nothing, and those whose work is counted in the computation that they call.
+# Operations that move no data, or whose traffic is counted in the computation that they call.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
         "iota", "opt-barrier", "while", "conditional", "call", "async-start"}
-SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}  # read what they return, no more
+SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}  # read only what they return
 
 _INSTRUCTION = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (.*)")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
@@ -26,7 +26,7 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a computation."""
+    """An HLO instruction: one line of a computation."""
 
     name: str
     opcode: str
@@ -37,29 +37,30 @@ class Instruction:
     root: bool
 
     def called(self) -> list[tuple[str, str]]:
-        """(role, computation): role is "body", "condition", "calls", "to_apply" or a branch's."""
+        """(role, computation) of the called computations; role: "body", "condition", "calls", "to_apply", or a branch.
+        """
         return [(role, name) for role, names in _CALLED.findall(self.attributes)
                 for name in re.findall(r"[\w.\-]+", names)]
 
 
 @dataclass
 class Computation:
-    """A list of instructions, one after another."""
+    """An HLO computation: a sequence of instructions."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """The instruction whose value the computation returns."""
         return next(i for i in reversed(self.instructions.values()) if i.root)
 
     def shape(self, name: str) -> str:
-        """The printed shape of one of its instructions; "" for an unknown one."""
+        """The printed shape of the instruction `name`; "" if unknown."""
         return self.instructions[name].shape if name in self.instructions else ""
 
     def constant(self, name: str) -> int | None:
-        """The value of an instruction that is a whole number."""
+        """The value of the instruction `name` if it is an integer constant."""
         instruction = self.instructions.get(name)
         value = re.match(r"(\d+)\)", instruction.attributes) if instruction else None
         return int(value[1]) if value and instruction.opcode == "constant" else None
@@ -70,9 +71,9 @@ class Computation:
 
 
 def bytes_of(shape: str, *, memory: bool = False) -> int:
-    """Bytes of a printed shape, a tuple's summed; with `memory` only of arrays in the device's main memory.
+    """Bytes of a printed shape, summed over a tuple; with `memory`, only of arrays in the device's main memory.
 
-    The compiler keeps some arrays on the chip: their layout names another memory space, ``S(1)``.
+    The layout of arrays in on-chip memory names another memory space, ``S(1)``.
     """
     total = 0
     for letters, bits, dimensions, layout in _ARRAY.findall(shape):
@@ -86,30 +87,30 @@ def bytes_of(shape: str, *, memory: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Collective:
-    """One operation between devices."""
+    """One collective operation between devices."""
 
     name: str
     kind: str
     """One of `KINDS`."""
     times: int
-    """How often it runs in one run of the program."""
+    """Executions per run of the program."""
     bytes: int
-    """Of the whole array, once: what an all-gather returns, what the others are given."""
+    """Bytes of the whole array: the output of an all-gather, the input of any other collective."""
     group: int
-    """Devices that take part together."""
+    """Devices in a replica group."""
 
     @property
     def sent(self) -> int:
-        """Bytes that one device sends in one run of the program, by the best algorithm on a ring (Thakur 2005)."""
+        """Bytes that one device sends per run of the program, with the optimal ring algorithm (Thakur 2005)."""
         share = {"all-reduce": 2 * (self.group - 1) / self.group, "collective-permute": 1.0}
         return round(self.times * self.bytes * share.get(self.kind, (self.group - 1) / self.group))
 
 
 class HloModule:
-    """A compiled program's text, taken apart."""
+    """A parsed HLO module."""
 
     def __init__(self, text: str):
-        """`text`: what ``jax.stages.Compiled.as_text()`` returns."""
+        """`text`: the result of ``jax.stages.Compiled.as_text()``."""
         self.devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[:200_000]))
         self.computations: dict[str, Computation] = {}
         self.entry = ""
@@ -124,11 +125,11 @@ class HloModule:
                     current.instructions[instruction.name] = instruction
         self.runs: dict[str, int] = {}
         self.fused: dict[str, str] = {}
-        """Computation inside an operation -> the one which that operation is in."""
+        """Fused computation -> the computation that contains its fusion instruction."""
         self._count(self.entry, 1, "")
 
     def _count(self, name: str, times: int, inside: str) -> None:
-        """How often each computation runs. Of a conditional all branches count, of which one will run."""
+        """Counts the executions of each computation. Counts every branch of a conditional, although only one runs."""
         self.runs[name] = self.runs.get(name, 0) + times
         if inside:
             self.fused[name] = inside
@@ -141,9 +142,9 @@ class HloModule:
                 self._count(called, times * trips, (inside or name) if inner else inside)
 
     def trips(self, computation: Computation, loop: Instruction) -> int:
-        """How often a while loop of `computation` runs: what the compiler wrote down, else by its counter.
+        """Trip count of a while loop in `computation`: the compiler's annotation, else derived from the loop counter.
 
-        The counter goes from its first value, 0 if that is not plain, in equal steps to the bound in the condition.
+        Assumes a counter with a constant step, from its initial value (0 if not constant) to the condition's bound.
         """
         if known := re.search(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)', loop.attributes):
             return int(known[1])
@@ -163,7 +164,7 @@ class HloModule:
         return max(-(-(bound - start) // step), 1)
 
     def collectives(self) -> list[Collective]:
-        """Every collective; a start and its done are one, as are the pieces of one that is fused with others."""
+        """All collectives. A start/done pair counts once, and so does a collective split over several fusions."""
         found: dict[tuple[str, str], Collective] = {}
         for computation in self.computations.values():
             runs = self.runs.get(computation.name, 0)
@@ -183,15 +184,15 @@ class HloModule:
         return list(found.values())
 
     def _scattered(self, computation: Computation) -> bool:
-        """A TPU's reduce-scatter is printed as a fusion of an all-reduce and the slice that a device keeps of it."""
+        """Whether an all-reduce is a reduce-scatter, printed on TPUs as an all-reduce fused with a device's slice."""
         return computation.name in self.fused and any(i.opcode == "dynamic-slice"
                                                       for i in computation.instructions.values())
 
     def traffic(self) -> int:
         """Bytes that one run of the program reads from and writes to one device's memory.
 
-        An operation reads its operands and writes its result; of a slice only that part counts, and an update in place
-        writes its rows. An estimate: what the hardware keeps in a cache counts too.
+        An operation reads its operands and writes its result. A slice counts only the sliced part, an in-place update
+        only the written rows. This is an upper estimate, because cached reads count too.
         """
         return sum(self.runs[c.name] * sum(self._moved(c, i) for i in c.instructions.values())
                    for c in self.computations.values() if self.runs.get(c.name) and c.name not in self.fused)
@@ -206,7 +207,7 @@ class HloModule:
                        for i, name in enumerate(instruction.operands))
             return read + sum(self._written(inner, inner.root.name, part, i)
                               for i, part in enumerate(tuple_parts(instruction.shape)))
-        if opcode in SLICES and opcode.endswith("-start"):  # its result is a tuple with its operands in it
+        if opcode in SLICES and opcode.endswith("-start"):  # its result is a tuple that includes its operands
             part = tuple_parts(instruction.shape)[len(instruction.operands)]
             return bytes_of(part) + bytes_of(part, memory=True)
         if opcode in SLICES:
@@ -217,7 +218,7 @@ class HloModule:
         if opcode == "copy-start":
             return sum(bytes_of(part, memory=True) for part in tuple_parts(instruction.shape)[:2])
         read = computation.operand_bytes(instruction, memory=True)
-        # The result of a start is a tuple with its operands in it; what it writes it writes by its done.
+        # The result of a start is a tuple that includes its operands, so the write is taken equal to the read.
         return 2 * read if opcode.endswith("-start") else read + result
 
     def _read(self, fused: Computation, number: int, size: int) -> int:
@@ -243,10 +244,10 @@ class HloModule:
         return total
 
     def _written(self, fused: Computation, name: str, shape: str, number: int = 0) -> int:
-        """Bytes of its result `number`, of that printed shape, that a fusion writes; `name`: where in it that is."""
+        """Bytes that a fusion writes for its result `number`, of printed shape `shape`, found in instruction `name`."""
         root, size = fused.instructions[name], bytes_of(shape, memory=True)
         if root.opcode in ("tuple", "bitcast"):
-            for inside in root.operands:  # each of which may be several results itself
+            for inside in root.operands:  # an operand may itself be a tuple
                 parts = len(tuple_parts(fused.shape(inside)))
                 if number < parts:
                     return self._written(fused, inside, shape, number)
@@ -260,7 +261,7 @@ class HloModule:
 
 
 def _parse(name: str, rest: str, root: bool) -> Instruction | None:
-    """`rest`: shape, opcode, operands, attributes. A constant's value and a parameter's number count as attributes."""
+    """`rest`: shape, opcode, operands, attributes. Attributes include a constant's value and a parameter's number."""
     shape, rest = _balanced(rest) if rest.startswith("(") else (rest.partition(" ")[0], rest.partition(" ")[2])
     opcode = _OPCODE.match(rest)
     if opcode is None:
@@ -273,7 +274,7 @@ def _parse(name: str, rest: str, root: bool) -> Instruction | None:
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """Splits behind the parenthesis that closes the first one."""
+    """Splits `text` after the parenthesis that closes the first one."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -288,14 +289,14 @@ def tuple_parts(shape: str) -> list[str]:
 
 
 def group_size(attributes: str, devices: int) -> int:
-    """Devices in one group of a collective, from any of the forms in which XLA prints them."""
+    """Devices in one replica group of a collective, for all printed forms of XLA."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return listed[1].count(",") + 1
     if iota := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", attributes):
         return int(iota[1])
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
-        # An axis may be used in part: 'x':(2)4 is 4 of its devices.
+        # A group may use part of an axis: 'x':(2)4 is 4 of its devices.
         return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2]))
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return pairs[1].count("{")
@@ -303,7 +304,7 @@ def group_size(attributes: str, devices: int) -> int:
 
 
 def totals(collectives: list[Collective]) -> dict[str, tuple[int, int, int]]:
-    """kind -> (operations, bytes of their arrays, bytes that one device sends), all in one run of the program."""
+    """kind -> (operations, bytes of their arrays, bytes sent per device), per run of the program."""
     same = {kind: [c for c in collectives if c.kind == kind] for kind in KINDS}
     return {kind: (sum(c.times for c in some), sum(c.times * c.bytes for c in some), sum(c.sent for c in some))
             for kind, some in same.items() if some}

@@ -1,4 +1,4 @@
-"""The least time that an update can take on given chips (roofline, Williams et al. 2009)."""
+"""A lower bound on the time of a step on given chips (roofline model, Williams et al. 2009)."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from lab.planning.topologies import Topology
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that one update takes at the least, by what has to be done; each at the maker's peak."""
+    """Minimum seconds per step of each resource, at the vendor's peak rates."""
 
     compute: float
-    """Matrix products and convolutions."""
+    """Matmuls and convolutions."""
     memory: float
-    """Bytes through every device's memory."""
+    """Traffic of each device's memory."""
     network: float
-    """Bytes over every device's links, all of them at once."""
+    """Bytes sent by each device, over all its links in parallel."""
 
     @property
     def seconds(self) -> float:
-        """The largest: everything else is hidden behind it. No real update is as fast."""
+        """Lower bound: the maximum, which assumes perfect overlap. Real steps are slower."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def one_by_one(self) -> float:
-        """The sum: nothing is hidden behind anything."""
+        """The sum, which assumes no overlap."""
         return self.compute + self.memory + self.network
 
     @property
     def limit(self) -> str:
-        """The name of the largest."""
+        """The name of the bottleneck."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
 def roofline(topology: Topology, precision: str, flops: float, traffic: float, sent: float) -> Roofline | None:
-    """The bound for one update; None for chips whose peaks are unknown.
+    """The bound for one step; None for chips with unknown peaks.
 
     Args:
       topology: the devices.
-      precision: the compute type, which decides the peak.
+      precision: the compute dtype, which determines the peak.
       flops: floating-point operations of all devices together, recomputation included.
       traffic: bytes that each device reads and writes.
-      sent: bytes that each device sends to others.
+      sent: bytes that each device sends.
     """
     chip = topology.chip
     if chip.flops is None or chip.bandwidth is None:
@@ -52,8 +52,8 @@ def roofline(topology: Topology, precision: str, flops: float, traffic: float, s
 
 
 def mfu(topology: Topology, precision: str, flops: float, seconds: float) -> float:
-    """Model FLOPs utilisation (PaLM, Chowdhery et al. 2022): `flops` without recomputation, over peak x `seconds`.
+    """Model FLOPs utilisation (PaLM, Chowdhery et al. 2022): `flops` (without recomputation) / (peak x `seconds`).
 
-    Only for chips whose peaks are known.
+    Requires a chip with known peaks.
     """
     return flops / (topology.devices * topology.chip.flops[precision] * seconds)

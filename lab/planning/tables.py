@@ -1,4 +1,4 @@
-"""What a compiled plan says, as tables on the screen: memory, work, and what would make it fit."""
+"""Prints a compiled plan as tables: memory, work per step, and alternatives that may fit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lab.train.console import human
 
 
 def show(experiment: Experiment, machine: str) -> None:
-    """Prints what the compiled train step needs; if that is too much, what other settings would need.
+    """Prints the requirements of the compiled training step and, if it does not fit, those of alternative settings.
 
     Raises:
-      UserError: an unknown machine, a missing compiler, or a mesh or batch that does not fit the devices.
+      UserError: unknown machine, missing compiler, or a mesh or batch that does not fit the devices.
     """
     console = Console(highlight=False, soft_wrap=True)
     topology = topologies.find(machine)
@@ -102,7 +102,7 @@ def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
 
 
 def _changes(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
-    """Compiles the alternatives, each announced by its row as it is done."""
+    """Compiles the alternatives and prints one row for each as soon as it is done."""
     console.print("Changes that leave the mathematics alone, each compiled:")
     for flags, changed in alternatives(experiment, plan):
         try:

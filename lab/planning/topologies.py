@@ -1,6 +1,6 @@
-"""Machines that a run can be planned for without having them: what a chip can do, and how chips are connected.
+"""Machines to plan a run for: chip specifications and interconnect topologies.
 
-Peaks are makers' figures, which no program reaches: a time computed from them is a bound.
+Peaks are vendor figures, which no program reaches, so times computed from them are lower bounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lab.errors import UserError
 GB, MiB, GiB, TB = 10**9, 2**20, 2**30, 10**12
 
 HOPPER = "major: 9 feature_extension: ACCELERATED_FEATURES"
-# The rest of what XLA's compiler for GPUs asks: CUDA's limits, the same since Volta, and versions to compile for.
+# Constant fields of XLA's GPU target config: CUDA limits (the same since Volta) and the versions to compile for.
 GPU = """gpu_device_info {
     %s
     device_vendor: "NVIDIA Corporation" name: "%s" device_address_bits: 64
@@ -33,29 +33,29 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description
 
 @dataclass(frozen=True)
 class Chip:
-    """What one device has and does; None: unknown."""
+    """Specification of one device; None: unknown."""
 
     kind: Literal["tpu", "gpu", "cpu"]
     memory: int | None = None
-    """Bytes that a program can use."""
+    """Bytes available to a program."""
     flops: Mapping[str, float] | None = None
-    """Precision -> peak FLOP/s of dense matrix products with JAX's default settings."""
+    """Precision -> peak FLOP/s of dense matmuls with JAX's default settings."""
     bandwidth: float | None = None
-    """Bytes/s of its main memory."""
+    """Main memory bandwidth in bytes/s."""
     link: float | None = None
-    """Bytes/s of one link to a neighbour, in one direction."""
+    """Bandwidth of one link to a neighbour in one direction, in bytes/s."""
     full: tuple[int, ...] = ()
-    """Chips of a whole pod (TPU) in each direction."""
+    """TPU: shape of a whole pod, in chips."""
     cores: int = 1
-    """How many a chip counts for in Google's names: a v4-32 has 16 chips, a v5e-32 has 32."""
+    """Cores per chip in Google's names: a v4-32 has 16 chips, a v5e-32 has 32."""
     target: str = ""
-    """GPU: what tells it from others to XLA's compiler, as text of its GpuDeviceInfoProto."""
+    """GPU: device-specific fields of XLA's GpuDeviceInfoProto, as text."""
 
 
 def _tpu(teraflops: float, memory: float, gigabytes: float, bidirectional: float, full: tuple[int, ...],
          cores: int) -> Chip:
-    # Float32 products are as fast: by default a TPU computes them in one bfloat16 pass. Of the links' figure, which is
-    # for all links of a chip in both directions, a link has in one direction this part:
+    # Float32 matmuls have the same peak: by default a TPU computes them in one bfloat16 pass. The published bandwidth
+    # is the sum over all links of a chip in both directions.
     link = bidirectional * GB / (4 * len(full))
     return Chip("tpu", round(memory * GiB), dict.fromkeys(("bfloat16", "float32"), teraflops * TB), gigabytes * GB,
                 link, full, cores)
@@ -72,9 +72,9 @@ def _gpu(memory: int, bfloat16: float, float32: float, gigabytes: float, link: f
 
 # Sources. TPU: peak, HBM bandwidth and inter-chip bandwidth of each chip on cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e},
 # read in November 2026; v4's inter-chip bandwidth (6 links of 50 GB/s) from Jouppi et al. 2023 ("TPU v4: An Optically
-# Reconfigurable Supercomputer"). Memory: what libtpu's compiler allows a program, which is less than the chip has.
+# Reconfigurable Supercomputer"). Memory: libtpu's limit for a program, which is less than the chip has.
 # NVIDIA: data sheets of A100 80 GB SXM, H100 SXM and H200 SXM (dense, TF32 for float32, NVLink per direction); memory
-# and what else the compiler is told: their CUDA device properties. JAX gives three quarters of the memory to programs.
+# and the other target fields from their CUDA device properties. JAX lets programs use three quarters of the memory.
 CHIPS = {
     "v4": _tpu(275, 30.75, 1200, 600, (16, 16, 16), 2),
     "v5e": _tpu(197, 15.75, 819, 400, (16, 16), 1),
@@ -89,7 +89,7 @@ CHIPS = {
     "cpu": Chip("cpu"),
 }
 
-# Slices that Google offers, as chips in each direction.
+# Slices that Google offers: chips -> shape.
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8",
          1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
@@ -97,39 +97,39 @@ CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices of one kind and their connections."""
+    """A set of identical devices and their interconnect."""
 
     name: str
     chip: Chip
     devices: int
     shape: tuple[int, ...] = ()
-    """TPU: chips in each direction."""
+    """TPU: shape of the slice, in chips."""
 
     @property
     def links(self) -> int:
-        """Links of a chip in the middle: 2 in each direction, 1 where there are only 2 chips; a GPU has its switch."""
+        """Links of an inner chip: 2 per axis, or 1 if the axis has only 2 chips. GPU: 1, to the switch."""
         if self.chip.kind != "tpu":
             return 1
         return sum(min(n - 1, 2) for n in self.shape)
 
     @property
     def network(self) -> float | None:
-        """Bytes/s that a device can send over all its links together; None: unknown, or nobody to send to."""
+        """Bytes/s that a device can send over all its links; None: unknown, or a single device."""
         return self.chip.link * self.links if self.chip.link and self.devices > 1 and self.links else None
 
 
 def names() -> str:
-    """The names that `find` understands, as a person reads them."""
+    """The names accepted by `find`, for messages."""
     flat, cubes = (f"{{{','.join(str(n * cores) for n in sizes)}}}" for sizes, cores in ((FLAT, 1), (CUBES, 2)))
     gpus = ", ".join(f"{name}:N" for name, chip in CHIPS.items() if chip.kind == "gpu")
     return f"cpu:N, v5e-{flat}, v6e-{flat}, v4-{cubes}, v5p-{cubes}, {gpus}"
 
 
 def find(name: str) -> Topology:
-    """``cpu:8``, ``h100:8``, ``v5e-256`` (256 chips), ``v4-32`` and ``v5p-32`` (32 cores, so 16 chips).
+    """The topology of a name: ``cpu:8``, ``h100:8``, ``v5e-256`` (256 chips), ``v4-32`` or ``v5p-32`` (16 chips).
 
     Raises:
-      UserError: there is no such machine; the text lists those that there are.
+      UserError: unknown machine; lists the known ones.
     """
     found = re.fullmatch(r"(\w+)([-:])(\d{1,6})", name.lower())
     chip = CHIPS.get(found[1]) if found else None
@@ -146,13 +146,13 @@ def find(name: str) -> Topology:
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """Variables to set before JAX starts: it must neither look for an accelerator nor for a Google machine."""
+    """Environment variables to set before JAX starts, so that it does not probe for accelerators or a Cloud TPU VM."""
     variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-                 # A chip has one user, which libtpu's lock sees to; of a compiler there can be many.
+                 # libtpu's lock guards the chip, but several processes may compile at once.
                  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     if topology.chip.kind != "cpu":
-        variables["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # without the chip nothing that was kept can be read again
+        variables["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # cached executables cannot be loaded without the chip
     if topology.chip.kind == "cpu" or topology.chip.kind == "gpu" and not can_compile(topology):
         flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
         variables["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={topology.devices}".strip()
@@ -160,17 +160,17 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def can_compile(topology: Topology) -> bool:
-    """Whether the compiler for such devices is here."""
+    """Whether the compiler for these devices is installed."""
     packages = {"cpu": ("jax",), "gpu": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "tpu": ("libtpu",)}
     return any(importlib.util.find_spec(name) for name in packages[topology.chip.kind])
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Devices to compile for. Those of a TPU or GPU exist for the compiler only: nothing can run on them. Where JAX's
-    packages for GPUs are not installed, as many CPU devices stand in, and nothing can be compiled.
+    """Devices to compile for. TPUs and GPUs are AOT topology devices, which cannot execute. Without JAX's GPU packages,
+    CPU devices stand in for GPUs, for tracing only.
 
     Raises:
-      UserError: a package that it needs is not installed, or JAX has started with fewer CPU devices.
+      UserError: a required package is not installed, or JAX has started with fewer CPU devices.
     """
     import jax
 
@@ -179,11 +179,11 @@ def devices(topology: Topology) -> list[Any]:
             raise UserError(f"Compiling for {topology.name} needs libtpu, the TPU's compiler: "
                             f"LAB_EXTRAS=plan ./launch.sh plan ...")
         options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}
-        if topology.name.startswith("v4"):  # its two cores work as one device
+        if topology.name.startswith("v4"):  # its two cores form one device
             options["chip_config_name"] = "megacore"
         shape = "x".join(map(str, topology.shape))
         return _described("tpu", f"{topology.name.partition('-')[0]}:{shape}", **options)
-    found = jax.devices("cpu")  # starts JAX, and with it the packages for GPUs
+    found = jax.devices("cpu")  # starts JAX, which loads its GPU packages
     if topology.chip.kind == "gpu" and can_compile(topology):
         name, hosts = topology.name.partition(":")[0].upper(), -(-topology.devices // 8)
         return _described("cuda", "", topology=f"1x{hosts}x{topology.devices // hosts}",

@@ -1,4 +1,4 @@
-"""Whether model, task and data fit, asked before anything is computed: a mistake is one sentence, no number."""
+"""Checks that model, task and data fit together, before any computation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lab.experiment import Experiment, check_model
 from lab.optim.matrices import outputs
 from lab.train.program import batch_spec
 
-LOOKS = 8  # records of a split that are read one by one, to see that they are alike
+LOOKS = 8  # records per split to read one by one, to check that their shapes agree
 
 
 def load_data(experiment: Experiment) -> Any:
@@ -25,7 +25,7 @@ def load_data(experiment: Experiment) -> Any:
 
 
 def check_data(experiment: Experiment, data: Any) -> None:
-    """Raises UserError where the loaded data is not what data must be, or model and task do not fit it."""
+    """Raises UserError if the loaded data is invalid, or model and task do not fit it."""
     here = f"{where(type(experiment.data).load)}{type(experiment.data).__name__}.load()"
     if missing := [name for name in ("train", "validation", "fingerprint", "metadata") if not hasattr(data, name)]:
         what = f"a {type(data).__name__} without {', '.join(missing)}" if data is not None else "None"
@@ -45,7 +45,7 @@ def check_data(experiment: Experiment, data: Any) -> None:
 
 
 def _check_records(what: str, records: Any, spec: Mapping[str, Any]) -> None:
-    """Raises UserError for records that are no arrays of numbers, or of other shapes or types than they should be."""
+    """Raises UserError for records that are not numeric arrays, or differ from `spec` in shape or dtype."""
     arrays = getattr(records, "arrays", {})
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray | jax.Array):
@@ -75,10 +75,10 @@ def _check_records(what: str, records: Any, spec: Mapping[str, Any]) -> None:
 
 
 def model_outputs(experiment: Experiment) -> list[Any]:
-    """The shapes of what the model returns for one record of this kind.
+    """Shapes of the model's outputs for one record.
 
     Raises:
-      UserError: the task wants other records, or the model cannot be applied to such.
+      UserError: the task or the model cannot process these records.
     """
     spec = batch_spec(experiment)
     task, model = type(experiment.task).__name__, type(experiment.model).__name__
@@ -97,12 +97,12 @@ def model_outputs(experiment: Experiment) -> list[Any]:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turns whatever JAX or Flax raise in it into a sentence, unless it comes from the author's own code."""
+    """Turns an exception of JAX or Flax into a UserError, unless the user's own code raised it."""
     try:
         yield
     except UserError:
         raise
-    except Exception as e:  # what a model and data that do not fit may raise has no common type
+    except Exception as e:  # JAX and Flax raise many types for shape mismatches
         if authors_line(e):
             raise
         raise UserError(f"{what}: {type(e).__name__}: {str(e).splitlines()[0][:300]}") from e

@@ -1,4 +1,4 @@
-"""Checkpoints: asynchronous Orbax saves with a manifest, and the newest *good* one back, on any devices."""
+"""Checkpoints: asynchronous Orbax saves with a checksum manifest; restores the newest *good* one on any devices."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 def checksum(x: Array) -> Array:
     """uint32: the sum over elements of a hash of (bits, index), modulo 2^32.
 
-    For a given index the hash is one to one, so no change of a single element goes unseen, and it is not linear, so
-    several changes do not cancel. Computed where the array lives: it is the same for every sharding and storage, and
-    costs one pass over memory.
+    For a given index the hash is one-to-one, so any change of a single element is detected. It is not linear, so
+    several changes do not cancel systematically. Computed on the array's devices in one pass over memory; independent
+    of sharding and storage.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -43,7 +43,7 @@ def checksum(x: Array) -> Array:
 
 
 def _mix(x: Array) -> Array:
-    """A one-to-one 32-bit hash (C. Wellons' lowbias32)."""
+    """A one-to-one 32-bit hash (lowbias32 by C. Wellons)."""
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
@@ -73,8 +73,8 @@ def _is_object(path: Any) -> bool:
 
 @contextlib.contextmanager
 def _without_echo() -> Iterator[None]:
-    """When one array of a checkpoint fails, Orbax closes the event loop to which tensorstore reports all the others:
-    hundreds of lines about that loop and its tasks, also after we are through. They say nothing new."""
+    """Silences tensorstore. When one array of a checkpoint fails, Orbax closes the event loop to which tensorstore
+    reports the remaining arrays, and that logs hundreds of lines without new information."""
     usual, tasks = sys.unraisablehook, logging.getLogger("asyncio")
 
     def quiet(found: Any) -> None:
@@ -89,7 +89,7 @@ def _without_echo() -> Iterator[None]:
 
 
 class _Keep:
-    """Orbax's preservation policy: the latest few, multiples of `permanent`, the best, and steps that are named."""
+    """Orbax preservation policy: keeps the latest few, multiples of `permanent`, the best, and named steps."""
 
     def __init__(self, options: Checkpoint, best: Callable[[], int | None], named: Sequence[int]):
         self.options, self.best, self.named = options, best, set(named)
@@ -103,12 +103,12 @@ class _Keep:
 
 
 class Checkpoints:
-    """The checkpoints of a run folder, only to read where no options are given. `best()`: the step of the best one;
-    `named`: steps that are kept, too."""
+    """The checkpoints of a run folder; read-only without options. `best()`: the step of the best checkpoint; `named`:
+    further steps to keep."""
 
     def __init__(self, folder: Path, options: Checkpoint | None = None, best: Callable[[], int | None] = lambda: None,
                  processes: Processes = ALONE, named: Sequence[int] = ()):
-        import orbax.checkpoint as ocp  # 0.7 s: not for --help and --dry-run
+        import orbax.checkpoint as ocp  # imported late: 0.7 s, not needed for --help and --dry-run
 
         self.folder, self.processes, self._ocp = folder, processes, ocp
         settings = ({"read_only": True, "create": False} if options is None else
@@ -121,7 +121,7 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(place, options=ocp.CheckpointManagerOptions(
                 save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(1), **settings))
-        except (ValueError, TypeError, KeyError, AttributeError) as e:  # it reads what each checkpoint says of itself
+        except (ValueError, TypeError, KeyError, AttributeError) as e:  # a checkpoint has unreadable metadata
             bad = [p.parent.name for p in folder.glob("*/_CHECKPOINT_METADATA") if not _is_object(p)]
             raise UserError(f"{folder} cannot be read: the checkpoint of step {', '.join(bad) or '?'} is damaged "
                             f"({e}). Move it away, and the same command goes on from an earlier one.") from e
@@ -131,15 +131,15 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def _strays(self) -> list[int]:
-        """Steps where something stands in the place of a checkpoint that Orbax does not even list."""
+        """Steps whose checkpoint path exists but that Orbax does not list."""
         names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
         return sorted({int(name) for name in names if re.fullmatch(r"0|[1-9]\d{0,17}", name)} - set(self.steps()))
 
     def save(self, step: int, state: Any, beside: Any = None) -> None:
-        """Starts a save; the state may be donated as soon as this returns. `beside`: a JSON value to keep with it.
+        """Starts a save; the state may be donated once this returns. `beside`: a JSON value to save with it.
 
         Raises:
-          UserError: the disk is too full or not writable. What was saved before stays.
+          UserError: the disk is full or not writable. Earlier checkpoints are not affected.
         """
         need = sum(x.nbytes for x in jax.tree.leaves(state))
         free = None if self.remote else shutil.disk_usage(self.folder).free
@@ -155,11 +155,11 @@ class Checkpoints:
             state=args.StandardSave(state), manifest=described)))
 
     def wait(self) -> None:
-        """Blocks until every save that was started is on disk."""
+        """Blocks until all started saves are on disk."""
         self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits and releases the writer's threads."""
+        """Waits for saves and releases the writer's threads."""
         self._guard(self._manager.close)
 
     def _guard(self, action: Callable[[], Any]) -> None:
@@ -176,12 +176,12 @@ class Checkpoints:
             raise
 
     def restore(self, target: Any, step: int | None = None) -> Any | None:
-        """The newest good checkpoint (or that of `step`), placed as `target`'s shardings say; None if there is none.
+        """Restores the newest good checkpoint (or that of `step`) with the shardings of `target`; None without any.
 
-        A damaged one is named and passed over.
+        Logs and skips damaged checkpoints.
 
         Raises:
-          UserError: every checkpoint is damaged; or the one asked for is missing; or it is of another model.
+          UserError: all checkpoints are damaged, `step` is missing, or the checkpoint is of another model.
         """
         strays = self._strays()
         steps = sorted(self.steps() + strays)
@@ -196,8 +196,8 @@ class Checkpoints:
                     state = self._read(candidate, target)
             except UserError:
                 raise
-            except Exception as e:  # whatever a damaged file makes Orbax raise; it is reported
-                if "RESOURCE_EXHAUSTED" in str(e):  # this machine's memory, not the file
+            except Exception as e:  # Orbax raises many types for damaged files
+                if "RESOURCE_EXHAUSTED" in str(e):  # out of memory, not a damaged file
                     raise
                 damage = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
             damages = [found for found in self.processes.gather(damage) if found]
@@ -212,16 +212,16 @@ class Checkpoints:
         return None
 
     def beside(self, step: int | None = None) -> Any:
-        """What was saved with the state of `step`, by default of the newest checkpoint; None where nothing was."""
+        """The JSON value saved with the state of `step` (default: the newest checkpoint); None if there is none."""
         step = max(self.steps(), default=None) if step is None else step
         try:
             return None if step is None else self._described(step).get("beside")
-        except Exception as e:  # whatever a damaged file makes Orbax raise; `restore` speaks of it
+        except Exception as e:  # a damaged file; `restore` reports it
             log.debug("no manifest of step %d: %s", step, e)
             return None
 
     def discard_after(self, step: int) -> None:
-        """Moves checkpoints later than `step` (all damaged) aside, so that their steps can be saved again."""
+        """Moves checkpoints after `step` (all damaged) aside, so that their steps can be saved again."""
         for later in [s for s in self.steps() + self._strays() if s > step]:
             names = (f"damaged-checkpoint-{later}" + (f"-{again}" if again else "") for again in itertools.count())
             aside = next(place for name in names if not (place := self.folder.parent / name).exists())

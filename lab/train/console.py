@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a live line in a terminal, plain lines everywhere else."""
+"""Console output of a run: a live progress line in a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def human(value: float, digits: int = 3) -> str:
 
 
 def facts(summary: Mapping[str, Any]) -> list[str]:
-    """A data summary as lines: what is said of one split stands together."""
+    """A data summary as lines, grouped by split."""
     lines: dict[str, list[str]] = {}
     for name, value in summary.items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)
@@ -44,13 +44,13 @@ def clock(seconds: float) -> str:
 
 
 class Screen:
-    """Says lines, and shows progress: live at most 4 times a second, or a plain line every 10 seconds when piped.
+    """Prints lines and progress: live at most 4 times per second, or a plain line every 10 seconds when piped.
 
-    Use as a context manager. Other processes than the first are given ``quiet=True``.
+    Use as a context manager. Pass ``quiet=True`` in every process except the first.
     """
 
     def __init__(self, quiet: bool = False, stderr: bool = False):
-        """`stderr`: for commands whose own output, a text or a table, goes to stdout."""
+        """`stderr`: print to stderr, for commands that write their output to stdout."""
         self.console = RichConsole(file=sys.stderr if stderr else sys.stdout,
                                    quiet=quiet, highlight=False, soft_wrap=True)
         live = self.console.is_terminal
@@ -60,14 +60,14 @@ class Screen:
         self._record: Path | None = None
 
     def record(self, path: Path | None) -> None:
-        """From now on all lines go to this file, too, with the time."""
+        """Also writes all further lines to this file, with timestamps."""
         self._record = path
 
     def __enter__(self) -> Screen:
         self._log.addHandler(self._handler)
         self._before = self._log.level, self._log.propagate
         self._log.setLevel(logging.INFO)
-        self._log.propagate = False  # absl, which Orbax brings, would say everything again
+        self._log.propagate = False  # else absl (imported by Orbax) prints every line again
         if self._live:
             self._live.start()
         return self
@@ -80,14 +80,14 @@ class Screen:
             self._live.stop()
 
     def info(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a permanent line."""
         if self._record:
             with self._record.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         self.console.print(line, markup=False)
 
     def progress(self, line: str) -> None:
-        """A line that the next one replaces; plain and rare when piped."""
+        """Shows a line that the next one replaces; rate-limited when piped."""
         if self._live:
             self._live.update(Text(line))
         elif line and time.monotonic() - self._said >= 10:
@@ -96,7 +96,7 @@ class Screen:
 
 
 class _SayLog(logging.Handler):
-    """Messages of lab's own modules, as lines; each once, since a model is traced several times."""
+    """Logging handler that prints messages of lab's modules. Prints each once, because models are traced repeatedly."""
 
     def __init__(self, screen: Screen):
         super().__init__()
@@ -106,5 +106,5 @@ class _SayLog(logging.Handler):
         message = record.getMessage()
         if message not in self.said:
             self.said.add(message)
-            first = message.partition(" ")[0].rstrip(":,")  # a word; a file keeps its name
+            first = message.partition(" ")[0].rstrip(":,")  # capitalise a word, but not a file name
             self.screen.info(message[:1].upper() + message[1:] if first.isalpha() else message)

@@ -1,7 +1,7 @@
-"""An optimizer's state found again in that of another optimizer, or of the same one under other settings.
+"""Transfers optimizer state to another optimizer, or to the same one with other settings.
 
-Arrays are matched by the optax transformation that holds them, their field and their parameter, not by their place in
-the chain: clipping or weight decay, which hold nothing, may come and go.
+Arrays are matched by optax transformation, state field and parameter, not by their position in the chain, so stateless
+transformations (clipping, weight decay) may be added or removed.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-WRAPPERS = {"inner", "inner_state", "inner_states"}  # fields of what only wraps another transformation
-SETTINGS = {"ScheduleFreeState.b1"}  # in the state, but given by the experiment
-COUNTS = {"ScaleByScheduleState.count", "EmaState.count"}  # of updates of the run, whatever else is known
+WRAPPERS = {"inner", "inner_state", "inner_states"}  # state fields of wrapper transformations
+SETTINGS = {"ScheduleFreeState.b1"}  # state fields that are set from the experiment
+COUNTS = {"ScaleByScheduleState.count", "EmaState.count"}  # always the run's step count
 
 
 def take_over(there: Any, here: Any, step: int) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    """Arrays for an (abstract) optimizer state from another run's after `step` updates.
+    """Arrays for the (abstract) optimizer state `here`, from another run's state `there` after `step` steps.
 
-    Returns ({path in `here`: array}, paths that begin afresh, paths of `there` that are not taken).
+    Returns ({path in `here`: array}, paths of `here` that are newly initialised, unused paths of `there`).
     """
     old = {key: (path, x) for key, path, x in places(there)}
     given, fresh, taken = {}, [], set()
@@ -38,8 +38,8 @@ def take_over(there: Any, here: Any, step: int) -> tuple[dict[str, np.ndarray], 
 
 
 def places(node: Any, key: tuple[str, ...] = (), path: str = "") -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """(what names it, its path, array) of every array of an optimizer state: ("ScaleByAdamState.mu", "head", "kernel"),
-    "1/0/mu/head/kernel".
+    """(key, path, array) of every array of an optimizer state, such as key ("ScaleByAdamState.mu", "head", "kernel")
+    and path "1/0/mu/head/kernel".
     """
     under = f"{path}/" if path else ""
     if hasattr(node, "_fields"):

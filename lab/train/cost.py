@@ -1,4 +1,4 @@
-"""What a run will cost, from shapes alone: parameters, FLOPs, bytes. Nothing is computed and no data is read."""
+"""The cost of a run (parameters, FLOPs, bytes), from shapes only: computes nothing and reads no data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from lab.train.step import State, make_loss, make_optimizer, make_train_step, pr
 
 
 def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
-    """Floating-point operations of the matrix products and convolutions in a jaxpr, 2 for a multiply-add.
+    """FLOPs of the matmuls and convolutions in a jaxpr, 2 per multiply-add.
 
-    A scan's body and a Pallas kernel count as often as they run (XLA's own cost analysis counts them once), what a mask
-    leaves out, too; of the branches of a `cond` the largest counts; the body of a `while`, whose trips are unknown,
-    counts once.
+    Scan bodies and Pallas kernels are multiplied by their trip count (XLA's own cost analysis counts them once). Masked
+    elements count in full, a `cond` as its largest branch, the body of a `while` once (unknown trip count).
     """
     total = 0
     for eqn in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:
@@ -31,7 +30,7 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
         elif name == "conv_general_dilated":
             kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
             total += 2 * math.prod(out.shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-        elif name.startswith("dot_product_attention"):  # cuDNN's: two products of (B, L, N, K) with (B, S, G, K)
+        elif name.startswith("dot_product_attention"):  # cuDNN: two matmuls of (B, L, N, K) with (B, S, G, K)
             total += 4 * math.prod(eqn.invars[0].aval.shape) * eqn.invars[1].aval.shape[1]
         elif name == "cond":
             total += max(count_flops(branch) for branch in eqn.params["branches"])
@@ -53,9 +52,9 @@ class Cost:
 
     state: State
     flops: int
-    """Of one update: 3 x the forward products (the backward pass takes twice as many; recomputation is not counted)."""
+    """Per step: 3 x the forward FLOPs (the backward pass takes twice the forward FLOPs). Excludes recomputation."""
     activations: int
-    """Bytes that the backward pass of one microbatch keeps, before the compiler fuses any of them away."""
+    """Bytes of residuals for the backward pass of one microbatch, before compiler fusion."""
 
     @property
     def parameters(self) -> int:
@@ -63,7 +62,7 @@ class Cost:
         return sum(x.size for x in jax.tree.leaves(self.state.params))
 
     def modules(self, depth: int = 1) -> list[tuple[str, int, int]]:
-        """(module, parameters, arrays), to `depth` names; stacked and numbered blocks are one row."""
+        """(module, parameters, arrays) per module path of `depth` names; stacked or numbered blocks share a row."""
         rows: dict[str, list[int]] = {}
         for path, leaf in jax.tree.leaves_with_path(self.state.params):
             names = path_of(path).split("/")[:depth]
@@ -83,7 +82,7 @@ def size_of(tree: Any) -> int:
 
 
 def make_plan(experiment: Experiment) -> Cost:
-    """Traces the forward pass of one microbatch, and nothing more."""
+    """Computes the cost by tracing the loss of one microbatch."""
     state = abstract_state(experiment)
     rows = experiment.batch // experiment.grad_accum_steps
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch_spec(experiment).items()}
@@ -94,14 +93,14 @@ def make_plan(experiment: Experiment) -> Cost:
     def residuals(params: Any, model_state: Any, batch: Any) -> Any:
         return jax.vjp(lambda p: loss(p, model_state, batch), params, has_aux=True)[1]
 
-    # Two traces: what prepares the backward pass may take gradients already (a loss in chunks).
+    # Two traces: the forward pass under vjp may contain gradient matmuls (chunked losses), which must not be counted.
     forward = jax.make_jaxpr(loss)(state.params, state.model_state, batch)
     kept = jax.eval_shape(residuals, state.params, state.model_state, batch)
     return Cost(state, 3 * count_flops(forward) * experiment.grad_accum_steps, size_of(kept))
 
 
 def optimizer_flops(experiment: Experiment, state: State) -> int:
-    """FLOPs of the optimizer's own products in one update (Muon's iterations); 0 where it works element by element."""
+    """FLOPs of the optimizer's matmuls per step (Muon's iterations); 0 for element-wise optimizers."""
     update = make_optimizer(experiment, batch_spec(experiment)).update
 
     def updated(params: Any, opt_state: Any, model_state: Any) -> Any:
@@ -111,5 +110,5 @@ def optimizer_flops(experiment: Experiment, state: State) -> int:
 
 
 def step_flops(experiment: Experiment) -> int:
-    """FLOPs of one whole update as it is traced: with the optimizer, and what the backward pass computes again."""
+    """FLOPs of the whole traced step, including the optimizer and recomputation."""
     return count_flops(jax.make_jaxpr(make_train_step(experiment))(abstract_state(experiment), batch_spec(experiment)))

@@ -1,4 +1,4 @@
-"""What a run folder says of its run, and whether the same run goes on in it."""
+"""The description of a run in its folder (experiment.json), and the checks before the run is resumed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lab.train.own_file import load_own
 from lab.train.source_code import changed, code_of
 
 NUMBER = (int, float)
-# What must be in a file: name -> the types that it may have there.
+# Required fields of the JSON files: name -> allowed types.
 RESULT = {"steps": int, "stopped_early": bool, "final": dict, "best": dict}
 TIMES = {"timed_updates": int} | dict.fromkeys(
     ("seconds_per_update", "data_wait_seconds", "training_seconds", "evaluation_seconds"), NUMBER)
 
 
 log = logging.getLogger(__name__)
-OURS = ("lock", "launch", "logs", "begun.json")  # what is in a run folder before its description
+OURS = ("lock", "launch", "logs", "begun.json")  # files that exist before experiment.json; `clear` keeps them
 OnChange = Literal["refuse", "accept", "rerun"]
 DESCRIPTION = {"experiment": dict, "fingerprint": str, "data": str}
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of a finished run, or None. Raises UserError where it is damaged, or no row of metrics.jsonl."""
+    """The result of a finished run, or None. Raises UserError if it is damaged or does not match metrics.jsonl."""
     path = folder / "result.json"
     if not path.exists():
         return None
@@ -49,12 +49,12 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def sealed(description: Mapping[str, Any]) -> dict[str, Any]:
-    """A description with the digest that tells whether it was edited."""
+    """The description with a digest, to detect edits."""
     return {**description, "digest": digest(description)}
 
 
 def run_again(folder: Path, experiment: Experiment, on_change: OnChange) -> bool:
-    """Whether a finished run is to be run again. What is accepted is noted, and not asked for a second time.
+    """Whether to rerun a finished run. Records accepted changes, so that later starts accept them too.
 
     Raises:
       UserError: see `changes`.
@@ -68,21 +68,21 @@ def run_again(folder: Path, experiment: Experiment, on_change: OnChange) -> bool
 
 
 def clear(folder: Path) -> None:
-    """Deletes what a run wrote, its description last: a start that is killed here is asked again."""
+    """Deletes a run's output, experiment.json last: a process killed here leaves a folder that is checked again."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "experiment.json"):
         if path.name not in OURS:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _clear_checkpoints(place: Any) -> None:
-    """Deletes the checkpoints in another place than the run folder, where there may be other things, too."""
+    """Deletes the checkpoints in a location outside the run folder, and no other files there."""
     for path in [p for p in place.iterdir() if p.name.isdigit()]:
         shutil.rmtree(path) if isinstance(path, Path) else path.rmtree()
     (place / "experiment.json").unlink()
 
 
 def how(experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an experiment, as JSON, that say how it is carried out and may change from start to start."""
+    """JSON of the fields that describe how an experiment executes, which may change between starts."""
     return {
         name: experiment.get(name)
         for name in ("grad_accum_steps", "steps_per_call", "mesh", "parallel", "deterministic", "data_on_device")
@@ -90,7 +90,7 @@ def how(experiment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def carried_out_otherwise(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
-    """A line where the number of microbatches is another one than at the last start."""
+    """A message if the number of microbatches changed since the last start."""
     then, now = before.get("grad_accum_steps"), experiment.grad_accum_steps
     return [f"Going on with --grad-accum-steps {now} instead of {then}: the same sums in another order."] * (
         then != now
@@ -98,10 +98,10 @@ def carried_out_otherwise(before: Mapping[str, Any], experiment: Experiment) -> 
 
 
 def changes(folder: Path, experiment: Experiment, data_fingerprint: str, on_change: OnChange) -> list[str]:
-    """What changed since the run in a folder began: files, packages, "the data".
+    """Changes since the run in a folder began: names of files and packages, and "the data".
 
     Raises:
-      UserError: it is the run of another experiment; or something changed, and it was not said what to do.
+      UserError: the folder has another experiment; or there are changes and `on_change` is "refuse".
     """
     check_experiment(folder, experiment)
     there = read_description(folder)
@@ -116,11 +116,11 @@ def changes(folder: Path, experiment: Experiment, data_fingerprint: str, on_chan
 
 
 def check_experiment(folder: Path, experiment: Experiment) -> None:
-    """Raises UserError where a run folder is of another experiment (says in what they differ), or was edited."""
+    """Raises UserError if a run folder has another experiment (lists the differences) or was edited."""
     there = read_description(folder)
     try:
         then = from_json(there["experiment"], Experiment)
-    except UserError:  # made by code that is gone: its fingerprint is all that is known
+    except UserError:  # the code that wrote it is gone: compare fingerprints only
         then = None
     if then is not None and not then.may_be(there["fingerprint"]):
         raise UserError(f"{folder / 'experiment.json'} is of another experiment: its fingerprint is "
@@ -138,7 +138,7 @@ def check_experiment(folder: Path, experiment: Experiment) -> None:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What experiment.json says. Raises UserError where it is damaged or was edited."""
+    """The content of experiment.json. Raises UserError if it is damaged or was edited."""
     path = folder / "experiment.json"
     found = read_json(path, DESCRIPTION)
     for name, kind in (("file", str | None), ("checkpoints", str | None), ("code", dict | None)):
@@ -151,7 +151,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def check_same(folder: Path, experiment: Experiment, data_fingerprint: str) -> None:
-    """Raises UserError where a run folder is of another experiment (says in what they differ) or other data."""
+    """Raises UserError if a run folder has another experiment (lists the differences) or other data."""
     check_experiment(folder, experiment)
     there = read_description(folder)
     if there["data"] != data_fingerprint:
@@ -160,10 +160,10 @@ def check_same(folder: Path, experiment: Experiment, data_fingerprint: str) -> N
 
 
 def read_folder(folder: Path, file: Path | None = None) -> Experiment:
-    """The experiment of a run folder, built again. `file`: see `load_own`.
+    """Rebuilds the experiment of a run folder. `file`: see `load_own`.
 
     Raises:
-      UserError: there is no run there, it was made by code that is gone, or by a file that is not known here.
+      UserError: no run in the folder, or its code or experiment file is not available here.
     """
     described = folder / "experiment.json"
     if not described.exists():

@@ -1,4 +1,4 @@
-"""The end of a run: which state is reported, on which split, and what is written and drawn."""
+"""The end of a run: selects the state to report, evaluates it, and writes result and plots."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from lab.train.step import State
 
 
 def finish(run: Any) -> int:
-    """Reports and writes the result of a run (`TrainingRun` in loop.py) that has made its last step. Returns the exit
-    status.
+    """Reports and writes the result of a run (`TrainingRun` in loop.py) after its last step; returns the exit status.
     """
     run.flush()
     run.screen.progress("")
@@ -38,7 +37,7 @@ def finish(run: Any) -> int:
         result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
         if run.rows.rows[-1]["split"] != "test":
             run.write(result["test"])
-    write_result(run.folder, result, run.rows.mark())  # first: nothing that follows may cost the run its result
+    write_result(run.folder, result, run.rows.mark())  # first, so that no later failure loses the result
     if run.pictures:
         _show(run, outcome)
     run.screen.info(describe_result(result))
@@ -53,8 +52,8 @@ def finish(run: Any) -> int:
 
 
 def _show(run: Any, outcome: EvalResult) -> None:
-    """Pictures, samples and comparisons. Of several processes all end where one fails: the others would wait for
-    it where they compute together."""
+    """Writes pictures, samples and comparisons. If one process fails, all end, because the rest would block in a
+    collective."""
     task, complete = run.experiment.task, False
     with forgiving("The pictures of the run"):
         plots.curves(run.rows.rows, run.folder / "plots", task.curves)
@@ -69,13 +68,13 @@ def _show(run: Any, outcome: EvalResult) -> None:
 
 
 def _state_to_report(run: Any) -> State:
-    """The final state; with early stopping the best one, which is what patience waited for."""
+    """The final state, or with early stopping the best one."""
     best = run.best_step
     if run.experiment.evaluate.patience is None or best in (None, 0, run.step):
         return run.state
     try:
         state = run.checkpoints.restore(run.program.abstract, best)
-    except UserError as e:  # not kept (--checkpoint.best), or damaged
+    except UserError as e:  # not saved (--checkpoint.best), or damaged
         run.screen.info(f"The best state, of step {best}, cannot be had: reporting the last. {e}")
         return run.state
     run.screen.info(f"Reporting the best state, of step {best}.")

@@ -1,4 +1,4 @@
-"""A state evaluated on one split, as the `EvalResult` from which tasks write their reports."""
+"""Evaluates a state on one split, as an `EvalResult` from which tasks write their reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lab.train.step import State
 
 def make_eval_result(program: Program, state: State, data: Any, split: str, means: Mapping[str, float],
                  counts: Mapping[str, np.ndarray], folder: Path) -> EvalResult:
-    """What a task may write about `state` after it was evaluated on `split`."""
+    """The `EvalResult` of `state` on `split`, from its means and counts."""
     records = getattr(data, split)
     experiment = program.experiment
     predictions = functools.partial(predict, program, state, records)
@@ -38,7 +38,7 @@ def predict(program: Program, state: State, records: Any) -> dict[str, np.ndarra
 
 def evaluate(program: Program, state: State, data: Any, split: str, folder: Path,
              records: int | None = None, stop: Callable[[], bool] = lambda: False) -> EvalResult | None:
-    """Evaluates `state` on a split, or on `records` evenly spaced records of it. None when `stop` said so in between.
+    """Evaluates `state` on a split, or on `records` evenly spaced records. None if `stop` returned True before the end.
 
     Raises:
       UserError: the data has no such split.
@@ -51,6 +51,6 @@ def evaluate(program: Program, state: State, data: Any, split: str, folder: Path
 
 
 def frozen_paths(experiment: Experiment, params: Any) -> list[str]:
-    """The parameters that `init_from.freeze` leaves as they are."""
+    """Paths of the parameters frozen by `init_from.freeze`."""
     rules = experiment.init_from.freeze
     return [path for path in leaves(params) if any(re.search(rule, path) for rule in rules)]

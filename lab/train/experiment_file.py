@@ -1,4 +1,4 @@
-"""The file of an experiment, imported and checked."""
+"""Imports and checks an experiment file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lab.experiment import ROOT, Experiment
 
 
 def load(path: Path, content: bytes | None = None, name: str | None = None) -> ModuleType:
-    """Imports an experiment file, or `content` in its place.
+    """Imports an experiment file. `content` replaces the content of the file.
 
-    Its module name is by default its place in the repository, else one that shadows nothing.
+    The module name defaults to the file's path in the repository; outside the repository, to one that shadows nothing.
 
     Raises:
-      UserError: it cannot be read or run (names the line), or defines no experiment.
+      UserError: the file cannot be read or run (names the line), or defines no experiment.
     """
     path = path.resolve()
     inside = path.is_relative_to(ROOT)
@@ -36,9 +36,9 @@ def load(path: Path, content: bytes | None = None, name: str | None = None) -> M
     except UserError:
         raise
     except SyntaxError as e:
-        place = f"{e.filename}, line {e.lineno}" if e.filename else path  # of a NUL byte no place is told
+        place = f"{e.filename}, line {e.lineno}" if e.filename else path  # no line for a NUL byte
         raise UserError(f"{place}: {e.msg}.") from e
-    except (Exception, SystemExit) as e:  # whatever the file does wrong; its line is what its author needs
+    except (Exception, SystemExit) as e:  # any error in the user's file; reported with its line
         line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == str(path)), "?")
         raise UserError(f"{path}, line {line}: {type(e).__name__}: {e}.") from e
     for name in ("experiment", "local", "study"):
@@ -57,7 +57,7 @@ def load(path: Path, content: bytes | None = None, name: str | None = None) -> M
 
 
 def _line_of(name: str, path: Path) -> int:
-    """The line of a file where this name gets its (last) value."""
+    """The line of the last assignment to `name` in a file."""
     nodes = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Assign | ast.AnnAssign)]
     return max((n.lineno for n in nodes if f"'{name}'" in ast.dump(n, annotate_fields=False).partition(", Call")[0]),
                default=1)

@@ -1,4 +1,4 @@
-"""What a run learnt from its data, kept in its folder as JSON: enough to predict and sample where the data is gone."""
+"""Values fitted to the data (JSON in the run folder), to predict and sample without the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE, TOKENIZER = "fitted.json", "tokenizer.json"
 
 
 def write_fitted(folder: Path, experiment: Experiment, data: Any) -> None:
-    """Writes what was learnt from the data, and its tokenizer if it has one, into a run folder."""
+    """Writes the values fitted to the data, and the tokenizer if any, to a run folder."""
     state = getattr(data, "tokenizer_state", None)
     if state:
         replace_file(folder / TOKENIZER, state)
@@ -31,10 +31,10 @@ def write_fitted(folder: Path, experiment: Experiment, data: Any) -> None:
 
 
 def without_data(run: Path, experiment: Experiment) -> Experiment:
-    """The experiment of a run with its data as the run folder remembers it, where it does.
+    """The experiment with its data replaced by the fitted values in the run folder, if the folder has them.
 
     Raises:
-      UserError: what the folder remembers was changed.
+      UserError: the fitted values were changed.
     """
     if not (run / FILE).exists() or not hasattr(experiment.data, "restored"):
         return experiment
@@ -49,21 +49,21 @@ def without_data(run: Path, experiment: Experiment) -> Experiment:
 
 
 def _reading_nothing(data: Any, spec: dict[str, Any], saved: dict[str, Any], tokenizer: str) -> Any:
-    """The same value, in JSON and in comparisons, but whose methods that would read records answer from `saved`."""
+    """A copy, equal in JSON and comparisons, whose record-reading methods return values from `saved`."""
     shapes = {name: (tuple(shape), np.dtype(kind).type) for name, (shape, kind) in spec.items()}
     answers = {"validate": lambda: None, "metadata": lambda: saved["metadata"], "record_spec": lambda: shapes,
                "load": lambda: data.restored(saved, tokenizer)}
     found = copy.copy(data)
     for name, answer in answers.items():
-        object.__setattr__(found, name, answer)  # of this one object; the class is frozen
+        object.__setattr__(found, name, answer)  # set on this object only; its class is frozen
     return found
 
 
 def data_of(run: Path, experiment: Experiment) -> Any:
-    """The data of a run without its records; where its folder does not remember it, with them.
+    """The data of a run without records, from the fitted values; loads the records if the folder has no such values.
 
     Raises:
-      UserError: the folder is of another experiment or other data; what `load` says of data that must be read.
+      UserError: the folder has another experiment or other data, or loading fails.
     """
     data = without_data(run, experiment).data.load()
     check_same(run, experiment, data.fingerprint)

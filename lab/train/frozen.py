@@ -1,4 +1,4 @@
-"""Frozen layers are frozen whole: a BatchNorm whose parameters do not train leaves its statistics as they are, too."""
+"""Freezes the running statistics of frozen BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import flax.linen as nn
 
 
 def frozen_statistics(optimizer: Any) -> contextlib.AbstractContextManager[None]:
-    """While a model is traced for training in it, each BatchNorm that `optimizer` freezes (all of its parameters, or,
-    where it has none, its statistics by their path) computes with its running statistics and leaves them as they are,
-    as in evaluation.
+    """Context for tracing a model in training: each BatchNorm frozen by `optimizer` uses its running statistics without
+    updating them, as in evaluation. A BatchNorm is frozen if all its parameters are; one without parameters, if the
+    paths of its statistics are.
     """
     if not optimizer.lr_multipliers:
         return contextlib.nullcontext()
@@ -22,7 +22,7 @@ def frozen_statistics(optimizer: Any) -> contextlib.AbstractContextManager[None]
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__" or not frozen(module):
             return call(*args, **kwargs)
         field = module.use_running_average
-        object.__setattr__(module, "use_running_average", None)  # Flax takes either the field or the argument
+        object.__setattr__(module, "use_running_average", None)  # Flax accepts either the field or the argument
         try:
             return call(*args, **kwargs | {"use_running_average": True})
         finally:

@@ -1,6 +1,6 @@
-"""How the sums of a batch come about on many devices: by the compiler, by `jax.pmap`, or in a fixed order.
+"""Gradient sums over many devices: by the compiler, by `jax.pmap`, or in a fixed order.
 
-Each is a `Total` (see lab/train/step.py); the step around it stays the same.
+Each gives the training step a `Total` (see lab/train/step.py); the rest of the step does not change.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from lab.train.step import Gradient, State, Total, make_train_step, microbatched
 
 
 def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) -> Total:
-    """The compiler divides the work. Gradients are born where their parameters live (`shardings`, theirs): without
-    being told, it sums whole gradients on every device of "fsdp" (an all-reduce) and throws most of them away.
+    """The compiler partitions the computation. Gradients are constrained to the shardings of their parameters
+    (`shardings`); unconstrained, XLA all-reduces whole gradients along "fsdp" and keeps a shard of each.
 
-    With "data" alone each device adds up its own rows, and all devices' sums are added once: left to itself the
-    compiler adds them in every microbatch, in every scanned block and in every chunk of a loss. (Along "fsdp" no device
-    has room for whole gradients.) Random numbers and batch statistics belong to whole microbatches, so a model with
-    either stays with the compiler.
+    With the axis "data" alone, each device sums its own rows in a `shard_map`, followed by one all-reduce per step.
+    Otherwise XLA would all-reduce in every microbatch, scanned block and loss chunk. The compiler still partitions
+    meshes with "fsdp", where whole gradients do not fit, and models with dropout or BatchNorm, which span microbatches.
     """
     def placed(gradient: Gradient) -> Gradient:
         def gradient_placed(*args: Any) -> Any:
@@ -54,10 +53,10 @@ def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) ->
 
 
 def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-    """``(state, batch, seed) -> (state, metrics)`` with `jax.pmap`: every device has a copy of the state and its rows.
+    """``(state, batch) -> (state, metrics)`` with `jax.pmap`: each device has a copy of the state and its own rows.
 
-    The same step inside, and one `psum` of what it sums. What a device draws by itself (dropout masks, batch
-    statistics) is its own, as it is with the usual pmap programs; the statistics kept are the mean of all devices'.
+    Runs the usual training step, with one `psum` of gradients, weights and metrics. As usual with pmap, dropout masks
+    and batch statistics are per device; the new batch statistics are the mean over devices.
 
     Raises:
       UserError: the mesh has more than one axis, or there are several processes.
@@ -88,14 +87,14 @@ def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., An
 
 
 def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
-    """Sums whose bits do not depend on how many devices there are.
+    """Sums that are bitwise equal on any number of devices.
 
-    The batch is cut into `virtual_shards` parts. Each is computed alone, one after another on its device, so that every
-    number of devices runs the same program on the same shapes; then all parts' sums are gathered everywhere and added
-    pairwise. That costs a gradient per part in memory, and gathering them: V times the bytes of the parameters.
+    Splits the batch into V = `virtual_shards` parts. Each device computes its parts in sequence, so that the program
+    and its shapes do not depend on the device count. The parts' sums are then all-gathered and added pairwise. The
+    cost, in memory and in communication, is V times the bytes of the parameters.
 
     Raises:
-      UserError: the parts cannot be divided among the devices, or the experiment has what hangs on whole batches.
+      UserError: the devices do not divide V, or the mesh or model is unsupported (other axes, batch statistics).
     """
     parts, devices = experiment.virtual_shards, mesh.shape["data"]
     if mesh.size != devices:
@@ -117,7 +116,7 @@ def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
                 grads, (weight, metrics, _) = gradient(params, state.model_state, inputs[1], step, inputs[0])
                 return grads, weight, metrics
 
-            # The barriers keep the compiler from fusing across, which it would do where there is nothing to gather.
+            # The barriers stop XLA from fusing across the gather, which on one device is a no-op.
             sums = jax.lax.optimization_barrier(jax.lax.map(one, (first + jnp.arange(own), cut)))
             sums = jax.lax.optimization_barrier(jax.lax.all_gather(sums, ROWS, tiled=True))
             return jax.lax.optimization_barrier(jax.tree.map(_pairwise, sums))
@@ -132,7 +131,7 @@ def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
 
 
 def _pairwise(x: jax.Array) -> jax.Array:
-    """The sum over the first axis, neighbours first, whatever the compiler would prefer."""
+    """The sum over the first axis in a fixed order: a binary tree that adds neighbours first."""
     while x.shape[0] > 1:
         odd = x[x.shape[0] - x.shape[0] % 2 :]
         x = jnp.concatenate([x[0 : x.shape[0] - 1 : 2] + x[1::2], odd])
@@ -140,7 +139,7 @@ def _pairwise(x: jax.Array) -> jax.Array:
 
 
 def exact_cost(experiment: Experiment, parameters: int) -> str:
-    """What --exact costs, for people. `parameters`: their number."""
+    """A message with the cost of --exact. `parameters`: the parameter count."""
     gathered = 4 * parameters * experiment.virtual_shards
     return (f"exact: {experiment.virtual_shards} virtual shards of {experiment.batch // experiment.virtual_shards} "
             f"records; {gathered / 1e9:.2f} GB of gradients on every device, gathered at every update")

@@ -1,4 +1,4 @@
-"""The arrays that a run begins with, where `Experiment.init_from` names any: of another run, or word vectors."""
+"""Loads the initial arrays that `Experiment.init_from` names: from another run, or word vectors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NUMBER = re.compile(r"[-+.]?\d")
 
 
 def initial_arrays(start: Any, state: Any, data: Any) -> tuple[Given, Report]:
-    """The arrays by path for this (abstract) state, and a report of what was taken and what was not.
+    """Arrays by path for this (abstract) state, and a report of loaded and missing paths.
 
     Raises:
-      UserError: what `start` names is not there, or does not fit.
+      UserError: the source named by `start` does not exist or does not fit.
     """
     for kind, read in ((Pretrained, from_run), (Continue, from_checkpoint), (WordVectors, from_word_vectors)):
         if isinstance(start, kind):
@@ -32,7 +32,7 @@ def initial_arrays(start: Any, state: Any, data: Any) -> tuple[Given, Report]:
 
 
 def describe(report: Report, frozen: list[str], file: Path) -> str:
-    """What a run begins with, in a line or two. `file` has the whole lists."""
+    """A summary of the report in a line or two. `file` has the full lists."""
     lines = [f"Frozen: {_shortly(frozen)}. The whole list is in {file}."]
     if report:
         lines.insert(0, f"Parameters from {report['from']}: {len(report['loaded'])} loaded "
@@ -46,7 +46,7 @@ def _shortly(paths: list[str]) -> str:
 
 
 def _place(run: str) -> tuple[Path, int | None]:
-    """The run folder, and the step of the checkpoint where one is named."""
+    """The run folder, and the checkpoint's step if the path names one."""
     folder = user_path(run)
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         return folder.parent.parent, int(folder.name)
@@ -54,7 +54,7 @@ def _place(run: str) -> tuple[Path, int | None]:
 
 
 def _same_tokenizer(folder: Path, data: Any) -> None:
-    """Ids must mean the same there and here; nothing else would ever say so."""
+    """Raises UserError if the tokenizers differ. No later check would notice that token ids mean something else."""
     saved, here = folder / "tokenizer.json", getattr(data, "tokenizer_state", None)
     if here is not None and saved.exists() and saved.read_text("utf-8") != here:
         raise UserError(f"The tokenizer of {folder} is another one, so its parameters would be read with wrong "
@@ -62,10 +62,10 @@ def _same_tokenizer(folder: Path, data: Any) -> None:
 
 
 def from_run(start: Pretrained, state: Any, data: Any) -> tuple[Given, Report]:
-    """The arrays for this (abstract) state, and what was taken and what was not.
+    """Arrays for this (abstract) state, and a report.
 
     Raises:
-      UserError: there is no such run, nothing fits, shapes differ (names the path), or the tokenizers differ.
+      UserError: no such run, no matching path, shapes differ (names the path), or tokenizers differ.
     """
     if start.run is None:
         return {}, {}
@@ -95,11 +95,11 @@ def from_run(start: Pretrained, state: Any, data: Any) -> tuple[Given, Report]:
 
 
 def from_checkpoint(start: Continue, state: Any, data: Any) -> tuple[Given, Report]:
-    """The arrays for this (abstract) state, those of its optimizer and its step too (see `lab.train.step.init_state`),
-    and what was taken and what was not.
+    """Arrays for this (abstract) state, including optimizer state and step (see `lab.train.step.init_state`), and a
+    report.
 
     Raises:
-      UserError: there is no such run or checkpoint, shapes differ (names the path), or the tokenizers differ.
+      UserError: no such run or checkpoint, shapes differ (names the path), or tokenizers differ.
     """
     folder, step = _place(start.run)
     if step is not None and start.step not in (None, step):
@@ -123,10 +123,10 @@ def from_checkpoint(start: Continue, state: Any, data: Any) -> tuple[Given, Repo
 
 
 def from_word_vectors(start: WordVectors, state: Any, data: Any) -> tuple[Given, Report]:
-    """The embedding with the file's rows in it, and how many words were found.
+    """The embedding filled with the file's vectors, and the number of words found.
 
     Raises:
-      UserError: no such file or parameter, a line that is not a vector of the right size, or no word known.
+      UserError: no such file or parameter, a line that is not a vector of the right size, or no known word.
     """
     path, wanted = start.parameter, leaves(state.params)
     if path not in wanted:
@@ -139,7 +139,7 @@ def from_word_vectors(start: WordVectors, state: Any, data: Any) -> tuple[Given,
         raise UserError(f"--init-from.parameter {path} has shape {wanted[path].shape}: it is no embedding.")
     size, dimension = wanted[path].shape
     place = {word: i for i, word in enumerate(words[:size])}
-    # As torch.nn.Embedding would begin, and small beside GloVe's rows; a function of the file's dimension alone.
+    # Normal like torch.nn.Embedding, but small compared with GloVe's vectors. Depends only on the shape.
     rows = np.random.default_rng(0).normal(0, 0.1, (size, dimension)).astype(np.float32)
     found = _read_vectors(start.path, place, rows)
     if not found:
@@ -149,7 +149,7 @@ def from_word_vectors(start: WordVectors, state: Any, data: Any) -> tuple[Given,
 
 
 def _read_vectors(path: str, place: dict[str, int], rows: np.ndarray) -> int:
-    """Puts the file's vectors of the words of `place` into `rows` (vocabulary, dimension); returns how many."""
+    """Writes the file's vectors of the words in `place` to `rows` (vocabulary, dimension); returns their number."""
     found, number, dimension = 0, 0, rows.shape[1]
     try:
         with user_path(path).open(encoding="utf-8") as file:
@@ -160,13 +160,13 @@ def _read_vectors(path: str, place: dict[str, int], rows: np.ndarray) -> int:
                         raise UserError(f"{path} has vectors of {values[0]} numbers, as its first line says, "
                                         f"and the embedding has {dimension}.")
                     continue
-                spaced = values[:-dimension]  # some words of glove.840B have spaces in them
+                spaced = values[:-dimension]  # some words of glove.840B contain spaces
                 if len(values) < dimension or (spaced and NUMBER.match(spaced[-1])):
                     raise UserError(f"{path}, line {number}: {len(values)} numbers after {first[:30]!r}, and "
                                     f"the embedding has {dimension}.")
                 if first in place and not spaced:
                     row = np.array(values, np.float64)
-                    if not (good := np.abs(row) < 1e30).all():  # NaN is not below anything
+                    if not (good := np.abs(row) < 1e30).all():  # also False for NaN
                         bad = values[int(np.argmin(good))]
                         raise UserError(f"{path}, line {number}: the vector of {first[:30]!r} has {bad!r} in "
                                         f"it, which is no number to train with. Correct or delete the line.")

@@ -1,4 +1,4 @@
-"""JSON files of a run folder: written whole, read with a sentence where they are damaged."""
+"""JSON files of a run folder: atomic writes, and a UserError for damaged files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lab.files import replace_file
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes all or nothing, also when the power fails."""
+    """Writes a JSON file atomically, also across a power failure."""
     replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path, shape: Mapping[str, Any] | None = None) -> Any:
-    """The value in a JSON file; with `shape` an object that has these fields.
+    """Reads a JSON file; with `shape`, checks that it is an object with these fields.
 
     Raises:
       UserError: the file is damaged.
@@ -34,7 +34,7 @@ def read_json(path: Path, shape: Mapping[str, Any] | None = None) -> Any:
 
 
 def check_shape(value: Any, shape: Mapping[str, Any]) -> None:
-    """Raises ValueError where a JSON value is no object with these fields of these types."""
+    """Raises ValueError unless a JSON value is an object with these fields of these types."""
     if not isinstance(value, dict):
         raise ValueError(f"it holds {str(value)[:40]!r} instead of named fields")
     for name, types in shape.items():

@@ -1,4 +1,4 @@
-"""The training loop: the only file that knows time, files and signals. It knows no model."""
+"""The training loop: handles time, files and signals. Independent of the model."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ from lab.train.step import State
 
 
 class Diverged(Exception):
-    """The loss or the gradient is no longer a number."""
+    """The loss, or the norm of the gradient, updates or parameters, is not finite."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What the cells of a study share, so that not every one of them pays for it. They draw no pictures either."""
+    """Data and compiled program, shared by the cells of a study to save time. Such cells draw no pictures."""
 
     data: Any
-    """As `experiment.data.load()` returns it."""
+    """The result of `experiment.data.load()`."""
     program: Program
-    """Of the same experiment, seed included; it may make more updates in a call."""
+    """The program of the same experiment and seed; its `steps_per_call` may differ."""
     keep: tuple[int, ...] = ()
-    """Updates after which the state is saved and kept."""
+    """Steps whose checkpoints are always kept."""
     begin: Callable[[Program, Path], State | None] = lambda program, folder: None
-    """The state to begin with, instead of a fresh one, from which arms of a study go on; its rows are in `folder`."""
+    """Returns the shared state that this arm starts from, with its rows in `folder`; None: initialise the state."""
 
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
           tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None,
           prepared: Shared | None = None, on_change: str = "refuse") -> int:
-    """Runs `experiment` in `folder` to its end, from wherever it was; returns the exit status, in each process.
+    """Runs `experiment` in `folder` to its end, resuming if possible; returns the exit status in every process.
 
-    `checkpoints`: another place for them than the run folder, see `checkpoint_folder`. `on_change`: see `open_folder`.
+    `checkpoints`: a location outside the run folder, see `checkpoint_folder`. `on_change`: see `open_folder`.
 
-    0: finished. 75 / 130 / 141: told to stop, state saved, the same command goes on (`lab.signals`). 1: diverged.
+    0: finished. 75 / 130 / 141: stopped by a signal, state saved, same command resumes (`lab.signals`). 1: diverged.
 
     Raises:
-      UserError: data, folder, checkpoint, devices or disk are not as they must be.
+      UserError: a problem with the data, folder, checkpoint, devices or disk.
     """
     data = prepared.data if prepared else load_data(experiment)
     processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
@@ -76,7 +76,7 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
             for line in open_folder(folder, experiment, file, data.fingerprint, remote, on_change):
                 screen.info(line)
             write_fitted(folder, experiment, data)
-        processes.gather(None)  # now the folder is there
+        processes.gather(None)  # barrier: the folder exists from here on
         if checkpoints is None:
             shared(folder)
         screen.record(processes.log(folder))
@@ -102,7 +102,7 @@ def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Scree
 
 
 class TrainingRun:
-    """One run: the pure program, and around it the rows, checkpoints and clock."""
+    """One run: the pure program with its metric rows, checkpoints and clock."""
 
     def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: Stop,
                  tensorboard: bool, prepared: Shared | None):
@@ -126,14 +126,14 @@ class TrainingRun:
         self.clock = Clock(experiment, data, self.step, self.program.mesh.size)
 
     def _open_rows(self) -> metrics.Rows:
-        """The rows so far; in other processes than the first only its evaluations, from which decisions follow."""
+        """The metric rows so far. Other processes get only process 0's evaluation rows, to make the same decisions."""
         processes, path = self.stop.processes, self.folder / "metrics.jsonl"
         saved = self.checkpoints.beside(self.step) if self.step in self.checkpoints.steps() else None
         rows = metrics.Rows(path, self.step, saved if processes.first else None)
         evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
         if not processes.first:
             rows.rows = evaluations
-        if self.step and not rows.rows:  # else there is at least the evaluation before the first update
+        if self.step and not rows.rows:  # a resumed run has at least its first evaluation
             self.screen.info("The run folder is new: metrics, the best state and patience count from here.")
         return rows
 
@@ -147,7 +147,7 @@ class TrainingRun:
             given, report = initial_arrays(self.experiment.init_from, self.program.abstract, self.data)
             self._say_pretrained(report)
             state = self.program.init(given)
-            self.begun_at = int(state.step)  # not 0 where another run goes on
+            self.begun_at = int(state.step)  # above 0 when continuing another run
             if self.begun_at >= self.experiment.steps:
                 raise UserError(f"--steps {self.experiment.steps} counts all updates, and {report['from']} made "
                                 f"{self.begun_at} of them: give more.")
@@ -163,7 +163,7 @@ class TrainingRun:
             self.screen.info(describe(report, frozen, self.folder / "pretrained.json"))
 
     def go(self) -> int:
-        """Evaluate and save whatever is due at this step, then update; until the last step or a reason to stop."""
+        """Compiles, then trains until the last step, early stopping or a signal; returns the exit status."""
         experiment, n = self.experiment, self.program.experiment.steps_per_call
         read, first, last = reader(self.program), self.step // n, experiment.steps // n
         with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
@@ -172,11 +172,11 @@ class TrainingRun:
                 _ = self.program.train  # compiled here, while the first batches are read
                 self.screen.info(f"Compiled in {self.program.compile_seconds:.1f} s.")
             self.clock.start()
-            with self.stop.listening():  # until here there was nothing to save
+            with self.stop.listening():  # before this point there is nothing to save
                 return self._updates()
 
     def _updates(self) -> int:
-        """From the evaluation before the first update to the last thing that a run writes."""
+        """The loop: evaluates and saves if due, then makes the next step, until the run ends or is stopped."""
         experiment, n = self.experiment, self.program.experiment.steps_per_call
         while not self.stop():
             self._evaluate_if_due()
@@ -186,8 +186,8 @@ class TrainingRun:
                 return finish(self)
             if self.stop():
                 break
-            self.evaluated = None  # its copy of the parameters need not live on beside the state
-            with jax.transfer_guard_host_to_device("disallow"):  # a hidden copy in the step would cost every step
+            self.evaluated = None  # frees its copy of the parameters
+            with jax.transfer_guard_host_to_device("disallow"):  # an implicit transfer would slow every step
                 self.state, values = self.program.train(self.state, next(self.batches))
             self.step += n
             self.flush()
@@ -195,7 +195,7 @@ class TrainingRun:
         return self.interrupted()
 
     def flush(self) -> None:
-        """Fetches the metrics of the update before the one in flight, so that the device never waits for us."""
+        """Fetches the metrics of the step before the one in flight, so that the device never waits for the host."""
         if self.pending is None:
             return
         (last, values), self.pending = self.pending, None
@@ -245,7 +245,7 @@ class TrainingRun:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best validation metric so far; a function of the rows, so resuming cannot change it."""
+        """The step with the best validation metric so far. Computed from the rows, so resuming cannot change it."""
         return self.best["step"]
 
     @property
@@ -267,7 +267,7 @@ class TrainingRun:
     def _save(self) -> None:
         if self.step in self.checkpoints.steps():
             return
-        self.flush()  # raises before a state that is not finite could be saved
+        self.flush()  # raises Diverged before a non-finite state is saved
         self.rows.sync()
         with self.clock.paused("checkpoint"):
             self.checkpoints.save(self.step, self.state, self.rows.mark())
@@ -281,7 +281,7 @@ class TrainingRun:
         return EXIT[self.stop.signal]
 
     def _diverged(self, step: int, means: dict[str, float]) -> None:
-        """Writes what is needed to look into it, and stops the run."""
+        """Writes a report for debugging, then raises Diverged."""
         indices = train_indices(step - 1, self.experiment.batch, len(self.data.train), self.experiment.seed)
         report = write_diverged(self.folder, step, indices, means, self.rows.rows)
         self.checkpoints.wait()
@@ -293,7 +293,7 @@ class TrainingRun:
                        f"--optim.grad-clip-norm may help.")
 
     def close(self) -> None:
-        """Releases files and threads; a save that was started is finished."""
+        """Releases files and threads, after waiting for a save in progress."""
         self.rows.close()
         if self.board:
             self.board.close()

@@ -1,4 +1,4 @@
-"""Metrics: (sum, weight) pairs that add, files that hold them, and how fast a run is."""
+"""Metrics: (sum, weight) pairs, the metrics.jsonl file, and model FLOPs utilisation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from lab.errors import UserError, naming
 from lab.files import open_file, replace_file
 
-# Peak dense bfloat16 FLOP/s of one device, from the makers' data sheets, by JAX's device_kind.
+# Peak dense bfloat16 FLOP/s per device, from vendor data sheets, by JAX's device_kind.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12, "TPU v2": 45e12, "TPU v3": 123e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
@@ -26,24 +26,24 @@ PEAK_FLOPS = {
 
 
 def add(total: Any, more: Any) -> Any:
-    """Adds two trees of (sum, weight) pairs; None is nothing yet."""
+    """Adds two trees of (sum, weight) pairs; a `total` of None is empty."""
     return more if total is None else jax.tree.map(lambda a, b: a + b, total, more)
 
 
 def means(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """sum / weight of every metric that is a (sum, weight) pair; NaN where the weight is 0."""
+    """sum / weight of every (sum, weight) metric; NaN if the weight is 0."""
     pairs = {name: pair for name, pair in metrics.items() if isinstance(pair, tuple)}
     return {name: float(np.float32(total) / np.float32(weight)) if weight else float("nan")
             for name, (total, weight) in jax.device_get(pairs).items()}
 
 
 def counts(metrics: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The other metrics: arrays of counts, such as a confusion matrix."""
+    """The remaining metrics: arrays of counts, such as a confusion matrix."""
     return jax.device_get({name: array for name, array in metrics.items() if not isinstance(array, tuple)})
 
 
 def best_row(rows: list[dict[str, Any]], metric: str, mode: str) -> dict[str, Any]:
-    """The first row with the best value of the metric ("min" or "max"); a value that is no number is never the best."""
+    """The first row with the best value of the metric ("min" or "max"). NaN is never the best."""
     def badness(row: dict[str, Any]) -> float:
         value = row[metric] if mode == "min" else -row[metric]
         return math.inf if math.isnan(value) else value
@@ -52,28 +52,28 @@ def best_row(rows: list[dict[str, Any]], metric: str, mode: str) -> dict[str, An
 
 
 def peak_flops() -> float | None:
-    """Peak FLOP/s of one device of this machine, or None where it is unknown."""
+    """Peak FLOP/s of one device of this machine; None if unknown."""
     return PEAK_FLOPS.get(jax.devices()[0].device_kind)
 
 
 def mfu(flops_per_second: float, devices: int) -> float | None:
-    """Model FLOPs utilisation of `devices` devices (PaLM, Chowdhery et al. 2022); None where the peak is unknown."""
+    """Model FLOPs utilisation of `devices` devices (PaLM, Chowdhery et al. 2022); None if the peak is unknown."""
     peak = peak_flops()
     return None if peak is None else flops_per_second / (peak * devices)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line cut short by a crash is dropped.
+    """The rows of a JSON-lines file, without a last line that a crash left incomplete.
 
     Raises:
-      UserError: another line is damaged.
+      UserError: any other line is damaged.
     """
     try:
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}). Restore it, or start afresh with --run-dir.") from e
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last end of a line was cut short
+    for number, line in enumerate(lines[:-1], 1):  # text after the last newline is an incomplete row
         try:
             row = json.loads(line.decode())
             if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("split"), str):
@@ -86,10 +86,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def marked_rows(path: Path, saved: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The rows that `saved` speaks of (see `Rows.mark`), all where it is None; none where the file is gone.
+    """The rows covered by the mark `saved` (see `Rows.mark`); all rows if it is None; none if the file is missing.
 
     Raises:
-      UserError: they are damaged, or other ones.
+      UserError: the rows are damaged or do not match the mark.
     """
     rows = read_rows(path)
     if saved is None:
@@ -105,17 +105,17 @@ def marked_rows(path: Path, saved: Mapping[str, Any] | None) -> list[dict[str, A
 
 
 class Rows:
-    """A JSON-lines file that is a function of the experiment alone: it holds no times, and goes back with the run."""
+    """A reproducible JSON-lines file: it contains no times, and is truncated to the checkpoint when a run resumes."""
 
     def __init__(self, path: Path, last_step: int, saved: Mapping[str, Any] | None = None):
-        """Opens for appending, without the rows after `last_step` that a crashed process may have left. `saved`: the
+        """Opens for appending, after removing rows later than `last_step`, left by a crashed process. `saved`: the
         `mark` of that step.
 
         Raises:
-          UserError: rows are damaged, or other ones than when the state of that step was saved.
+          UserError: the rows are damaged, or changed since the state of that step was saved.
         """
         if saved is None:
-            # In the order of time, in which the row of the test split is last, even if it is of an earlier, best state.
+            # takewhile, not filter: the test row is written last, but its step may be earlier (the best state).
             rows = list(itertools.takewhile(lambda row: row["step"] <= last_step, read_rows(path)))
         else:
             rows = marked_rows(path, saved)
@@ -130,18 +130,18 @@ class Rows:
         return line
 
     def append(self, row: dict[str, Any]) -> None:
-        """Adds a row, and hands it to the operating system at once."""
+        """Appends a row and flushes it to the operating system."""
         self.rows.append(row)
         with naming(self.path):
             self._file.write(self._line(row))
             self._file.flush()
 
     def mark(self) -> dict[str, Any]:
-        """What a checkpoint says of the rows up to it, so that whoever goes on from there finds the same ones."""
+        """A digest of the rows so far, saved in a checkpoint to verify the rows on resume."""
         return {"rows": len(self.rows), "digest": self._digest.hexdigest()}
 
     def sync(self) -> None:
-        """Makes the rows survive a power cut. Called before the checkpoint that relies on them."""
+        """Syncs the rows to disk. Called before saving a checkpoint that refers to them."""
         with naming(self.path):
             os.fsync(self._file.fileno())
 

@@ -1,7 +1,7 @@
-"""The file of a user's experiment: a copy in the run folder, and which copies this machine may run again.
+"""The copy of a user's experiment file in the run folder, and whether this machine may execute it.
 
-The copy may come from somebody else, with the rest of a run folder. It is run only where its very content was an
-experiment that was started here, or where the user names it.
+A run folder, and the copy in it, may come from somebody else. The copy is executed only if a file with the same content
+was started on this machine before, or if the user names it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lab.files import cache_folder, replace_file, user_path
 from lab.train.experiment_file import load
 
 COPY = "experiment.py"  # in the run folder
-KNOWN = "experiments"  # in the cache folder: sha256 of a file -> where it was
+KNOWN = "experiments"  # in the cache folder: sha256 of a file -> its original path
 
 
 def keep_copy(folder: Path, file: Path) -> None:
-    """Copies the experiment's file into the run folder, and remembers that it is ours."""
+    """Copies the experiment's file into the run folder, and records its hash as trusted."""
     content = file.read_bytes()
     replace_file(folder / COPY, content)
     known = cache_folder(KNOWN) / hashlib.sha256(content).hexdigest()
@@ -30,10 +30,10 @@ def keep_copy(folder: Path, file: Path) -> None:
 
 
 def load_own(folder: Path, described: Mapping[str, Any], file: Path | None) -> None:
-    """Loads the file with the classes of the user's own that a run is built of; `described`: its experiment.json.
+    """Loads the experiment file that defines the run's user classes. `described`: the content of experiment.json.
 
-    `file`: the experiment's file, where the user named it. Else nothing where the classes are known already, or the
-    copy in the run folder where this machine knows it.
+    `file`: the experiment's file, if the user named it. Otherwise loads the copy in the run folder, if it is trusted
+    and the classes are not loaded yet.
 
     Raises:
       UserError: the file cannot be read or run.
@@ -49,7 +49,7 @@ def load_own(folder: Path, described: Mapping[str, Any], file: Path | None) -> N
 
 
 def _own_copy(folder: Path) -> tuple[Path, bytes] | None:
-    """Where the file of a run was, and its content; None where this machine does not know it."""
+    """Original path and content of the run's experiment file; None if this machine does not trust it."""
     try:
         content = (folder / COPY).read_bytes()
         known = cache_folder(KNOWN) / hashlib.sha256(content).hexdigest()
@@ -59,7 +59,7 @@ def _own_copy(folder: Path) -> tuple[Path, bytes] | None:
 
 
 def _module(wanted: set[str]) -> str | None:
-    """The module name under which the file was known, if there is one."""
+    """The module name of the file in the run's class paths, if any."""
     found = {path.partition(".")[0] if path.startswith("user_") else path.rpartition(".")[0] for path in wanted}
     named = [name for name in found if name.startswith(("user_", "experiments."))]
     return named[0] if len(named) == 1 else None

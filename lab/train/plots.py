@@ -1,4 +1,4 @@
-"""Every picture that a run shows. Pure drawing: numbers in, a PNG file out, which replaces an older one."""
+"""All plots of a run. Each function takes numbers and writes a PNG file, replacing an older one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lab.files import make_folder, replace_file
 
 COLOURS = {"train": "#9ab8d9", "smooth": "#1f5a96", "validation": "#c8501e", "test": "#3f7d3a"}
 DPI = 120
-NUMBERED = 20  # classes up to which a confusion matrix has room for numbers
-NAMED = 120  # and for names
-POINTS = 20_000  # of a scatter plot
+NUMBERED = 20  # maximum classes for numbers in a confusion matrix
+NAMED = 120  # maximum classes for their names
+POINTS = 20_000  # maximum points of a scatter plot
 OPTIMIZER = {"learning_rate": ("learning_rate",), "norms": ("gradient_norm", "update_norm", "parameter_norm")}
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of so many inches, to be written as PNG. It is always drawn with Agg: a notebook's MPLBACKEND may not
-    exist here, and matplotlib refuses to be imported then."""
+    """A figure for PNG output; `width` and `height` in inches. Forces Agg: importing matplotlib fails if MPLBACKEND,
+    such as a notebook's, is not installed here."""
     asked = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure  # the object interface: no global figure, no display
@@ -48,7 +48,7 @@ def _save(figure: Any, path: Path) -> Path:
 def curves(rows: Sequence[dict[str, Any]], folder: Path, metric: str | Sequence[str] = "loss") -> list[Path]:
     """Draws `folder`/<metric>.png for each metric, learning_rate.png and norms.png from the rows of metrics.jsonl.
 
-    A metric that no row has gets no picture. Returns the files.
+    Skips metrics that no row has. Returns the files.
     """
     of = {split: [r for r in rows if r["split"] == split] for split in ("train", "validation", "test")}
     written = []
@@ -80,7 +80,7 @@ def _axes(ylabel: str) -> tuple[Any, Any]:
 
 
 def _metric(name: str, series: dict[str, tuple[list[int], list[float]]], folder: Path) -> Path:
-    """One metric on each split: (steps, values)."""
+    """Plots one metric. `series`: split -> (steps, values)."""
     figure, axes = _axes(name.replace("_", " "))
     steps, values = series["train"]
     if steps:
@@ -96,7 +96,7 @@ def _metric(name: str, series: dict[str, tuple[list[int], list[float]]], folder:
 
 
 def _smooth(values: Sequence[float], span: int) -> list[float]:
-    """Exponential moving average, corrected for its start (Kingma & Ba 2015, section 3)."""
+    """Exponential moving average with bias correction (Kingma & Ba 2015, section 3)."""
     out, mean, weight = [], 0.0, 0.0
     for value in values:
         mean, weight = mean + (value - mean) / span, weight + (1 - weight) / span
@@ -108,10 +108,10 @@ def _smooth(values: Sequence[float], span: int) -> list[float]:
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str], path: Path, title: str = "") -> Path:
-    """A confusion matrix (C, C) [true, predicted] with the names of the C classes.
+    """Plots a confusion matrix (C, C) [true, predicted] with the names of the C classes.
 
-    Colours are shares of the true class, on a square-root scale that shows rare mistakes; numbers in the cells are
-    counts, for up to 20 classes. The picture grows with the classes, so that up to 120 names can be read.
+    Colours show the fraction of the true class, on a square-root scale to make rare errors visible. Cells show counts
+    for up to 20 classes. The figure grows with C, so that up to 120 names are readable.
     """
     C = len(names)
     side = 3.2 + 0.45 * C if C <= NUMBERED else 3.0 + 0.15 * min(C, NAMED)
@@ -136,7 +136,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str], path: Path, title: str =
 
 
 def scatter(true: np.ndarray, predicted: np.ndarray, path: Path, title: str = "") -> Path:
-    """Predicted against true numbers, both (n,), with the diagonal; of many records 20,000 evenly spaced ones."""
+    """Plots predicted against true values, both (n,), with the diagonal; at most 20,000 evenly spaced points."""
     spread = np.arange(min(len(true), POINTS)) * len(true) // min(len(true), POINTS)
     true, predicted = np.asarray(true)[spread], np.asarray(predicted)[spread]
     figure = new_figure(6, 6)
@@ -161,9 +161,9 @@ def scatter(true: np.ndarray, predicted: np.ndarray, path: Path, title: str = ""
 
 def image_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), columns: int = 5,
                limits: tuple[float, float] | None = None) -> Path:
-    """Images (n, H, W, C) in rows of `columns`, each with its title, if any.
+    """Plots images (n, H, W, C) in rows of `columns`, with optional titles.
 
-    C is 1 or 3. uint8 is drawn as it is; numbers are scaled from `limits`, by default the lowest and highest of all.
+    C is 1 or 3. uint8 is drawn unscaled; other dtypes are scaled from `limits`, by default the global min and max.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8:

@@ -1,4 +1,4 @@
-"""The pure step, compiled once for these devices: the state born sharded, the update, and whole evaluations."""
+"""Compiles the pure functions of lab/train/step.py for a device mesh: sharded init, training step, evaluation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lab.train import metrics
 from lab.train.gradients import compiled, in_fixed_order, pmapped
 from lab.train.step import State, eval_variables, init_state, make_eval_step, make_predict_step, make_train_step
 
-# The algebraic simplifier works on a divided program once more than on that of one device, and then they differ.
+# XLA runs the algebraic simplifier once more on a partitioned program, which changes bits compared with one device.
 EXACT = {"xla_disable_hlo_passes": "algsimp"}
-# cuBLAS adds biases and residuals as it multiplies, which XLA's own products do not (gpt_small on an H100, 64 rows of
-# 1,024 tokens: 135.3 ms an update, now 131.9).
+# cuBLAS fuses biases and residuals into the matmul, XLA's Triton matmuls do not. gpt_small on an H100, 64 rows of 1,024
+# tokens: 135.3 ms per step with Triton, 131.9 without.
 GPU = {"xla_gpu_enable_triton_gemm": False}
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
 
 
 def batch_spec(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of one global batch, without reading any data."""
+    """Shapes and dtypes of one global batch. Reads no data."""
     spec = {name: jax.ShapeDtypeStruct((experiment.batch, *shape), dtype)
             for name, (shape, dtype) in experiment.data.record_spec().items()}
     return spec | _numbered(experiment.batch)
@@ -40,12 +40,12 @@ def _numbered(batch: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def one_record(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """A batch of one record, all zeros, from which a model learns its shapes. `spec`: see `batch_spec`."""
+    """A batch of one zero record, for shape inference in `init`. `spec`: see `batch_spec`."""
     return {name: np.zeros((1, *s.shape[1:]), s.dtype) for name, s in spec.items()}
 
 
 class OnlyNumbered:
-    """Records of which only the number is read: what they hold is on the devices already."""
+    """Records without fields, for data that is already on the devices: batches carry only weights and indices."""
 
     def __init__(self, size: int):
         self.size = size
@@ -58,32 +58,32 @@ class OnlyNumbered:
 
 
 def numbers_of(experiment: Experiment, paths: Sequence[str] = ()) -> dict[str, np.generic]:
-    """The seed and the numbers in some (dotted) fields, as a compiled program takes them."""
+    """The seed and the values of the (dotted) fields `paths`, as arguments of a compiled program."""
     return {"seed": np.uint32(experiment.seed)} | {path: np.float32(value_at(experiment, path)) for path in paths}
 
 
 def abstract_state(experiment: Experiment) -> State:
-    """The shapes of the state, without computing it."""
+    """Shapes and dtypes of the state; computes nothing."""
     return jax.eval_shape(functools.partial(init_state, experiment), batch_spec(experiment))
 
 
 class Program:
-    """An experiment on this machine's devices."""
+    """An experiment compiled for a device mesh."""
 
     def __init__(self, experiment: Experiment, train: Any = None, devices: Sequence[Any] | None = None,
                  numbers: Sequence[str] = ()):
-        """`train`: the training records, which go to the devices once and for all if they fit (`data_on_device`).
-        `devices`: by default all; for `lower` they may be those of a machine that is not there. `numbers`: (dotted)
-        fields that are arguments of what is compiled, as the seed is: see `like`.
+        """`train`: the training records, copied to the devices once if `data_on_device` and memory allow. `devices`:
+        all by default; for `lower` they may be AOT topology devices. `numbers`: (dotted) fields that, like the seed,
+        are arguments of the compiled functions; see `like`.
 
-        Raises UserError when the batch or the state does not divide among the devices.
+        Raises UserError if the devices do not divide the batch or the state.
         """
         self.experiment, self.numbers = experiment, tuple(numbers)
         self.spec = self.train_spec = batch_spec(experiment)
         self.mesh = make_mesh(experiment.mesh, devices)
-        self.everywhere = NamedSharding(self.mesh, PartitionSpec())  # what every process can read
+        self.everywhere = NamedSharding(self.mesh, PartitionSpec())  # replicated
         self.stacked = experiment.steps_per_call > 1
-        self.eval_batch = experiment.batch // experiment.grad_accum_steps  # what memory was meant for
+        self.eval_batch = experiment.batch // experiment.grad_accum_steps  # one microbatch, which fits memory
         self.train_sharding = batch_sharding(self.mesh, experiment.batch, experiment.grad_accum_steps,
                                              stacked=self.stacked)
         self.eval_sharding = batch_sharding(self.mesh, self.eval_batch)
@@ -101,28 +101,28 @@ class Program:
         self.train_records = train if self.resident is None else OnlyNumbered(len(train))
 
     def placed(self, experiment: Experiment) -> State:
-        """The shapes of an experiment's state and where its arrays live on this mesh."""
+        """The abstract state of an experiment, with its shardings on this mesh."""
         state = abstract_state(experiment)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
                             state_shardings(state, self.mesh, experiment.mesh.rules))
 
     @functools.cached_property
     def given(self) -> dict[str, jax.Array]:
-        """The experiment's seed and `numbers`, on every device."""
+        """The experiment's seed and `numbers`, replicated."""
         return jax.device_put(numbers_of(self.experiment, self.numbers), self.everywhere)
 
     @functools.cached_property
     def rows(self) -> slice:
-        """The rows of a training batch that this process reads."""
+        """Rows of a training batch that this process reads."""
         return process_rows(self.train_sharding, self.experiment.batch)
 
     @functools.cached_property
     def eval_rows(self) -> slice:
-        """The same for evaluation."""
+        """Rows of an evaluation batch that this process reads."""
         return process_rows(self.eval_sharding, self.eval_batch)
 
     def _with_numbers(self, make: Callable[[Experiment], Callable]) -> Callable:
-        """A jitted step whose seed is an argument, so that another seed finds it in the compilation cache."""
+        """Jits a step with the seed and `numbers` as arguments, so that other values hit the compilation cache."""
         def step(state: State, batch: Any, given: Mapping[str, jax.Array]) -> Any:
             with constrained(self.mesh):
                 return make(override(self.experiment, given))(state, batch)
@@ -137,11 +137,11 @@ class Program:
         return jax.jit(init, out_shardings=self.shardings, compiler_options=self.options)
 
     def init(self, arrays: dict[str, Any] | None = None) -> State:
-        """The state before the first update, created where it lives; `arrays`: see `init_state`."""
+        """The state before the first step, created sharded. `arrays`: see `given` of `init_state`."""
         return self._init(one_record(self.spec), self.given, arrays)
 
     def lower(self) -> jax.stages.Lowered:
-        """One update (or `steps_per_call` of them) for these devices, not compiled yet; the state is donated."""
+        """Lowers `steps_per_call` training steps for these devices; the state is donated."""
         experiment, used = self.experiment, set()
 
         def update(state: State, batch: Any, given: Mapping[str, jax.Array], resident: Any) -> tuple[State, Any]:
@@ -177,8 +177,8 @@ class Program:
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:
-        """`lower`, compiled. A compiled program, not a jitted function: another shape is an error instead of a silent
-        second compilation. The seed is an argument of it, so that another seed finds it in the compilation cache.
+        """`lower`, compiled ahead of time: a batch of another shape raises an error instead of recompiling silently.
+        The seed is an argument, so that another seed hits the compilation cache.
         """
         start = time.monotonic()
         found = self.lower().compile(self.options | (EXACT if self.experiment.exact else {}))
@@ -189,26 +189,26 @@ class Program:
     def train(self) -> Callable[[State, Any], tuple[State, Any]]:
         """``(state, batch) -> (state, metrics)``, compiled; the state is donated.
 
-        With `steps_per_call` > 1 the batch and the metrics have a leading axis of updates.
+        With `steps_per_call` > 1 the batch and the metrics have a leading axis of steps.
         """
         compiled = self.compiled
         return lambda state, batch: compiled(state, batch, self.given, self.resident)
 
     def like(self, experiment: Experiment) -> Program:
-        """That of an experiment with another seed and other `numbers`: what is compiled, and the data on the devices,
-        serve both.
+        """The program of an experiment that differs in its seed and `numbers` only. Shares the compiled functions and
+        the data on the devices.
         """
-        _ = self.compiled, self._init  # now, so that the copy shares them
+        _ = self.compiled, self._init  # compute the cached properties first, so that the copy shares them
         other = copy.copy(self)
         other.experiment = override(self.experiment, {n: value_at(experiment, n) for n in ("seed", *self.numbers)})
         other.compile_seconds = 0.0
-        for cached in ("given", "train"):  # these belong to one experiment
+        for cached in ("given", "train"):  # these depend on the seed and `numbers`
             vars(other).pop(cached, None)
         return other
 
     def batch(self, read: Callable[[int], dict[str, np.ndarray]], call: int) -> dict[str, jax.Array]:
-        """The batch of call number `call`, on the devices. ``read(call)``: this process's rows of it (see `reader` in
-        lab/data/pipeline.py), with a leading axis of updates where there are several in a call.
+        """The batch of call number `call`, on the devices. ``read(call)`` returns this process's rows (see `reader` in
+        lab/data/pipeline.py), with a leading axis of steps if `steps_per_call` > 1.
         """
         return put(read(call), self.train_sharding, self.experiment.batch)
 
@@ -217,7 +217,7 @@ class Program:
 
     def evaluate(self, state: State, batches: Iterator[dict[str, np.ndarray]],
                  stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, float], dict[str, np.ndarray]] | None:
-        """(means over all batches with the task's summary, counts); None when `stop` said so in between."""
+        """(means over all batches plus the task's summary, counts); None if `stop` returned True between batches."""
         total = None
         for rows in batches:
             if stop():
@@ -227,8 +227,8 @@ class Program:
         return means | self.experiment.task.summary(means, counts), counts
 
     def computing(self, f: Callable[..., Any], **static: Any) -> Callable[..., Any]:
-        """``(state, arrays, given) -> f(model, variables to evaluate with, *arrays, **static)``, jitted for this mesh
-        as evaluation is (kernels that the compiler cannot divide get each device's rows); one for equal arguments.
+        """``(state, arrays, given) -> f(model, evaluation variables, *arrays, **static)``, jitted for this mesh like
+        evaluation: kernels that the compiler cannot partition run on each device's rows. Cached by (f, static).
         """
         def make(experiment: Experiment) -> Callable:
             return lambda state, arrays: f(experiment.model, eval_variables(experiment, state), *arrays, **static)
@@ -239,22 +239,22 @@ class Program:
         return self._computing[key]
 
     def compute(self, state: State, f: Callable[..., Any], *arrays: Any, **static: Any) -> Any:
-        """The result of `computing` as NumPy arrays, in every process; all must call it alike."""
+        """The result of `computing` as NumPy arrays in every process. All processes must make the same call."""
         arrays = jax.device_put(arrays, self.everywhere)
         return jax.device_get(self.computing(f, **static)(state, arrays, self.given))
 
     def predict(self, state: State, records: Any, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """`Task.predict` of all `records`, in order: name -> (number of records, ...). `batches`: their batches."""
+        """`Task.predict` of all `records` in order, read from `batches`: name -> (number of records, ...)."""
         parts = [jax.device_get(self._predict(state, self._put(rows), self.given)) for rows in batches]
         return {name: np.concatenate([part[name] for part in parts])[: len(records)] for name in parts[0]}
 
 
 def fits(experiment: Experiment, train: Any) -> bool:
-    """Whether the training records are to be kept on the devices: what `data_on_device` says, and if "auto" where they
-    take less than a quarter of an accelerator's memory. On a CPU there is nothing to gain: its memory is the host's.
+    """Whether to keep the training records on the devices, by `data_on_device`. "auto": if they take less than a
+    quarter of an accelerator's memory; never on a CPU, which shares the host's memory.
 
     Raises:
-      UserError: "always", but the records are read piece by piece and not held in memory.
+      UserError: "always" for records that are not held in memory.
     """
     arrays, resident = getattr(train, "arrays", None), experiment.data_on_device
     if arrays is None or experiment.parallel == "pmap":

@@ -1,4 +1,4 @@
-"""What a run says while it goes and when it ends: time, throughput, the first few metrics."""
+"""Progress line and final summary of a run: time, throughput, the first few metrics."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from lab.train.program import Program
 
 
 class Clock:
-    """Seconds, throughput and time to the end. Never part of metrics.jsonl, which must not depend on them."""
+    """Wall-clock time, throughput and ETA. Not written to metrics.jsonl, which must be reproducible."""
 
     def __init__(self, experiment: Experiment, data: Any, step: int, devices: int):
         self.experiment, self.data, self.first = experiment, data, step
         self.units = experiment.batch * data.units_per_record
         self.devices = devices
-        self.flops = make_plan(experiment).flops if metrics.peak_flops() else math.nan  # 0.4 s, for the MFU alone
+        self.flops = make_plan(experiment).flops if metrics.peak_flops() else math.nan  # 0.4 s, needed for MFU only
         self.begun = self.last = time.monotonic()
         self.other = {"evaluation": 0.0, "checkpoint": 0.0}
-        self.rate: float | None = None  # seconds an update, smoothed
+        self.rate: float | None = None  # seconds per step, smoothed
         self.last_step = step
 
     def start(self) -> None:
-        """The first update is about to start."""
+        """Starts the clock, just before the first step."""
         self.begun = self.last = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """Time spent on something else than updates."""
+        """Excludes the time inside from step times, and adds it to the total of `what`."""
         start = time.monotonic()
         yield
         spent = time.monotonic() - start
@@ -42,7 +42,7 @@ class Clock:
         self.last += spent
 
     def line(self, step: int, means: dict[str, float]) -> str:
-        """The progress line after update `step`."""
+        """The progress line after step `step`."""
         now = time.monotonic()
         if step > self.last_step:
             seconds = (now - self.last) / (step - self.last_step)
@@ -58,7 +58,7 @@ class Clock:
         return "  ".join(parts)
 
     def totals(self, step: int, program: Program, batches: Any) -> dict[str, Any]:
-        """What result.json says about time, for the updates of this process."""
+        """The timing fields of result.json, over the steps made by this process."""
         updates, training = step - self.first, time.monotonic() - self.begun - sum(self.other.values())
         if not updates:
             return {}
@@ -76,7 +76,7 @@ def shown(row: dict[str, Any], most: int = 6) -> str:
 
 
 def describe_result(result: dict[str, Any]) -> str:
-    """One or two lines for a person about a finished run."""
+    """A summary of a finished run for the console."""
     final = shown(result["final"])
     early = " (stopped early)" if result["stopped_early"] else ""
     lines = [f"Finished after {result['steps']} steps{early}: {final}; best at step {result['best']['step']}"]

@@ -1,4 +1,4 @@
-"""A run folder opened again: its experiment, the program for this machine's devices, and a state."""
+"""Reopens a run folder: its experiment, the program for this machine's devices, and a state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lab.train.step import State
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """path -> array, of a tree."""
+    """path -> array of a tree."""
     return {path_of(path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
@@ -30,11 +30,11 @@ def open_run(run: Path, step: int | None = None, best: bool = False, experiment:
              file: Path | None = None) -> tuple[Experiment, Program, State]:
     """The program of a run and the state of its checkpoint: the latest, the best, or that of `step`.
 
-    `experiment`: that of the run, where the caller has it; by default it is built again from the folder. `file`: the
-    experiment's file, where the user named it.
+    `experiment`: the run's experiment, if the caller has it; by default it is rebuilt from the folder. `file`: the
+    experiment's file, if the user named it.
 
     Raises:
-      UserError: there is no run, no such checkpoint, or only damaged ones.
+      UserError: no run, no such checkpoint, or only damaged ones.
     """
     experiment = experiment or read_folder(run, file)
     opened = without_data(run, experiment)
@@ -49,7 +49,7 @@ def open_run(run: Path, step: int | None = None, best: bool = False, experiment:
         step = _best_step(run, experiment, checkpoints)
     try:
         program = Program(opened)
-    except UserError:  # a run may be looked at on another number of devices than it was trained on
+    except UserError:  # the run was trained on another number of devices
         devices = math.gcd(experiment.batch // experiment.grad_accum_steps, jax.device_count())
         program = Program(replace(opened, mesh=Mesh(devices)))
     state = checkpoints.restore(program.abstract, step)
@@ -60,7 +60,7 @@ def open_run(run: Path, step: int | None = None, best: bool = False, experiment:
 
 
 def _best_step(run: Path, experiment: Experiment, checkpoints: Checkpoints) -> int:
-    """The step with the best validation metric. Raises UserError where there is none, or the rows were changed."""
+    """The step with the best validation metric. Raises UserError if there is none or the rows were changed."""
     path = run / "metrics.jsonl"
     marked_rows(path, checkpoints.beside())
     rows = [row for row in read_rows(path) if row["split"] == "validation" and row["step"]]

@@ -1,7 +1,7 @@
-"""A copy of the run folder beside its checkpoints, where these are in another place than the run folder.
+"""Copies the run folder next to its checkpoints, if these are in a bucket or another folder.
 
-A machine that is rented by the hour goes away with its disk: by preemption, or as soon as the run has ended. Then the
-checkpoints in the bucket are all that is left, unless metrics, pictures and the result are there, too.
+A cloud machine loses its disk when it is preempted or the run ends. The bucket must then also hold the metrics,
+pictures and result, not only the checkpoints.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lab.experiment import Experiment
 from lab.train.description import check_same
 
 SECONDS = 60.0  # between two copies
-NAME = "run"  # of the copy, in the folder of the checkpoints
+NAME = "run"  # folder of the copy, next to the checkpoints
 LEFT_OUT = ("checkpoints", "lock", "launch")
 
 
 class _Copy:
-    """Copies what changed since the last time."""
+    """Copies the files that changed since the last copy."""
 
     def __init__(self, folder: Path, place: Any):
         self.folder, self.place, self.seen = folder, place / NAME, {}
@@ -42,9 +42,9 @@ class _Copy:
 
 @contextlib.contextmanager
 def copied(folder: Path, place: Any) -> Iterator[None]:
-    """While this is open, and once more at its end, the run folder is copied to run/ in `place`, by another thread.
+    """Context in which a thread copies the run folder to run/ in `place`, every 60 s and once at the end.
 
-    `place`: a pathlib.Path or an etils.epath.Path. What fails is said, and the run goes on.
+    `place`: a pathlib.Path or an etils.epath.Path. Failures are logged and do not stop the run.
     """
     copy, done = _Copy(folder, place), threading.Event()
 
@@ -65,10 +65,10 @@ def copied(folder: Path, place: Any) -> Iterator[None]:
 
 
 def bring_back(folder: Path, place: Any, experiment: Experiment, data_fingerprint: str) -> None:
-    """Fills a new run folder with the copy that an earlier machine left in `place`, but for its result.
+    """Restores a new run folder from the copy that an earlier machine left in `place`, except for the result.
 
     Raises:
-      UserError: what is in `place` is of another experiment or other data.
+      UserError: the copy has another experiment or other data.
     """
     if (folder / "experiment.json").exists() or not (place / NAME / "experiment.json").exists():
         return
@@ -81,5 +81,5 @@ def _fetch(source: Any, target: Path) -> None:
     for path in source.iterdir():
         if path.is_dir():
             _fetch(path, target / path.name)
-        elif path.name != "result.json":  # written by the end of the run, which comes again
+        elif path.name != "result.json":  # written anew when the run ends
             (target / path.name).write_bytes(path.read_bytes())

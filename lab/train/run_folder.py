@@ -1,4 +1,4 @@
-"""The run folder: what was run, with what, on what; and whether it is done."""
+"""The run folder: experiment, code, environment and result of a run, and the lock on it."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from lab.train.source_code import code_of
 
 
 def write_result(folder: Path, result: Mapping[str, Any], mark: Mapping[str, Any]) -> None:
-    """Writes result.json, which means that the run is done. `mark`: of its rows (`lab.train.metrics.Rows`)."""
+    """Writes result.json, which marks the run as finished. `mark`: see `lab.train.metrics.Rows.mark`."""
     result = {**result, "metrics": mark}
     write_json(folder / "result.json", {**result, "digest": digest(result)})
 
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Creates the run folder and holds it; the operating system lets go of it when the process dies.
+    """Creates and locks the run folder. The operating system releases the lock when the process dies.
 
     Raises:
-      UserError: another process is training there, it holds something else, or it cannot be written.
+      UserError: another process is training there, or the folder is not a run folder or not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,15 +66,15 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
             raise UserError(f"Another process is training in {folder}. Wait for it, or choose another with "
                             f"--run-dir.") from None
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system has no locks
         yield
 
 
 def shared(folder: Path) -> None:
-    """Returns when this process sees the folder that process 0 has made.
+    """Waits until this process sees the run folder that process 0 created.
 
     Raises:
-      UserError: this process does not see it.
+      UserError: this process does not see it within 10 s.
     """
     limit = time.monotonic() + 10  # a network file system may show new files late
     while not (folder / "experiment.json").exists():
@@ -85,7 +85,7 @@ def shared(folder: Path) -> None:
 
 
 def checkpoint_folder(folder: Path, wish: str | None = None) -> Any:
-    """Where the checkpoints of a run are: where `wish` says, else where they were put before, else in its folder.
+    """The checkpoint folder of a run: `wish`, else the one used before, else a folder in the run folder.
 
     A pathlib.Path, or for a bucket an etils.epath.Path, which has the same methods.
 
@@ -105,7 +105,7 @@ def checkpoint_folder(folder: Path, wish: str | None = None) -> Any:
         place.exists()
     except ImportError as e:
         raise UserError(f"Checkpoints in {wish} need more packages ({e}): LAB_EXTRAS=bucket ./launch.sh ...") from None
-    except Exception as e:  # of whatever library speaks to this kind of bucket
+    except Exception as e:  # each bucket library has its own exceptions
         raise UserError(f"The bucket {wish} cannot be used ({type(e).__name__}: {str(e)[:160]}). Does it exist, and "
                         f"are there credentials (gcloud auth application-default login)?") from e
     return place
@@ -113,13 +113,13 @@ def checkpoint_folder(folder: Path, wish: str | None = None) -> Any:
 
 def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fingerprint: str,
                 checkpoints: str | None = None, on_change: OnChange = "refuse") -> list[str]:
-    """Describes the run in its folder, or checks that the folder belongs to this experiment, data and code.
+    """Writes the run's description to a new folder, or checks that the folder has this experiment, data and code.
 
-    Every start adds an environment file, environment.json, environment-2.json, ...: a run may change machines. What an
-    earlier start left is deleted where code or data changed and `on_change` is "rerun". Returns lines for a person.
+    Every start adds an environment file (environment.json, environment-2.json, ...), since a run may change machines.
+    If code or data changed and `on_change` is "rerun", deletes the earlier output. Returns lines for the console.
 
     Raises:
-      UserError: it belongs to another run (says in what they differ), or see `changes`.
+      UserError: the folder has another run (lists the differences), or see `changes`.
     """
     described, lines, names = folder / "experiment.json", [], []
     if described.exists():
@@ -133,7 +133,7 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
     description = sealed({"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
                           "data": data_fingerprint, "code": code_of(experiment), "file": str(file) if file else None,
                           "checkpoints": checkpoints})
-    if checkpoints is not None:  # what is there may be older than this run folder, and of another run
+    if checkpoints is not None:  # the checkpoint folder may be of another run
         place = checkpoint_folder(folder, checkpoints)
         older = (place / "experiment.json").exists() and changes(place, experiment, data_fingerprint, on_change)
         if older and on_change == "rerun":
@@ -143,7 +143,7 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
             make_folder(place)
             no_links(place)
             replace_file(place / "experiment.json", text)
-        else:  # a bucket, which knows no links
+        else:  # buckets have no symbolic links
             place.mkdir(parents=True, exist_ok=True)
             (place / "experiment.json").write_text(text, "utf-8")
     write_json(described, description)
@@ -157,9 +157,9 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
 
 def write_diverged(folder: Path, step: int, indices: np.ndarray, means: Mapping[str, float],
                    rows: Sequence[Any]) -> Path:
-    """Writes what is needed to look into an update that gave no number, and returns the file.
+    """Writes a report on a step with non-finite metrics, and returns the file.
 
-    `indices`: its training records; `means`: its metrics; `rows`: those of metrics.jsonl before it.
+    `indices`: training records of the step; `means`: its metrics; `rows`: the earlier rows of metrics.jsonl.
     """
     write_json(folder / "diverged.json", {"step": step, "metrics": {k: repr(v) for k, v in means.items()},
                                           "batch_indices": indices.tolist(), "last_rows": list(rows[-20:])})
@@ -167,7 +167,7 @@ def write_diverged(folder: Path, step: int, indices: np.ndarray, means: Mapping[
 
 
 def environment() -> dict[str, Any]:
-    """Commit and local changes, versions, devices: what is needed to run this again in a year."""
+    """Commit, local changes, versions and devices, to reproduce the run later."""
     import jax
 
     def git(*args: str) -> str | None:

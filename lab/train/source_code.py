@@ -1,7 +1,6 @@
-"""The code that a run reaches: with its experiment and its data, what its numbers are a function of.
+"""Digests of the code that a run imports. Experiment, data and this code determine a run's results.
 
-Of each file counts what it means: not its comments, its docstrings, or where its lines break. Runs and the cells of
-studies are compared by the same digests.
+Digests ignore comments, docstrings and formatting. Runs and cells of studies are compared by the same digests.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from lab.configuration.rebuild import class_paths, module_of, of_a_library
 from lab.experiment import ROOT, Experiment, to_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-# Every run goes through these, besides the classes that its experiment names.
+# Modules that every run uses, in addition to the classes in its experiment.
 CORE = ("lab.train.loop", "lab.train.program", "lab.train.evaluation")
-# Imported along the way, and without influence on any number: a change of theirs makes no run another one.
+# Imported modules that do not affect results: a change in them does not change a run's digests.
 WITHOUT_NUMBERS = {
     "lab.parallel.backend",
     "lab.parallel.channel",
@@ -47,14 +46,14 @@ WITHOUT_NUMBERS = {
     "lab.study.design.arms",
     "lab.study.run.preflight",
 }
-VALUES = {"experiment", "local", "study"}  # in the user's files: what they hold is in the experiment's JSON
+VALUES = {"experiment", "local", "study"}  # variables of user files whose values are in the experiment's JSON
 
 
 def code_of(experiment: Experiment, more: Sequence[str] = ()) -> dict[str, str]:
-    """What a run is a function of besides its experiment and data: file or package -> digest or version.
+    """The code that determines a run's results: file or package -> digest or version.
 
-    The files are those of the classes in the experiment, of the core and of `more` modules, and what they import from
-    lab or from files of the user: a change of one model does not make the runs of another one others.
+    Includes the files of the experiment's classes, of `CORE` and of the modules `more`, and their imports from lab or
+    user files. So a change of one model does not affect runs of another model.
     """
     modules = {module_of(path) or path for path in class_paths(to_json(experiment))}
     found = digests(modules | {*CORE, *more})
@@ -63,12 +62,12 @@ def code_of(experiment: Experiment, more: Sequence[str] = ()) -> dict[str, str]:
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The files and packages that two results of `code_of` do not share."""
+    """The files and packages that differ between two results of `code_of`."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def digests(modules: Iterable[str]) -> dict[str, str]:
-    """File -> digest of what it means, of these modules and all that they import from lab or from the user's files."""
+    """File -> digest, for these modules and everything they import from lab or user files."""
     found, seen, open_ = {}, set(), set(modules)
     while open_:
         seen.add(module := open_.pop())
@@ -80,7 +79,7 @@ def digests(modules: Iterable[str]) -> dict[str, str]:
 
 
 def _source(module: str) -> tuple[str, bytes] | None:
-    """Name and content of the file of a module of the project or of the user; None for a library's."""
+    """Name and content of the source file of a lab or user module; None for a library."""
     content = getattr(sys.modules.get(module), "__experiment_source__", None)
     path = _file_of(module)
     if path is None:
@@ -102,7 +101,7 @@ def _file_of(module: str) -> Path | None:
 
 @functools.cache
 def _read(name: str, content: bytes) -> tuple[str, str, tuple[str, ...]]:
-    """Name, digest of the meaning, and modules that a source imports anywhere."""
+    """Name, digest, and all imported modules of a source file."""
     tree = ast.parse(content)
     mine = name.startswith("lab/")
     meaning = repr(_meaning(tree if mine else _without_values(tree)))
@@ -110,7 +109,7 @@ def _read(name: str, content: bytes) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
-    """The modules that may be lab's or the user's; of ``from a import b`` both a and a.b."""
+    """Imported modules that may be lab's or the user's; both a and a.b for ``from a import b``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (name for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
@@ -126,7 +125,7 @@ def _without_values(tree: ast.Module) -> ast.Module:
 
 
 def _meaning(node: Any) -> Any:
-    """A syntax tree without strings that stand alone; the same on every version of Python that reads it."""
+    """The syntax tree without docstrings, in a form that does not depend on the Python version."""
     if isinstance(node, ast.AST):
         fields = ((name, _meaning(value)) for name, value in ast.iter_fields(node) if name not in ("ctx", "kind"))
         return (type(node).__name__, *((name, value) for name, value in fields if value not in (None, ())))

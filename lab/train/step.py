@@ -1,4 +1,4 @@
-"""The step: all that is compiled, all of it pure. State, its beginning, one update, one evaluated batch."""
+"""Pure functions that are compiled: initial state, training step, evaluation step, prediction step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Metrics = dict[str, Any]
 
 
 class State(NamedTuple):
-    """All that a checkpoint needs; everything else follows from (experiment, seed, step)."""
+    """Everything a checkpoint stores; the rest follows from (experiment, seed, step)."""
 
     step: Array
-    """Completed updates, int32."""
+    """Completed steps, int32."""
     params: Any
     model_state: Any
     """Mutable collections of the model (BatchNorm statistics)."""
@@ -35,7 +35,7 @@ class State(NamedTuple):
 
 
 def key_for(seed: int | Array, name: str, *counts: int | Array) -> Array:
-    """The random key for one purpose: ``fold_in(key(seed), name, counts...)``. No key is ever split or stored."""
+    """The random key of one purpose: ``fold_in(key(seed), name, counts...)``. Keys are never split or stored."""
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     for count in counts:
         key = jax.random.fold_in(key, count)
@@ -43,7 +43,7 @@ def key_for(seed: int | Array, name: str, *counts: int | Array) -> Array:
 
 
 def cast(tree: Any, precision: str) -> Any:
-    """Floating-point arrays in the compute type. Differentiable: gradients arrive in the type of the parameters."""
+    """Casts floating-point arrays to the compute dtype. Gradients come back in the dtype of the parameters."""
     def one(x: Array) -> Array:
         return x.astype(precision) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
@@ -51,10 +51,10 @@ def cast(tree: Any, precision: str) -> Any:
 
 
 def prepare(experiment: Experiment, batch: Batch, train: bool, *counts: int | Array) -> Batch:
-    """The batch as the task sees it: each record with a random key of its own, through the data's transform.
+    """The batch after the data's transform, as the task sees it. Each record gets its own random key.
 
-    The key is a function of (seed, counts, record): augmentation and masking do not depend on the batch's order or
-    size, nor on devices.
+    The key is a function of (seed, counts, record index), so augmentation and masking do not depend on batch order,
+    batch size or devices.
     """
     key = key_for(experiment.seed, "records", *counts)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["index"])
@@ -62,10 +62,10 @@ def prepare(experiment: Experiment, batch: Batch, train: bool, *counts: int | Ar
 
 
 def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] | None = None) -> State:
-    """The state before the first update, for batches shaped like `batch`.
+    """The state before the first step, for batches shaped like `batch`.
 
-    `given`: arrays that replace those just drawn, by their path in `params` or `model_state`: pretrained ones. Those of
-    the optimizer's state and the step of a run that goes on are there as "state/opt_state/..." and "state/step".
+    `given`: pretrained arrays that replace the random ones, by path in `params` or `model_state`. To continue another
+    run it also holds that run's optimizer state and step, as "state/opt_state/..." and "state/step".
     """
     raw, batch = batch, prepare(experiment, batch, False)
     variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), batch)
@@ -77,21 +77,22 @@ def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] 
 
 
 def make_optimizer(experiment: Experiment, batch: Batch) -> optax.GradientTransformationExtraArgs:
-    """The experiment's optimizer for its model (for each member by itself, of several); `batch`: see `init_state`."""
+    """The experiment's optimizer for its model; a model of `Several` members gets one per member.
+
+    `batch`: see `init_state`."""
     optimizer, several = experiment.optimizer, isinstance(experiment.model, Several)
     tx = optimizer.build(experiment.steps, matrices(experiment, batch) if optimizer.needs_matrices else {})
     return per_member(tx) if several else tx
 
 
 Gradient = Callable[..., Any]
-"""(params, model_state, rows, step, part) -> (grads, (weight, metrics, model_state)): the sums of some rows, the
-part-th ones."""
+"""(params, model_state, rows, step, part) -> (grads, (weight, metrics, model_state)): sums over microbatch `part`."""
 Total = Callable[[Gradient, State, Batch], Any]
-"""(gradient, state, batch) -> (grads, (weight, metrics, model_state)): the sums of the whole batch."""
+"""(gradient, state, batch) -> (grads, (weight, metrics, model_state)): sums over the whole batch."""
 
 
 def microbatched(n: int) -> Total:
-    """Sums over n parts, one after another; part j is rows j::n, which every device has its share of."""
+    """Gradient accumulation over n microbatches. Microbatch j is rows j::n, so that each spans all devices."""
     def total(gradient: Gradient, state: State, batch: Batch) -> Any:
         if n == 1:
             return gradient(state.params, state.model_state, batch, state.step, 0)
@@ -115,8 +116,7 @@ def microbatched(n: int) -> Total:
 
 
 def make_loss(experiment: Experiment) -> Callable[..., tuple[Array, tuple]]:
-    """``(params, model_state, rows, step, part) -> (loss sum, (weight, metrics, model_state))`` of some rows, in
-    training."""
+    """The training loss: ``(params, model_state, rows, step, part) -> (loss sum, (weight, metrics, model_state))``."""
 
     def loss(params: Any, model_state: Any, rows: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
         rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
@@ -131,10 +131,10 @@ def make_loss(experiment: Experiment) -> Callable[..., tuple[Array, tuple]]:
 
 def make_train_step(experiment: Experiment, total: Total | None = None) -> Callable[[State, Batch],
                                                                                     tuple[State, Metrics]]:
-    """One update as a pure function. Numbers in the experiment may be traced scalars.
+    """One training step as a pure function. Numbers in the experiment may be traced scalars.
 
-    The gradient is that of (sum of losses) / (sum of weights) over the whole batch, whatever the microbatches; every
-    metric is (sum, weight). `total`: how the sums come about, by default over `experiment.grad_accum_steps`.
+    The loss is (sum of losses) / (sum of weights) over the whole batch, for any number of microbatches. Every metric is
+    (sum, weight). `total` computes the sums; by default it accumulates over `experiment.grad_accum_steps`.
     """
     rate = experiment.optim.rate(experiment.steps)
     gradient = jax.grad(make_loss(experiment), has_aux=True)
@@ -145,7 +145,7 @@ def make_train_step(experiment: Experiment, total: Total | None = None) -> Calla
         batch = prepare(experiment, batch, True, state.step)
         grads, (weight, metrics, model_state) = total(gradient, state, batch)
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
-        with jax.named_scope("optimizer"):  # profiles tell its operations by this name
+        with jax.named_scope("optimizer"):  # the name its operations have in a profile
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, model_state=model_state)
             params = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
@@ -157,12 +157,12 @@ def make_train_step(experiment: Experiment, total: Total | None = None) -> Calla
 
 
 def eval_params(experiment: Experiment, state: State) -> Any:
-    """What to evaluate and sample with: the parameters, averaged if the optimizer averages, in the compute type."""
+    """Parameters for evaluation and sampling, in the compute dtype: averaged if the optimizer keeps an average."""
     return cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
 
 
 def eval_variables(experiment: Experiment, state: State) -> dict[str, Any]:
-    """`eval_params` and the mutable collections that go with them, as a model takes them."""
+    """Flax variables for evaluation: `eval_params` and the matching mutable collections."""
     return {
         "params": eval_params(experiment, state),
         **experiment.optim.eval_model_state(state.opt_state, state.model_state),
@@ -170,7 +170,7 @@ def eval_variables(experiment: Experiment, state: State) -> dict[str, Any]:
 
 
 def make_eval_step(experiment: Experiment) -> Callable[[State, Batch], Metrics]:
-    """Metrics of one batch, with `eval_params`."""
+    """Evaluation step: the metrics of one batch, with `eval_params`."""
     def eval_step(state: State, batch: Batch) -> Metrics:
         batch = prepare(experiment, batch, False)
         found = experiment.task.loss(experiment.model, eval_variables(experiment, state), batch, {}, train=False)
@@ -180,7 +180,7 @@ def make_eval_step(experiment: Experiment) -> Callable[[State, Batch], Metrics]:
 
 
 def make_predict_step(experiment: Experiment) -> Callable[[State, Batch], dict[str, Array]]:
-    """`Task.predict` of one batch, with `eval_params`: name -> (B, ...)."""
+    """Prediction step: `Task.predict` of one batch, with `eval_params`; name -> (B, ...)."""
     def predict_step(state: State, batch: Batch) -> dict[str, Array]:
         batch = prepare(experiment, batch, False)
         return experiment.task.predict(experiment.model, eval_variables(experiment, state), batch)
