@@ -28,7 +28,7 @@ def built(folder: Path, check: Callable[[Path], T | None], make: Callable[[Path]
     work in messages ("tokenising the same text"). `advice`: a further remedy to suggest when the disk is full.
 
     Raises:
-      UserError: the disk is full, or what was written cannot be read back.
+      UserError: the disk is full, or the new folder fails `check`.
     """
     found = check(folder)
     if found is None:

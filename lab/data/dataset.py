@@ -124,7 +124,7 @@ class Dataset:
 
 
 def restored(saved: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a `Dataset` without records."""
+    """The keyword arguments of a `Dataset` without records, from `Dataset.saved`."""
     known = {name: saved[name] for name in ("fingerprint", "metadata", "unit", "units_per_record")}
     return known | {"train": None, "validation": None, "test": None, "summary": {}, "classes": tuple(saved["classes"])}
 

@@ -1,4 +1,4 @@
-"""Batches read ahead in a thread."""
+"""Prefetches batches in a background thread."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ class Prefetch(Generic[T]):
         self._change = threading.Condition()
         self._finished = self._closed = False
         self._error: BaseException | None = None
-        # A daemon: a `make` that never returns must not keep the process alive.
+        # A daemon thread, so that a `make` that never returns does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -40,7 +40,7 @@ class Prefetch(Generic[T]):
                 with self._change:
                     self._ready.append(result)
                     self._change.notify_all()
-        except BaseException as caught:  # raised again in the consumer's thread
+        except BaseException as caught:  # re-raised in the consumer's thread
             error = caught
         finally:
             with self._change:

@@ -27,7 +27,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(name: str, data_dir: str, manual_dir: str | None) -> str:
-    """Write the data set below `data_dir` unless it is there. Returns its folder and the sizes of its splits."""
+    """Write the data set below `data_dir` unless it exists. Returns its folder and the sizes of its splits."""
     import tensorflow_datasets as tfds  # imported here, so that --help works without it
 
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")

@@ -47,7 +47,7 @@ def encoding_of(path: Path, encoding: str = "UTF-8") -> str:
 
 
 def read_text(path: Path, encoding: str = "UTF-8") -> Iterator[str]:
-    """The text of one file (gzip when named .gz) in blocks, line ends as they are; see `encoding_of`.
+    """The text of one file (gzip if named .gz) in blocks, with unchanged line ends; see `encoding_of`.
 
     Raises:
       UserError: unreadable, or not text in this encoding; the message suggests another.

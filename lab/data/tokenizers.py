@@ -27,7 +27,7 @@ from lab.errors import UserError
 from lab.files import user_path
 
 EOT = "<|endoftext|>"
-SAMPLE = 50_000_000  # bytes of training text that a BPE vocabulary is learned from
+SAMPLE = 50_000_000  # bytes of training text to learn a BPE vocabulary from
 DISTINCT = 6_000_000  # bytes of distinct words among them; the library takes about 110 bytes of memory per word
 Texts = Callable[[str], Iterator[str]]
 
@@ -95,7 +95,7 @@ class Bytes:
         return 256
 
     def validate(self) -> None:
-        """Nothing can be wrong."""
+        """There are no fields to check."""
 
     def identity(self) -> str:
         return "bytes"
@@ -119,7 +119,7 @@ class Chars:
         return None
 
     def validate(self) -> None:
-        """Nothing can be wrong."""
+        """There are no fields to check."""
 
     def identity(self) -> str:
         return "chars"
@@ -261,7 +261,7 @@ class GPT2:
         return 50257
 
     def validate(self) -> None:
-        """Nothing to check without reading."""
+        """Nothing can be checked without reading."""
 
     def identity(self) -> str:
         """Key of the merges in use; UserError if the folder has none."""

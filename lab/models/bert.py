@@ -46,7 +46,7 @@ class BERT(Transformer):
     """Input of the classifier: the first real token, or the mean over all real tokens."""
 
     def validate(self) -> None:
-        """Raises UserError where the fields contradict each other."""
+        """Raises UserError if the fields contradict each other."""
         super().validate()
         for name, least in (("vocab", 1 if self.classes else 3), ("segments", 0), ("classes", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:

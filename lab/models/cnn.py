@@ -71,7 +71,7 @@ class ConvNet(nn.Module):
     convs: tuple[int, ...] = (1, 1, 1)
     """Number of convolutions, stage by stage."""
     batch_norm: bool = True
-    """BatchNorm after every convolution, which then has no bias."""
+    """BatchNorm after every convolution; the convolutions then have no bias."""
     dense: int | None = 256
     """Units of the hidden dense layer; None: no such layer."""
     dropout: float = 0.1
@@ -80,7 +80,7 @@ class ConvNet(nn.Module):
     """Dropout rate after the hidden dense layer."""
 
     def validate(self) -> None:
-        """Raises UserError where fields are out of range or contradict each other."""
+        """Raises UserError if fields are out of range or contradict each other."""
         check_sizes(classes=self.classes, dense=self.dense)
         check_rates(dropout=self.dropout, dense_dropout=self.dense_dropout)
         if not self.channels or len(self.channels) != len(self.convs):

@@ -83,7 +83,7 @@ class Discriminator(nn.Module):
 
 
 class GAN(nn.Module):
-    """Generator and discriminator as the submodules "generator" and "discriminator", so that paths tell them apart.
+    """Generator and discriminator as the submodules "generator" and "discriminator", which begin the parameter paths.
 
     Two learning rates: ``optim=Adam(..., lr_multipliers=(("^generator/", 1.0), ("^discriminator/", 0.5)))``.
     """

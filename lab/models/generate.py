@@ -32,7 +32,7 @@ def pick(logits_BV: Array, key: Array, temperature: float | Array, top_k: int | 
     sorted_BV = jnp.sort(scaled_BV, axis=-1, descending=True)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    top_p = jnp.where(top_p >= 1, jnp.inf, top_p)  # rounding lets the cumulative sum reach 1 before the last token
+    top_p = jnp.where(top_p >= 1, jnp.inf, top_p)  # a rounded cumulative sum may reach 1 before the last token
     last = jnp.maximum(jnp.sum(before_BV < top_p, axis=-1, keepdims=True) - 1, 0)
     scaled_BV = jnp.where(scaled_BV < jnp.take_along_axis(sorted_BV, last, axis=-1), -jnp.inf, scaled_BV)
     sampled = jax.random.categorical(key, scaled_BV, axis=-1)
@@ -82,7 +82,7 @@ def _generate(model: nn.Module, variables: Mapping[str, Any], prompt_BL: Array, 
 def sample_texts(compute: Callable[..., Any], context: int, text: Any, prompts: list[str], *, seed: int,
                  new_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float = 1.0) -> list[str]:
-    """Continues text prompts, all in one batch. `text` encodes and decodes (`encode`, `decode`, `eot`); `compute`: see
+    """Continues text prompts, all in one batch. `text`: the tokenizer (`encode`, `decode`, `eot`); `compute`: see
     `lab.tasks.base.EvalResult`; `context`: the model's; `new_tokens` None: fill the context.
 
     If prompt and new tokens exceed the context, generation uses a sliding window: a full window is cut to its last

@@ -26,7 +26,7 @@ class GPT(Transformer):
     """Squash logits into (-softcap, softcap) with a tanh (Gemma 2); None: no softcap."""
 
     def validate(self) -> None:
-        """Raises UserError where the fields contradict each other."""
+        """Raises UserError if the fields contradict each other."""
         super().validate()
         if self.vocab is not None and self.vocab < 1:
             raise UserError(f"--model.vocab must be at least 1, not {self.vocab}.")

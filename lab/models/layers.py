@@ -58,7 +58,7 @@ class Dense(nn.Module):
 
 
 class Embed(nn.Module):
-    """`nn.Embed` (normal(0, stddev)) in the type of its parameters, whose gradient is summed in float32."""
+    """`nn.Embed` (normal(0, stddev)) in the type of its parameters; the gradient is summed in float32."""
 
     rows: int
     features: int
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
     """Scan one block over stacked parameters, which compiles faster, instead of unrolling `depth` blocks."""
 
     def validate(self) -> None:
-        """Raises UserError where the fields contradict each other."""
+        """Raises UserError if the fields contradict each other."""
         for name in ("depth", "width", "heads", "kv_heads", "context"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--model.{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")

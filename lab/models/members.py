@@ -18,7 +18,7 @@ class Several(nn.Module):
     """
 
     member: nn.Module
-    """The model that is repeated."""
+    """The model to repeat."""
     members: int = 5
     """Number of members M."""
 

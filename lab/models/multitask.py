@@ -23,11 +23,11 @@ class ClassifyAndReconstruct(nn.Module):
     groups: int = 0
     """Groups of the output "group"; 0: no such output."""
     reconstruct: bool = True
-    """Whether there is an output "image"."""
+    """Add the output "image"."""
     channels: tuple[int, ...] = (32, 64)
     """Channels of each 3x3 convolution; each is followed by 2x2 pooling."""
     code: int = 128
-    """Width of the code that all heads share."""
+    """Width of the code, the input of all heads."""
     dropout: float = 0.0
     """Dropout rate on the code, for the class and group heads."""
 

@@ -46,7 +46,7 @@ class ViT(Transformer):
     """Number of classes."""
 
     def validate(self) -> None:
-        """Raises UserError where the fields contradict each other."""
+        """Raises UserError if the fields contradict each other."""
         super().validate()
         check_sizes(patch=self.patch, classes=self.classes)
         if self.position == "sincos" and self.width % 4:

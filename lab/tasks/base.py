@@ -132,7 +132,7 @@ class Task:
 
 def prepared(data: Any, batch: Mapping[str, Array], keys: Array, train: bool) -> Mapping[str, Array]:
     """Applies the data's transform to a batch. `keys` (B,): a random key for each record."""
-    vocab = data.metadata().get("vocab")  # of the tokenizer; a model's may be padded
+    vocab = data.metadata().get("vocab")  # the tokenizer's; the model's may be padded
     known = {"vocab": jnp.full(keys.shape, vocab, jnp.int32)} if vocab else {}
     return data.transform({**batch, **known, "key": keys}, train)
 

@@ -42,7 +42,7 @@ class LanguageModel(Task):
     (2026-11-23), the step needs 36.9 GiB; 23.4 with chunks of 256, and 20.0 with chunks of 64. The kernel's gradient is
     read and written once per chunk: chunks of 64 move 3 % more bytes than chunks of 256."""
     samples: int = 4
-    """Texts to write to samples/ when a run ends."""
+    """Number of texts to write to samples/ when a run ends."""
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""

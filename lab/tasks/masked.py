@@ -39,7 +39,7 @@ class MaskedLM(Task):
     rate: float = 0.15
     """Share of the real tokens to predict."""
     samples: int = 8
-    """Examples to write to samples/masked.txt when a run ends."""
+    """Number of examples to write to samples/masked.txt when a run ends."""
 
     curves: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     fields: ClassVar[tuple[str, ...]] = ("inputs", "tokens")

@@ -1,4 +1,4 @@
-"""Several supervised tasks at once over one shared trunk (Caruana, "Multitask Learning", 1997)."""
+"""Joint training of several supervised tasks on one trunk (Caruana, "Multitask Learning", 1997)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Part:
     """Name of the model output; also the prefix of the metrics, columns and files."""
     task: Classify | Regress
     weight: float = 1.0
-    """Factor of this loss in the sum."""
+    """Weight of this loss in the sum."""
     target: Literal["targets", "inputs"] = "targets"
     """The target: the record's targets, or the model's inputs (reconstruction; Regress only)."""
     groups: tuple[int, ...] = ()

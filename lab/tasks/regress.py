@@ -89,8 +89,8 @@ class Regress(Supervised):
         return {"rmse": float(np.sqrt(means["mse"])), "r2": float(1 - error / spread) if spread > 0 else float("nan")}
 
     def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """"prediction" (B, ...), the mean over members, standardised as the targets are, with their "scale" and
-        "offset": see `in_units`."""
+        """"prediction" (B, ...), the mean over members, standardised like the targets, with their "scale" and
+        "offset"; see `in_units`."""
         units = {name: batch[name] for name in ("scale", "offset") if name in batch}
         return {"prediction": each(output).mean(1)} | units
 

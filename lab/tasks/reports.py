@@ -21,7 +21,7 @@ from lab.train import plots
 MOST = 25  # worst records to write
 FEW = 20  # maximum classes in a printed table, or in a plot with numbers
 SOME = 256  # records to sample if each must be read from a file
-CHUNK = 1024  # records read at once
+CHUNK = 1024  # records per read
 
 
 def read(records: Any, *names: str) -> dict[str, np.ndarray]:

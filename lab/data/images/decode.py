@@ -32,7 +32,7 @@ SIMPLER = {"1": ("L", ""), "P": ("RGB", "palette made RGB"), "RGBA": ("RGB", ALP
            "PA": ("RGB", ALPHA), "LA": ("L", ALPHA), "La": ("L", ALPHA), "CMYK": ("RGB", "CMYK made RGB"),
            "YCbCr": ("RGB", "YCbCr made RGB"), "LAB": ("RGB", "LAB made RGB"), "HSV": ("RGB", "HSV made RGB")}
 DEEP, TURNED = "16 bits a channel made 8", "turned upright by their EXIF orientation"
-# What Pillow raises for damaged PNG and JPEG files.
+# Exceptions that Pillow raises for damaged PNG and JPEG files.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
            Image.DecompressionBombError)
 

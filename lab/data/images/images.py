@@ -47,13 +47,13 @@ class Images:
     """Training images held out for validation: a fraction below 1, else a number; 0: validate on the test split.
     Default: the source's own validation split if it also has a test split, else a tenth."""
     test: float | None = None
-    """The same for the test split of a source that has none; default: no test split."""
+    """Training images held out for test, as `validation`, if the source has no test split; default: none."""
     classes: int | None = None
     """Number of classes. Required for mixup and cutmix; if given, it must equal the data's."""
     mean: tuple[float, ...] = (0.5,)
     """Mean of the training pixels, in [0, 1], per channel or for all; the measured mean is printed."""
     std: tuple[float, ...] = (0.5,)
-    """Standard deviation, likewise."""
+    """Standard deviation of the training pixels, per channel or for all."""
     resize: bool = False
     """Convert images of any size and colour: the largest centre crop of the right aspect ratio, resized. If off, an
     image that does not have `shape` (plus border) is an error."""
@@ -168,7 +168,7 @@ class Images:
         return source
 
     def _split(self, found: dict[str, Records], title: str) -> tuple[dict[str, Records], str]:
-        """The records of each split, and the rule in words."""
+        """The records of each split, and a sentence about the split."""
         train, own = found["train"], "test" in found
         if own and self.test is not None:
             raise UserError(f"{title} has a test split of its own: leave out --data.test.")

@@ -1,4 +1,4 @@
-"""Where images come from: folders of PNG and JPEG files, and TFDS. Nothing is decoded here.
+"""Sources of images: folders of PNG and JPEG files, and TFDS. Nothing is decoded here.
 
 A *source* is part of an experiment's config. Its `open()` returns the splits: `Pixels`, images in memory
 (`lab.data.images.idx`), or *encoded* images (`ImageFiles`, `Shards`) with
@@ -130,7 +130,7 @@ class ImageFolder:
             raise UserError("ImageFolder needs a folder that holds one subfolder of images for each class.")
 
     def open(self) -> Opened:
-        """List the files. UserError for a missing folder, an unclear layout, or a class without images."""
+        """List the files. UserError for a missing folder, an ambiguous layout, or a class without images."""
         root = user_path(self.path)
         if not root.is_dir():
             raise Absent(f"{root} is not a folder (looked from {Path.cwd()}).")

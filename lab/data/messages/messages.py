@@ -97,8 +97,8 @@ class Messages:
     def load(self) -> "MessageData":
         """Read, split and encode all messages, in memory.
 
-        For the 25,000 + 5,000 reviews of IMDB (39 MB) that took 8 s of one core with Words(20_000) and 18 s with
-        BPE(8_000), half of them to learn it (2-core CPU VM, busy, 2026-11-22).
+        The 25,000 + 5,000 reviews of IMDB (39 MB) took 8 s on one core with Words(20_000), and 18 s with BPE(8_000),
+        half of it to learn the merges (2-core CPU VM, busy, 2026-11-22).
 
         Raises:
           UserError: names the file, class, column or field that is wrong.
@@ -253,7 +253,7 @@ class MessageData(Dataset):
     """Encoding of the files."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Text -> ids, int32 (n,), neither cut nor padded."""
+        """Text -> ids, int32 (n,), not truncated or padded."""
         return self.fitted.encode(text)
 
     def decode(self, ids: np.ndarray) -> str:

@@ -40,7 +40,7 @@ class Labelled:
     title: str
     classes: tuple[str, ...]
     splits: dict[str, tuple[list[str], np.ndarray]]
-    """"train", and "validation" and "test" where the source has them: (n texts, int32 (n,) classes)."""
+    """"train", and "validation" and "test" if the source has them -> (n texts, int32 (n,) classes)."""
     rule: str
     """A sentence about how the source splits the messages."""
     column: str = "text"
@@ -214,7 +214,7 @@ class PythonPackages:
     """
 
     def validate(self) -> None:
-        """Nothing to check without reading."""
+        """Nothing can be checked without reading."""
 
     def load(self) -> Labelled:
         """Read and cut the files. UserError if Python was installed without its library's source."""

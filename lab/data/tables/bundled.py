@@ -50,7 +50,7 @@ class Bunch:
     feature_names: tuple[str, ...] = ()
     """The F columns of a table."""
     class_names: tuple[str, ...] = ()
-    """Empty for regression."""
+    """Class names; () for regression."""
     test: "Bunch | None" = None
     """The data set's own test split, if any."""
 

@@ -116,7 +116,7 @@ def encode(features: Sequence[Feature], table: Columns) -> np.ndarray:
 
 
 def gaps(features: Sequence[Feature], table: Columns) -> dict[Feature, int]:
-    """The features with missing values, and how many."""
+    """Features with missing values -> number of missing values."""
     count = {}
     for feature in features:
         cells = table.column(feature.name)

@@ -26,7 +26,7 @@ FEW = 20  # a target with at most this many distinct integers is taken as classe
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a table for regression or classification.
+    """A table, one record per row, for regression or classification.
 
     A record is one row: `inputs` float32 (F,), and for classification `targets` int32 (), the class. For regression,
     `targets` float32 () is standardised on the training rows; targets * `scale` + sum(`offset`), in float64, is in the
@@ -77,7 +77,7 @@ class Table:
         return {}
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Name -> (shape, type) of the arrays of one record; reads the table. UserError as `load`."""
+        """Name -> (shape, type) of the arrays of one record; reads the table. Raises as `load`."""
         return {name: (array.shape[1:], array.dtype.type) for name, array in self.load().train.arrays.items()}
 
     def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _is_regression(table: Columns, source: Csv) -> bool:
 
 
 def split(n: int, test: float, validation: float) -> dict[str, np.ndarray]:
-    """Which of n rows are in "train", "validation" and "test" (empty where `test` is 0), each in order.
+    """The indices of "train", "validation" and "test" (empty if `test` is 0) among n rows, each sorted.
 
     The first rows of a fixed shuffle are the test split, the next ones validation. UserError if there are too few.
     """

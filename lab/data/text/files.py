@@ -30,7 +30,7 @@ class Survey:
     fingerprint: str
     documents: int
     characters: int  # of all documents; 0 if the split does not need it
-    bytes: int  # UTF-8 bytes; for TfdsText the prepared size, which is close
+    bytes: int  # UTF-8 bytes; for TfdsText approximated by the prepared size
     skipped: tuple[str, ...] = ()
     encodings: tuple[str, ...] = ()  # one sentence each, if not all files are UTF-8
 

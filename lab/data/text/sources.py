@@ -61,7 +61,7 @@ class PythonStdlib:
     """
 
     def validate(self) -> None:
-        """Nothing to check without reading."""
+        """Nothing can be checked without reading."""
 
     def open(self) -> Files:
         """List the files. UserError if Python was installed without its library's source."""

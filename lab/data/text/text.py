@@ -53,7 +53,7 @@ class Text:
 
     @property
     def units_per_record(self) -> int:
-        """Tokens that a record trains on."""
+        """Target tokens per record."""
         return self.length
 
     unit = "tokens"  # of throughput
