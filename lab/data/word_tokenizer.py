@@ -17,7 +17,7 @@ def words(text: str) -> list[str]:
 
 
 class FittedWords(Fitted):
-    """A word-level tokenizer. `decode` joins words by spaces, so punctuation is lost."""
+    """A word-level tokenizer. `decode` joins words by spaces, so spacing and punctuation are lost."""
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The words of the ids, joined by spaces, without padding."""

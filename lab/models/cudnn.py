@@ -29,7 +29,7 @@ def cudnn_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, mask_BS: Array 
         return attend(q_BLNK, k_BSGK, v_BSGK, jnp.full((B,), L, jnp.int32) if L % 2 and not causal else None)
     real_BS = mask_BS.astype(bool)
     order_BS = jnp.argsort(~real_BS, axis=1, stable=True)
-    # A row without real tokens attends to its first one: a softmax over no keys would make the batch's loss NaN.
+    # A row without real tokens attends to its first token: a softmax over no keys would make the batch's loss NaN.
     lengths_B = jnp.maximum(real_BS.sum(1, dtype=jnp.int32), 1)
     front_BS = jnp.arange(L) < lengths_B[:, None]
 

@@ -14,7 +14,7 @@ class Several(nn.Module):
     """Base class of models that stack `members` copies of one model.
 
     Variables are stacked along a first axis of length `members`, under the member's path prefixed with "member/". The
-    output is a `Members`. Code tells such models by this class and `Members`, never by array rank or name.
+    output is a `Members`. Code detects such models by this class and `Members`, never by array rank or name.
     """
 
     member: nn.Module

@@ -25,7 +25,7 @@ CHUNK = 1024  # records per read
 
 
 def read(records: Any, *names: str) -> dict[str, np.ndarray]:
-    """The fields `names` that the records have, for all records. Reads in pieces, to not hold all images in memory."""
+    """The fields `names` that the records have, for all records. Reads in pieces, to bound memory for images."""
     parts = []
     for start in range(0, len(records), CHUNK):
         rows = records[np.arange(start, min(start + CHUNK, len(records)))]

@@ -46,7 +46,7 @@ class Supervised(Task):
     fields: ClassVar[tuple[str, ...]] = ("targets",)
 
     def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
-        """(sum of losses, sum of weights, metrics) of a model's output. `batch`: "weight" (B,), perhaps "scale" (B,)."""
+        """(sum of losses, sum of weights, metrics) of a model's output. `batch`: "weight" (B,), maybe "scale" (B,)."""
         raise NotImplementedError
 
     def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:

@@ -42,7 +42,7 @@ class Csv:
     task: Literal["auto", "regression", "classification"] = "auto"
     """Type of the target. auto: classes if it is text or at most 20 distinct integers; else a number."""
     drop: tuple[str, ...] = ()
-    """Columns that are not features, such as row numbers and names; an unnamed one by its position: "column 1"."""
+    """Columns that are not features, such as row numbers and names; "column 1" is an unnamed one, by position."""
     encoding: str = "UTF-8"
     """Encoding of the file. A UTF-16 or UTF-32 byte order mark is recognised."""
     decimal: str = "."

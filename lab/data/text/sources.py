@@ -184,7 +184,7 @@ class TfdsCorpus:
                 total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         records = len(self._records(source.train))
         if source.validation:
-            self._records(source.validation)  # report a wrong expression now, not after the training split
+            self._records(source.validation)  # raise for a wrong expression now, not after reading the training split
         small = not source.validation and records < MANY
         characters = sum(len(t) for d in self._read(source.train) for t in d) if small else 0
         size = sum(int(split.get("numBytes", 0)) for split in self.splits.values())
