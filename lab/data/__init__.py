@@ -1,4 +1,4 @@
-"""Data ingredients: where records come from and how they become batches. Nothing here imports JAX at module level."""
+"""Data components: where records come from and how they become batches. Nothing here imports JAX at module level."""
 
 import hashlib
 import json
@@ -11,5 +11,5 @@ log = logging.getLogger("lab.data")
 
 
 def digest(*parts: object) -> str:
-    """A short, stable name (16 hex digits of sha256) for a sequence of plain values."""
+    """A short, stable hash (16 hex digits of sha256) of a sequence of plain values."""
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Folders of the cache that several processes may want at once: each appears whole or not at all, and is never removed.
+"""Cache folders that several processes may build concurrently: each is published atomically and never removed.
 
-Where the file system has locks one process builds and the others wait. Where it has none the work may be done twice:
-every process builds in a folder of its own, whose name says whose it is, and the first one to rename it wins.
+On a file system with locks, one process builds and the rest wait. Without locks the work may be done twice: every
+process builds in its own temporary folder, named after the process, and the first one to rename it wins.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ T = TypeVar("T")
 
 def built(folder: Path, check: Callable[[Path], T | None], make: Callable[[Path], None], task: str,
           advice: str = "") -> T:
-    """What `check(folder)` finds, after `make` has filled the folder where there is none or a damaged one.
+    """Returns `check(folder)`, after `make` has filled the folder if it was missing or damaged.
 
-    `check` gives None for a folder that is missing or damaged; `make` gets an empty temporary folder; `task` says what
-    it does ("tokenising the same text"), `advice` what else helps against a full disk.
+    `check` returns None for a missing or damaged folder. `make` fills an empty temporary folder. `task` describes the
+    work in messages ("tokenising the same text"). `advice`: a further remedy to suggest when the disk is full.
 
     Raises:
-      UserError: the disk is full, or what was written cannot be read back.
+      UserError: the disk is full, or the new folder fails `check`.
     """
     found = check(folder)
     if found is None:
         with _alone(folder, task):
-            found = check(folder)  # perhaps another process has made it while this one waited
+            found = check(folder)  # another process may have built it during the wait
             if found is None:
                 if folder.exists():
                     log.warning("the cached files in %s are damaged: making them again", folder)
@@ -46,7 +46,7 @@ def built(folder: Path, check: Callable[[Path], T | None], make: Callable[[Path]
 
 @contextlib.contextmanager
 def _alone(folder: Path, task: str) -> Iterator[None]:
-    """One process of this machine at a time; the operating system lets go of the lock when a process dies."""
+    """Lock for one process per machine; the operating system releases it when the process dies."""
     import fcntl
 
     with (cache_folder("locks") / f"{folder.parent.name}-{folder.name}").open("a", encoding="utf-8") as file:
@@ -56,7 +56,7 @@ def _alone(folder: Path, task: str) -> Iterator[None]:
             log.info("another process is %s: waiting for it", task)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system has no locks
         yield
 
 
@@ -82,7 +82,7 @@ def _build(folder: Path, check: Callable[[Path], T | None], make: Callable[[Path
 
 
 def _publish(temporary: Path, folder: Path, check: Callable[[Path], T | None]) -> None:
-    """Rename `temporary` to `folder`, unless a good one is there already: same name, same content."""
+    """Rename `temporary` to `folder`, unless an undamaged one exists: the same name means the same content."""
     for attempt in range(100):
         try:
             os.rename(temporary, folder)
@@ -92,18 +92,18 @@ def _publish(temporary: Path, folder: Path, check: Callable[[Path], T | None]) -
                 raise
         if check(folder) is not None:
             return
-        # A damaged one makes room. Should a good one have come between these two lines, ours, its equal, follows.
+        # Move the damaged folder away. If an undamaged one has just replaced it, publishing our equal copy is fine.
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, temporary.with_name(f"{temporary.name}-damaged-{attempt}"))
 
 
 def _abandoned(owner: str) -> bool:
-    """Whether a folder of this machine, whose name ends in PID-TOKEN, has lost the process that made it."""
+    """Whether the process that made a temporary folder on this machine (`owner`: PID-TOKEN) has died."""
     process = owner.partition("-")[0]
-    if not process.isdigit():  # of a machine whose name begins with this one's
+    if not process.isdigit():  # of another machine, whose host name starts with this one's
         return False
     try:
-        os.kill(int(process), 0)  # signal 0 asks only
+        os.kill(int(process), 0)  # signal 0 only tests for existence
     except ProcessLookupError:
         return True
     except (PermissionError, OverflowError):

@@ -1,4 +1,4 @@
-"""What data is: a value that says where records come from, and, loaded, the splits and what is known of them."""
+"""The data interface: `Data`, a config of where records come from, and `Dataset`, the loaded splits with metadata."""
 
 import functools
 import hashlib
@@ -13,29 +13,29 @@ from lab.data import digest, log
 from lab.data.pipeline import Arrays, Records
 from lab.errors import UserError, where
 
-NAMED = 20  # class names that are shown
+NAMED = 20  # class names to show
 
 
 class Data:
-    """The base of data: a frozen dataclass with `load`; all else has a default that the records tell.
+    """Base class of data configs: a frozen dataclass with `load`. Everything else has a default, read from the records.
 
-    A record is a dict of arrays: for the tasks here "inputs" and "targets" (`Classify`: int32, the class; `Regress`:
-    float32), perhaps "mask"; or "tokens" and "bytes" for a language model.
+    A record is a dict of arrays: "inputs", "targets" (`Classify`: int32 class; `Regress`: float32) and optionally
+    "mask"; or "tokens" and "bytes" for a language model.
     """
 
     unit = "records"
-    """What throughput counts."""
+    """Unit of throughput."""
     units_per_record = 1
 
     def load(self) -> "Dataset":
-        """The splits. The same content each time: the fingerprint decides whether a run may go on."""
+        """The splits. Must return the same content each time: a run resumes only if the fingerprint is equal."""
         raise NotImplementedError(f"{type(self).__name__} has no load().")
 
     def validate(self) -> None:
         """Raises UserError for a field out of range; reads nothing."""
 
     def metadata(self) -> dict[str, int]:
-        """What is known of `Dataset.metadata` without reading."""
+        """The part of `Dataset.metadata` that is known without reading."""
         return {}
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -43,7 +43,7 @@ class Data:
         return _record_spec(self)
 
     def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
-        """What the compiled step does to a batch first (augmentation); "key" (B,) is random for each record."""
+        """Augmentation and normalisation, at the start of the compiled step. "key" (B,): a random key per record."""
         return batch
 
     def describe(self) -> dict[str, Any]:
@@ -68,21 +68,21 @@ def _record_spec(data: Data) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 @dataclass
 class Dataset:
-    """What `load()` of data returns."""
+    """The result of `Data.load`."""
 
     train: Records
     validation: Records
     test: Records | None = None
     fingerprint: str = ""
-    """Depends on content, split and preprocessing only, never on where the files are. "": of the arrays in memory."""
+    """Hash of content, split and preprocessing, independent of file paths. "": hash the arrays in memory."""
     metadata: dict[str, int] = field(default_factory=dict)
-    """What a model must fit: classes, features, vocab, length."""
+    """What the model is checked against: classes, features, vocab, length."""
     unit: str = "records"
     units_per_record: int = 1
     summary: dict[str, str | int | float] = field(default_factory=dict)
-    """Lines for a person; what begins with "train ", "validation " or "test " stands together."""
+    """Lines to print; those that start with "train ", "validation " or "test " are grouped."""
     classes: tuple[str, ...] = field(default=(), kw_only=True)
-    """Names of the classes, where there are any."""
+    """Names of the classes, if any."""
 
     def __post_init__(self) -> None:
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
@@ -94,20 +94,20 @@ class Dataset:
             self.summary = {f"{name} {self.unit}": len(records) for name, records in splits.items() if records}
 
     def reference(self) -> list[str]:
-        """Lines: what a simple, well-known method reaches on the same split."""
+        """Lines to print: the result of a standard baseline on the same split."""
         return []
 
     def saved(self) -> dict[str, Any]:
-        """A JSON value from which the `restored` of the data ingredient makes this again, without its records."""
+        """A JSON value from which `restored` of the data component rebuilds this without records."""
         return {"fingerprint": self.fingerprint, "metadata": self.metadata, "unit": self.unit,
                 "units_per_record": self.units_per_record, "classes": list(self.classes)}
 
     def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> "Incoming":
-        """New records to predict. `id_column`: to be kept beside them; `strict`: a blank one is an error. UserError."""
+        """New records to predict. `id_column`: a column to keep; `strict`: a blank record raises UserError."""
         raise UserError("This data has no reader for new records.")
 
     def own(self, split: str, id_column: str | None = None) -> "Incoming":
-        """The records of a split, to predict. UserError where there is no such split or column."""
+        """The records of a split, to predict. UserError if there is no such split or column."""
         records = getattr(self, split)
         if records is None:
             raise UserError(f"This data has no {split} split.")
@@ -119,38 +119,38 @@ class Dataset:
         return Incoming(records, numbers, [f"record {i}" for i in numbers], {}, truth)
 
     def in_words(self, targets: np.ndarray) -> list[Any]:
-        """Targets (n,) of records as people know them: names of classes, or numbers."""
+        """Targets (n,) in readable form: class names, or numbers."""
         return [self.classes[i] for i in targets] if self.classes else targets.tolist()
 
 
 def restored(saved: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a `Dataset` without records."""
+    """The keyword arguments of a `Dataset` without records, from `Dataset.saved`."""
     known = {name: saved[name] for name in ("fingerprint", "metadata", "unit", "units_per_record")}
     return known | {"train": None, "validation": None, "test": None, "summary": {}, "classes": tuple(saved["classes"])}
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """Records to predict, with what their predictions can be joined by."""
+    """Records to predict, with the columns to join their predictions on."""
 
     records: Records
     numbers: list[int]
-    """Of each record its number in the input, from 0; what was skipped counts."""
+    """The number of each record in the input, from 0, counting skipped records."""
     names: list[str]
-    """What each is called, for people: "line 3"."""
+    """A display name for each record: "line 3"."""
     beside: dict[str, list[Any]] = field(default_factory=dict)
-    """More columns: an id, the file."""
+    """Further columns, such as an id or the file."""
     truth: list[Any] | None = None
-    """What is right, where the input says so; "" where it does not."""
+    """The true targets, if the input has them; "" for a missing one."""
 
 
 def no_ids(column: str) -> UserError:
-    """What is said of an id column where there are no columns."""
+    """The error for an id column in an input without columns."""
     return UserError(f"--id {column} is for tables and messages in CSV files: there are no columns here.")
 
 
 def without_blanks(path: Path, blank: Sequence[str], total: int, strict: bool) -> None:
-    """Says which records hold nothing and are skipped. UserError where they are all, or with `strict`."""
+    """Logs which records are blank and skipped. UserError if all are, or with `strict`."""
     if not blank:
         return
     some = ", ".join(blank[:5]) + (", ..." if len(blank) > 5 else "")
@@ -172,5 +172,5 @@ def _content(split: str, records: Records) -> list[Any]:
 
 
 def class_names(names: Sequence[str]) -> dict[str, str]:
-    """A line for people that shows the first classes by their names, where they have any."""
+    """A line that shows the first class names, if any."""
     return {"class names": ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")} if names else {}

@@ -1,7 +1,7 @@
-"""Labelled files in folders: which folders are splits and which are classes, and every real file once.
+"""Labelled files in folders: tells split folders from class folders, and lists every real file once.
 
-Two layouts are understood, for images and for texts alike: ROOT/CLASS/FILE and ROOT/SPLIT/CLASS/FILE. What a name means
-is decided here only; a layout that may be either is refused, and the source's field `splits` decides it.
+Two layouts are supported, for images and texts: ROOT/CLASS/FILE and ROOT/SPLIT/CLASS/FILE. Only this module interprets
+folder names. An ambiguous layout is an error, which the source's field `splits` resolves.
 """
 
 import os
@@ -21,7 +21,7 @@ SPLITS = {"train": "train", "training": "train", "trn": "train", "test": "test",
           "held_out": "test", "validation": "validation", "valid": "validation", "val": "validation",
           "validate": "validation", "validating": "validation",
           "dev": "validation", "development": "validation", "eval": "validation", "evaluation": "validation"}
-# What may follow the name of a split: test_set, trainImages, val-split, Train_2.
+# Allowed suffixes of a split name: test_set, trainImages, val-split, Train_2.
 _AFTER = (r"(?:[-_. ]*(?:sets?|data|datasets?|images?|imgs?|pics?|texts?|files?|folders?|dirs?|splits?"
           r"|samples?|examples?|records?|jpe?g|png|resized|cropped|\d+(?:x\d+)?))*")
 _SPLIT = re.compile(rf"(?:.*[-_. ])?({'|'.join(sorted(SPLITS, key=len, reverse=True))}){_AFTER}", re.IGNORECASE)
@@ -39,18 +39,18 @@ def split_of(name: str) -> str | None:
 
 @dataclass
 class Tree:
-    """The visible files and folders below `root`, links followed, each real one once."""
+    """The visible files and folders below `root`. Links are followed, and each real file is listed once."""
 
     root: Path
     files: dict[Path, list[str]] = field(default_factory=dict)
-    """Folder -> names of the files in it."""
+    """Folder -> names of its files."""
     folders: dict[Path, list[str]] = field(default_factory=dict)
-    """Folder -> names of the folders in it, sorted."""
+    """Folder -> sorted names of its subfolders."""
     copies: int = 0
-    """Links left out: what they lead to is there already, or contains the link itself."""
+    """Number of links left out, because the target is listed already or contains the link itself."""
 
     def below(self, folder: Path) -> list[Path]:
-        """All files in a folder and in those in it, sorted."""
+        """All files below a folder, sorted."""
         found, waiting = [], [folder]
         while waiting:
             here = waiting.pop()
@@ -59,16 +59,16 @@ class Tree:
         return sorted(found)
 
     def notes(self) -> dict[str, str | int | float]:
-        """A line for people where something was left out."""
+        """A line to print if links were left out."""
         return {"links to what is there already, left out": self.copies} if self.copies else {}
 
 
 def tree(root: Path) -> Tree:
-    """What is below a folder. A real file or folder wins over a link to it. UserError for what cannot be read."""
+    """The tree below a folder. A real file or folder takes precedence over a link to it. UserError if unreadable."""
     found = Tree(root)
     top = os.path.realpath(root)
-    there: dict[str, Path] = {}  # real path of a folder -> what it is called here
-    linked: set[str] = set()  # real paths of files that links led to
+    there: dict[str, Path] = {}  # real path of a folder -> its path here
+    linked: set[str] = set()  # real paths of files reached by links
     folder_links: list[Path] = []
     file_links: list[Path] = []
 
@@ -78,7 +78,7 @@ def tree(root: Path) -> Tree:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 inner = os.path.join(real, entry.name)
-                if entry.name[0] == "." or entry.name == "__MACOSX":  # what archives from macOS leave
+                if entry.name[0] == "." or entry.name == "__MACOSX":  # __MACOSX: from macOS archives
                     continue
                 if entry.is_symlink():
                     (folder_links if os.path.isdir(entry.path) else file_links).append(folder / entry.name)
@@ -102,13 +102,13 @@ def tree(root: Path) -> Tree:
         real = os.path.realpath(link)
         if real in linked or os.path.basename(real) in found.files.get(there.get(os.path.dirname(real)), []):
             found.copies += 1
-        else:  # also where it leads nowhere, which reading it will say
+        else:  # also a broken link: reading it will raise
             linked.add(real)
             found.files[link.parent].append(link.name)
 
     try:
         walk(root, top)
-        while folder_links:  # before the links to files, of which some may lead into these folders
+        while folder_links:  # before file links, which may point into these folders
             follow_folder(folder_links.pop(0))
         for link in file_links:
             follow_file(link)
@@ -121,14 +121,14 @@ def tree(root: Path) -> Tree:
 
 
 def split_folders(found: Tree, splits: Splits) -> tuple[dict[str, Path], list[str]]:
-    """Split -> its folder, of "train", "validation" and "test"; and the names of folders that were left out.
+    """({"train", "validation", "test"} -> folder, names of the folders left out).
 
-    Where no folder is named like a split, or with splits="none", the root is "train". Beside a training and a held-out
-    folder, others are left out. A data set may lie in a folder of its own (ROOT/images/train), and a split in one of
-    its own name (seg_train/seg_train).
+    If no folder is named like a split, or with splits="none", the root is "train". With a training and a held-out
+    folder, all other folders are left out. The splits may be one level down (ROOT/images/train), and a split may
+    contain a folder of the same name (seg_train/seg_train).
 
     Raises:
-      UserError: it is not clear what is a split; says what decides it.
+      UserError: the splits are ambiguous; the message names the field that resolves it.
     """
     root = found.root if splits == "none" else _unwrapped(found)
     names = [] if splits == "none" else found.folders[root]
@@ -159,7 +159,7 @@ def split_folders(found: Tree, splits: Splits) -> tuple[dict[str, Path], list[st
 
 
 def _unwrapped(found: Tree) -> Path:
-    """The root, or the folder with splits in it that is all there is in the root."""
+    """The root, or its only subfolder if that contains the splits."""
     folder = found.root
     while not any(map(split_of, found.folders[folder])):
         if len(found.folders[folder]) != 1:
@@ -169,7 +169,7 @@ def _unwrapped(found: Tree) -> Path:
 
 
 def _check_classes_first(found: Tree, root: Path) -> None:
-    """UserError for CLASS/SPLIT/FILE, whose splits would silently become one."""
+    """UserError for the layout CLASS/SPLIT/FILE, which would silently merge the splits."""
     for name in found.folders[root]:
         inner = found.folders[root / name]
         if "train" in (kinds := [split_of(folder) for folder in inner]) and all(kinds) and len(kinds) > 1:
@@ -179,7 +179,7 @@ def _check_classes_first(found: Tree, root: Path) -> None:
 
 
 def _check_alike(found: Tree, root: Path) -> None:
-    """UserError where all folders hold the same folders: those inside are the classes, and these perhaps splits."""
+    """UserError if all folders have the same subfolders: these may be splits, with the classes inside."""
     names = found.folders[root]
     inside = [found.folders[root / name] for name in names]
     if len(names) > 1 and len(inside[0]) > 1 and all(inner == inside[0] for inner in inside):
@@ -190,10 +190,10 @@ def _check_alike(found: Tree, root: Path) -> None:
 
 def labelled(found: Tree, folder: Path, classes: list[str], wanted: Callable[[str], bool],
              noun: str) -> tuple[list[Path], np.ndarray, int]:
-    """The files of one split that are `wanted` by their names, the class of each, int32 (n,), and how many others are.
+    """(files of one split with a `wanted` name, their classes int32 (n,), number of other files).
 
     Raises:
-      UserError: a folder that is none of the classes, or one without such files.
+      UserError: a folder is not one of the classes, or has no such files.
     """
     paths, labels, others = [], [], 0
     for name in found.folders[folder]:
@@ -210,7 +210,7 @@ def labelled(found: Tree, folder: Path, classes: list[str], wanted: Callable[[st
 
 
 def printable(name: str) -> str:
-    """The name of a file or folder as text that can be written: bytes that are not UTF-8 become U+FFFD."""
+    """A file or folder name as printable text: bytes that are not UTF-8 become U+FFFD."""
     return os.fsencode(name).decode(errors="replace")
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-FEW = 1 << 12  # records below which the digits are so small that the order needs more rounds to look random
+FEW = 1 << 12  # below this many records the digits are small, and the order needs more rounds to look random
 
 
 def _mix(x: int) -> int:
-    """A good hash of 32 bits to 32 bits (C. Wellons' lowbias32), for the keys."""
+    """A 32-bit integer hash (C. Wellons' lowbias32), for the round keys."""
     x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
     return x ^ x >> 16
@@ -24,13 +24,13 @@ def _keys(seed: int, epoch: int, rounds: int) -> list[np.uint32]:
 
 
 def shuffled(position: Any, epoch: int, seed: int, size: int, xp: ModuleType = np) -> Any:
-    """Where `position` comes in the order of `epoch`: a seeded one-to-one map of [0, size) onto itself.
+    """The record at `position` in the order of `epoch`: a seeded permutation of [0, size).
 
     The generalised Feistel network of Black & Rogaway ("Ciphers with arbitrary finite domains", CT-RSA 2002; the idea
-    is Luby & Rackoff's): a number below a * b, where a and b are about sqrt(size), is a pair of digits, and each round
-    adds a hash of one digit to the other. Numbers that leave [0, size) go round again ("cycle-walking"). It is uint32
-    arithmetic only, so the order never changes with NumPy's version, nothing is held in memory, and `xp` may be
-    `jax.numpy` (outside of jit). `position`: integer or array of them; the result is uint32 of the same shape.
+    is Luby & Rackoff's). A number below a * b, where a and b are about sqrt(size), is a pair of digits, and each round
+    adds a hash of one digit to the other. Results outside [0, size) are permuted again ("cycle-walking"). Only uint32
+    arithmetic is used, so the order does not depend on NumPy's version, takes no memory, and `xp` may be `jax.numpy`
+    (outside of jit). `position`: integer or integer array; the result is uint32 of the same shape.
     """
     if not 1 <= size <= 2**32 - 2**17:  # a * b must not wrap around
         raise ValueError(f"size {size} is not in [1, 2**32 - 2**17]")
@@ -44,10 +44,10 @@ def shuffled(position: Any, epoch: int, seed: int, size: int, xp: ModuleType = n
     def network(x: Any) -> Any:
         digits = [x // sides[1], x % sides[1]]
         for r, key in enumerate(keys):
-            this = r % 2  # the digit that changes; the other one is hashed
+            this = r % 2  # the digit to change; the other one is hashed
             h = (digits[1 - this] ^ key) * first
             h = (h ^ (h >> half)) * second
-            h = (h ^ (h >> half)) >> one  # the good bits of a product are the high ones; then room for the sum
+            h = (h ^ (h >> half)) >> one  # a product's high bits are the random ones; shift once more so the sum fits
             digits[this] = (digits[this] + h) % sides[this]
         return digits[0] * sides[1] + digits[1]
 
@@ -59,5 +59,5 @@ def shuffled(position: Any, epoch: int, seed: int, size: int, xp: ModuleType = n
 
 
 def fixed_order(size: int) -> np.ndarray:
-    """An order of `size` records, int64 (size,), that is the same for every run: who goes into which split."""
+    """An order of `size` records, int64 (size,), equal in all runs, which assigns records to splits."""
     return shuffled(np.arange(size), 0, 0, size).astype(np.int64)

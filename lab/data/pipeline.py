@@ -1,11 +1,12 @@
 """Records to batches, as a function of (seed, step): no state, so resuming is exact on any number of hosts.
 
-*Records* are anything with `len(r)` and `r[indices] -> dict of arrays` (indices: int array (n,), leading axes n). Those
-that are cut otherwise in every epoch of training also have `r.in_epoch(indices, epochs, seed)` (`lab.data.text.text`).
+*Records* have `len(r)` and `r[indices] -> dict of arrays` (indices: int array (n,), leading axes n). Records that
+depend on the training epoch also have `r.in_epoch(indices, epochs, seed)` (`lab.data.text.text`).
 
 Speed (2-core CPU VM, busy, 2026-11-22): 512 windows of 1024 tokens, gpt_small's batch, from a memory-mapped token file
 of 559 MB: `train_batch` makes 220-350 Mtok/s, 77-280 through `Prefetch`; 8-45 when the file is not in the page cache.
-One H200 at 55 % MFU takes 0.63 (6 N + 12 * layers * width * length = 860 MFLOP a token at 989 TFLOP/s), a v5e-8 1.0.
+For comparison, one H200 at 55 % MFU consumes 0.63 Mtok/s (6 N + 12 * layers * width * length = 860 MFLOP per token at
+989 TFLOP/s), and a v5e-8 1.0.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,16 +46,16 @@ class Arrays:
 
 
 def train_indices(step: int, batch: int, size: int, seed: int) -> np.ndarray:
-    """The records of one training batch, int64 (batch,). `step`: completed updates before it, from 0.
+    """The records of one training batch, int64 (batch,). `step`: number of completed steps, from 0.
 
-    Row i is at place p = step * batch + i of the endless stream of epochs: each epoch has each record once, in an order
-    of its own; a batch may end one epoch and begin the next.
+    Row i is at position step * batch + i in the infinite stream of epochs. Each epoch has each record once, in its own
+    order. A batch may span two epochs.
     """
     return _train_places(step, batch, size, seed)[0]
 
 
 def _train_places(step: int, batch: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`train_indices`, and the epoch that each belongs to."""
+    """`train_indices`, and the epoch of each."""
     if size < 1:
         raise UserError("There is no training record.")
     place, stop = step * batch, (step + 1) * batch
@@ -68,7 +69,7 @@ def _train_places(step: int, batch: int, size: int, seed: int) -> tuple[np.ndarr
 
 
 def epoch_offsets(epochs: np.ndarray, seed: int, length: int) -> np.ndarray:
-    """A number in [0, length) for each epoch, int64 (n,): 0 in the first, then drawn by (seed, epoch)."""
+    """An offset in [0, length) per epoch, int64 (n,): 0 in the first, then drawn from (seed, epoch)."""
     drawn = {epoch: int(_keys(seed ^ 0x57494E44, epoch, 1)[0]) % length if epoch else 0
              for epoch in np.unique(epochs).tolist()}
     return np.array([drawn[epoch] for epoch in epochs.tolist()], np.int64)
@@ -84,7 +85,7 @@ def train_batch(records: Records, step: int, batch: int, seed: int, rows: slice 
 
 
 def train_batches(records: Records, call: int, updates: int, batch: int, seed: int, rows: slice = ALL) -> Batch:
-    """`train_batch` of the `updates` steps of call number `call`, as the first axis: their indices come at once."""
+    """The `train_batch`es of the `updates` steps of call `call`, stacked on a first axis; computes indices once."""
     indices, epochs = (places.reshape(updates, batch)[:, rows]
                        for places in _train_places(call, updates * batch, len(records), seed))
     flat = indices.ravel()
@@ -97,10 +98,8 @@ def _in_epoch(records: Records, indices: np.ndarray, epochs: np.ndarray, seed: i
 
 
 def reader(program: Any) -> Callable[[int], Batch]:
-    """For a `lab.train.program.Program`: this process's rows of the training batch of a call, by the number of calls
-    before.
-
-    Where a call makes several updates, they are the first axis.
+    """For a `lab.train.program.Program`: a function from the call number (from 0) to this process's rows of that call's
+    training batch. With several steps per call, steps are the first axis.
     """
     experiment, records = program.experiment, program.train_records
     own = {"batch": experiment.batch, "seed": experiment.seed, "rows": program.rows}
@@ -110,7 +109,7 @@ def reader(program: Any) -> Callable[[int], Batch]:
 
 
 def eval_batches(records: Records, batch: int, limit: int | None = None, rows: slice = ALL) -> Iterator[Batch]:
-    """Each record once, in order, in batches of one shape; the end is filled with the last record at weight 0.
+    """Each record once, in order, in batches of one shape; the last batch is padded with the last record at weight 0.
 
     `limit`: use that many evenly spaced records instead of all. `rows`: this process's part of each batch.
     """
@@ -127,5 +126,5 @@ def eval_batches(records: Records, batch: int, limit: int | None = None, rows: s
 
 
 def _numbered(batch: Batch, indices: np.ndarray, weight: np.ndarray) -> Batch:
-    """The records with their `weight` and their `index`, from which the step makes their random keys."""
+    """The batch with `weight` and `index`; the step derives the records' random keys from `index`."""
     return batch | {"weight": weight, "index": indices.astype(np.int32)}

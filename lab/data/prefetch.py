@@ -1,4 +1,4 @@
-"""Batches read ahead in a thread."""
+"""Prefetches batches in a background thread."""
 
 import threading
 import time
@@ -13,8 +13,8 @@ from lab.data.pipeline import T
 class Prefetch(Generic[T]):
     """Iterate over make(start), ..., make(stop - 1), computed ahead by one background thread.
 
-    `depth`: how many results may wait. An exception in `make` is raised where the result was expected. `wait_seconds`:
-    how long the consumer was blocked so far. Use it in a `with` block or call `close`; both are safe at any time.
+    `depth`: queue size. An exception in `make` is raised in the consumer, in place of the result. `wait_seconds`: time
+    the consumer was blocked so far. Use it in a `with` block or call `close`; both are safe at any time.
     """
 
     def __init__(self, make: Callable[[int], T], start: int, stop: int, depth: int = 2):
@@ -24,7 +24,7 @@ class Prefetch(Generic[T]):
         self._change = threading.Condition()
         self._finished = self._closed = False
         self._error: BaseException | None = None
-        # A daemon: a `make` that never returns must not keep the process alive.
+        # A daemon thread, so that a `make` that never returns does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="prefetch", daemon=True)
         self._thread.start()
 
@@ -40,7 +40,7 @@ class Prefetch(Generic[T]):
                 with self._change:
                     self._ready.append(result)
                     self._change.notify_all()
-        except BaseException as caught:  # raised again in the consumer's thread
+        except BaseException as caught:  # re-raised in the consumer's thread
             error = caught
         finally:
             with self._change:
@@ -65,7 +65,7 @@ class Prefetch(Generic[T]):
             raise StopIteration
 
     def close(self) -> None:
-        """Stop the thread and drop what it prepared; waits at most a second for a `make` in progress."""
+        """Stop the thread and drop its results; waits at most a second for a `make` in progress."""
         with self._change:
             self._closed = True
             self._ready.clear()

@@ -27,8 +27,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(name: str, data_dir: str, manual_dir: str | None) -> str:
-    """Write the data set below `data_dir` unless it is there. Returns where it is and the size of its splits."""
-    import tensorflow_datasets as tfds  # here, so that --help answers without it
+    """Write the data set below `data_dir` unless it exists. Returns its folder and the sizes of its splits."""
+    import tensorflow_datasets as tfds  # imported here, so that --help works without it
 
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
@@ -39,25 +39,25 @@ def prepare(name: str, data_dir: str, manual_dir: str | None) -> str:
 
 
 def main() -> None:
-    """Prepares one data set and says where it is."""
+    """Prepares one data set and prints its folder."""
     options = parse()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")    # its notes on CPU features help nobody here
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")    # hide its notes on CPU features
     try:
         print(prepare(options.name, options.data_dir, options.manual_dir))
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:    # builders of data sets raise anything; all of it concerns this name, file or network
+    except Exception as error:    # TFDS builders raise any exception: wrong name, bad file, no network
         print(f"lab: could not prepare {options.name}: {explain(error)}", file=sys.stderr)
         sys.exit(2)
 
 
 def explain(error: Exception) -> str:
-    """What went wrong, in a few lines: TFDS appends lists of hundreds of names to some of its messages."""
+    """The error message in a few lines: TFDS appends hundreds of names to some messages."""
     noise = ("\t- ", "Available datasets:")
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(noise)]
     lines = lines or [type(error).__name__]
     text = "\n".join(lines[:8])
-    if isinstance(error, OSError):    # all errors of the download are of this kind
+    if isinstance(error, OSError):    # all download errors are OSErrors
         text += "\nA file that is already here can be used with --manual-dir FOLDER, under its official name."
     return text
 

@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared on this disk: found and described without TFDS, TensorFlow or the network."""
+"""Finds and describes data sets prepared by TFDS on this disk, without TFDS, TensorFlow or the network."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from lab.files import user_path
 
 
 def described(name: str, data_dir: str | None) -> tuple[Path, dict[str, dict[str, Any]], dict[str, Any]]:
-    """Folder, splits and features of a prepared data set. UserError where it is not there as ArrayRecord."""
+    """Folder, splits and features of a prepared data set. UserError if it does not exist as ArrayRecord."""
     folder = prepared_folder(name, data_dir)
     try:
         info = json.loads((folder / "dataset_info.json").read_bytes())
@@ -30,11 +30,11 @@ def described(name: str, data_dir: str | None) -> tuple[Path, dict[str, dict[str
 
 
 def _foreign_classes(value: Any) -> Iterator[str]:
-    """The classes in features.json, at any depth, that are not TFDS's: it imports the modules they are named after."""
+    """The classes in features.json, at any depth, that are not TFDS's own: TFDS would import their modules."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(inner, dict | list):
             yield from _foreign_classes(inner)
-        elif key == "json":  # how features without a description of their own are written
+        elif key == "json":  # features that TFDS serialises as plain JSON
             yield from _foreign_classes(json.loads(inner))
         elif key in ("pythonClassName", "python_class_name", "type") and "." in str(inner) and \
                 not re.fullmatch(r"tensorflow_datasets(\.\w+)+", str(inner)):

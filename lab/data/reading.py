@@ -1,4 +1,4 @@
-"""Text files of any encoding, read in blocks, and cut into lines as editors and `wc -l` count them."""
+"""Reads text files of any encoding in blocks, and splits lines as editors and `wc -l` count them."""
 
 import codecs
 import gzip
@@ -11,23 +11,23 @@ from typing import IO
 from lab.errors import UserError
 
 BLOCK = 1 << 20  # bytes read at once
-# What a file in another encoding than UTF-8 may begin with. UTF-32's little mark begins with that of UTF-16.
+# Byte order marks. UTF-32 comes first, because its little-endian mark starts with UTF-16's.
 MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
          (codecs.BOM_UTF16_BE, "UTF-16"))
 LINE_ENDS = re.compile(r"\r\n|\n|\r")
 
 
 def lines_of(text: str) -> list[str]:
-    r"""The lines of a file's text: only \n, \r\n and \r end one.
+    r"""The lines of a text; only \n, \r\n and \r end a line.
 
-    `str.splitlines` also splits at form feeds, U+2028, U+0085 and others, which are characters within a line.
+    `str.splitlines` also splits at form feeds, U+2028, U+0085 and more, which may occur within a line.
     """
     found = LINE_ENDS.split(text)
     return found if found[-1] else found[:-1]
 
 
 def check_encoding(name: str) -> None:
-    """UserError for what is no encoding of text."""
+    """UserError if `name` is not a text encoding."""
     try:
         "a".encode(name)
     except (LookupError, ValueError):
@@ -35,27 +35,27 @@ def check_encoding(name: str) -> None:
 
 
 def encoding_of(path: Path, encoding: str = "UTF-8") -> str:
-    """`encoding`, or UTF-16 or UTF-32 where that is UTF-8 and the file begins with the other one's byte order mark."""
+    """`encoding`; but UTF-16 or UTF-32 if `encoding` is UTF-8 and the file starts with their byte order mark."""
     if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig"):
         return encoding
     try:
         with _opened(path) as file:
             begin = file.read(4)
-    except (OSError, EOFError, zlib.error):  # said when it is read
+    except (OSError, EOFError, zlib.error):  # `read_text` raises it
         return encoding
     return next((name for mark, name in MARKS if begin.startswith(mark)), encoding)
 
 
 def read_text(path: Path, encoding: str = "UTF-8") -> Iterator[str]:
-    """The text of one file (gzip when named .gz) in blocks, line ends as they are; see `encoding_of`.
+    """The text of one file (gzip if named .gz) in blocks, with unchanged line ends; see `encoding_of`.
 
     Raises:
-      UserError: it cannot be read, or is not text in this encoding; says which it may be.
+      UserError: unreadable, or not text in this encoding; the message suggests another.
     """
     chosen = encoding_of(path, encoding)
     chosen = "UTF-8" if chosen == "utf-8" else chosen
     decoder = codecs.getincrementaldecoder(chosen)()
-    wide = codecs.lookup(chosen).name.startswith(("utf-16", "utf-32"))  # where zeros are the half of plain text
+    wide = codecs.lookup(chosen).name.startswith(("utf-16", "utf-32"))  # half of the bytes are zeros
     done = pending = 0
     block = b""
     try:
@@ -85,7 +85,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _advice(block: bytes) -> str:
-    """Which encoding to try. ASCII characters in UTF-16 are a zero and a byte, in this order or the other."""
+    """Suggests an encoding. In UTF-16, every second byte of ASCII text is zero."""
     if any(block.startswith(mark) for mark, _ in MARKS):
         likely = "utf-16"
     elif block[1::2].count(0) * 5 > len(block):

@@ -1,4 +1,4 @@
-"""The tokenizer of a run, written to its folder and read back by another run: the same text gets the same ids."""
+"""Saves a run's tokenizer in its folder and loads it in another run, so that text gets the same ids."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ FILE = "tokenizer.json"
 
 
 def saved_form(tokenizer: Tokenizer, fitted: Fitted) -> str:
-    """What `Saved` reads: JSON with the kind of tokenizer, its fields, what it learned, and whether its ids moved."""
+    """The JSON that `Saved` reads: the tokenizer's class, fields and state, and whether its ids are shifted."""
     if isinstance(tokenizer, Saved):
         return fitted.state
     return json.dumps({"kind": type(tokenizer).__name__, "fields": asdict(tokenizer), "state": fitted.state,
@@ -22,7 +22,7 @@ def saved_form(tokenizer: Tokenizer, fitted: Fitted) -> str:
 
 @dataclass(frozen=True)
 class Saved:
-    """The tokenizer of an earlier run on text: the same text gets the same ids, which fine-tuning needs."""
+    """The tokenizer of an earlier run on text. Fine-tuning needs it, so that text gets the same ids."""
 
     path: str
     """The run's folder, or the tokenizer.json in it."""
@@ -39,7 +39,7 @@ class Saved:
     def vocab_size_hint(self) -> int | None:
         try:
             return self.restore(self._content()).size
-        except UserError:  # said when it is needed
+        except UserError:  # `identity` raises it
             return None
 
     def validate(self) -> None:
@@ -48,20 +48,20 @@ class Saved:
             raise UserError("Saved needs the folder of a run, such as Saved(\"runs/bert_base-0123456789ab\").")
 
     def identity(self) -> str:
-        """Names the content; UserError where there is none."""
+        """Hash of the content; UserError if there is none."""
         return "saved " + hashlib.sha256(self._content().encode()).hexdigest()
 
     def fit(self, texts: Texts, size: int) -> Fitted:
-        """Reads the file, whatever the text is; UserError where it is missing or of another kind."""
+        """Reads the file and ignores the text; UserError if it is missing or not a tokenizer."""
         return self.restore(self._content())
 
     def restore(self, state: str) -> Fitted:
-        """`state` is the whole file."""
+        """`state`: the content of the file."""
         return revived(state, self.path)
 
 
 def revived(state: str, where: str) -> Fitted:
-    """The tokenizer that `saved_form` wrote. UserError, naming `where`, for anything else."""
+    """Loads the result of `saved_form`. UserError, naming `where`, for anything else."""
     kinds = {cls.__name__: cls for cls in (Bytes, Chars, BPE, GPT2, Words)}
     try:
         found = json.loads(state)

@@ -1,12 +1,12 @@
-"""Text to token ids and back: every tokenizer here but `Words` gives back exactly the text it was given.
+"""Text to token ids and back. All tokenizers except `Words` are lossless.
 
-A *tokenizer* is a value an experiment holds (`Bytes`, `Chars`, `BPE`, `GPT2`, `Words`, or saved.py's `Saved`); it
-becomes a `Fitted` one on a corpus:
+A *tokenizer* is part of an experiment's config (`Bytes`, `Chars`, `BPE`, `GPT2`, `Words`, or saved.py's `Saved`).
+Fitting it on a corpus gives a `Fitted`:
 
-    fit(texts, size) -> Fitted     texts("train"), texts("validation") stream pieces of text; size is about their bytes
-    restore(state) -> Fitted       what `fit` found, from the string in Fitted.state
-    identity() -> str              with the corpus' fingerprint, names the result
-    vocab_size_hint                the size before any data is seen, or None
+    fit(texts, size) -> Fitted     texts("train"), texts("validation") stream pieces of text; size: about their bytes
+    restore(state) -> Fitted       the result of `fit`, from the string Fitted.state
+    identity() -> str              cache key of the result, together with the corpus' fingerprint
+    vocab_size_hint                the vocabulary size if known before fitting, else None
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from lab.errors import UserError
 from lab.files import user_path
 
 EOT = "<|endoftext|>"
-SAMPLE = 50_000_000  # bytes of training text that a BPE vocabulary is learned from
-DISTINCT = 6_000_000  # bytes of distinct words among them, each of which takes the library about 110 bytes of memory
+SAMPLE = 50_000_000  # bytes of training text to learn a BPE vocabulary from
+DISTINCT = 6_000_000  # bytes of distinct words among them; the library takes about 110 bytes of memory per word
 Texts = Callable[[str], Iterator[str]]
 
 
 class Fitted:
-    """A tokenizer that knows its vocabulary.
+    """A tokenizer with its vocabulary.
 
-    `size`: number of ids. `byte_counts`: int32 (size,), UTF-8 bytes each id stands for, 0 for end-of-text, so that bits
-    per byte can be compared across tokenizers. `eot`: the end-of-text id or None. `state`: what `restore` needs.
+    `size`: number of ids. `byte_counts`: int32 (size,), UTF-8 bytes per id, 0 for end-of-text, so that bits per byte
+    can be compared across tokenizers. `eot`: the end-of-text id or None. `state`: the argument of `restore`.
     """
 
     def __init__(self, pieces: Sequence[bytes], encode_batch: EncodeBatch, eot: int | None = None, state: str = ""):
@@ -47,15 +47,15 @@ class Fitted:
 
     @property
     def pads(self) -> bool:
-        """Whether id 0 is never made from text (it is end-of-text, or stands for nothing): it is free for padding."""
+        """Whether text never encodes to id 0 (end-of-text or unused), so that it can be padding."""
         return self.eot == 0 or not self.pieces[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int32 array of ids per text; end-of-text is never among them, also where a text spells it out."""
+        """One int32 array of ids per text; never with end-of-text, even if a text contains its spelling."""
         return self._encode_batch(texts)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of one text, int32 (n,). UserError for text that has no UTF-8 form (a lone surrogate)."""
+        """The ids of one text, int32 (n,). UserError for text that is not valid UTF-8 (a lone surrogate)."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -63,17 +63,17 @@ class Fitted:
         return self.encode_batch([text])[0]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The bytes that the ids stand for. An id beyond the vocabulary (of a padded model) becomes U+FFFD."""
+        """The bytes of the ids. An id beyond the vocabulary (of a padded model) becomes U+FFFD."""
         pieces, size = self.pieces, self.size
         return b"".join([pieces[i] if i < size else b"\xef\xbf\xbd" for i in np.asarray(ids).tolist()])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text that the ids stand for; bytes that are not UTF-8 (a sample cut inside a character) become U+FFFD."""
+        """The text of the ids; bytes that are not UTF-8 (a sample cut inside a character) become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
 
 class Tokenizer(Protocol):
-    """What an experiment holds; see the module's text."""
+    """A tokenizer config; see the module docstring."""
 
     @property
     def vocab_size_hint(self) -> int | None: ...
@@ -95,7 +95,7 @@ class Bytes:
         return 256
 
     def validate(self) -> None:
-        """Nothing can be wrong."""
+        """There are no fields to check."""
 
     def identity(self) -> str:
         return "bytes"
@@ -119,7 +119,7 @@ class Chars:
         return None
 
     def validate(self) -> None:
-        """Nothing can be wrong."""
+        """There are no fields to check."""
 
     def identity(self) -> str:
         return "chars"
@@ -157,7 +157,7 @@ def _codepoints(text: str) -> np.ndarray:
 
 
 def _alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte value, in GPT-2's order of ids: character -> byte."""
+    """GPT-2's printable character for each byte value, in GPT-2's order of ids: character -> byte."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -167,8 +167,8 @@ def _alphabet() -> dict[str, int]:
 class BPE:
     """Byte-level byte-pair encoding with GPT-2's splitting pattern, cached with the tokens.
 
-    Learned from the training split: at most about 50 MB of it, evenly spaced, or, of text whose words hardly repeat
-    (Chinese, base64), what comes first. Id 0 is `<|endoftext|>`; a small corpus may give fewer ids than asked for.
+    Learned from at most about 50 MB of the training split, evenly spaced; for text whose words hardly repeat (Chinese,
+    base64), from its beginning. Id 0 is `<|endoftext|>`. A small corpus may give fewer ids than `vocab`.
     """
 
     vocab: int = 4096
@@ -179,7 +179,7 @@ class BPE:
         return self.vocab
 
     def validate(self) -> None:
-        """UserError when not even the bytes fit."""
+        """UserError if `vocab` is too small for the bytes."""
         if self.vocab < 257:
             raise UserError(f"BPE(vocab={self.vocab}) is too small: 256 bytes and {EOT} need 257. Or use Bytes().")
 
@@ -195,7 +195,7 @@ class BPE:
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab,
             special_tokens=[EOT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte: no text is out of reach
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all bytes, so any text can be encoded
             show_progress=False,
         )
         every = -(-size // SAMPLE)
@@ -207,7 +207,7 @@ class BPE:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_str(state)
-        tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+        tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is encoded as text
         alphabet = _alphabet()
         names = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
         pieces = [name.encode() if name == EOT else bytes(alphabet[c] for c in name) for name in names]
@@ -220,7 +220,7 @@ class BPE:
 
 
 def _bounded(texts: Iterator[str]) -> Iterator[str]:
-    """The texts up to `DISTINCT`; what the library holds grows with the distinct words."""
+    """The texts until `DISTINCT` is reached: the library's memory grows with the distinct words."""
     seen: set[str] = set()
     size = 0
     for text in texts:
@@ -233,7 +233,7 @@ def _bounded(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _remembering(fitted: Fitted) -> Fitted:
-    """The same tokenizer, which must split as GPT-2's pattern does, much quicker on long texts."""
+    """The same tokenizer, much faster on long texts. It must split as GPT-2's pattern does."""
     encode_batch = WordMemory(fitted.encode_batch, fitted.byte_counts)
     return Fitted(fitted.pieces, encode_batch, fitted.eot, fitted.state)
 
@@ -250,28 +250,28 @@ DOWNLOAD_SECONDS = 20.0
 class GPT2:
     """GPT-2's 50,257 tokens, through the `tiktoken` extra; `<|endoftext|>` is id 50256.
 
-    Without a folder, tiktoken's own copy is used, which it downloads the first time.
+    Without a folder, tiktoken downloads and caches the vocabulary.
     """
 
     folder: str | None = None
-    """A folder holding OpenAI's vocab.bpe or Hugging Face's merges.txt, for a machine without a network."""
+    """A folder with OpenAI's vocab.bpe or Hugging Face's merges.txt, for a machine without network access."""
 
     @property
     def vocab_size_hint(self) -> int:
         return 50257
 
     def validate(self) -> None:
-        """Nothing to check without reading."""
+        """Nothing can be checked without reading."""
 
     def identity(self) -> str:
-        """Names the merges in use; UserError where the folder has none."""
+        """Key of the merges in use; UserError if the folder has none."""
         return "gpt2 " + hashlib.sha256(_merges_file(self.folder).read_bytes()).hexdigest() if self.folder else "gpt2"
 
     def fit(self, texts: Texts, size: int) -> Fitted:
         return self.restore("")
 
     def restore(self, state: str) -> Fitted:
-        """UserError where tiktoken or its vocabulary is missing."""
+        """UserError if tiktoken or its vocabulary is missing."""
         try:
             import tiktoken
         except ImportError:
@@ -281,7 +281,7 @@ class GPT2:
         threads = os.cpu_count() or 1
 
         def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
-            if len(texts) == 1:  # no thread pool for a prompt
+            if len(texts) == 1:  # a prompt: skip the thread pool
                 return [np.array(encoding.encode_ordinary(texts[0]), np.int32)]
             return [np.array(ids, np.int32) for ids in encoding.encode_ordinary_batch(list(texts), num_threads=threads)]
 
@@ -313,13 +313,13 @@ def _gpt2_from(folder: str, tiktoken: Any) -> Any:
 
 
 def _gpt2_downloaded(tiktoken: Any) -> Any:
-    """tiktoken's own encoding; its download has no time limit, so one is put on it here."""
+    """tiktoken's own encoding. Its download has no timeout, so one is set here."""
     result: list[Any] = []
 
     def get() -> None:
         try:
             result.append(tiktoken.get_encoding("gpt2"))
-        except Exception as error:  # whatever it is becomes one sentence, raised below
+        except Exception as error:  # raised below as one sentence
             result.append(error)
 
     if all(_tiktoken_has(name) for name in ("vocab.bpe", "encoder.json")):
@@ -352,7 +352,7 @@ _WORD = re.compile(r"\w+(?:'\w+)*")  # letters, digits and _, with apostrophes i
 
 
 def with_padding(fitted: Fitted) -> Fitted:
-    """The same tokenizer with an id 0 that is free for padding: where it is not, all ids move up by one."""
+    """The same tokenizer with id 0 reserved for padding: shifts all ids up by one if needed."""
     if fitted.pads:
         return fitted
     eot = None if fitted.eot is None else fitted.eot + 1

@@ -1,12 +1,12 @@
-"""Encoding by words: a word's ids are found once and remembered, and most words of a text come again.
+"""A cache of word -> token ids, which speeds up BPE because most words of a text repeat.
 
-GPT-2's splitting pattern, which byte-level BPE merges never cross, always begins a token at the last space in front of
-a non-space and where a run of spaces begins. What lies between two such places is a *word* here: a space and the
-non-spaces behind it, or the spaces in front of that space. So the ids of a text are those of its words, one after
-another, whatever the words are made of. A word is looked up by its bytes (never by a hash alone): the ids are exact.
+GPT-2's splitting pattern always starts a token at the last space before a non-space and at the start of a run of
+spaces, and byte-level BPE merges never cross its boundaries. A *word* here is the text between two such places: a space
+and the non-spaces after it, or the spaces before that space. So the ids of a text are the concatenated ids of its
+words. A word is looked up by its bytes, not only by a hash, so the ids are exact.
 
 Speed (2-core CPU VM, busy, 2026-11-22; one core, BPE of 4096, English): 20-22 MB/s from the start, 60 with all words
-known; the library alone 2. Text whose words do not come again (no spaces, random) stays at the library's 1.4-2.6 MB/s.
+cached; the library alone 2. Text without repeated words (no spaces, random) stays at the library's 1.4-2.6 MB/s.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,23 +15,23 @@ import numpy as np
 
 EncodeBatch = Callable[[Sequence[str]], list[np.ndarray]]
 
-AT_ONCE = 1 << 18  # characters: the arrays of one step stay in the processor's cache
-WORDS = 1 << 19  # remembered, with at most this many bytes; then all are forgotten
+AT_ONCE = 1 << 18  # characters per pass, so that its arrays fit the CPU cache
+WORDS = 1 << 19  # limits of the cache, in words and bytes; when full, it is emptied
 BYTES = 1 << 24
 SLOT_BITS = 21
-SHORT = 1 << 13  # characters; for a prompt the library alone is quicker
-# What the pattern's \s is: White_Space of Unicode. (Python's own has \x1c-\x1f too.)
+SHORT = 1 << 13  # characters; below this the library alone is faster
+# The pattern's \s, Unicode White_Space. (Python's \s also has \x1c-\x1f.)
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029"
 SPACES += "\u202f\u205f\u3000"
 _WIDE = np.array([ord(c) for c in SPACES if ord(c) > 127], np.uint32)
-_LONG = np.uint64(0xFEFEFEFEFEFEFEFE)  # no bytes of UTF-8, nor of a padded word
-_BEHIND = np.array([~0 << 8 * n & 0xFFFFFFFFFFFFFFFF for n in range(9)], np.uint64)  # 0xFF is never in UTF-8 either
+_LONG = np.uint64(0xFEFEFEFEFEFEFEFE)  # cannot occur in UTF-8 or a padded word
+_BEHIND = np.array([~0 << 8 * n & 0xFFFFFFFFFFFFFFFF for n in range(9)], np.uint64)  # 0xFF does not occur in UTF-8
 
 
 def _split(texts: Sequence[str]) -> tuple[bytes, np.ndarray, np.ndarray, np.ndarray]:
-    """(UTF-8 of all texts; per word: where it begins, and whether it is a space and non-spaces; the first words).
+    """(UTF-8 of all texts; per word, its start and whether it is a space and non-spaces; first words).
 
-    No text may be empty. The last is, for each text but the first, the number of the word that it begins with.
+    First words: the index of the first word of each text except the first text. No text may be empty.
     """
     joined = "".join(texts)
     raw = joined.encode()
@@ -44,7 +44,7 @@ def _split(texts: Sequence[str]) -> tuple[bytes, np.ndarray, np.ndarray, np.ndar
     firsts = np.cumsum([0, *map(len, texts)])
     begins = space.copy()
     begins[1:-1] &= ~(space[:-2] & space[2:])
-    begins[firsts[1:] - 1] &= ~space[firsts[1:] - 2]  # spaces at the end of a text are one word
+    begins[firsts[1:] - 1] &= ~space[firsts[1:] - 2]  # trailing spaces of a text are one word
     begins[firsts[:-1]] = True
     starts = np.flatnonzero(begins)
     plain = space[starts] & ~space[np.append(starts[1:], len(joined)) - 1]
@@ -55,7 +55,7 @@ def _split(texts: Sequence[str]) -> tuple[bytes, np.ndarray, np.ndarray, np.ndar
 
 
 class WordMemory:
-    """Calling it gives what `encode_batch` gives. `byte_counts`: see `Fitted`. Not for several threads at once."""
+    """Callable with the signature of `encode_batch`. `byte_counts`: see `Fitted`. Not thread-safe."""
 
     def __init__(self, encode_batch: EncodeBatch, byte_counts: np.ndarray):
         self._encode_batch, self._byte_counts = encode_batch, byte_counts
@@ -99,15 +99,15 @@ class WordMemory:
 
     def _forget(self) -> None:
         self._slots = np.full(1 << SLOT_BITS, -1, np.int32)
-        self._key0 = np.full(WORDS + 1, _LONG, np.uint64)  # the last one, number -1, stays without a word
+        self._key0 = np.full(WORDS + 1, _LONG, np.uint64)  # the last entry, index -1, stays empty
         self._key1 = np.zeros(WORDS + 1, np.uint64)
         self._begins, self._counts = np.zeros(WORDS, np.int32), np.zeros(WORDS, np.int32)
-        self._ids = np.empty(BYTES, np.int32)  # a word has no more ids than bytes
+        self._ids = np.empty(BYTES, np.int32)  # a word has at most as many ids as bytes
         self._long: dict[bytes, int] = {}
         self._count = self._used = self._bytes = 0
 
     def _keys(self, raw: bytes, starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Two numbers per word that no other word has: its 16 bytes, or, of a longer one, its number among those."""
+        """A unique pair of numbers per word: its 16 bytes, or the index of a longer word among the long ones."""
         words = np.frombuffer(raw + b"\xff" * (32 - len(raw) % 8), "<u8")
         at, bits = starts >> 3, (starts & 7).astype(np.uint64) << np.uint64(3)
         a, b, c = words[at], words[at + 1], words[at + 2]
@@ -125,7 +125,7 @@ class WordMemory:
         return (mixed >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
 
     def _find(self, key0: np.ndarray, key1: np.ndarray) -> np.ndarray:
-        """The number of each word, -1 where it is not known. Open addressing, all words at once."""
+        """The index of each word in the cache, or -1. Open addressing, vectorised over all words."""
         left, slot = np.arange(len(key0)), self._slot(key0, key1)
         found = np.full(len(key0), -1, np.int32)
         while left.size:
@@ -138,7 +138,7 @@ class WordMemory:
 
     def _learn(self, raw: bytes, starts: np.ndarray, stops: np.ndarray, plain: np.ndarray, keys: tuple,
                missing: np.ndarray) -> None:
-        # Behind each other, plain words are words again: one text for the library, which is three times quicker.
+        # Concatenated plain words split into the same words, so encode them as one text, 3 times faster.
         missing = missing[np.argsort(~plain[missing], kind="stable")]
         places: dict[bytes, int] = {}
         for i, a, b in zip(missing.tolist(), starts[missing].tolist(), stops[missing].tolist(), strict=True):
@@ -159,6 +159,6 @@ class WordMemory:
         slot = self._slot(key0, key1)
         while numbers.size:
             free = self._slots[slot] < 0
-            self._slots[slot[free]] = numbers[free]  # of several that want one slot the last gets it
+            self._slots[slot[free]] = numbers[free]  # if several words share a slot, the last one wins
             on = self._slots[slot] != numbers
             numbers, slot = numbers[on], slot[on] + 1 & (1 << SLOT_BITS) - 1

@@ -1,4 +1,4 @@
-"""Words as tokens."""
+"""A word-level tokenizer."""
 
 import json
 from collections import Counter
@@ -12,23 +12,23 @@ from lab.errors import UserError
 
 
 def words(text: str) -> list[str]:
-    """The lower-cased words of a text; a typographic apostrophe counts as the plain one."""
+    """The lower-cased words of a text; typographic apostrophes are replaced by plain ones."""
     return _WORD.findall(text.lower().replace("\u2019", "'"))
 
 
 class FittedWords(Fitted):
-    """A word-level tokenizer. Its `decode` joins words by spaces: what stood between them is lost."""
+    """A word-level tokenizer. `decode` joins words by spaces, so spacing and punctuation are lost."""
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The words that the ids stand for, with spaces between them; padding is left out."""
+        """The words of the ids, joined by spaces, without padding."""
         return b" ".join([super(FittedWords, self).decode_bytes([i]) for i in np.asarray(ids).tolist() if i])
 
 
 @dataclass(frozen=True)
 class Words:
-    """The most frequent lower-cased words of the training text; of equally frequent ones, the alphabetically first.
+    """The most frequent lower-cased words of the training text; ties are broken alphabetically.
 
-    Id 0 is padding, 1 every word that is not among them. A small corpus may give fewer ids than asked for.
+    Id 0 is padding, id 1 an unknown word. A small corpus may give fewer ids than `vocab`.
     """
 
     vocab: int = 10_000
@@ -39,7 +39,7 @@ class Words:
         return self.vocab
 
     def validate(self) -> None:
-        """UserError when no word fits."""
+        """UserError if `vocab` leaves no id for words."""
         if self.vocab < 3:
             raise UserError(f"Words(vocab={self.vocab}) is too small: padding, the unknown word and one word need 3.")
 
@@ -47,7 +47,7 @@ class Words:
         return f"words {self.vocab}"
 
     def fit(self, texts: Texts, size: int) -> Fitted:
-        """UserError for a text without any word."""
+        """UserError for a text without words."""
         counts: Counter[str] = Counter()
         for text in texts("train"):
             counts.update(words(text))

@@ -1,1 +1,1 @@
-"""Models: Linen modules that are their own configuration. They know neither loss nor sharding nor precision."""
+"""Models: Linen modules that are their own configuration. Loss, sharding and precision are defined elsewhere."""

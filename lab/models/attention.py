@@ -1,4 +1,4 @@
-"""Attention: rotary positions, which backend runs, and the plain einsum form. Axis letters: see layers.py."""
+"""Attention: rotary positions, the choice of backend, and plain einsum attention. Axis letters: see layers.py."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ def rotary(x_BLNK: Array, positions: Array) -> Array:
     angle = jnp.einsum("...,K->...K", positions[..., None].astype(jnp.float32), frequency)
     cos, sin = jnp.tile(jnp.cos(angle), 2), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-1)
     x = x_BLNK.astype(jnp.float32)
-    # Not two halves put together: CPUs take 5 times as long over that, forward and backward.
+    # Roll, do not concatenate the halves: on CPUs that is 5 times slower, forward and backward.
     return (x * cos + jnp.roll(x, half, axis=-1) * sin).astype(x_BLNK.dtype)
 
 
-@functools.cache  # so that the choice is said once, however often the model is traced
+@functools.cache  # to log the choice once, however often the model is traced
 def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: int, length: int, padded: bool,
                      needs_probabilities: bool, divided: bool = False) -> str:
-    """The backend that runs. "auto" says what it chose and why; a backend that cannot run is an error. `divided`: the
-    mesh divides the length.
+    """The attention backend to run. "auto" logs its choice and the reason. `divided`: the mesh shards the length.
 
     Raises:
-      UserError: the backend named is not available for this platform, type, shape, padding, dropout or mesh.
+      UserError: the requested backend does not support this platform, type, shape, padding, dropout or mesh.
     """
     against: dict[str, list[str]] = {"cudnn": [], "splash": []}
     for backend, needed, name in (("cudnn", "gpu", "NVIDIA GPUs"), ("splash", "tpu", "TPUs")):
@@ -78,7 +77,7 @@ def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array
     """
     B, L, N, K = q_BLNK.shape
     S, G = k_BSGK.shape[1:3]
-    # Batch axes lead, and all queries of a key are the rows of one matrix: CPUs are fast at no other form.
+    # Batch axes first, and the queries of each key as the rows of one matrix: the only form that is fast on CPUs.
     q_BGMK, k_BGSK, v_BGSK = q_BLNK.swapaxes(1, 2).reshape(B, G, -1, K), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
     scores_BNLS = product("BGMK,BGSK->BGMS", q_BGMK, k_BGSK, jnp.float32).reshape(B, N, L, S) * K**-0.5
     if visible is not None:

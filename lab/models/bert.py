@@ -20,17 +20,16 @@ class BERT(Transformer):
     """Encoder of token ids (B, L), with one of two heads on the same trunk.
 
     `classes` None: masked-LM logits (B, L, V), as in the paper: dense, gelu, norm, transposed token embedding, bias.
-    `classes` C: logits (B, C) of a pooled text; also what is elsewhere called a Transformer text classifier.
-    All logits are float32. The trunk's parameters have the same paths with both heads, whose own are called `mlm_*` and
-    `classify`, so that a classifier can start from a masked LM.
+    `classes` C: logits (B, C) of a pooled text (a Transformer text classifier). All logits are float32.
+    The trunk's parameter paths do not depend on the head, so a classifier can start from a masked LM. The heads'
+    parameters are named `mlm_*` and `classify`.
 
-    The blocks are pre-norm where the original is post-norm (it normalises after each residual sum): pre-norm trains
-    stably from scratch at larger rates and hardly needs warmup (Xiong et al. 2020), and is the block that every
-    Transformer here shares. It costs one more norm, after the last block. The original also has a dense tanh layer
-    on the first token, trained to tell whether two sentences follow each other; here nothing would train it.
+    The blocks are pre-norm, like every Transformer here; the original is post-norm. Pre-norm trains stably from scratch
+    at larger learning rates and needs little warmup (Xiong et al. 2020). It adds one norm after the last block. The
+    original's pooler, a dense tanh layer on the first token, is left out: it is trained by next-sentence prediction.
 
-    For small budgets use rotary positions: with learned ones a masked LM first stays at the tokens' mere frequencies
-    (Tiny Shakespeare as bytes, width 64, 2 blocks: loss 3.3 after 200 updates; rotary 2.2, and 1.9 after 500).
+    For small budgets use rotary positions. With learned positions a masked LM first only learns token frequencies
+    (Tiny Shakespeare as bytes, width 64, 2 blocks: loss 3.3 after 200 steps; rotary 2.2, and 1.9 after 500).
     """
 
     context: int = 512
@@ -38,16 +37,16 @@ class BERT(Transformer):
     dropout: float = 0.1
     """Dropout rate on embeddings, attention probabilities, both residual branches and before the classifier."""
     vocab: int | None = None
-    """Vocabulary size V: at least the tokenizer's, and for masked LM one more, as its last id is [MASK]; None: that."""
+    """Vocabulary size V, at least the tokenizer's, plus 1 for [MASK] (the last id) in masked LM; None: this minimum."""
     segments: int = 2
-    """Kinds of segment (the sentences of a pair) that have an embedding; 0: none."""
+    """Number of segment embeddings (2 for sentence pairs); 0: none."""
     classes: int | None = None
     """Classes C of the classification head; None: the masked-LM head."""
     pool: Literal["first", "mean"] = "first"
-    """What the classifier sees: the first real token, or the mean over all real tokens."""
+    """Input of the classifier: the first real token, or the mean over all real tokens."""
 
     def validate(self) -> None:
-        """Raises UserError where the fields contradict each other."""
+        """Raises UserError if the fields contradict each other."""
         super().validate()
         for name, least in (("vocab", 1 if self.classes else 3), ("segments", 0), ("classes", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
@@ -55,7 +54,7 @@ class BERT(Transformer):
 
     @property
     def reserved_ids(self) -> int:
-        """Ids beyond the tokenizer's: [MASK]."""
+        """Number of ids added to the tokenizer's: 1 for [MASK] in masked LM."""
         return int(self.classes is None)
 
     def check(self, metadata: Mapping[str, int]) -> None:
@@ -69,19 +68,19 @@ class BERT(Transformer):
                             f"{vocab} tokens. Use --model.vocab {vocab + 1}.")
         if length > self.context:
             raise UserError(f"--data.length {length} is longer than --model.context {self.context}.")
-        if self.classes is not None:  # a masked LM takes texts of any classes
+        if self.classes is not None:  # a masked LM ignores the classes
             check_classes(self.classes, metadata)
 
     @nn.compact
     def __call__(self, tokens_BL: Array, *, train: bool, mask: Array | None = None, segments: Array | None = None,
                  select: Array | None = None) -> Array:
-        """`mask` (B, L): 1 where a token is real; padding changes nothing. `segments` (B, L), all 0 by default.
+        """`mask` (B, L): 1 where a token is real; padding does not change the result. `segments` (B, L), default 0.
 
-        `select` int (B, M): positions at which masked-LM logits are wanted, giving (B, M, V). The head is most of the
-        work of a small model, and training needs it at 15 % of the positions.
+        `select` int (B, M): compute masked-LM logits at these positions only, (B, M, V). In a small model the head is
+        most of the compute, and training needs it at 15 % of the positions.
 
         Raises:
-          UserError: segments for a model that has no embedding for them.
+          UserError: `segments` given, but the model has no segment embedding.
         """
         if segments is not None and not self.segments:
             raise UserError("The data has segments and the model no embedding for them. Use --model.segments 2.")
@@ -109,7 +108,7 @@ class BERT(Transformer):
         return project(h_BLD, embedding_VD.T.astype(h_BLD.dtype), jnp.float32) + bias_V.astype(jnp.float32)
 
     def _classify(self, x_BLD: Array, mask: Array | None, train: bool) -> Array:
-        """A text without any real token is pooled to zeros, so that it, too, depends on no padding."""
+        """Class logits. A text without a real token is pooled to zeros, so its result does not depend on padding."""
         mask_BL = jnp.ones(x_BLD.shape[:2]) if mask is None else mask.astype(jnp.float32)
         if self.pool == "first":  # padding may stand on the left
             weight_BL = nn.one_hot(jnp.argmax(mask_BL, axis=1), mask_BL.shape[1]) * mask_BL

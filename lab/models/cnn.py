@@ -1,7 +1,7 @@
 """Convolutional networks for images: a small ConvNet, and ResNet-18, 34 and 50.
 
-BatchNorm's running statistics are float32 in the collection "batch_stats". The statistics of an update are those of
-the (micro)batch over all devices, because the compiled step sees the batch as one array.
+BatchNorm's running statistics are float32 in the collection "batch_stats". A training step computes its statistics over
+the (micro)batch of all devices, because the compiled step sees the batch as one array.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 def conv(features: int, size: int, *, stride: int = 1, bias: bool = False, name: str) -> nn.Conv:
     """`size` x `size` convolution of (B, H, W, C), padded by size // 2 on all sides, with He fan-out weights.
 
-    The padding is explicit: "SAME" with a stride of 2 pads even sizes on one side only, unlike every published ResNet.
+    The padding is explicit: with stride 2, "SAME" pads even sizes on one side only, unlike every published ResNet.
     """
     he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     return nn.Conv(features, (size, size), strides=stride, padding=size // 2, use_bias=bias, kernel_init=he, name=name)
@@ -44,9 +44,9 @@ def image_norm(kind: Norm, channels: int, train: bool, *, zero: bool = False, na
 
 
 def max_pool(x_BHWC: Array, window: int, padding: int = 0) -> Array:
-    """`window` x `window` maxima with stride 2; what is left over at the right and bottom is dropped.
+    """`window` x `window` maxima with stride 2; incomplete windows at the right and bottom are dropped.
 
-    Equals `nn.max_pool`, of which XLA's derivative takes 20 times as long on a CPU.
+    Same result as `nn.max_pool`, whose gradient is 20 times slower in XLA on a CPU.
     """
     for axis in (1, 2):
         pad = [(padding * (i == axis),) * 2 for i in range(4)]
@@ -58,10 +58,10 @@ def max_pool(x_BHWC: Array, window: int, padding: int = 0) -> Array:
 
 
 class ConvNet(nn.Module):
-    """Stages of 3x3 convolutions, each ending in a 2x2 max pooling, then a hidden dense layer and the classes.
+    """Stages of 3x3 convolutions, each ending in 2x2 max pooling, then a hidden dense layer and the class logits.
 
-    Images (B, H, W, C) -> float32 logits (B, classes). The defaults take 8 million multiply-adds for a 28x28 image;
-    halving the image before the wide convolutions is what keeps that low.
+    Images (B, H, W, C) -> float32 logits (B, classes). The defaults take 8 million multiply-adds for a 28x28 image,
+    because the image is halved before the wide convolutions.
     """
 
     classes: int = 10
@@ -71,16 +71,16 @@ class ConvNet(nn.Module):
     convs: tuple[int, ...] = (1, 1, 1)
     """Number of convolutions, stage by stage."""
     batch_norm: bool = True
-    """BatchNorm after every convolution, which then has no bias."""
+    """BatchNorm after every convolution; the convolutions then have no bias."""
     dense: int | None = 256
-    """Units of the hidden dense layer; None: there is none."""
+    """Units of the hidden dense layer; None: no such layer."""
     dropout: float = 0.1
     """Dropout rate after every pooling."""
     dense_dropout: float = 0.3
     """Dropout rate after the hidden dense layer."""
 
     def validate(self) -> None:
-        """Raises UserError where fields are out of range or contradict each other."""
+        """Raises UserError if fields are out of range or contradict each other."""
         check_sizes(classes=self.classes, dense=self.dense)
         check_rates(dropout=self.dropout, dense_dropout=self.dense_dropout)
         if not self.channels or len(self.channels) != len(self.convs):
@@ -118,8 +118,8 @@ class ConvNet(nn.Module):
 class ResidualBlock(nn.Module):
     """relu(shortcut(x) + f(x)): f is two 3x3 convolutions, or 1x1, 3x3 and 1x1 with 4 times the channels (bottleneck).
 
-    (B, H, W, C) -> (B, H / stride, W / stride, channels x (4 if bottleneck else 1)). The stride is in the (first) 3x3
-    convolution, which makes it version 1.5. The shortcut is the identity where shapes allow it, else a projection.
+    (B, H, W, C) -> (B, H / stride, W / stride, channels x (4 if bottleneck else 1)). The (first) 3x3 convolution
+    has the stride (ResNet v1.5). The shortcut is the identity if the shapes are equal, else a projection.
     """
 
     channels: int
@@ -148,17 +148,17 @@ class ResNet(nn.Module):
     """ResNet version 1.5 (He et al. 2016): images (B, H, W, C) -> float32 logits (B, classes)."""
 
     depth: Literal[18, 34, 50] = 50
-    """Layers with weights: 18 and 34 of basic blocks, 50 of bottleneck blocks."""
+    """Number of weight layers: 18 and 34 use basic blocks, 50 bottleneck blocks."""
     classes: int = 1000
     """Number of classes."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
-    """First layers: a 7x7 convolution and a pooling that divide the sides by 4; for small images a 3x3 convolution."""
+    """First layers. imagenet: 7x7 convolution and max pooling, downsampling by 4; cifar: one 3x3 convolution."""
     norm: Norm = "batch"
-    """Normalisation after every convolution; group does not look at other records of the batch."""
+    """Normalisation after every convolution; group is independent of the other records in the batch."""
     width: int = 64
-    """Channels of the first stage; each of the three others doubles them."""
+    """Channels of the first stage; each of the next three stages doubles them."""
     zero_init: bool = True
-    """The last norm of every block starts with scale 0, so the block starts as its shortcut (Goyal et al. 2017)."""
+    """Initialise the scale of each block's last norm to 0, so the block starts as its shortcut (Goyal et al. 2017)."""
 
     def validate(self) -> None:
         """Raises UserError for a field out of range."""

@@ -1,6 +1,6 @@
-"""A generator and a discriminator in one module, for small images (DCGAN's shape: Radford et al. 2016).
+"""A generator and a discriminator in one module, for small images (as in DCGAN, Radford et al. 2016).
 
-Axis letters: B batch, H W C image, Z latent. Both networks have one stage for every halving of the image:
+Axis letters: B batch, H W C image, Z latent. Both networks have one stage per halving of the image:
 28 -> 14 -> 7, 8 -> 4.
 """
 
@@ -18,12 +18,12 @@ from lab.errors import UserError
 
 GeneratorNorm = Literal["batchnorm", "groupnorm"]
 SLOPE = 0.2  # of the leaky rectifier, as in DCGAN
-INIT = nn.initializers.normal(0.02)  # DCGAN's: the discriminator, which has no norm, starts slowly and wins less early
-SMALLEST = 4  # the least side of a feature map
+INIT = nn.initializers.normal(0.02)  # as in DCGAN; it also slows the norm-free discriminator's start
+SMALLEST = 4  # minimum side of a feature map
 
 
 def stages(height: int, width: int) -> int:
-    """How often an image can be halved: while both sides are even and the halves at least 4."""
+    """Number of times an image can be halved while both sides are even and the halves at least 4."""
     n = 0
     while height % 2 == width % 2 == 0 and min(height, width) >= 2 * SMALLEST:
         height, width, n = height // 2, width // 2, n + 1
@@ -31,7 +31,7 @@ def stages(height: int, width: int) -> int:
 
 
 def pixel_shuffle(x_BHWC: Array) -> Array:
-    """(B, H, W, 4 C) -> (B, 2 H, 2 W, C): every pixel's four parts become a square of four pixels (Shi et al. 2016)."""
+    """(B, H, W, 4 C) -> (B, 2 H, 2 W, C): the 4 channel groups of a pixel become a 2x2 square (Shi et al. 2016)."""
     B, H, W, C = x_BHWC.shape
     return x_BHWC.reshape(B, H, W, 2, 2, C // 4).transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, C // 4)
 
@@ -52,7 +52,7 @@ class Generator(nn.Module):
         x = nn.Dense(h * w * channels, use_bias=False, kernel_init=INIT, name="latent")(z_BZ)
         x = nn.relu(self._normalise(x.reshape(-1, h, w, channels), train, "latent_norm"))
         for i in reversed(range(n)):
-            # Not a transposed convolution, whose gradient by the weights is 10 times slower in XLA on a CPU.
+            # A transposed convolution's weight gradient is 10 times slower in XLA on a CPU.
             x = nn.Conv(4 * (self.width * 2**i // 2), (3, 3), use_bias=False, kernel_init=INIT, name=f"up_{i}")(x)
             x = nn.relu(self._normalise(pixel_shuffle(x), train, f"up_{i}_norm"))
         return nn.tanh(nn.Conv(C, (3, 3), kernel_init=INIT, name="out")(x))  # smooths the seams between the squares
@@ -66,8 +66,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (B, H, W, C) -> float32 logits (B,), above 0 for "real".
 
-    Strided convolutions without any norm: statistics over the batch would make its answer for one image depend on the
-    others, and tell a batch of fakes from a batch of real images by its statistics alone.
+    Strided convolutions without a norm. With batch statistics, the output for one image would depend on the rest of the
+    batch, and the statistics alone could tell a batch of fakes from a batch of real images.
     """
 
     width: int
@@ -83,19 +83,19 @@ class Discriminator(nn.Module):
 
 
 class GAN(nn.Module):
-    """Generator and discriminator as the submodules "generator" and "discriminator", so that paths tell them apart.
+    """Generator and discriminator as the submodules "generator" and "discriminator", which begin the parameter paths.
 
     Two learning rates: ``optim=Adam(..., lr_multipliers=(("^generator/", 1.0), ("^discriminator/", 0.5)))``.
     """
 
     latent: int = 64
-    """Numbers in a latent vector, drawn from a standard normal distribution."""
+    """Size of the latent vector, drawn from a standard normal distribution."""
     width: int = 32
-    """Channels of both networks at half the image's size; twice as many at every further halving."""
+    """Channels of both networks at half the image size; each further halving doubles them."""
     shape: tuple[int, int, int] = (28, 28, 1)
     """Height, width and channels of an image."""
     norm: GeneratorNorm = "batchnorm"
-    """Normalisation in the generator. Of the discriminator there is none."""
+    """Normalisation in the generator; the discriminator has none."""
 
     def setup(self) -> None:
         self.generator = Generator(self.width, self.shape, self.norm)
@@ -110,7 +110,7 @@ class GAN(nn.Module):
         return self.discriminator(x_BHWC, train)
 
     def __call__(self, inputs: Array, *, train: bool, mask: Array | None = None) -> tuple[Array, Array]:
-        """Images of zero latents, and the logits of `inputs` (B, H, W, C): all parameters, for initialisation."""
+        """Images of zero latents, and the logits of `inputs` (B, H, W, C); uses all parameters, for initialisation."""
         z_BZ = jnp.zeros((inputs.shape[0], self.latent))
         return self.generate(z_BZ, train), self.discriminate(inputs, train)
 
@@ -124,7 +124,7 @@ class GAN(nn.Module):
                             f"not {self.shape}.")
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError when images of other sizes than `shape` come."""
+        """Raises UserError if the data's images do not have shape `shape`."""
         found = tuple(metadata.get(name, own) for name, own in zip(("height", "width", "channels"), self.shape,
                                                                strict=True))
         if found != tuple(self.shape):

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def pick(logits_BV: Array, key: Array, temperature: float | Array, top_k: int | None, top_p: float | Array) -> Array:
-    """One token a row from float32 logits; returns int32 (B,).
+    """Samples one token per row from float32 logits; returns int32 (B,).
 
     Temperature 0 is greedy. `top_k` keeps the k largest logits (Fan et al. 2018), `top_p` the smallest set of tokens
-    with at least that probability (Holtzman et al. 2020), after the temperature.
+    whose total probability is at least `top_p` (Holtzman et al. 2020). Both apply after the temperature.
     """
     greedy = jnp.argmax(logits_BV, axis=-1)
     scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
@@ -32,7 +32,7 @@ def pick(logits_BV: Array, key: Array, temperature: float | Array, top_k: int | 
     sorted_BV = jnp.sort(scaled_BV, axis=-1, descending=True)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    top_p = jnp.where(top_p >= 1, jnp.inf, top_p)  # rounding lets the cumulative sum reach 1 before the last token
+    top_p = jnp.where(top_p >= 1, jnp.inf, top_p)  # a rounded cumulative sum may reach 1 before the last token
     last = jnp.maximum(jnp.sum(before_BV < top_p, axis=-1, keepdims=True) - 1, 0)
     scaled_BV = jnp.where(scaled_BV < jnp.take_along_axis(sorted_BV, last, axis=-1), -jnp.inf, scaled_BV)
     sampled = jax.random.categorical(key, scaled_BV, axis=-1)
@@ -46,9 +46,9 @@ def generate(model: nn.Module, params: Any, prompt_BL: Array, lengths_B: Array, 
     """Continues prompts of different lengths in one batch; returns the new tokens, int32 (B, new_tokens).
 
     Prompts are padded on the right to (B, L); row b has `lengths_B[b]` >= 1 real tokens. The padding needs no mask: a
-    query sees the cache up to its own position only, and each padded slot is overwritten before it comes into view.
+    query attends up to its own position only, and each padded cache slot is overwritten before a query reaches it.
     After `stop` a row is filled with `stop`. L + new_tokens must not exceed ``model.context``: the cache would wrap.
-    `vocab`: ids from there on are padding of the model's vocabulary and never chosen.
+    `vocab`: ids from `vocab` on only pad the model's vocabulary and are never sampled.
     """
     B, L = prompt_BL.shape
     if L + new_tokens > model.context:
@@ -74,7 +74,7 @@ def generate(model: nn.Module, params: Any, prompt_BL: Array, lengths_B: Array, 
 def _generate(model: nn.Module, variables: Mapping[str, Any], prompt_BL: Array, lengths_B: Array, key: Array,
               temperature: Array, top_p: Array, stop: Array, *, new_tokens: int, top_k: int | None,
               vocab: int | None) -> Array:
-    """`generate` as `EvalResult.compute` takes it."""
+    """`generate` with the signature that `EvalResult.compute` takes."""
     return generate(model, variables["params"], prompt_BL, lengths_B, jax.random.wrap_key_data(key),
                     new_tokens=new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, vocab=vocab)
 
@@ -82,12 +82,12 @@ def _generate(model: nn.Module, variables: Mapping[str, Any], prompt_BL: Array, 
 def sample_texts(compute: Callable[..., Any], context: int, text: Any, prompts: list[str], *, seed: int,
                  new_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float = 1.0) -> list[str]:
-    """Continues text prompts, all in one batch. `text` encodes and decodes (`encode`, `decode`, `eot`); `compute`: see
-    `lab.tasks.base.EvalResult`; `context`: the model's; `new_tokens` None: as many as still fit it.
+    """Continues text prompts, all in one batch. `text`: the tokenizer (`encode`, `decode`, `eot`); `compute`: see
+    `lab.tasks.base.EvalResult`; `context`: the model's; `new_tokens` None: fill the context.
 
-    Where prompt and new tokens exceed the context a window slides along: when it is full, its last half is kept and
-    the text goes on from there, so that each token sees at least half a context. An empty prompt starts from the
-    end-of-text token, or from a token that stands between words.
+    If prompt and new tokens exceed the context, generation uses a sliding window: a full window is cut to its last
+    half, so each later token sees at least half a context. An empty prompt starts from the end-of-text token, or from
+    a token that separates words.
     """
     if not prompts:
         return []
@@ -111,7 +111,7 @@ def sample_texts(compute: Callable[..., Any], context: int, text: Any, prompts: 
         windows = [(ids + row)[-half:] if part else ids for ids, row in zip(encoded, out.tolist(), strict=True)]
         longest = max(map(len, windows))
         count = context - longest if part else min(new_tokens, context - longest)
-        width = min(context - count, 1 << (longest - 1).bit_length())  # few widths, so few compilations
+        width = min(context - count, 1 << (longest - 1).bit_length())  # powers of two, to compile for few widths
         prompt_BL = np.zeros((len(windows), width), np.int32)
         for row, ids in zip(prompt_BL, windows, strict=True):
             row[: len(ids)] = ids
@@ -125,13 +125,13 @@ def sample_texts(compute: Callable[..., Any], context: int, text: Any, prompts: 
 
 
 def _start(text: Any) -> list[int]:
-    """What an empty prompt stands for: a token that the vocabulary has."""
+    """The tokens that replace an empty prompt."""
     if text.eot is not None:
         return [text.eot]
     for between in ("\n", " "):
         try:
             if len(ids := list(text.encode(between))):
                 return ids
-        except UserError:  # a vocabulary of characters that lacks this one
+        except UserError:  # this character is not in the vocabulary
             continue
     return [0]

@@ -23,10 +23,10 @@ class GPT(Transformer):
     tied: bool = True
     """The output projection is the transpose of the token embedding."""
     softcap: float | None = None
-    """Squash logits into (-softcap, softcap) with a tanh (Gemma 2); None leaves them alone."""
+    """Squash logits into (-softcap, softcap) with a tanh (Gemma 2); None: no softcap."""
 
     def validate(self) -> None:
-        """Raises UserError where the fields contradict each other."""
+        """Raises UserError if the fields contradict each other."""
         super().validate()
         if self.vocab is not None and self.vocab < 1:
             raise UserError(f"--model.vocab must be at least 1, not {self.vocab}.")
@@ -47,9 +47,9 @@ class GPT(Transformer):
         """`mask` (B, L): 1 where a token is real. `positions`: (L,) or (B, L), default 0..L-1.
 
         With `decode` the keys and values are written to the "cache" collection (`context` rows) at `positions`, and
-        each query sees the cache up to its own position: one call with L > 1 prefills, calls with L = 1 continue.
+        each query attends to the cache up to its own position: one call with L > 1 prefills, calls with L = 1 decode.
 
-        Without `head` it returns what `logits` takes: the last hidden states (B, L, D) and the head's kernel (D, V).
+        Without `head` it returns the arguments of `logits`: the last hidden states (B, L, D) and the kernel (D, V).
         """
         positions = jnp.atleast_2d(jnp.arange(tokens_BL.shape[1]) if positions is None else positions)
         wte = Embed(self.vocab, self.width, name="wte")
@@ -65,6 +65,6 @@ class GPT(Transformer):
         return self.logits(x_BLD, kernel_DV) if head else (x_BLD, kernel_DV)
 
     def logits(self, x_BLD: Array, kernel_DV: Array) -> Array:
-        """Float32 logits (B, L, V) of hidden states, be they of some positions only."""
+        """Float32 logits (B, L, V) of hidden states, which may be those of some positions only."""
         logits_BLV = project(x_BLD, kernel_DV, jnp.float32)
         return logits_BLV if self.softcap is None else self.softcap * jnp.tanh(logits_BLV / self.softcap)

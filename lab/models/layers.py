@@ -1,11 +1,11 @@
 """Layers that every Transformer here shares: projections, norms, attention, MLP, and the stack of blocks.
 
-Axis letters, one legend for the whole project. They end the names of arrays and are the letters of the einsums:
+Axis letters, one legend for the whole project, used as suffixes of array names and in einsum specs:
 B batch, L length (queries), S length (keys), D model width, N heads, G key/value heads, R query heads per
 key/value head (N = G R), M their rows (R L), K head width, F hidden width of the MLP, V vocabulary.
 
 Compute precision is not a field. The step casts the parameters (``Experiment.precision``) and every layer here
-computes in the type of its parameters; norms, softmax and logits are float32 inside whatever that type is.
+computes in the type of its parameters. Norms, softmax and logits are always computed in float32.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Norm = Literal["layernorm", "rmsnorm"]
 Mlp = Literal["gelu", "swiglu", "relu2"]
 Remat = Literal["none", "dots", "blocks"]
 
-SAVED = "product"  # the name of what remat="dots" keeps
+SAVED = "product"  # checkpoint name of the values that remat="dots" saves
 
 
 class Dense(nn.Module):
-    """`nn.Dense` (normal(0, stddev) weights, zero bias) that computes in the type of its parameters by `project`."""
+    """`nn.Dense` (normal(0, stddev) weights, zero bias) that computes in the type of its parameters, with `project`."""
 
     features: int
     bias: bool
@@ -53,17 +53,17 @@ class Dense(nn.Module):
         y = project(x, kernel, accumulation_dtype(x.dtype))
         if self.bias:
             y = add_broadcast(y, self.param("bias", nn.initializers.zeros, (self.features,)))
-        # Named because a policy of `jax.checkpoint` sees no product in a custom derivative.
+        # Named, because a `jax.checkpoint` policy does not see matmuls inside a custom derivative.
         return checkpoint_name(y.astype(x.dtype), SAVED)
 
 
 class Embed(nn.Module):
-    """`nn.Embed` (normal(0, stddev)) in the type of its parameters, whose gradient is summed in float32."""
+    """`nn.Embed` (normal(0, stddev)) in the type of its parameters; the gradient is summed in float32."""
 
     rows: int
     features: int
     stddev: float = 0.02
-    embedding_lookup = staticmethod(rows_of)  # lab/parallel/sharding.py knows such modules by this name
+    embedding_lookup = staticmethod(rows_of)  # lab/parallel/sharding.py looks for this attribute
 
     def setup(self) -> None:
         self.embedding = self.param("embedding", nn.initializers.normal(self.stddev), (self.rows, self.features))
@@ -80,12 +80,12 @@ def norm(kind: Norm, *, bias: bool, name: str) -> nn.Module:
 
 
 def is_zero(value: Any) -> bool:
-    """True for a plain 0. A traced number is never zero: the structure of a program must not hang on its value."""
+    """True for a Python 0; False for a traced number, whose value must not change the program's structure."""
     return isinstance(value, int | float) and value == 0
 
 
 def dropout(module: nn.Module, x: Array, rate: float | Array, train: bool) -> Array:
-    """Inverted dropout. Not `nn.Dropout`, whose branch on the rate forbids a traced rate (a study's axis)."""
+    """Inverted dropout. `nn.Dropout` branches on the rate, so it cannot take a traced rate (a study's axis)."""
     if not train or is_zero(rate):
         return x
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
@@ -93,18 +93,18 @@ def dropout(module: nn.Module, x: Array, rate: float | Array, train: bool) -> Ar
 
 
 class Transformer(nn.Module):
-    """The fields that a Transformer and every part of it share, so that no list of them is written twice."""
+    """The fields that a Transformer shares with its parts, defined once."""
 
     depth: int = 12
     """Number of blocks."""
     width: int = 768
     """Model width D."""
     heads: int = 12
-    """Attention heads N; they divide the width."""
+    """Attention heads N; must divide the width."""
     kv_heads: int | None = None
-    """Key/value heads G (grouped-query attention); they divide the heads. None: as many as heads."""
+    """Key/value heads G (grouped-query attention); must divide the heads. None: as many as heads."""
     hidden_multiple: float = 4.0
-    """Hidden width of the MLP as a multiple of the width (8/3 gives swiglu the parameters of gelu at 4)."""
+    """Hidden width of the MLP as a multiple of the width (swiglu at 8/3 has as many parameters as gelu at 4)."""
     context: int = 1024
     """The longest sequence, in tokens."""
     norm: Norm = "layernorm"
@@ -120,17 +120,16 @@ class Transformer(nn.Module):
     dropout: float = 0.0
     """Dropout rate on embeddings, attention probabilities and both residual branches."""
     attention: Attention = "auto"
-    """Attention backend; auto says which it chose and why. Decoding with a cache is always einsum."""
+    """Attention backend; auto logs its choice and the reason. Decoding with a cache always uses einsum."""
     remat: Remat = "none"
-    """What the backward pass computes again instead of keeping: nothing; all but the results of the projections and of
-    splash attention (dots); or the inside of every block (blocks). GPT small, 64 rows of 1,024 tokens on one H200, by
-    `plan` (2026-11-23): 23.4, 15.6 and 6.6 GiB of temporaries; a small local config's processor time: 1, 1.09 and
-    1.17."""
+    """What the backward pass recomputes. none: nothing; dots: everything except the outputs of projections and splash
+    attention; blocks: each whole block. GPT small, 64 rows of 1,024 tokens on one H200, by `plan` (2026-11-23): 23.4,
+    15.6 and 6.6 GiB of temporaries; CPU time of a small local config: 1, 1.09 and 1.17."""
     scan: bool = False
-    """One block compiled and scanned over stacked parameters (fast to compile), instead of depth blocks in a row."""
+    """Scan one block over stacked parameters, which compiles faster, instead of unrolling `depth` blocks."""
 
     def validate(self) -> None:
-        """Raises UserError where the fields contradict each other."""
+        """Raises UserError if the fields contradict each other."""
         for name in ("depth", "width", "heads", "kv_heads", "context"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--model.{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
@@ -152,11 +151,11 @@ class Transformer(nn.Module):
 
     @property
     def residual_stddev(self) -> float:
-        """GPT-2's initialisation of the 2 x depth projections that write to the residual stream."""
+        """Stddev of the 2 x depth projections that write to the residual stream, as in GPT-2."""
         return 0.02 / (2 * self.depth) ** 0.5
 
     def part(self, cls: type[Transformer], name: str) -> Transformer:
-        """A part with the same fields, as the child `name`."""
+        """A child module `name` with the same fields."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Transformer)}
         return cls(**(own | {"name": name, "parent": self}))
 
@@ -232,7 +231,7 @@ class SelfAttention(Transformer):
         L, K = q_BLNK.shape[1], q_BLNK.shape[-1]
         backend = choose_attention(self.attention, platform(), str(q_BLNK.dtype), K, L, mask_BS is not None, drops,
                                    sequence_devices() > 1)
-        if backend == "splash" and not self.is_initializing():  # with one record, that no mesh divides
+        if backend == "splash" and not self.is_initializing():  # init has one record, which no mesh can shard
             return splash.OnDevice(causal, SAVED, name="own")(q_BLNK, k_BSGK, v_BSGK)
         if backend == "cudnn":
             return cudnn_attention(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal=causal)

@@ -15,7 +15,7 @@ from lab.models.members import Members, Several
 
 
 def check_classes(classes: int | None, metadata: Mapping[str, int], flag: str = "--model.classes") -> None:
-    """Raises UserError if data with these metadata has another number of classes; `classes` None is a regression."""
+    """Raises UserError if the data's number of classes differs from `classes` (None: regression)."""
     found = metadata.get("classes", classes)
     if found == classes:
         return
@@ -26,21 +26,21 @@ def check_classes(classes: int | None, metadata: Mapping[str, int], flag: str = 
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """Raises UserError where a field that counts something is below 1; None is let through."""
+    """Raises UserError if a size is below 1; None is allowed."""
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise UserError(f"--model.{name.replace('_', '-')} must be at least 1, not {value}.")
 
 
 def check_rates(**rates: float | Array) -> None:
-    """Raises UserError where a dropout rate is outside [0, 1); a traced number cannot be looked at."""
+    """Raises UserError if a dropout rate is outside [0, 1); traced rates are not checked."""
     for name, value in rates.items():
         if isinstance(value, int | float) and not 0 <= value < 1:
             raise UserError(f"--model.{name.replace('_', '-')} must be in [0, 1), not {value}.")
 
 
 def output(x_BD: Array, classes: int | None) -> Array:
-    """The output layer, zero-initialised and in float32: logits (B, classes), or one number each (B,) for None."""
+    """Zero-initialised output layer in float32: logits (B, classes), or (B,) if `classes` is None."""
     y = nn.Dense(classes or 1, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head")(x_BD)
     return y[:, 0] if classes is None else y
 
@@ -48,7 +48,7 @@ def output(x_BD: Array, classes: int | None) -> Array:
 class Linear(nn.Module):
     """Linear regression, or softmax regression (with 2 classes: logistic regression), on inputs of any shape.
 
-    (B, ...) -> float32: (B,) without classes, else logits (B, classes). It starts at zero: the loss is convex.
+    (B, ...) -> float32: (B,) without classes, else logits (B, classes). Initialised to zero, since the loss is convex.
     """
 
     classes: int | None = None
@@ -70,8 +70,8 @@ class Linear(nn.Module):
 class MLP(nn.Module):
     """Multilayer perceptron with ReLU on inputs of any shape.
 
-    (B, ...) -> float32: (B,) without classes, else logits (B, classes). He initialisation (He et al. 2015), and zero
-    in the output layer.
+    (B, ...) -> float32: (B,) without classes, else logits (B, classes). He initialisation (He et al. 2015); the
+    output layer is zero.
     """
 
     classes: int | None = None
@@ -103,11 +103,11 @@ class MLP(nn.Module):
 
 
 class Ensemble(Several):
-    """M classifiers of one kind on the same inputs (Lakshminarayanan et al. 2017): `Members` of float32 logits
+    """M copies of a classifier on the same inputs (Lakshminarayanan et al. 2017): `Members` of float32 logits
     (B, M, classes).
 
-    They differ in initial weights and dropout. Each trains on its own loss (that is the task's part) with an optimizer
-    of its own, exactly as it would alone; predictions are means of probabilities.
+    Members differ in initial weights and dropout. Each has its own loss (computed by the task) and optimizer state, so
+    it trains exactly as it would alone. Predictions are mean probabilities.
     """
 
     def validate(self) -> None:

@@ -1,4 +1,4 @@
-"""Models of several members, each trained as if it were alone: what they return, and an optimizer for each member."""
+"""Models of several independently trained members: their base class, their output, and per-member optimizers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from jax import Array
 
 
 class Several(nn.Module):
-    """The base of models whose parameters, statistics and output belong to members, all of one kind.
+    """Base class of models that stack `members` copies of one model.
 
-    Variables are stacked along a first axis of length `members`, under the path of the member's own with "member/"
-    before it. The output is a `Members`. Nothing else says that there are members: no rank, no name.
+    Variables are stacked along a first axis of length `members`, under the member's path prefixed with "member/". The
+    output is a `Members`. Code detects such models by this class and `Members`, never by array rank or name.
     """
 
     member: nn.Module
-    """The model that is repeated."""
+    """The model to repeat."""
     members: int = 5
-    """How many members M."""
+    """Number of members M."""
 
 
 class Members(NamedTuple):
@@ -31,7 +31,7 @@ class Members(NamedTuple):
 
 
 def per_member(tx: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    """`tx` for each member by itself: norms, factored moments and orthogonal steps see one member's arrays only."""
+    """`tx` per member: norms, factored moments and orthogonalised updates see one member's arrays only."""
     def update(grads: Any, state: Any, params: Any, **model_state: Any) -> tuple[Any, Any]:
         return jax.vmap(lambda g, s, p, e: tx.update(g, s, p, **e))(grads, state, params, model_state)
 

@@ -1,4 +1,4 @@
-"""One convolutional trunk with several heads: the class, a coarse group of classes, and the image itself again."""
+"""One convolutional trunk with several heads: the class, a coarse group of classes, and a reconstructed image."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lab.models.linear import check_classes, check_rates, check_sizes
 
 
 class ClassifyAndReconstruct(nn.Module):
-    """Convolutions and pooling to a code; from it class, group and image. For `lab.tasks.multitask.MultiTask`."""
+    """A convolutional encoder and heads for class, group and image. For `lab.tasks.multitask.MultiTask`."""
 
     classes: int = 10
     """Classes of the output "class"."""
     groups: int = 0
-    """Groups of the output "group"; 0: there is no such output."""
+    """Groups of the output "group"; 0: no such output."""
     reconstruct: bool = True
-    """Whether there is an output "image"."""
+    """Add the output "image"."""
     channels: tuple[int, ...] = (32, 64)
-    """Channels of each 3x3 convolution, after which the image is half as high and wide."""
+    """Channels of each 3x3 convolution; each is followed by 2x2 pooling."""
     code: int = 128
-    """Width of the code that all heads share."""
+    """Width of the code, the input of all heads."""
     dropout: float = 0.0
-    """Dropout rate on the code, for class and group."""
+    """Dropout rate on the code, for the class and group heads."""
 
     def validate(self) -> None:
         """Raises UserError for a field out of range."""
@@ -67,7 +67,7 @@ class ClassifyAndReconstruct(nn.Module):
         return outputs
 
     def _image(self, code_BD: Array, shape: tuple[int, ...], sizes: list[tuple[int, ...]], C: int) -> Array:
-        """The trunk backwards: nearest neighbours, then a convolution, to each of its sizes."""
+        """The decoder: nearest-neighbour upsampling to each of the trunk's `sizes`, then a convolution."""
         x_BHWC = nn.relu(nn.Dense(shape[1] * shape[2] * shape[3], name="decoder")(code_BD)).reshape(shape)
         for i in reversed(range(len(sizes))):
             B, _, _, K = x_BHWC.shape

@@ -1,8 +1,8 @@
-"""Operations in reduced precision: what is rounded when, and derivatives that keep to it.
+"""Operations in reduced precision, with gradients that round at the same places.
 
-Products take operands of reduced precision and are accumulated in float32; between two products everything is computed
-in float32 and rounded once; gradients of biases, positions and embeddings are summed in float32. Float32 operands keep
-JAX's own rules, and with them forward-mode derivatives. Axis letters: see lab/models/layers.py.
+Matmuls take operands of reduced precision and accumulate in float32. Elementwise operations between two matmuls are
+computed in float32 and rounded once. Gradients of biases, positions and embeddings are summed in float32. Float32
+operands use JAX's own rules, so forward-mode derivatives work. Axis letters: see lab/models/layers.py.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from jax import Array
 
 
 def platform() -> str:
-    """Of the devices that this is traced for, which need not be here: those of the mesh, else JAX's first."""
+    """Platform of the devices traced for: the mesh's (possibly AOT topology devices), else JAX's first device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
 
 
 def sequence_devices() -> int:
-    """Devices that the length of activations is divided among, by the mesh that this is traced for."""
+    """Number of devices that shard the length axis of activations in the current mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape).get("sequence", 1)
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """The type in which a product that `dtype` is wanted of is asked for. CPUs are fast at float32 only, TPUs round it
-    on the chip, and GPUs, which also accumulate bfloat16 in float32, would write it to memory and read it again.
+    """`preferred_element_type` for a matmul whose result is cast to `dtype`. CPUs are fast in float32 only, and TPUs
+    round on the chip. GPUs accumulate bfloat16 in float32 anyway, and would write a float32 result to memory.
     """
     return dtype if platform() == "gpu" else jnp.float32
 
 
 def product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
-    """``einsum(spec, a, b)`` in `dtype`, accumulated in float32. No letter may stand for a sum over one operand alone.
+    """``einsum(spec, a, b)`` in `dtype`, accumulated in float32. A summed letter must be in both operands.
 
-    Float32 operands keep JAX's own rule, and with it forward-mode derivatives.
+    Float32 operands use JAX's own rule, so forward-mode derivatives work.
     """
     if a.dtype == jnp.float32:
         return jnp.einsum(spec, a, b)
@@ -46,8 +46,8 @@ def product(spec: str, a: Array, b: Array, dtype: Any) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _reduced_product(spec: str, dtype: Any, a: Array, b: Array) -> Array:
-    """The derivative is written out so that its two products also take operands of reduced precision: left to autodiff,
-    the float32 cotangent would turn both into mixed products, which no matrix unit (AMX, tensor core, MXU) runs.
+    """Has a custom VJP, so that both matmuls of the gradient also take operands of reduced precision. Autodiff would
+    pass the float32 cotangent to mixed-precision matmuls, which no matrix unit (AMX, tensor core, MXU) supports.
     """
     return jnp.einsum(spec, a, b, preferred_element_type=accumulation_dtype(dtype)).astype(dtype)
 
@@ -68,16 +68,16 @@ _reduced_product.defvjp(_forward, _backward)
 
 
 def project(x: Array, kernel: Array, dtype: Any) -> Array:
-    """``x (..., D) @ kernel (D, F) -> (..., F)`` by `product`."""
+    """``x (..., D) @ kernel (D, F) -> (..., F)``, with `product`."""
     if x.dtype == jnp.float32 and platform() == "cpu" and sequence_devices() == 1:
-        # All rows as one matrix (no mesh may divide two axes of it): nanoGPT's update on 2 cores, 34 ms instead of 38.
+        # One matrix of all rows (valid while the mesh shards one axis only): a nanoGPT step on 2 cores, 34 ms, not 38.
         return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
     rows = "ABCEGHI"[: x.ndim - 1]
     return product(f"{rows}D,DF->{rows}F", x, kernel, dtype)
 
 
 def add_broadcast(y: Array, b: Array) -> Array:
-    """``y + b`` in y's type, `b` broadcast; the gradient of `b` is summed in float32. GPUs add it as they multiply."""
+    """``y + b`` in y's type, `b` broadcast; the gradient of `b` is summed in float32. GPUs fuse it into the matmul."""
     b = jnp.expand_dims(b.astype(y.dtype), range(y.ndim - b.ndim))
     return y + b if y.dtype == jnp.float32 else _reduced_add(y, b)
 
@@ -96,8 +96,8 @@ _reduced_add.defvjp(lambda y, b: (_reduced_add(y, b), b), _add_backward)
 
 
 def rows_of(table: Array, ids: Array) -> Array:
-    """``table[ids]``; the gradient is summed in float32. A sum of bfloat16 numbers soon stops to grow, and the same
-    token comes hundreds of times in a batch.
+    """``table[ids]``; the gradient is summed in float32: a bfloat16 sum soon stops growing, and a token may occur
+    hundreds of times in a batch.
     """
     return jnp.take(table, ids, axis=0) if table.dtype == jnp.float32 else _reduced_rows(table, ids)
 
@@ -116,10 +116,10 @@ _reduced_rows.defvjp(lambda table, ids: (_reduced_rows(table, ids), (table, ids)
 
 
 def elementwise(f: Callable[..., Array], *operands: Array) -> Array:
-    """``f(*operands)`` computed in float32, in the type of the operands. The backward pass computes f again from them:
-    what autodiff would keep is larger, and each rounding between two operations costs CPUs more than the operations.
+    """``f(*operands)`` computed in float32, returned in the type of the operands. The backward pass recomputes f:
+    autodiff's residuals are larger, and on CPUs the rounding between operations costs more than the operations.
 
-    Float32 operands keep JAX's own rule, and with it forward-mode derivatives.
+    Float32 operands use JAX's own rule, so forward-mode derivatives work.
     """
     return f(*operands) if operands[0].dtype == jnp.float32 else _reduced_elementwise(f, *operands)
 
@@ -134,8 +134,8 @@ def _reduced_elementwise(f: Callable[..., Array], *operands: Array) -> Array:
 
 
 def _elementwise_backward(f: Callable[..., Array], operands: tuple[Array, ...], g: Array) -> tuple[Array, ...]:
-    # Without barriers GPUs keep what the forward pass computed, as that is the same, and write the gradient, which two
-    # products and a sum read, in float32 too: half as many bytes again in an MLP (CPUs: 3 % slower with them).
+    # Without barriers, XLA on GPUs merges the recomputation with the forward pass (CSE) and also writes the gradient in
+    # float32, for two matmuls and a sum to read: 1.5 times the bytes in an MLP. On CPUs barriers cost 3 %.
     once = jax.lax.optimization_barrier if platform() == "gpu" else lambda x: x
     operands, g = once((operands, g))
     return once(jax.vjp(_in_float32(f), *operands)[1](g))
@@ -145,9 +145,9 @@ _reduced_elementwise.defvjp(lambda f, *operands: (_in_float32(f)(*operands), ope
 
 
 def softmax(scores: Array, dtype: Any) -> Array:
-    """Over the last axis of float32 scores, in float32, rounded to `dtype`.
+    """Softmax over the last axis of float32 scores, computed in float32 and rounded to `dtype`.
 
-    In reduced precision the backward pass has the rounded probabilities, as the product after it does, and no others.
+    In reduced precision the backward pass uses the rounded probabilities only, as does the matmul that follows.
     """
     return jax.nn.softmax(scores) if dtype == jnp.float32 else _reduced_softmax(dtype, scores)
 

@@ -24,9 +24,9 @@ State = tuple[Array, Array]
 class LSTM(nn.Module):
     """Long short-term memory (Hochreiter & Schmidhuber 1997) over token ids (B, L): float32 logits (B, classes).
 
-    Padding never changes the answer: where the mask is 0 the state is carried over, so the direction from right to left
-    begins at the last real token, and outputs there are left out of the pooling. A text without any real token is
-    pooled to zeros. Word vectors go into the parameter `embedding/embedding` (V, D).
+    Padding does not change the result: where the mask is 0 the state is carried over, so the backward direction starts
+    at the last real token, and pooling leaves those outputs out. A text without a real token is pooled to zeros.
+    Pretrained word vectors go into the parameter `embedding/embedding` (V, D).
     """
 
     vocab: int | None = None
@@ -36,15 +36,15 @@ class LSTM(nn.Module):
     hidden: int = 128
     """Hidden units H of each direction."""
     depth: int = 1
-    """Layers, one upon the other."""
+    """Number of stacked layers."""
     bidirectional: bool = True
-    """Also read from right to left, with weights of its own (Schuster & Paliwal 1997)."""
+    """Add a right-to-left direction with its own weights (Schuster & Paliwal 1997)."""
     dropout: float = 0.0
-    """Dropout rate on embeddings, between layers and before the classifier; never from step to step."""
+    """Dropout rate on embeddings, between layers and before the classifier; none on the recurrence."""
     classes: int = 2
     """Number of classes C."""
     pool: Literal["last", "mean", "max"] = "last"
-    """What the classifier sees of the last layer: both directions' final states, or mean or max over real tokens."""
+    """Input of the classifier: final states of the last layer (both directions), or mean or max over real tokens."""
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
@@ -75,20 +75,20 @@ class LSTM(nn.Module):
         x_BLD = x_BLD.astype(jnp.float32)
         if self.pool == "mean":
             return jnp.where(real_BL1, x_BLD, 0).sum(axis=1) / jnp.maximum(real_BL1.sum(axis=1), 1)
-        highest_BD = jnp.where(real_BL1, x_BLD, -1).max(axis=1)  # no output of an LSTM is below -1
+        highest_BD = jnp.where(real_BL1, x_BLD, -1).max(axis=1)  # LSTM outputs are above -1
         return jnp.where(real_BL1.any(axis=1), highest_BD, 0)
 
 
 class Layer(nn.Module):
     """One layer in one or both directions: (B, L, D) -> outputs (B, L, H or 2 H) and final states (B, H or 2 H).
 
-    The products with the inputs of all steps are one product before the scan, for both directions together; in the scan
-    remains (B, H) x (H, 4 H) for each. Weights start as in Keras: Glorot, orthogonal, and a bias of 1 for the
-    forget gate (Jozefowicz et al. 2015). The gates stand in the order input, forget, cell, output, as in torch.
+    One matmul before the scan projects the inputs of all time steps and both directions; the scan keeps one
+    (B, H) x (H, 4 H) matmul per direction. Initialisation as in Keras: Glorot, orthogonal, and a forget-gate bias of 1
+    (Jozefowicz et al. 2015). Gate order as in torch: input, forget, cell, output.
 
-    Speed (2-core CPU, AMD EPYC, 2026-11-22; whole updates of newsgroups_lstm, in one hour): 165 ms; 225 without
-    computing the gates again and with the length first only after the product with the inputs. Not worth their lines:
-    a scan per direction or both directions in one product (the same), unrolling 4 steps (1.3x slower).
+    Speed (2-core CPU, AMD EPYC, 2026-11-22; whole steps of newsgroups_lstm, within one hour): 165 ms; 225 ms without
+    recomputing the gates and with the transpose to length-first after the input matmul. Tried and rejected: one scan
+    per direction, or both directions in one matmul (same speed), and unrolling 4 time steps (1.3x slower).
     """
 
     hidden: int
@@ -102,10 +102,10 @@ class Layer(nn.Module):
         recurrents = [self.param(f"{d}_recurrent", orthogonal, (H, 4 * H)) for d in directions]
         biases = [self.param(f"{d}_bias", _forget_bias, (4 * H,)) for d in directions]
 
-        x_LBD = x_BLD.swapaxes(0, 1)  # before it grows
+        x_LBD = x_BLD.swapaxes(0, 1)  # transpose before the projection enlarges it
         z_LBF = add_broadcast(project(x_LBD, jnp.concatenate(inputs, 1), x_BLD.dtype), jnp.concatenate(biases))
         real_LB1 = real_BL1.swapaxes(0, 1)
-        # The second direction reads both from their end, and its outputs are turned round again below.
+        # The second direction reads inputs and mask reversed; its outputs are reversed back below.
         steps = [(z[::turn], real_LB1[::turn]) for z, turn in zip(jnp.split(z_LBF, len(directions), -1), (1, -1),
                                                                  strict=False)]
 
@@ -121,13 +121,13 @@ class Layer(nn.Module):
 
 
 def _cell(state: State, inputs: tuple[Array, Array], recurrent_HF: Array) -> State:
-    """One step of one direction; the state stays as it is where there is no real token."""
+    """One time step of one direction; padding leaves the state unchanged."""
     (h_BH, c_BH), (z_BF, real_B1) = state, inputs
     z_BF = z_BF.astype(jnp.float32) + product("BH,HF->BF", h_BH, recurrent_HF, jnp.float32)
     return _gates(z_BF, h_BH, c_BH, real_B1)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # written and read at every step, what it spares costs more
+@functools.partial(jax.checkpoint, prevent_cse=False)  # saving the gates each step is slower
 def _gates(z_BF: Array, h_BH: Array, c_BH: Array, real_B1: Array) -> State:
     i, f, g, o = jnp.split(z_BF, 4, axis=-1)
     new_c_BH = nn.sigmoid(f) * c_BH + nn.sigmoid(i) * jnp.tanh(g)
@@ -136,5 +136,5 @@ def _gates(z_BF: Array, h_BH: Array, c_BH: Array, real_B1: Array) -> State:
 
 
 def _forget_bias(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
-    """0, and 1 for the forget gate, the second of four."""
+    """1 for the forget gate (the second of four), else 0."""
     return jnp.repeat(jnp.array([0, 1, 0, 0], dtype), shape[0] // 4)

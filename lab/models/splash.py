@@ -1,4 +1,4 @@
-"""Splash attention: JAX's flash attention (Dao et al. 2022) for TPUs, whose memory is linear in the length."""
+"""Splash attention: JAX's flash attention (Dao et al. 2022) for TPUs, with memory linear in the length."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-BLOCKS = (512, 256, 128)  # queries and keys that the kernel works on at a time
+BLOCKS = (512, 256, 128)  # block sizes of the kernel, in queries and keys
 
 
 def splash_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, *, causal: bool, save: str | None = None,
                      interpret: bool = False) -> Array:
-    """What `einsum_attention` computes without padding; L = S, a multiple of 128. Returns (B, L, N, K) in q's type.
+    """Same result as `einsum_attention` without padding; L = S, a multiple of 128. Returns (B, L, N, K) in q's type.
 
-    `save`: the name under which `jax.checkpoint` may keep what the backward pass needs. `interpret`: run it on a CPU,
-    slowly.
+    `save`: checkpoint name of the kernel's residuals, for `jax.checkpoint` policies. `interpret`: run on a CPU, slowly.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -24,7 +23,7 @@ def splash_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, *, causal: boo
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
         block_kv_dkv_compute=block, use_fused_bwd_kernel=True)
-    with jax.ensure_compile_time_eval():  # which blocks the mask leaves out
+    with jax.ensure_compile_time_eval():  # the block mask must be concrete
         kernel = splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
             residual_checkpoint_name=save, interpret=interpret)
@@ -33,8 +32,8 @@ def splash_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, *, causal: boo
 
 
 class OnDevice(nn.Module):
-    """`splash_attention` as a module of its own, because the compiler cannot divide a kernel: lab/parallel/sharding.py
-    gives every device its rows and heads."""
+    """`splash_attention` as a separate module, because XLA cannot partition a custom kernel: lab/parallel/sharding.py
+    shards it by rows and heads."""
 
     causal: bool
     save: str

@@ -17,7 +17,7 @@ from lab.models.precision import add_broadcast
 
 
 def sincos(rows: int, columns: int, width: int) -> np.ndarray:
-    """Fixed positions of a grid in row order, (rows * columns, width): sine and cosine of the column, then of the row,
+    """Fixed 2D position embedding, row-major, (rows * columns, width): sine and cosine of the column, then of the row,
     at width / 4 frequencies from 1 down to nearly 1 / 10,000 (Chen, Xie & He 2021).
     """
     frequency = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
@@ -28,25 +28,25 @@ def sincos(rows: int, columns: int, width: int) -> np.ndarray:
 class ViT(Transformer):
     """Image classifier: images (B, H, W, C) -> float32 logits (B, classes); H and W are multiples of `patch`.
 
-    By width and heads: Ti 192 and 3, S 384 and 6, B 768 and 12, all 12 blocks deep.
+    Published sizes (width, heads; all with depth 12): Ti 192, 3; S 384, 6; B 768, 12.
     """
 
-    context: ClassVar[int] = 1  # no field here: the length follows from image and patch, and only decoding reads it
+    context: ClassVar[int] = 1  # not a field: the length follows from image and patch; only decoding uses it
     width: int = 384
     """Model width D."""
     heads: int = 6
-    """Attention heads N; they divide the width."""
+    """Attention heads N; must divide the width."""
     position: Literal["learned", "sincos", "none"] = "learned"
-    """What is added to the patches: a learned table, fixed sines and cosines of row and column, or nothing."""
+    """Position embedding of the patches: a learned table, fixed sines and cosines of row and column, or none."""
     patch: int = 16
     """Side of the square patches, in pixels; each becomes one token."""
     pool: Literal["token", "mean"] = "token"
-    """What the classes are read from: an additional class token, or the mean over the patches."""
+    """Input of the classifier: a class token, or the mean over the patches."""
     classes: int = 1000
     """Number of classes."""
 
     def validate(self) -> None:
-        """Raises UserError where the fields contradict each other."""
+        """Raises UserError if the fields contradict each other."""
         super().validate()
         check_sizes(patch=self.patch, classes=self.classes)
         if self.position == "sincos" and self.width % 4:
@@ -71,7 +71,7 @@ class ViT(Transformer):
             x_BLD = jnp.concatenate([add_broadcast(jnp.zeros_like(x_BLD[:, :1]), token_D), x_BLD], axis=1)
         L = x_BLD.shape[1]
         if self.position == "learned":
-            # As an embedding of 0..L-1, so that the rules that spare embeddings from weight decay know it by its name.
+            # An embedding of 0..L-1 named like GPT's, so that weight-decay rules treat it as an embedding.
             x_BLD = add_broadcast(x_BLD, Embed(L, self.width, name="wpe")(jnp.arange(L)[None]))
         elif self.position == "sincos":
             table_LD = np.pad(sincos(rows, columns, self.width), ((L - rows * columns, 0), (0, 0)))  # 0 for the token

@@ -1,1 +1,1 @@
-"""Tasks: what is learned, said once, one file for each kind. `lab.tasks.base` says what a task is."""
+"""Tasks: loss, metrics and reports, one file per kind of task. `lab.tasks.base` defines the interface."""

@@ -1,4 +1,4 @@
-"""Generative adversarial training (Goodfellow et al. 2014) as one scalar, its sample grids, and scores by a judge."""
+"""Generative adversarial training (Goodfellow et al. 2014) with one scalar loss, sample grids, and judge scores."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from lab.errors import UserError
 from lab.files import make_folder, replace_file
 from lab.tasks.base import EvalResult, Loss, Task, apply
 
-GRID = 8  # a grid of samples has this many rows and columns
+GRID = 8  # rows and columns of a sample grid
 GAP = 2  # pixels between the pictures of a grid
-LATENT = zlib.crc32(b"latent")  # folded into a record's key, whose other uses are augmentations
-CONFIDENT = 0.9  # the judge's probability from which a sample counts as recognised
+LATENT = zlib.crc32(b"latent")  # folded into a record's key, which augmentation also uses
+CONFIDENT = 0.9  # minimum probability at which the judge counts a sample as recognised
 
 
 def latents(keys_B: Array, latent: int) -> Array:
-    """One standard normal vector for each key: float32 (B, latent). It depends on its own key alone."""
+    """One standard normal vector per key: float32 (B, latent). Row i depends on key i only."""
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, LATENT), (latent,)))(keys_B)
 
 
 @dataclass(frozen=True)
 class Adversarial(Task):
-    """Generator and discriminator trained at once, by the gradient of ONE scalar.
+    """Generator and discriminator trained at the same time, by the gradient of ONE scalar.
 
-    With logits D, images x and fakes y = G(z), where sg stops the gradient, a record's loss is
+    For logits D, images x, fakes y = G(z) and stop-gradient sg, a record's loss is
 
         d(D(x), D(sg(y))) + g(D_sg(y)),
 
-    D_sg being D with its parameters behind sg. The first part has no derivative by G's parameters and the second none
-    by D's, so the gradient is that of two separate losses, both at the parameters before the update. The model needs
-    `latent`, the methods `generate` and `discriminate`, and the discriminator's parameters under "discriminator";
-    images come in [-1, 1]. One z is drawn for each record, from its key.
+    where D_sg is D with sg on its parameters. d has no gradient for G's parameters and g none for D's, so the gradient
+    equals that of two separate losses, both at the parameters before the step. The model needs `latent`, the methods
+    `generate` and `discriminate`, and the discriminator's parameters under "discriminator". Images are in [-1, 1]. One
+    z is drawn per record, from the record's key.
 
-    Metrics: loss (sum of both), generator_loss, discriminator_loss, and the shares of real and of fake images that the
-    discriminator gets right. None of them says how good the samples are: a low loss of one is a high one of the other.
+    Metrics: loss (sum of both), generator_loss, discriminator_loss, and the discriminator's accuracy on real and on
+    fake images. None of them measures sample quality: a low loss of one network is a high loss of the other.
     """
 
     curves: ClassVar[tuple[str, ...]] = ("generator_loss", "discriminator_loss", "real_accuracy", "fake_accuracy")
@@ -56,7 +56,7 @@ class Adversarial(Task):
     """non_saturating: d = softplus(-real) + softplus(fake), g = softplus(-fake) (Goodfellow et al. 2014); hinge:
     d = max(0, 1 - real) + max(0, 1 + fake), g = -fake (Lim & Ye 2017)."""
     label_smoothing: float = 0.0
-    """Target 1 - this for real images (one-sided, Salimans et al. 2016). For non_saturating only."""
+    """Real images have target 1 - label_smoothing (one-sided, Salimans et al. 2016). non_saturating only."""
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
@@ -68,7 +68,7 @@ class Adversarial(Task):
             raise UserError("--task.label-smoothing is for --task.kind non_saturating: hinge has no target to smooth.")
 
     def losses(self, real_B: Array, fake_B: Array, fooled_B: Array) -> tuple[Array, Array]:
-        """Losses of discriminator and generator, each (B,), from the logits of real images and of fakes (twice)."""
+        """Losses of discriminator and generator, (B,) each. `fake_B` and `fooled_B`: D and D_sg of the fakes."""
         if self.kind == "hinge":
             return nn.relu(1 - real_B) + nn.relu(1 + fake_B), -fooled_B
         smooth = self.label_smoothing
@@ -77,7 +77,7 @@ class Adversarial(Task):
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:
-        """`batch`: "inputs" (B, H, W, C) in [-1, 1], "key" (B,), "weight" (B,). See the class for the scalar."""
+        """`batch`: "inputs" (B, H, W, C) in [-1, 1], "key" (B,), "weight" (B,). See the class for the loss."""
         images, weight = batch["inputs"], batch["weight"].astype(jnp.float32)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError("The images reach the task as integers: let the data normalise them (mean 0.5, standard "
@@ -87,7 +87,7 @@ class Adversarial(Task):
         fakes, model_state = run(variables, latents(batch["key"], model.latent), method="generate")
         real, model_state = run({"params": params, **model_state}, images, method="discriminate")
         fake, model_state = run({"params": params, **model_state}, jax.lax.stop_gradient(fakes), method="discriminate")
-        # Forward this is the same computation once more, which XLA finds; backward only the images get a gradient.
+        # XLA merges this forward pass with the identical one above (CSE). Here only the images get a gradient.
         still = {**params, "discriminator": jax.lax.stop_gradient(params["discriminator"])}
         fooled, _ = run({"params": still, **model_state}, fakes, method="discriminate")
         discriminator, generator = self.losses(real, fake, fooled)
@@ -101,7 +101,7 @@ class Adversarial(Task):
         return *metrics["loss"], metrics, model_state
 
     def snapshot(self, outcome: EvalResult) -> None:
-        """Writes samples/step-<step>.png: 8 x 8 samples of noise that depends on the seed only, so one can compare."""
+        """Writes samples/step-<step>.png: 8 x 8 samples, comparable because the noise depends on the seed only."""
         path = outcome.folder / "samples" / f"step-{outcome.step:06d}.png"
         _save(path, grid(generate_images(outcome.compute, GRID * GRID, outcome.seed)))
 
@@ -110,7 +110,7 @@ class Adversarial(Task):
         plots = outcome.folder / "plots"
         _save(plots / "samples.png", grid(generate_images(outcome.compute, GRID * GRID, outcome.seed)))
         lines = [f"{GRID * GRID} samples: {plots / 'samples.png'}"]
-        # From the files, which a resumed run finds as it left them. A step after this one is not of this run's past.
+        # Read the files, so that a resumed run has its earlier grids. Skip later steps, left by an abandoned run.
         found = {int(m[1]): path for path in (outcome.folder / "samples").glob("step-*.png")
                  if (m := re.fullmatch(r"step-(\d+)\.png", path.name)) and int(m[1]) <= outcome.step}
         if len(found) > 1:
@@ -130,7 +130,7 @@ def _generate(model: nn.Module, variables: Mapping[str, Any], seed: Array, first
 
 
 def generate_images(compute: Callable[..., Any], number: int, seed: int, batch: int = 64) -> np.ndarray:
-    """`number` samples, uint8 (number, H, W, C); sample i is decided by (variables, seed, i), whatever the batch.
+    """`number` samples, uint8 (number, H, W, C); sample i depends on (variables, seed, i), not on the batch size.
 
     `compute`: see `EvalResult`.
     """
@@ -140,7 +140,7 @@ def generate_images(compute: Callable[..., Any], number: int, seed: int, batch: 
 
 
 def grid(images: np.ndarray) -> Image.Image:
-    """uint8 images (n, H, W, C), C 1 or 3, in rows of 8 on white; small ones magnified so that people see them."""
+    """uint8 images (n, H, W, C), C 1 or 3, in rows of 8 on white; small images are magnified."""
     n, H, W, C = images.shape
     scale = max(1, 56 // H)
     rows = -(-n // GRID)
@@ -152,7 +152,7 @@ def grid(images: np.ndarray) -> Image.Image:
 
 
 def over_time(grids: Mapping[int, Path], rows: int = 12) -> Image.Image:
-    """The first row of every grid (step -> file), one below the other with its step; at most `rows`, evenly spaced."""
+    """The first rows of at most `rows` evenly spaced grids (step -> file), stacked and labelled with the step."""
     steps = sorted(grids)
     steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(rows, len(steps))).round().astype(int))]
     strips = []
@@ -169,7 +169,7 @@ def over_time(grids: Mapping[int, Path], rows: int = 12) -> Image.Image:
 
 
 def _save(path: Path, picture: Image.Image) -> None:
-    """All of the file or nothing, so that a killed run leaves no half picture for the next."""
+    """Saves atomically, so that a killed run leaves no partial image."""
     make_folder(path.parent)
     picture.save(buffer := io.BytesIO(), format="PNG")
     replace_file(path, buffer.getvalue())
@@ -179,20 +179,20 @@ def _save(path: Path, picture: Image.Image) -> None:
 
 
 def judge_scores(probabilities: np.ndarray) -> dict[str, float]:
-    """What a classifier of the real images says of samples: `probabilities` (n, C), rows that sum to 1.
+    """Scores of samples from the `probabilities` (n, C) of a classifier of real images; rows sum to 1.
 
     confident           share of the samples with a largest probability >= 0.9
     confidence          mean of the largest probability
-    entropy             H = -sum_c h_c log h_c in nats, h_c being the share of samples whose likeliest class is c
+    entropy             H = -sum_c h_c log h_c in nats, h_c is the share of samples with most likely class c
     normalised_entropy  H / log C: 1 when all classes are as frequent
     classes             number of classes with h_c >= 0.01
     collapsed           1 when normalised_entropy < 0.5 or classes < C / 2, else 0
 
-    High confidence with low entropy is a collapse, low confidence with high entropy is noise: read both (the Inception
-    score, Salimans et al. 2016, is a product of the two). Samples that repeat one another inside every class go unseen.
+    High confidence with low entropy means mode collapse, low confidence with high entropy means noise: read both (the
+    Inception score, Salimans et al. 2016, multiplies them). Repeated samples within a class are not detected.
 
     Raises:
-      UserError: no sample, or fewer than two classes.
+      UserError: no samples, or fewer than two classes.
     """
     probabilities = np.asarray(probabilities, np.float64)
     if probabilities.ndim != 2 or len(probabilities) == 0 or probabilities.shape[1] < 2:

@@ -1,7 +1,7 @@
-"""What a task is: batch -> (loss sum, weight, metrics, model_state). The loop knows no model, and a task knows no loop.
+"""The task interface: batch -> (loss sum, weight, metrics, model_state). Models, tasks and the train loop are separate.
 
-A task is a frozen dataclass. Losses and metrics are sums with their weights, never means, so that microbatches, devices
-and hosts add and divide once.
+A task is a frozen dataclass. Losses and metrics are (sum, weight), never means, so that microbatches, devices and hosts
+are summed first and divided once.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from lab.errors import UserError, where
 
 Metrics = dict[str, Any]
-"""name -> (sum, weight); in evaluation also name -> array of counts that add (a confusion matrix)."""
+"""name -> (sum, weight); in evaluation also name -> additive counts (a confusion matrix)."""
 Loss = tuple[Array, Array, Metrics, dict[str, Any]]
 
 
 def apply(model: nn.Module, variables: Mapping[str, Any], *inputs: Array, rngs: Mapping[str, Array], train: bool,
           **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-    """`model.apply`; returns the output and the mutable collections (changed only when training).
+    """`model.apply`; returns the output and the mutable collections (changed only in training).
 
-    Inputs that are floating-point numbers come in the type of the parameters, which is the compute type.
+    Floating-point inputs are cast to the type of the parameters (the compute type).
     """
     dtype = next((x.dtype for x in jax.tree.leaves(variables["params"])), None)
     inputs = tuple(x.astype(dtype or x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in inputs)
@@ -48,17 +48,17 @@ def apply(model: nn.Module, variables: Mapping[str, Any], *inputs: Array, rngs: 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """An evaluated model, with all that a task may write or draw about it."""
+    """An evaluated model, and what a task needs to write reports about it."""
 
     model: Any
     compute: Callable[..., Any]
     """``compute(f, *arrays, **static)`` is ``f(model, variables, *arrays, **static)`` as NumPy arrays, computed on the
-    run's mesh with the parameters to evaluate with, in the compute type. `f` is a function of a module, `static` are
-    hashable; with several processes all of them call it. Nothing else may apply the model: a plain `jax.jit` knows of
-    no mesh, and kernels for TPUs cannot be divided without one."""
+    run's mesh with the evaluation parameters, in the compute type. `f` is a module-level function and `static` values
+    are hashable. Every process must call it. Apply the model through this only: a plain `jax.jit` has no mesh, and TPU
+    kernels cannot be sharded without one."""
     data: Any
     records: Any
-    """The records of the split that was evaluated."""
+    """The records of the evaluated split."""
     split: str
     means: Mapping[str, float]
     counts: Mapping[str, np.ndarray]
@@ -66,7 +66,7 @@ class EvalResult:
     step: int
     seed: int
     folder: Path
-    """Existing; pictures and tables go here."""
+    """Existing folder for plots and tables."""
 
     @functools.cached_property
     def _predicted(self) -> dict[str, np.ndarray]:
@@ -79,19 +79,19 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Task:
-    """The base of all tasks: what most of them need not say."""
+    """Base class of all tasks, with defaults."""
 
     curves: ClassVar[tuple[str, ...]] = ("loss",)
-    """Metrics that are drawn as curves."""
+    """Metrics to plot as curves."""
 
     fields: ClassVar[tuple[str, ...]] = ()
-    """What a record must have, one of these at least."""
+    """A record must have at least one of these fields."""
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
 
     def mixes_rows(self, model: nn.Module, data: Any, precision: str) -> bool:
-        """See `mixes_rows` below: then how a batch is divided is a part of what an experiment is."""
+        """See `mixes_rows` below. If true, how a batch is split into microbatches is part of the fingerprint."""
         return mixes_rows(self, model, data, precision)
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
@@ -101,8 +101,8 @@ class Task:
         return model.init(key, inputs, train=False, **mask)
 
     def check(self, output: Any, data: Any) -> None:
-        """Raises UserError where the model or the task does not fit the loaded data; called once, before anything is
-        computed. `output`: the shapes of what the model returns for one record, in an array's place.
+        """Raises UserError if the model or the task does not fit the loaded data. Called once, before any computation.
+        `output`: the model's output for one record, as `jax.ShapeDtypeStruct`s.
         """
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
@@ -111,11 +111,11 @@ class Task:
         raise NotImplementedError
 
     def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Figures that are not a mean of anything, from the finished means and counts."""
+        """Metrics that are not means, computed from the final means and counts."""
         return {}
 
     def predict(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> dict[str, Array]:
-        """What each record gets: name -> (B, ...). Raises UserError where there is nothing to predict."""
+        """Predictions for each record: name -> (B, ...). Raises UserError if the task makes none."""
         raise UserError(f"{type(self).__name__} makes no predictions.")
 
     def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
@@ -123,22 +123,22 @@ class Task:
         raise UserError(f"{type(self).__name__} makes no predictions.")
 
     def artifacts(self, outcome: EvalResult) -> list[str]:
-        """Writes what is worth looking at when a run ends; returns lines for a person."""
+        """Writes reports and plots when a run ends; returns lines to print."""
         return []
 
     def snapshot(self, outcome: EvalResult) -> None:
-        """Writes what is worth looking at after each evaluation of a run."""
+        """Writes plots after each evaluation of a run."""
 
 
 def prepared(data: Any, batch: Mapping[str, Array], keys: Array, train: bool) -> Mapping[str, Array]:
-    """A batch through the data's transform. `keys` (B,): a random key for each record."""
-    vocab = data.metadata().get("vocab")  # of the tokenizer; a model's may be padded
+    """Applies the data's transform to a batch. `keys` (B,): a random key for each record."""
+    vocab = data.metadata().get("vocab")  # the tokenizer's; the model's may be padded
     known = {"vocab": jnp.full(keys.shape, vocab, jnp.int32)} if vocab else {}
     return data.transform({**batch, **known, "key": keys}, train)
 
 
 def draws(f: Callable[..., Any], *args: Any) -> bool:
-    """Whether a function draws random numbers (dropout): whether its trace has them."""
+    """Whether the trace of a function draws random numbers (dropout)."""
     def drawn(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
         eqns = (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns
         inner = (p for eqn in eqns for p in jax.tree.leaves(eqn.params) if isinstance(p, Jaxpr | ClosedJaxpr))
@@ -148,13 +148,13 @@ def draws(f: Callable[..., Any], *args: Any) -> bool:
 
 
 def mixes_rows(task: Any, model: Any, data: Any, precision: str) -> bool:
-    """Whether a result depends on which rows are computed together: with batch statistics, or random numbers that are
-    drawn for all rows of a call at once (dropout). Traced for abstract arrays; True where that fails, which whoever
-    builds the model explains.
+    """Whether a row's result depends on the other rows of its (micro)batch: through batch statistics, or through random
+    numbers drawn for the whole batch at once (dropout). Traced with abstract arrays. True if tracing fails; building
+    the model then raises the error.
     """
     try:
         return _mixes_rows(task, model, data, precision)
-    except TypeError:  # a number in them is traced, or a field is a list: nothing to look up by
+    except TypeError:  # unhashable: a field is traced or a list
         return _mixes_rows.__wrapped__(task, model, data, precision)
 
 
@@ -174,5 +174,5 @@ def _mixes_rows(task: Any, model: Any, data: Any, precision: str) -> bool:
         model_state = {name: value for name, value in variables.items() if name != "params"}
         batch = jax.eval_shape(lambda batch: ready(batch, True), batch)
         return bool(jax.tree.leaves(model_state)) or draws(jax.grad(loss), variables["params"], model_state, batch)
-    except Exception:  # of a model that cannot be built
+    except Exception:  # the model cannot be built
         return True

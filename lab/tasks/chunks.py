@@ -1,4 +1,4 @@
-"""Sums over the positions of a batch, a chunk at a time, so that what is large in between exists for one chunk only."""
+"""Sums over the positions of a batch, chunk by chunk, so that large intermediate arrays exist for one chunk only."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def over_chunks(sums: Sums, chunk: int, hidden_BLD: Array, kernel: Array, given:
                 numbers: Any) -> tuple[Array, Any]:
     """``sums(hidden_BLD, kernel, given, numbers)``, added up over chunks of `chunk` positions of every row.
 
-    Chunk i of n is positions i::n, of which every device has its share however the length is divided. A length that
-    `chunk` does not divide is filled up with zeros, which must add nothing (a weight among `given`).
+    Chunk i of n holds positions i::n, so every device has an equal share of each chunk when the length is sharded. If
+    `chunk` does not divide the length, the arrays are padded with zeros, which must add 0 (use a weight in `given`).
 
-    Only the objective has a derivative, and only towards `hidden_BLD` and `kernel`. Both are taken in the forward pass,
-    chunk by chunk, while the chunk's intermediate arrays are there: nothing is computed twice, and what is kept is as
-    large as `hidden_BLD` and `kernel`. The kernel's is added up in float32. (The same idea: Wijmans et al. 2024; Hsu et
-    al. 2024, "Liger Kernel".)
+    Only the objective is differentiable, and only in `hidden_BLD` and `kernel`. The forward pass computes both
+    gradients chunk by chunk, while the chunk's intermediate arrays exist. Nothing is recomputed, and the residuals are
+    as large as `hidden_BLD` and `kernel`. The kernel's gradient is summed in float32. (The same idea: Wijmans et al.
+    2024; Hsu et al. 2024, "Liger Kernel".)
     """
     parts = _chunks(chunk, (hidden_BLD, given))
     first = jax.tree.map(lambda x: x[0], parts)
@@ -64,7 +64,7 @@ over_chunks.defvjp(_forward, _backward)
 
 
 def _chunks(chunk: int, tree: Any) -> Any:
-    """(B, L, ...) -> (n, B, C, ...) of every array."""
+    """(B, L, ...) -> (n, B, C, ...) for every array."""
     def cut(x: Array) -> Array:
         B, L = x.shape[:2]
         n = -(-L // min(chunk, L))

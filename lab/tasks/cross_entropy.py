@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary in few passes over the logits, which are the largest array of an update."""
+"""Cross-entropy over a vocabulary in few passes over the logits, the largest array of a training step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from jax import Array
 
 @jax.custom_jvp
 def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
-    """Of float32 logits (..., V) and int targets (...) in [0, V): the cross-entropy in nats, the log of the softmax's
-    normaliser, and whether the largest logit, the first of equals, is the target's (1 or 0), (...) each.
+    """(cross-entropy in nats, log of the softmax normaliser, 1 if argmax == target else 0), each (...), of float32
+    logits (..., V) and int targets (...) in [0, V). The argmax is the first of equal logits.
 
-    The logits are read twice (on GPUs once), and once more for the gradient, softmax - one-hot, in one kernel that
-    also rounds it.
+    The forward pass reads the logits twice (once on GPUs). The gradient, softmax - one-hot, reads them once more, in
+    one kernel that also rounds.
     """
     return _computed(logits, targets)[0]
 
@@ -23,16 +23,16 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array, Array]:
 def _tangents(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[tuple, tuple]:
     (logits, targets), change = primals, tangents[0]
     (nll, log_z, right), shift, log_sum = _computed(logits, targets)
-    # In this order: what all logits of a row have in common must not cost the small differences their digits.
+    # Subtract the row maximum first, to keep precision.
     softmax = jnp.exp((logits - shift[..., None]) - log_sum[..., None])
     one_hot = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
     return (nll, log_z, right), (((softmax - one_hot) * change).sum(-1), (softmax * change).sum(-1),
                                  jnp.zeros_like(right))
 
 
-@jax.named_scope("loss")  # profiles tell its operations by this name
+@jax.named_scope("loss")  # profiles group its operations by this name
 def _computed(logits: Array, targets: Array) -> tuple[tuple[Array, Array, Array], Array, Array]:
-    """(what `cross_entropy` returns, the largest logit, the log of the sum of the exponentials beside it)"""
+    """(the result of `cross_entropy`, finite maximum m, log sum exp(logits - m))"""
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     largest, shift, total, first = jax.lax.platform_dependent(logits, targets, cuda=_one_pass, default=_two_passes)
     log_sum = jnp.log(total)
@@ -41,13 +41,13 @@ def _computed(logits: Array, targets: Array) -> tuple[tuple[Array, Array, Array]
 
 
 Statistics = tuple[Array, Array, Array, Array]
-"""(largest logit, the same where it is finite, sum of exponentials beside that, whether no logit before the target's
-is as large), (...) each."""
+"""(maximum, m = the maximum if finite else 0, sum exp(logits - m), whether no logit before the target's equals the
+maximum), (...) each."""
 
 
 def _two_passes(logits: Array, targets: Array) -> Statistics:
     largest = jax.lax.stop_gradient(logits.max(-1))
-    # Not jnp.argmax: CPUs take as long over it as over all the rest.
+    # jnp.argmax would take as long on CPUs as everything else here.
     before = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) < targets[..., None]
     equals = jnp.where(before & (logits == largest[..., None]), 1.0, 0.0).sum(-1)
     shift = jnp.where(jnp.isfinite(largest), largest, 0.0)
@@ -55,8 +55,8 @@ def _two_passes(logits: Array, targets: Array) -> Statistics:
 
 
 def _one_pass(logits: Array, targets: Array) -> Statistics:
-    """One reduction of (maximum, its first index, sum of exponentials), as Milakov & Gimelshein (2018) compute a
-    softmax: a GPU takes as long over reading the logits as over all the arithmetic. CPUs run it as a plain loop.
+    """One reduction of (maximum, its first index, sum of exponentials), as in the online softmax of
+    Milakov & Gimelshein (2018): a GPU takes as long to read the logits as for all arithmetic. CPUs run a scalar loop.
     """
     def join(a: tuple[Array, Array, Array], b: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         (x, i, p), (y, j, q) = a, b

@@ -1,4 +1,4 @@
-"""Language modelling: next-token prediction, and what its text looks like beside gzip's."""
+"""Language modelling: next-token prediction, text samples, and bits per byte compared with gzip and xz."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lab.tasks.base import EvalResult, Loss, Task, apply
 from lab.tasks.chunks import over_chunks
 from lab.tasks.cross_entropy import cross_entropy
 
-COMPRESSED = 4_000_000  # bytes of validation text that gzip and xz are tried on
+COMPRESSED = 4_000_000  # bytes of validation text compressed with gzip and xz
 
 
 @dataclass(frozen=True)
 class LanguageModel(Task):
-    """Next-token prediction: cross-entropy in nats a token.
+    """Next-token prediction: cross-entropy in nats per token.
 
-    Metrics: loss (plain cross-entropy, whatever is optimised), accuracy, bits_per_byte (comparable across
-    tokenizers), objective (what is optimised, where smoothing or z-loss make it differ), and perplexity.
+    Metrics: loss (plain cross-entropy, without smoothing and z-loss), accuracy, bits_per_byte (comparable across
+    tokenizers), objective (the optimised loss, if smoothing or z-loss is on), and perplexity.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("tokens",)
@@ -35,14 +35,14 @@ class LanguageModel(Task):
     label_smoothing: float = 0.0
     """Mix the target with the uniform distribution (Szegedy et al. 2016): (1-e) nll + e mean over tokens of nll."""
     z_loss: float = 0.0
-    """Add z_loss * log(Z)^2, which keeps the softmax's normaliser near 1 (PaLM, Chowdhery et al. 2022)."""
-    chunk: int | None = field(default=None, metadata={"fingerprint": False})  # how, not what
-    """Positions of each row whose logits exist at a time (None: all). The sums and gradients are the same. GPT small,
-    64 rows of 1,024 tokens at once: float32 logits take 12.3 GiB and their gradient 6.1; compiled for an H200
-    (2026-11-23) the update needs 36.9 GiB, in chunks of 256 23.4 and of 64 20.0. The kernel's gradient is read and
-    written once a chunk: chunks of 64 move 3 % more bytes than those of 256."""
+    """Add z_loss * log(Z)^2, which keeps the softmax normaliser near 1 (PaLM, Chowdhery et al. 2022)."""
+    chunk: int | None = field(default=None, metadata={"fingerprint": False})  # does not change the result
+    """Compute the logits of this many positions per row at a time (None: all). Sums and gradients are the same. GPT
+    small, 64 rows of 1,024 tokens: float32 logits take 12.3 GiB and their gradient 6.1. Compiled for an H200
+    (2026-11-23), the step needs 36.9 GiB; 23.4 with chunks of 256, and 20.0 with chunks of 64. The kernel's gradient is
+    read and written once per chunk: chunks of 64 move 3 % more bytes than chunks of 256."""
     samples: int = 4
-    """Texts to write to samples/ when a run ends."""
+    """Number of texts to write to samples/ when a run ends."""
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
@@ -59,7 +59,7 @@ class LanguageModel(Task):
         """Variables for `batch`, which has "tokens" int (B, L+1).
 
         Raises:
-          UserError: `chunk`, and a model that cannot keep its head apart.
+          UserError: `chunk` is set, but the model cannot return hidden states without the head.
         """
         if self.chunk is not None and not hasattr(model, "logits"):
             raise UserError(f"--task.chunk needs a model with a method `logits` (see GPT); {type(model).__name__} has "
@@ -68,8 +68,8 @@ class LanguageModel(Task):
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:
-        """`batch`: "tokens" int (B, L+1), "bytes" int (B,) of the targets, "weight" (B,) 1 real and 0 padding; perhaps
-        "vocab" (B,), the number of the tokenizer's ids, where the model's vocabulary is padded."""
+        """`batch`: "tokens" int (B, L+1), "bytes" int (B,) of the targets, "weight" (B,) 1 real and 0 padding;
+        optionally "vocab" (B,), the tokenizer's number of ids, if the model's vocabulary is padded."""
         inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], targets_BL.shape).astype(jnp.float32)
         numbers = None if self._plain() else (self.label_smoothing, self.z_loss, batch.get("vocab", [None])[0])
@@ -89,11 +89,11 @@ class LanguageModel(Task):
         return all(isinstance(x, int | float) and x == 0 for x in (self.label_smoothing, self.z_loss))
 
     def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Perplexity: the exponential of the mean cross-entropy."""
+        """Perplexity: exp of the mean cross-entropy."""
         return {"perplexity": float(np.exp(means["loss"]))}
 
     def artifacts(self, outcome: EvalResult) -> list[str]:
-        """Writes sampled texts to samples/; returns lines for a person."""
+        """Writes sampled texts to samples/; returns lines to print."""
         lines = []
         with forgiving("The comparison with gzip and xz"):
             raw = outcome.data.validation_bytes(COMPRESSED)
@@ -123,9 +123,9 @@ class LanguageModel(Task):
 
 
 def _sums(logits_BLV: Array, given: tuple[Array, Array], numbers: tuple[Any, ...] | None) -> tuple[Array, Any]:
-    """(objective, (cross-entropy, right guesses)). `given`: targets and weights; `numbers`: smoothing, z-loss, and how
-    many ids the tokenizer has (None: all). Rows that only pad the vocabulary get no smoothing mass; they stay in the
-    softmax, which soon gives them no probability (untrained they cost log(50,304 / 50,257) = 0.0009 nats).
+    """(objective, (cross-entropy, correct predictions)). `given`: targets and weights; `numbers`: smoothing, z-loss and
+    the tokenizer's number of ids (None: all). Ids that only pad the vocabulary get no smoothing mass. They stay in the
+    softmax, where training soon drives their probability to 0 (untrained: log(50,304 / 50,257) = 0.0009 nats).
     """
     targets_BL, weight_BL = given
     nll_BL, log_z_BL, right_BL = cross_entropy(logits_BLV, targets_BL)

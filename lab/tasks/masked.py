@@ -1,4 +1,4 @@
-"""Masked language modelling: guess the tokens that were hidden, from both sides."""
+"""Masked language modelling: predict hidden tokens from their context on both sides."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from lab.files import make_folder, replace_file
 from lab.tasks.base import EvalResult, Loss, Task, apply
 from lab.tasks.cross_entropy import cross_entropy
 
-HIDDEN, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become [MASK] and any token; the others stay
+HIDDEN, RANDOM = 0.8, 0.1  # shares of the chosen tokens that become [MASK] and a random token; the rest stay
 MASK = "[MASK]"
 
 
 @dataclass(frozen=True)
 class MaskedLM(Task):
-    """Masked language modelling (Devlin et al. 2019): cross-entropy in nats a hidden token.
+    """Masked language modelling (Devlin et al. 2019): cross-entropy in nats per hidden token.
 
-    Of a text's real tokens, `rate` are chosen, rounded up, so at least one; of these 80 % become [MASK], 10 % a random
-    token, 10 % stay. [MASK] is the last id of the model's vocabulary, which is therefore at least one larger than the
-    tokenizer's; random tokens are uniform over all other ids but 0, which is padding. What is chosen depends on the
-    record's key alone: on (seed, step, record) in training, and on (seed, record) in evaluation, each time the same.
+    A share `rate` of a text's real tokens is chosen, rounded up to at least one: 80 % become [MASK], 10 % a random
+    token, 10 % stay. [MASK] is the last id of the model's vocabulary, so the vocabulary is at least one larger than the
+    tokenizer's. Random tokens are uniform over all other ids except 0 (padding). The choice depends only on the
+    record's key: (seed, step, record) in training, (seed, record) in evaluation.
 
-    Batches: "inputs" int (B, L) with "mask" (B, L), 1 where a token is real, and perhaps "segments" (B, L); or, of
-    windows for a language model, "tokens" int (B, L+1), whose last token is left out. Metrics: loss, accuracy,
-    masked_share (chosen of the real tokens), and perplexity of the hidden tokens.
+    Batches: "inputs" int (B, L), "mask" (B, L), 1 where a token is real, and optionally "segments" (B, L); or language
+    model windows, "tokens" int (B, L+1), without their last token. Metrics: loss, accuracy, masked_share (chosen
+    tokens / real tokens), and perplexity of the hidden tokens.
     """
 
     rate: float = 0.15
-    """Share of the real tokens that are to be guessed."""
+    """Share of the real tokens to predict."""
     samples: int = 8
-    """Examples to write to samples/masked.txt when a run ends."""
+    """Number of examples to write to samples/masked.txt when a run ends."""
 
     curves: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
     fields: ClassVar[tuple[str, ...]] = ("inputs", "tokens")
@@ -52,7 +52,7 @@ class MaskedLM(Task):
             raise UserError(f"--task.samples must be 0 or more, not {self.samples}.")
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
-        """Variables for `batch`. Raises UserError for a model with another head."""
+        """Variables for `batch`. Raises UserError if the model has no masked-LM head."""
         if getattr(model, "classes", 0) is not None:
             raise UserError(f"MaskedLM needs a model with a masked-LM head, BERT(classes=None); this "
                             f"{type(model).__name__} has none.")
@@ -61,7 +61,7 @@ class MaskedLM(Task):
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:
-        """Cross-entropy at the chosen positions; the logits of all others are never computed."""
+        """Cross-entropy at the chosen positions; logits at other positions are not computed."""
         tokens_BL, fields = _texts(batch)
         real_BL = fields["mask"] if "mask" in fields else jnp.ones_like(tokens_BL)
         known = batch["vocab"][0] if "vocab" in batch else None
@@ -78,12 +78,12 @@ class MaskedLM(Task):
 
     def hide(self, tokens_BL: Array, real_BL: Array, keys_B: Array, vocab: int,
              known: Array | None = None) -> tuple[Array, Array, Array]:
-        """Chooses and hides tokens, each record by its own key. `vocab`: the model's; `known`: how many ids the
-        tokenizer has, where the rest but the last is padding, which no text has.
+        """Chooses and hides tokens, each record with its own key. `vocab`: the model's; `known`: the tokenizer's number
+        of ids. Ids between `known` and [MASK] only pad the vocabulary and are never drawn.
 
         Returns:
-          The inputs (B, L); the chosen positions int (B, M), M = rate * L rounded up; and their weights float32
-          (B, M), which are 0 for the last ones of records with fewer than L real tokens.
+          Inputs (B, L); chosen positions int (B, M), M = rate * L rounded up; and their weights float32 (B, M), 0 for
+          surplus positions of records with fewer than L real tokens.
         """
         count_L = _rounded_up(self.rate, tokens_BL.shape[1])
         most = vocab - 1 if known is None else jnp.minimum(known, vocab - 1)
@@ -103,11 +103,11 @@ class MaskedLM(Task):
         return jax.vmap(one)(tokens_BL, real_BL, keys_B)
 
     def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Perplexity: the exponential of the mean cross-entropy."""
+        """Perplexity: exp of the mean cross-entropy."""
         return {"perplexity": float(np.exp(means["loss"]))}
 
     def artifacts(self, outcome: EvalResult) -> list[str]:
-        """Writes samples/masked.txt: texts, what the model saw of them, and what it guessed."""
+        """Writes samples/masked.txt: texts, the masked inputs, and the model's predictions."""
         if not self.samples or not hasattr(outcome.data, "decode"):
             return []
         chosen = np.unique(np.linspace(0, len(outcome.records) - 1, self.samples).astype(int))
@@ -124,7 +124,7 @@ class MaskedLM(Task):
 
 def _guesses(model: nn.Module, variables: Mapping[str, Any], tokens_BL: Array, real_BL: Array, records_B: Array,
              fields: Mapping[str, Array], seed: Array, *, task: MaskedLM) -> tuple[Array, Array, Array, Array]:
-    """What `hide` makes of some records, and the likeliest tokens (B, M) at the chosen positions."""
+    """The result of `hide` for some records, and the most likely tokens (B, M) at the chosen positions."""
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(records_B)
     inputs_BL, chosen_BM, weight_BM = task.hide(tokens_BL, real_BL, keys_B, model.vocab)
     logits_BMV, _ = apply(model, variables, inputs_BL, rngs={}, train=False, select=chosen_BM, **fields)
@@ -133,7 +133,7 @@ def _guesses(model: nn.Module, variables: Mapping[str, Any], tokens_BL: Array, r
 
 def _example(decode: Callable[[np.ndarray], str], mask_id: int, tokens_L: np.ndarray, real_L: np.ndarray,
              inputs_L: np.ndarray, chosen_M: np.ndarray, weight_M: np.ndarray, guesses_M: np.ndarray) -> str:
-    """One text as it was, as the model got it, and with what it guessed."""
+    """One text in its original form, as masked input, and with the model's predictions."""
     chosen, guesses, filled_L = chosen_M[weight_M > 0], guesses_M[weight_M > 0], inputs_L.copy()
     filled_L[chosen] = guesses
     shown = {"original": tokens_L, "masked": inputs_L,
@@ -142,22 +142,22 @@ def _example(decode: Callable[[np.ndarray], str], mask_id: int, tokens_L: np.nda
 
 
 def _texts(batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The token ids (B, L), and what else the model gets, of either kind of batch."""
+    """Token ids (B, L) and the model's other arguments, for either kind of batch."""
     if "tokens" in batch:
         return batch["tokens"][:, :-1], {}
     return batch["inputs"], {name: batch[name] for name in ("mask", "segments") if name in batch}
 
 
 def _rounded_up(rate: float, length: int) -> np.ndarray:
-    """How many of 0, 1, ... `length` tokens are chosen. 0.07 * 100 is 7.000000000000001, and must not become 8."""
+    """ceil(rate * n) for n = 0 ... `length`. 0.07 * 100 is 7.000000000000001, and must not become 8."""
     count = np.arange(length + 1)
     return np.maximum(np.ceil(np.round(rate * count, 6)), count > 0).astype(np.int32)
 
 
 def _decoded(decode: Callable[[np.ndarray], str], ids: np.ndarray, mask_id: int) -> str:
-    """The text of `ids`. Runs between masks are decoded whole: a token alone may be part of a character."""
+    """The text of `ids`. Decodes whole runs between masks, since a single token may be part of a character."""
     runs = [run[run != mask_id] for run in np.split(ids, np.flatnonzero(ids == mask_id))]
     texts = [text for run in runs for text in (MASK, decode(run) if len(run) else "")][1:]
     two = ids[ids != mask_id][:2]
-    words = len(two) == 2 and decode(two) == f"{decode(two[:1])} {decode(two[1:])}"  # a tokenizer of whole words
+    words = len(two) == 2 and decode(two) == f"{decode(two[:1])} {decode(two[1:])}"  # a word tokenizer
     return " ".join(filter(None, texts)) if words else "".join(texts)

@@ -1,4 +1,4 @@
-"""Several supervised tasks at once over one shared trunk (Caruana, "Multitask Learning", 1997)."""
+"""Joint training of several supervised tasks on one trunk (Caruana, "Multitask Learning", 1997)."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from lab.tasks.regress import Regress
 from lab.tasks.supervised import Classify, forward
 from lab.train import plots
 
-PAIRS = 10  # inputs and reconstructions that are drawn
+PAIRS = 10  # pairs of input and reconstruction to draw
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the tasks: which output of the model is to match what."""
+    """One of the tasks, with the model output it applies to and its target."""
 
     name: str
-    """The output of the model that this is about; begins the names of its metrics, columns and files."""
+    """Name of the model output; also the prefix of the metrics, columns and files."""
     task: Classify | Regress
     weight: float = 1.0
-    """Factor of this loss in the sum."""
+    """Weight of this loss in the sum."""
     target: Literal["targets", "inputs"] = "targets"
-    """What to match: the record's target, or its inputs, as the model gets them (reconstruction; Regress only)."""
+    """The target: the record's targets, or the model's inputs (reconstruction; Regress only)."""
     groups: tuple[int, ...] = ()
-    """The coarse group of every class, which is then what to match (Classify only). (): the classes themselves."""
+    """The coarse group of each class, to predict groups (Classify only). (): predict classes."""
     group_names: tuple[str, ...] = ()
-    """Names of the groups, for tables and pictures."""
+    """Names of the groups, for tables and plots."""
 
     def of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch as this part's task sees it, with its own "targets"."""
-        if self.target == "inputs":  # whose units are not those of the targets
+        """The batch with this part's "targets"."""
+        if self.target == "inputs":  # "scale" and "offset" are those of the targets
             rest = {name: value for name, value in batch.items() if name not in ("scale", "offset")}
             return rest | {"targets": batch["inputs"]}
         if not self.groups or "targets" not in batch:
@@ -48,20 +48,20 @@ class Part:
         targets, groups = batch["targets"], jnp.asarray(self.groups)
         if targets.ndim == 2:
             return {**batch, "targets": targets @ jax.nn.one_hot(groups, max(self.groups) + 1)}
-        known = jnp.where(targets < 0, len(self.groups), targets)  # what is no class must be no group either
+        known = jnp.where(targets < 0, len(self.groups), targets)  # an invalid class is an invalid group
         return {**batch, "targets": groups.at[known].get(mode="fill", fill_value=-1)}
 
     def own(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of `values` whose name begins with this part's, without that."""
+        """The `values` whose names have this part's prefix, with the prefix removed."""
         start = f"{self.name}_"
         return {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
 
     def named(self, values: Mapping[str, Any], separator: str = "_") -> dict[str, Any]:
-        """The opposite of `own`."""
+        """The inverse of `own`."""
         return {f"{self.name}{separator}{name}": value for name, value in values.items()}
 
     def classes(self, data: Any) -> tuple[str, ...]:
-        """Names of what this part tells apart."""
+        """Names of the classes or groups that this part predicts."""
         return self.group_names if self.groups else data.classes
 
 
@@ -69,8 +69,8 @@ class Part:
 class MultiTask(Task):
     """Minimises the weighted sum of its parts' losses, each a mean over records. The model returns a dict of outputs.
 
-    Metrics: loss, the weighted sum, and every metric of every part as <part>_<metric>. A part with class weights
-    enters the sum with them, but is divided by the number of records, as all are.
+    Metrics: loss, the weighted sum, and every metric of every part as <part>_<metric>. A part's class
+    weights apply to its loss, but the sum is divided by the number of records, as for every part.
     """
 
     parts: tuple[Part, ...] = ()
@@ -82,7 +82,7 @@ class MultiTask(Task):
         return ("loss", *(f"{part.name}_{name}" for part in self.parts for name in part.task.curves))
 
     def validate(self) -> None:
-        """Raises UserError for parts that cannot be."""
+        """Raises UserError for invalid parts."""
         names = [part.name for part in self.parts]
         if not names or len(set(names)) < len(names) or not all(names):
             raise UserError("MultiTask needs parts=(Part(...), ...), each with a name of its own.")
@@ -103,7 +103,7 @@ class MultiTask(Task):
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:
-        """`batch` as for the parts' tasks. Raises UserError where the model's outputs do not fit the parts."""
+        """`batch`: see the parts' tasks. Raises UserError if the model's outputs do not fit the parts."""
         outputs, model_state = forward(model, variables, batch, rngs, train)
         self._check(outputs)
         total, weight, metrics = 0.0, batch["weight"].astype(jnp.float32).sum(), {}
@@ -130,7 +130,7 @@ class MultiTask(Task):
                                     f"{part.name} has groups for the classes 0 to {len(part.groups) - 1}.")
 
     def _check(self, outputs: Any) -> None:
-        """Where JAX would clamp an index or broadcast a shape, a person would never know."""
+        """Checks shapes and classes, because JAX would silently clamp an index or broadcast a shape."""
         has = sorted(outputs) if isinstance(outputs, Mapping) else []
         for i, part in enumerate(self.parts):
             if part.name not in has:
@@ -152,21 +152,21 @@ class MultiTask(Task):
         return found
 
     def predict(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array]) -> dict[str, Array]:
-        """The predictions of the parts as <part>_<name>; of a reconstruction also its "target", in half precision."""
+        """The predictions of the parts as <part>_<name>; for a reconstruction also its "target", in half precision."""
         outputs, _ = forward(model, variables, batch, {}, False)
         self._check(outputs)
         found: dict[str, Array] = {}
         for part in self.parts:
             own = part.of(batch)
             answer = part.task.answer(outputs[part.name], own)
-            if part.target == "inputs":  # for pictures only, and there is one for each record
+            if part.target == "inputs":  # for plots only, and one per record
                 answer = {"prediction": answer["prediction"].astype(jnp.float16),
                           "target": own["targets"].astype(jnp.float16)}
             found |= part.named(answer)
         return found
 
     def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
-        """<part>_prediction and so on; of a reconstruction <part>_error, the mean squared error of the record."""
+        """<part>_prediction and so on; for a reconstruction <part>_error, the record's mean squared error."""
         found: dict[str, list[Any]] = {}
         for part in self.parts:
             own = part.own(predictions)
@@ -179,7 +179,7 @@ class MultiTask(Task):
         return found
 
     def artifacts(self, outcome: EvalResult) -> list[str]:
-        """The pictures and tables of the parts, in files <part>_...; returns their lines for the screen."""
+        """Writes each part's plots and tables to files <part>_...; returns lines to print."""
         lines = []
         for part in self.parts:
             own = replace(outcome, means=part.own(outcome.means), counts=part.own(outcome.counts),
@@ -203,7 +203,7 @@ def _errors(predictions: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _reconstructions(outcome: EvalResult, name: str) -> str:
-    """Draws plots/<name>.png, for images: inputs, and below them what the model makes of them. Returns a line."""
+    """For images, draws plots/<name>.png: inputs and, below them, their reconstructions. Returns a line."""
     found = outcome.predict()
     errors = _errors(found)
     if found["target"].ndim == 4:

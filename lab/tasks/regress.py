@@ -20,23 +20,23 @@ from lab.train import plots
 
 @dataclass(frozen=True)
 class Regress(Supervised):
-    """Regression. Output and targets (B,) standardised (see `in_units`), or any (B, ...), where a
-    record's loss is the mean over its elements. The output may be `Members` of such.
+    """Regression. Output and targets are standardised (see `in_units`), (B,) or (B, ...); a record's loss is the mean
+    over its elements. The output may also be `Members`.
 
     Metrics: loss (the criterion on standardised targets), objective (for an ensemble, the sum over its members), mse
-    and mae in (squared) units of the target; in evaluation rmse, in those units, and r2 = 1 - sum (y - f)^2 / sum
-    (y - mean y)^2 from sums of standardised numbers, which stay small; NaN where all targets are the same.
+    and mae in (squared) units of the target; in evaluation rmse, in units of the target, and r2 = 1 - sum (y - f)^2 /
+    sum (y - mean y)^2. r2 uses sums of standardised values, for precision; NaN if all targets are equal.
     """
 
     criterion: Literal["mse", "mae", "huber"] = "mse"
-    """What is optimised, in units of the training targets' standard deviation: e^2, |e|, or Huber's (1964), which is
-    e^2 / 2 up to |e| = 1 and |e| - 1/2 beyond."""
+    """The loss, with the error e in units of the training targets' standard deviation: e^2, |e|, or Huber's (1964):
+    e^2 / 2 up to |e| = 1, then |e| - 1/2."""
 
     curves: ClassVar[tuple[str, ...]] = ("loss", "mae")
 
     def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
-        """See `Supervised.score`; of `batch` also "scale" (B,), 1 where it is missing. Raises UserError where the
-        output has another shape than the targets."""
+        """See `Supervised.score`; of `batch` also "scale" (B,), default 1. Raises UserError if the shapes of output and
+        targets differ."""
         members = self._members(output, targets)
         targets, weight_B = targets.astype(jnp.float32), batch["weight"].astype(jnp.float32)
         weight = weight_B.sum()
@@ -69,14 +69,14 @@ class Regress(Supervised):
         return members
 
     def check(self, output: Any, data: Any) -> None:
-        """Raises UserError where the model's output has another shape than a target, or a target is not finite."""
+        """Raises UserError if the shapes of output and targets differ, or a target is not finite."""
         for split, targets in reports.read_some(data, "targets").items():
             jax.eval_shape(self._members, output, targets)
             if not np.isfinite(targets).all():
                 raise UserError(f"The {split} split has targets that are not finite numbers.")
 
     def _each(self, error: Array) -> Array:
-        """The criterion, element by element."""
+        """The elementwise criterion."""
         size = jnp.abs(error)
         if self.criterion == "mae":
             return size
@@ -89,8 +89,8 @@ class Regress(Supervised):
         return {"rmse": float(np.sqrt(means["mse"])), "r2": float(1 - error / spread) if spread > 0 else float("nan")}
 
     def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
-        """"prediction" (B, ...), the mean over members, standardised as the targets are, with their "scale" and
-        "offset": see `in_units`."""
+        """"prediction" (B, ...), the mean over members, standardised like the targets, with their "scale" and
+        "offset"; see `in_units`."""
         units = {name: batch[name] for name in ("scale", "offset") if name in batch}
         return {"prediction": each(output).mean(1)} | units
 
@@ -99,11 +99,11 @@ class Regress(Supervised):
         return {"prediction": in_units(predictions, "prediction").tolist()}
 
     def artifacts(self, outcome: EvalResult) -> list[str]:
-        """Writes plots/scatter.png and the records with the largest errors; returns lines for the screen."""
+        """Writes plots/scatter.png and the records with the largest errors; returns lines to print."""
         return self.report(outcome) + reports.beside(outcome)
 
     def report(self, outcome: EvalResult, prefix: str = "") -> list[str]:
-        """`artifacts` without what others reach; `prefix` begins the names of the files."""
+        """`artifacts` without the baselines; `prefix`: of the file names."""
         true = in_units(reports.read(outcome.records, "targets", "scale", "offset"), "targets")
         predicted = in_units(outcome.predict(), "prediction")
         title = f"{outcome.split.capitalize()} split, {len(true):,} records"

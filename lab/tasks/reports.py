@@ -1,6 +1,6 @@
-"""What is said about predictions when a model has made them: figures of a confusion matrix, tables, worst mistakes.
+"""Reports on the predictions of a whole split: scores from a confusion matrix, tables, and the worst mistakes.
 
-NumPy only. These functions get finished predictions of a whole split; nothing here is part of a compiled step.
+NumPy only; nothing here is part of a compiled step.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lab.files import replace_file
 from lab.tasks.base import EvalResult
 from lab.train import plots
 
-MOST = 25  # worst records that are written
-FEW = 20  # classes that a screen, or a picture with numbers, has room for
-SOME = 256  # records that are looked at where a look costs reading a file
-CHUNK = 1024  # records read at once
+MOST = 25  # worst records to write
+FEW = 20  # maximum classes in a printed table, or in a plot with numbers
+SOME = 256  # records to sample if each must be read from a file
+CHUNK = 1024  # records per read
 
 
 def read(records: Any, *names: str) -> dict[str, np.ndarray]:
-    """These fields of all records, those that they have. Read in pieces, so that no split of images is in memory."""
+    """The fields `names` that the records have, for all records. Reads in pieces, to bound memory for images."""
     parts = []
     for start in range(0, len(records), CHUNK):
         rows = records[np.arange(start, min(start + CHUNK, len(records)))]
@@ -34,7 +34,7 @@ def read(records: Any, *names: str) -> dict[str, np.ndarray]:
 
 
 def read_some(data: Any, name: str) -> dict[str, np.ndarray]:
-    """This field of every split's records: of all that are held in memory, of SOME evenly spaced ones of others."""
+    """A field of every split's records: all records if they are in memory, else SOME evenly spaced ones."""
     splits = {split: records for split in ("train", "validation", "test") if (records := getattr(data, split))}
     found = {}
     for split, records in splits.items():
@@ -47,7 +47,7 @@ def read_some(data: Any, name: str) -> dict[str, np.ndarray]:
 
 
 def beside(outcome: EvalResult) -> list[str]:
-    """Lines for the screen: what simple methods reach on the test split, or validation where there is none."""
+    """Lines to print: baseline results on the test split, or on validation if there is no test split."""
     same = outcome.split == ("validation" if outcome.data.test is None else "test")
     lines: list[str] = []
     with forgiving("The comparison with simple methods"):
@@ -59,15 +59,15 @@ def beside(outcome: EvalResult) -> list[str]:
 
 
 class Figures(NamedTuple):
-    """Figures of every class, all (C,); 0 where nothing can be divided (scikit-learn's zero_division=0)."""
+    """Scores per class, (C,) each; 0 for 0 / 0 (scikit-learn's zero_division=0)."""
 
     precision: np.ndarray
     recall: np.ndarray
     f1: np.ndarray
     support: np.ndarray
-    """Records of the class."""
+    """Number of records of the class."""
     occurs: np.ndarray
-    """Whether the class occurs, as truth or as prediction."""
+    """Whether the class occurs as target or prediction."""
 
 
 def confusion(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -89,7 +89,7 @@ def class_figures(confusion: np.ndarray) -> Figures:
 
 
 def macro(confusion: np.ndarray) -> dict[str, float]:
-    """Means of precision, recall and F1 over the classes that occur; the mean of F1, not the F1 of means."""
+    """Means of precision, recall and F1 over the classes that occur. F1 is the mean of F1s, not the F1 of the means."""
     figures = class_figures(confusion)
     if not figures.occurs.any():
         return dict.fromkeys(("precision", "recall", "f1"), float("nan"))
@@ -97,10 +97,10 @@ def macro(confusion: np.ndarray) -> dict[str, float]:
 
 
 def area(histogram: np.ndarray) -> float:
-    """Area under the ROC curve from counts (2, bins) of scores by true class, in the order of scores.
+    """Area under the ROC curve from counts (2, bins) of scores by true class, bins in increasing order.
 
-    It is the share of (negative, positive) pairs in the right order, where a tie counts a half (Hanley & McNeil 1982).
-    NaN where a class has no record.
+    It is the share of correctly ordered (negative, positive) pairs; a tie counts 1/2 (Hanley & McNeil 1982).
+    NaN if a class has no records.
     """
     negative, positive = np.asarray(histogram, np.float64)
     pairs = negative.sum() * positive.sum()
@@ -109,7 +109,7 @@ def area(histogram: np.ndarray) -> float:
 
 
 def digits(values: np.ndarray) -> int:
-    """Significant digits that tell such numbers (n,) apart: 6 of how far they are from each other."""
+    """Significant digits to print for numbers (n,): enough for 6 digits of their standard deviation."""
     spread, size = float(values.std()), float(np.abs(values).max())
     return 6 + (max(0, round(np.log10(size / spread))) if spread > 0 else 0)
 
@@ -126,12 +126,12 @@ def fit(true: np.ndarray, predicted: np.ndarray) -> str:
 
 
 def class_names(classes: Sequence[str], count: int) -> Sequence[str]:
-    """The names, or the numbers of the classes where there are none."""
+    """The class names, or the class numbers if there are no names."""
     return classes if len(classes) == count else tuple(str(i) for i in range(count))
 
 
 def column_names(prefix: str, names: Sequence[str]) -> list[str]:
-    """prefix_<name> for each, of letters, digits and _ only, each once: names that pandas takes as attributes."""
+    """prefix_<name> for each, unique and of letters, digits and _ only: usable as pandas attributes."""
     found: list[str] = []
     for name in names:
         column = re.sub(r"\W+", "_", f"{prefix}_{name}")
@@ -147,7 +147,7 @@ def headline(title: str, confusion: np.ndarray) -> str:
 
 
 def class_table(confusion: np.ndarray, names: Sequence[str], rows: Sequence[int] | None = None) -> list[str]:
-    """Precision, recall, F1 and support, a line for each class (of `rows`), then the macro averages."""
+    """Precision, recall, F1 and support, one line per class (of `rows`), then the macro averages."""
     figures = class_figures(confusion)
     rows = range(len(names)) if rows is None else rows
     width = max(len(name) for name in ("macro average", *(names[i] for i in rows)))
@@ -161,7 +161,7 @@ def class_table(confusion: np.ndarray, names: Sequence[str], rows: Sequence[int]
 
 
 def shortened(confusion: np.ndarray, names: Sequence[str]) -> list[str]:
-    """`class_table` for a screen: of more than FEW classes only the 5 with the lowest F1 that occur."""
+    """`class_table` to print; with more than FEW classes, only the 5 occurring classes with the lowest F1."""
     if len(names) <= FEW:
         return class_table(confusion, names)
     figures = class_figures(confusion)
@@ -175,11 +175,11 @@ def shortened(confusion: np.ndarray, names: Sequence[str]) -> list[str]:
 
 
 def write_worst(outcome: EvalResult, chosen: np.ndarray, facts: Mapping[str, Sequence[str]], prefix: str = "") -> None:
-    """Writes the `chosen` records, worst first, each with its `facts` (name -> one text for each), as people see them.
+    """Writes the `chosen` records, worst first, each with its `facts` (name -> one text per record).
 
-    Images: plots/worst.png. Texts (integers, where the data can decode them): worst.txt. Tables: worst.csv, with the
-    inputs in the units of the file where the data knows them, else as the model gets them. What
-    an earlier call wrote is gone if nothing is chosen.
+    Images: plots/worst.png. Texts (integer inputs, if the data has `decode`): worst.txt. Tables: worst.csv, with the
+    inputs in the units of the file if the data has `in_units`, else as the model gets them. If nothing is chosen, the
+    files of an earlier call are removed.
     """
     folder = outcome.folder
     pictures, texts, table = (folder / "plots" / f"{prefix}worst.png", folder / f"{prefix}worst.txt",

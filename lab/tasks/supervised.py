@@ -1,10 +1,10 @@
-"""Supervised learning: `Classify` and `Regress`, and what they write about a model.
+"""Supervised learning: the base class `Supervised`, and `Classify` with its reports.
 
-Each has a pure `score(output, targets, batch, train)`, the loss without the model, so that `MultiTask` can use it. All
-metrics are (sum, weight), or counts that add: exact over ragged batches, microbatches, devices and hosts.
+`score(output, targets, batch, train)` is the loss without the model, a pure function that `MultiTask` also calls. All
+metrics are (sum, weight) or additive counts: exact over ragged batches, microbatches, devices and hosts.
 
-The output of an `Ensemble` is `Members`, with an axis of members after the batch. Its loss is the sum of its members'
-losses, so that each member trains exactly as it would alone; its predictions are the mean of its members'.
+The output of an `Ensemble` is `Members`, with the member axis after the batch axis. Its loss is the sum of the members'
+losses, so each member trains exactly as it would alone. Its predictions are the mean over the members.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from lab.train import plots
 
 Score = tuple[Array, Array, Metrics]
 BINS = 1 << 16  # of the histogram of margins
-STEEP, LARGEST = 1e3, 1e5  # its bins are even in log(1 + STEEP |margin|), up to margins of LARGEST
+STEEP, LARGEST = 1e3, 1e5  # bins are uniform in log(1 + STEEP |margin|), up to |margin| = LARGEST
 
 
 def forward(model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array], rngs: Mapping[str, Array],
             train: bool) -> tuple[Any, dict[str, Any]]:
-    """(output of the model for a batch, mutable collections); texts come with their mask and segments."""
+    """(model output for a batch, mutable collections); passes on the mask and segments of texts."""
     more = {name: batch[name] for name in ("mask", "segments") if name in batch}
     return apply(model, variables, batch["inputs"], rngs=rngs, train=train, **more)
 
 
 @dataclass(frozen=True)
 class Supervised(Task):
-    """What the tasks with "targets" share."""
+    """Base class of tasks with "targets"."""
 
     fields: ClassVar[tuple[str, ...]] = ("targets",)
 
     def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
-        """(sum of losses, sum of weights, metrics) of a model's output; of `batch`: "weight" (B,), and scales."""
+        """(sum of losses, sum of weights, metrics) of a model's output. `batch`: "weight" (B,), maybe "scale" (B,)."""
         raise NotImplementedError
 
     def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
@@ -68,22 +68,22 @@ class Supervised(Task):
 class Classify(Supervised):
     """Classification by cross-entropy. Logits (B, C), or `Members` of them; targets int (B,) or soft (B, C).
 
-    Metrics: loss (plain cross-entropy of the prediction, in nats), objective (what is optimised, where class weights,
-    smoothing or members make it differ), accuracy, top5_accuracy where there are more than 5 classes, and
-    member_accuracy, the mean over the members. Under soft targets (mixup) a prediction counts as right to the extent
-    that the target says so. In evaluation also precision, recall and f1, macro averages over the classes that occur
-    as truth or prediction, which is scikit-learn's default with zero_division=0, and for two classes the area under
-    the ROC curve, auc. It is taken from a histogram of margins log p1 - log p0, where pairs within a bin count as
-    ties. A bin is 6e-7 wide at 0, and 0.06 % of the margin beyond 0.01: unless all margins lie within a few bins, the
-    error is below 2e-4 (tested; also for the margins of a model that is always sure, which probabilities cannot tell
-    apart).
+    Metrics: loss (plain cross-entropy of the prediction, in nats), objective (the optimised loss, if class weights,
+    smoothing or members make it differ), accuracy, top5_accuracy (with more than 5 classes), and member_accuracy, the
+    mean over the members. With soft targets (mixup), accuracy is the target's probability of the predicted class.
+    Evaluation adds precision, recall and f1, macro averages over the classes that occur as target or prediction
+    (scikit-learn's default with zero_division=0), and for two classes auc, the area under the ROC curve.
+
+    auc comes from a histogram of margins log p1 - log p0; pairs within a bin count as ties. A bin is 6e-7 wide at 0,
+    and 0.06 % of the margin beyond 0.01. Unless all margins lie within a few bins, the error is below 2e-4 (tested,
+    also for overconfident models whose probabilities round to 0 and 1).
     """
 
     label_smoothing: float = 0.0
     """Mix the target with the uniform distribution (Szegedy et al. 2016): (1-e) target + e / classes."""
     class_weights: tuple[float, ...] = ()
-    """A weight for each class, and the objective is the weighted mean, as in torch: sum w_y ce / sum w_y. Soft targets
-    weigh what their classes weigh together (torch divides by the number of records there). (): all count the same."""
+    """A weight per class. The objective is the weighted mean, as in torch: sum w_y ce / sum w_y. A soft target has the
+    expected weight of its classes (torch divides by the number of records instead). (): equal weights."""
 
     curves: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
@@ -96,14 +96,14 @@ class Classify(Supervised):
             raise UserError("--task.class-weights must be numbers of 0 or more, not all 0.")
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
-        """See `Task.init`. Raises UserError for a model without classes, whose outputs would pass for logits."""
+        """See `Task.init`. Raises UserError for a model without classes, whose outputs are not logits."""
         if getattr(model, "classes", 0) is None:
             raise UserError("Classification needs a model with classes: set --model.classes.")
         return super().init(model, key, batch)
 
     def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
-        """See `Supervised.score`. Raises UserError when the class weights are not one for each class, and where logits
-        or targets have another shape or type. An int target that is no class makes the loss NaN."""
+        """See `Supervised.score`. Raises UserError for a wrong number of class weights, or a wrong shape or type of
+        logits or targets. An int target outside [0, C) makes the loss NaN."""
         logits_BMC = self._logits(output)
         M, C = logits_BMC.shape[1:]
         if self.class_weights and len(self.class_weights) != C:
@@ -118,7 +118,7 @@ class Classify(Supervised):
             return (value_B * weight_B).sum(), weight
 
         def right(logp: Array, k: int = 1) -> Array:
-            """How much of the target lies on the k likeliest classes: (B,)."""
+            """The target's total probability of the k most likely classes: (B,)."""
             best = jax.lax.top_k(logp, k)[1] if k > 1 else jnp.argmax(logp, -1, keepdims=True)
             return jnp.take_along_axis(target_BC, best, axis=-1).sum(-1)
 
@@ -128,7 +128,7 @@ class Classify(Supervised):
         if M > 1:
             metrics["member_accuracy"] = total(jax.vmap(right, in_axes=1, out_axes=1)(logp_BMC).mean(-1))
         if not train:
-            metrics |= _counts(logits_BMC[:, 0] if M == 1 else logp_BC, target_BC, weight_B)  # no digit lost
+            metrics |= _counts(logits_BMC[:, 0] if M == 1 else logp_BC, target_BC, weight_B)  # logits, for precision
         smoothed = not isinstance(self.label_smoothing, int | float) or self.label_smoothing > 0  # or traced
         if M == 1 and not self.class_weights and not smoothed:
             return *metrics["loss"], metrics
@@ -144,7 +144,7 @@ class Classify(Supervised):
         return logits_BMC
 
     def _objective(self, logp_BMC: Array, target_BC: Array, weight_B: Array) -> tuple[Array, Array]:
-        """(sum, weight) of what is optimised: class weights and smoothing as in torch, summed over the members."""
+        """(sum, weight) of the optimised loss: class weights and smoothing as in torch, summed over the members."""
         C = target_BC.shape[-1]
         weight_C = jnp.asarray(self.class_weights or (1.0,) * C, jnp.float32)
         smooth_BC = (1 - self.label_smoothing) * target_BC + self.label_smoothing / C
@@ -152,11 +152,11 @@ class Classify(Supervised):
         return (each_B * weight_B).sum(), ((target_BC * weight_C).sum(-1) * weight_B).sum()
 
     def check(self, output: Any, data: Any) -> None:
-        """Raises UserError where the model has another number of classes than the data, or a target is no class."""
+        """Raises UserError if the model's number of classes differs from the data's, or a target is not a class."""
         self.check_targets(output, reports.read_some(data, "targets"), data.metadata.get("classes"))
 
     def check_targets(self, output: Any, splits: Mapping[str, np.ndarray], classes: int | None) -> None:
-        """`check` of the targets of each split, for data of that many classes (None: unknown)."""
+        """`check` for the targets of each split; `classes`: the data's number of classes (None: unknown)."""
         C = jax.eval_shape(self._logits, output).shape[-1]
         if classes is not None and classes != C:
             raise UserError(f"The data has {classes} classes and the model's output is {described(output)}, {C} "
@@ -178,23 +178,23 @@ class Classify(Supervised):
         return {"probabilities": jnp.exp(logp_BC), "prediction": jnp.argmax(logp_BC, -1).astype(jnp.int32)}
 
     def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
-        """The predicted class by its name, and the probability of each: p_<name>."""
+        """The name of the predicted class, and the probability of each class as p_<name>."""
         return self.named(predictions, data.classes)
 
     def named(self, predictions: Mapping[str, np.ndarray], classes: Sequence[str]) -> dict[str, list[Any]]:
-        """`columns` for classes of these names; () names them by their numbers."""
+        """`columns` for the class names `classes`; (): use class numbers."""
         probabilities = predictions["probabilities"]
         names = reports.class_names(classes, probabilities.shape[1])
         return {"prediction": [names[i] for i in predictions["prediction"]],
                 **{name: probabilities[:, i].tolist() for i, name in enumerate(reports.column_names("p", names))}}
 
     def artifacts(self, outcome: EvalResult) -> list[str]:
-        """Writes plots/confusion.png, report.txt and the worst mistakes; returns a table for the screen."""
+        """Writes plots/confusion.png, report.txt and the worst mistakes; returns a table to print."""
         targets = reports.read(outcome.records, "targets")["targets"]
         return self.report(outcome, targets, outcome.data.classes) + reports.beside(outcome)
 
     def report(self, outcome: EvalResult, targets: np.ndarray, classes: Sequence[str], prefix: str = "") -> list[str]:
-        """`artifacts` for these targets, int (n,), and names of classes; `prefix` begins the names of the files."""
+        """`artifacts` for these targets, int (n,), and class names; `prefix`: of the file names."""
         predictions = outcome.predict()
         predicted, probabilities = predictions["prediction"], predictions["probabilities"]
         names = reports.class_names(classes, probabilities.shape[1])
@@ -214,8 +214,8 @@ class Classify(Supervised):
 
 
 def in_units(values: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-    """Standardised numbers (n, ...) in units of the target, values * scale + offset, in float64: in float32 a target
-    of 1.7e9 +- 0.06 would be one number. "scale" (n,); "offset" (n,) or in float32 parts whose sum it is (n, 2)."""
+    """Standardised numbers (n, ...) in units of the target: values * scale + offset, in float64, since float32 cannot
+    resolve targets of 1.7e9 +- 0.06. "scale" (n,); "offset" (n,), or (n, 2) float32 parts to sum."""
     found = np.asarray(values[name], np.float64)
     if "scale" not in values:
         return found
@@ -225,10 +225,10 @@ def in_units(values: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def each(output: Any) -> Array:
-    """A model's output with its members as the second axis, float32 (B, M, ...); a single model is one member.
+    """A model's output with the members as second axis, float32 (B, M, ...); M = 1 for a single model.
 
     Raises:
-      UserError: the output is no array.
+      UserError: the output is not an array.
     """
     values = output.values if isinstance(output, Members) else output
     if not hasattr(values, "shape"):
@@ -237,7 +237,7 @@ def each(output: Any) -> Array:
 
 
 def described(output: Any) -> str:
-    """A model's output as people read it."""
+    """A readable description of a model's output."""
     if isinstance(output, Members):
         return f"that of {output.values.shape[1]} members, {output.values.shape}"
     if isinstance(output, Mapping):
@@ -246,7 +246,7 @@ def described(output: Any) -> str:
 
 
 def _one_hot(targets: Any, C: int) -> Array:
-    """float32 (B, C), NaN where an int target is no class: it must not count as a record without a loss."""
+    """float32 (B, C); NaN for an int target outside [0, C), which would otherwise have a loss of 0."""
     if targets.ndim == 2 and targets.shape[1] == C and jnp.issubdtype(targets.dtype, jnp.floating):
         return jnp.asarray(targets, jnp.float32)
     if targets.ndim != 1 or not jnp.issubdtype(targets.dtype, jnp.integer):
@@ -257,7 +257,7 @@ def _one_hot(targets: Any, C: int) -> Array:
 
 
 def _mean_probability(logp_BMC: Array) -> Array:
-    """The logarithm of the members' mean probability: (B, C)."""
+    """Log of the members' mean probability: (B, C)."""
     M = logp_BMC.shape[1]
     return logp_BMC[:, 0] if M == 1 else jax.nn.logsumexp(logp_BMC, axis=1) - np.log(M)
 
@@ -265,7 +265,7 @@ def _mean_probability(logp_BMC: Array) -> Array:
 def _counts(logits_BC: Array, target_BC: Array, weight_B: Array) -> dict[str, Array]:
     """"confusion" float32 (C, C) [true, predicted], for two classes "scores" (2, BINS): histogram of margins by truth.
 
-    Counts in float32 are exact up to 2^24 a cell.
+    float32 counts are exact up to 2^24 per cell.
     """
     C = target_BC.shape[-1]
     truth_BC = target_BC * weight_B[:, None]

@@ -1,10 +1,10 @@
 """Augmentation of a whole batch of images inside the compiled step, in pure JAX.
 
-Every random number of a record comes from its own key, so what happens to it depends on (seed, step, record) alone: not
-on its place in the batch, the batch's size or the number of devices. Only mixup and cutmix look at another record, the
-next one of the global batch. Turning one operation on or off changes no random number of another.
+A record's random numbers come from its own key, so its augmentation depends only on (seed, step, record), not on its
+position in the batch, the batch size or the number of devices. Only mixup and cutmix use a second record, the next one
+of the global batch. Switching one operation on or off does not change the random numbers of the rest.
 
-Axis letters: B batch, H W C image as it comes out, h w as it comes in (larger where `Images.border` is set).
+Axis letters: B batch, H W C output image, h w input image (larger if `Images.border` is set).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from lab.errors import UserError
 if TYPE_CHECKING:
     from jax import Array
 
-# Each has its own four numbers per record. Append only: the place in this list is part of the random key.
+# Each has its own four numbers per record. Append only: the index in this list is part of the random key.
 OPERATIONS = ("crop", "flip", "resized_crop", "rotate", "shift", "zoom", "cutout", "mixup", "cutmix", "mixup_or_cutmix")
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes to training images; all off by default, and what is off costs nothing.
+    """Random augmentation of training images. All operations are off by default and then cost nothing.
 
-    Order: crop; one bilinear resampling for resized_crop, zoom, shift and rotate together (what lies beyond the edge
-    repeats the edge); flip; then, on normalised pixels, cutout and mixup or cutmix.
+    Order: crop; one bilinear resampling for resized_crop, zoom, shift and rotate together (with edge padding); flip;
+    then, on normalised pixels, cutout and mixup or cutmix.
     """
 
     crop: int = 0
-    """Pad this many pixels on each side and cut out a random window of the model's size (4 is usual for CIFAR)."""
+    """Pad each side by this many pixels and take a random crop of the model's size (4 is usual for CIFAR)."""
     padding: Literal["zero", "reflect"] = "zero"
-    """What `crop` pads with: black, or the image mirrored at its edge."""
+    """Padding of `crop`: black, or the image mirrored at its edge."""
     flip: bool = False
     """Mirror left and right with probability 1/2."""
     rotate: float = 0.0
@@ -44,23 +44,23 @@ class Augment:
     zoom: float = 0.0
     """Enlarge or shrink by a factor in [1 - zoom, 1 + zoom]."""
     resized_crop: float = 0.0
-    """Show a random part of at least this fraction of the image's area, aspect ratio 3/4 to 4/3; 0: off, 0.08 is usual
-    (Szegedy et al., "Going Deeper with Convolutions", CVPR 2015). A part too long for the image is cut, not redrawn."""
+    """Crop a random part of at least this fraction of the image's area, aspect ratio 3/4 to 4/3; 0: off, 0.08 is usual
+    (Szegedy et al., "Going Deeper with Convolutions", CVPR 2015). A crop too long for the image is cut, not redrawn."""
     cutout: int = 0
     """Side of a square, centred on any pixel, that is set to the mean colour (DeVries & Taylor, arXiv:1708.04552)."""
     mixup: float = 0.0
-    """Blend with the next record of the batch, share ~ Beta(mixup, mixup) (Zhang et al., "mixup", ICLR 2018)."""
+    """Blend with the next record of the batch, weight ~ Beta(mixup, mixup) (Zhang et al., "mixup", ICLR 2018)."""
     cutmix: float = 0.0
     """Paste a box of the next record, area ~ Beta(cutmix, cutmix) (Yun et al., "CutMix", ICCV 2019). With mixup as
     well, each record gets one of the two with probability 1/2."""
 
     @property
     def mixes(self) -> bool:
-        """Whether targets become soft labels."""
+        """Whether training targets become soft labels."""
         return self.mixup > 0 or self.cutmix > 0
 
     def validate(self, height: int, width: int) -> None:
-        """UserError for a value that makes no sense on images of height x width."""
+        """UserError for a value that is invalid for images of height x width."""
         side = min(height, width)
         for name, value, low, high in (
             ("crop", self.crop, 0, side - 1), ("cutout", self.cutout, 0, 2 * max(height, width)),
@@ -73,9 +73,9 @@ class Augment:
             raise UserError("--data.augment.crop and --data.augment.resized-crop are two ways to crop: set one to 0.")
 
     def move(self, images: Array, numbers: dict[str, Array], size: tuple[int, int]) -> Array:
-        """What changes where pixels are: (B, h, w, C) of any type -> (B, H, W, C), size = (H, W).
+        """The geometric operations: (B, h, w, C) of any type -> (B, H, W, C), size = (H, W).
 
-        `numbers`: from `draw`. The type stays, except that resampling gives float32.
+        `numbers`: from `draw`. Resampling returns float32; otherwise the type is kept.
         """
         import jax.numpy as jnp
 
@@ -115,7 +115,7 @@ class Augment:
         return resample(images, centre, scale, angle, size)
 
     def mix(self, images: Array, targets: Array, numbers: dict[str, Array], classes: int | None) -> tuple[Array, Array]:
-        """What changes normalised pixels: (B, H, W, C) -> the same, and the targets, soft (B, classes) after mixing."""
+        """Cutout, mixup and cutmix on normalised images (B, H, W, C); mixed targets are soft, (B, classes)."""
         import jax
         import jax.numpy as jnp
 
@@ -127,7 +127,7 @@ class Augment:
             images = jnp.where(inside, 0, images)
         if not self.mixes:
             return images, targets
-        keep = 0.0  # how much of each pixel (B, H or 1, W or 1, 1) stays the record's own
+        keep = 0.0  # weight of the record's own pixels (B, H or 1, W or 1, 1)
         if self.mixup:
             keep = symmetric_beta(numbers["mixup"], self.mixup)[:, None, None, None]
         if self.cutmix:
@@ -150,7 +150,7 @@ def draw(keys: Array) -> dict[str, Array]:
     """Uniform numbers in [0, 1) for each operation, float32 (B, 4), from one key per record (B,)."""
     import jax
 
-    # All in one go: each call of the generator would cost 0.5 s of compile time on a CPU.
+    # One call: each call of the generator costs 0.5 s of compile time on a CPU.
     def record(key: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(key, zlib.crc32(b"augment")), (len(OPERATIONS), 4))
 
@@ -159,7 +159,7 @@ def draw(keys: Array) -> dict[str, Array]:
 
 
 def window(images: Array, corner: Array, size: tuple[int, int]) -> Array:
-    """The part of each image (B, h, w, C) whose first row and column are `corner`, int32 (B, 2): (B, *size, C)."""
+    """Crops each image (B, h, w, C) at first row and column `corner`, int32 (B, 2): (B, *size, C)."""
     import jax
 
     def one(image: Array, at: Array) -> Array:
@@ -169,16 +169,16 @@ def window(images: Array, corner: Array, size: tuple[int, int]) -> Array:
 
 
 def middle(images: Array, size: tuple[int, int]) -> Array:
-    """The middle of each image: (B, h, w, C) -> (B, *size, C)."""
+    """Centre crop: (B, h, w, C) -> (B, *size, C)."""
     top, left = (images.shape[1] - size[0]) // 2, (images.shape[2] - size[1]) // 2
     return images[:, top : top + size[0], left : left + size[1]]
 
 
 def resample(images: Array, centre: Array, scale: Array, angle: Array | None, size: tuple[int, int]) -> Array:
-    """Bilinear: the pixel at d from the middle of the output shows the input at centre + rotation(angle) (scale * d).
+    """Bilinear: the output pixel at offset d from the middle samples the input at centre + rotation(angle) (scale * d).
 
     images (B, h, w, C); centre, scale (B, 2), rows before columns, in pixels; angle (B,), radians counter-clockwise, or
-    None; result float32 (B, *size, C). Places beyond the edge show the nearest pixel of the edge.
+    None; result float32 (B, *size, C). Samples beyond the edge take the nearest edge pixel.
     """
     import jax
     import jax.numpy as jnp
@@ -186,7 +186,7 @@ def resample(images: Array, centre: Array, scale: Array, angle: Array | None, si
     last = jnp.array(images.shape[1:3], jnp.float32) - 1
     images = images.astype(jnp.float32)
     rows, columns = ((jnp.arange(n) - (n - 1) / 2)[None] * scale[:, i, None] for i, n in enumerate(size))
-    if angle is None:  # rows and columns on their own are two matrix products, quick on every accelerator
+    if angle is None:  # separable: two matmuls, fast on every accelerator
         sides = []
         for i, offsets in enumerate((rows, columns)):
             places = jnp.clip(centre[:, i, None] + offsets, 0, last[i])[..., None]

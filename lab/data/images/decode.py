@@ -1,4 +1,4 @@
-"""PNG and JPEG to arrays of the form that is wanted, and what people are told about images that cannot be used."""
+"""Decodes PNG and JPEG to arrays of a given form, and reports images that cannot be used."""
 
 import io
 import os
@@ -19,27 +19,27 @@ from lab.data import log
 from lab.data.images.sources import Encoded, Pixels
 from lab.errors import UserError
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF, which is passed over
+warnings.filterwarnings("ignore", module=r"PIL\.")  # damaged EXIF is ignored
 
 T, R = TypeVar("T"), TypeVar("R")
-BLOCK = 32  # images handed to a thread at once: small ones take less time than the handing over
+BLOCK = 32  # images per thread task: decoding one small image is faster than submitting it
 MODES = {1: "L", 3: "RGB"}
 WORDS = {"L": "grey", "RGB": "RGB"}
 ORIENTATION = 0x0112  # EXIF: 1 is upright, 2 to 8 are turned or mirrored
 ALPHA = "transparency left out"
-# Modes of Pillow that become grey or RGB, and what is said of it.
+# Pillow modes to convert to grey or RGB, with the note to report.
 SIMPLER = {"1": ("L", ""), "P": ("RGB", "palette made RGB"), "RGBA": ("RGB", ALPHA), "RGBa": ("RGB", ALPHA),
            "PA": ("RGB", ALPHA), "LA": ("L", ALPHA), "La": ("L", ALPHA), "CMYK": ("RGB", "CMYK made RGB"),
            "YCbCr": ("RGB", "YCbCr made RGB"), "LAB": ("RGB", "LAB made RGB"), "HSV": ("RGB", "HSV made RGB")}
 DEEP, TURNED = "16 bits a channel made 8", "turned upright by their EXIF orientation"
-# What Pillow raises for damaged PNG and JPEG files.
+# Exceptions that Pillow raises for damaged PNG and JPEG files.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
            Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class Form:
-    """What every stored image must be, or with `resize` is made to be: height x width, 1 (grey) or 3 (RGB) channels."""
+    """The required form of stored images (with `resize`: the target): height x width, 1 (grey) or 3 (RGB) channels."""
 
     height: int
     width: int
@@ -52,7 +52,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why an image cannot be used. `corrupt`: it cannot be decoded; else it is of another form."""
+    """Why an image cannot be used. `corrupt`: it cannot be decoded; otherwise it has the wrong form."""
 
     text: str
     corrupt: bool
@@ -60,14 +60,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image. `pixels`: uint8 (H, W, C); `changes`: what was done to it that people should know."""
+    """A decoded image. `pixels`: uint8 (H, W, C); `changes`: conversions to report."""
 
     pixels: np.ndarray
     changes: tuple[str, ...] = ()
 
 
 def decode(item: bytes | Path, form: Form) -> Decoded | Problem:
-    """A PNG or JPEG file, or its bytes, upright, or what is wrong with it."""
+    """Decodes a PNG or JPEG file, or its bytes, to an upright image; returns a Problem if that fails."""
     raw = read_bytes(item)
     try:
         with Image.open(io.BytesIO(raw), formats=("PNG", "JPEG")) as image:
@@ -76,14 +76,14 @@ def decode(item: bytes | Path, form: Form) -> Decoded | Problem:
     except DAMAGED as error:
         why = "no PNG or JPEG" if isinstance(error, UnidentifiedImageError) else str(error)
         return Problem(why if raw else "empty file", corrupt=True)
-    deep = raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[24] == 16  # in colour Pillow keeps the high bytes, without a word
+    deep = raw[:8] == b"\x89PNG\r\n\x1a\n" and raw[24] == 16  # Pillow silently keeps the high bytes
     if isinstance(result, Decoded) and deep and DEEP not in result.changes:
         return replace(result, changes=(*result.changes, DEEP))
     return result
 
 
 def orientation(image: Image.Image) -> int:
-    """The orientation that EXIF says, 1 to 8; 1 where it says none or is damaged."""
+    """The EXIF orientation, 1 to 8; 1 if missing or damaged."""
     try:
         found = image.getexif().get(ORIENTATION, 1)
     except DAMAGED:
@@ -92,7 +92,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def read_bytes(item: bytes | Path) -> bytes:
-    """The bytes, or the file's. UserError when it cannot be read."""
+    """The bytes, or the content of the file. UserError if it cannot be read."""
     try:
         return item if isinstance(item, bytes) else item.read_bytes()
     except OSError as error:
@@ -100,13 +100,13 @@ def read_bytes(item: bytes | Path) -> bytes:
 
 
 def fitted(image: Image.Image, form: Form) -> Decoded | Problem:
-    """An image in this form: upright, 8 bits a channel, without transparency. With `resize` also grey and RGB become
-    each other, and the largest middle part of the right aspect ratio is taken and resized (bilinear, antialiased)."""
+    """Converts an image to this form: upright, 8 bits per channel, no transparency. `resize` also converts between
+    grey and RGB, and resizes the largest centre crop of the right aspect ratio (bilinear, antialiased)."""
     changes = []
     if (turn := orientation(image)) != 1:
         image = _upright(image, turn)
         changes.append(TURNED)
-    if image.mode[0] in "IF":  # 16 bits of grey, which Pillow reads as one of several modes, and would clip at 255
+    if image.mode[0] in "IF":  # 16-bit grey: several Pillow modes, which convert() would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         changes.append(DEEP)
     elif image.mode in SIMPLER:
@@ -127,7 +127,7 @@ def fitted(image: Image.Image, form: Form) -> Decoded | Problem:
 
 
 def _upright(image: Image.Image, turn: int) -> Image.Image:
-    """The image as EXIF's orientation `turn`, 2 to 8, says it is to be seen."""
+    """Applies the EXIF orientation `turn`, 2 to 8."""
     moves = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
              7: "TRANSVERSE", 8: "ROTATE_90"}
     info = image.info
@@ -137,7 +137,7 @@ def _upright(image: Image.Image, turn: int) -> Image.Image:
 
 
 def check_labels(split: Pixels | Encoded, indices: np.ndarray, labels: np.ndarray, classes: int) -> None:
-    """UserError for the first of these images, `indices` with `labels`, whose label is no class."""
+    """UserError for the first of the images `indices` whose label, in `labels`, is not a class."""
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         raise UserError(f"{split.name(int(indices[wrong[0]]))} has label {labels[wrong[0]]}, which is outside 0 to "
@@ -145,7 +145,7 @@ def check_labels(split: Pixels | Encoded, indices: np.ndarray, labels: np.ndarra
 
 
 def in_threads(work: Callable[[T], R], items: list[T]) -> Iterator[R]:
-    """`work` of each item, in order; on all cores as far as Python's lock allows, which decoding does not hold."""
+    """`work(item)` for each item, in order, in one thread per core; decoding releases the GIL."""
     blocks = [items[i : i + BLOCK] for i in range(0, len(items), BLOCK)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for results in pool.map(lambda block: [work(item) for item in block], blocks):
@@ -163,9 +163,9 @@ def decoded(split: Encoded, form: Form) -> np.ndarray:
 
 
 def complain(misfits: list[tuple[str, Problem]], corrupt: list[str], advice: str) -> None:
-    """UserError where there is anything to complain of: the first image of another form, or up to three corrupt ones.
+    """UserError if there are problems: names the first image of the wrong form, or up to three corrupt ones.
 
-    `misfits`: names and problems; `corrupt`: names with the reason; `advice`: what else could be done about the latter.
+    `misfits`: names and problems; `corrupt`: names with the reason; `advice`: a further remedy for corrupt images.
     """
     if misfits:
         name, problem = misfits[0]
@@ -178,7 +178,7 @@ def complain(misfits: list[tuple[str, Problem]], corrupt: list[str], advice: str
 
 
 def reshaped(pixels: Pixels, form: Form) -> np.ndarray:
-    """The images in this form; quick where they have it already."""
+    """The images in this form; fast if no conversion is needed."""
     if pixels.images.shape[1:] == (form.height, form.width, form.channels):
         return pixels.images
     if pixels.images.shape[3] not in MODES:

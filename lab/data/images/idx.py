@@ -21,8 +21,8 @@ class Idx:
     """Images in the IDX format of MNIST (LeCun, Cortes & Burges), plain or packed with gzip."""
 
     path: str
-    """A folder with train-images-idx3-ubyte and train-labels-idx1-ubyte (and the same with t10k for the test split), or
-    one file of images whose labels lie beside it, called "labels" and "idx1" where it says "images" and "idx3"."""
+    """A folder with train-images-idx3-ubyte and train-labels-idx1-ubyte (t10k-... for the test split), or one image
+    file. Its label file is next to it, with "labels" and "idx1" in the name instead of "images" and "idx3"."""
     names: tuple[str, ...] = ()
     """Names of the classes, in the order of the labels."""
 
@@ -32,7 +32,7 @@ class Idx:
             raise UserError("Idx needs a folder with the four files of MNIST, or a file of images.")
 
     def open(self) -> Opened:
-        """Read everything. UserError names the file that is missing, damaged or does not fit the others."""
+        """Read everything. UserError names the file that is missing, damaged or inconsistent."""
         where = user_path(self.path)
         train = where if where.is_file() else _idx_in(where, "train")
         if train is None:
@@ -54,7 +54,7 @@ def _idx_in(folder: Path, split: str) -> Path | None:
 
 
 def _idx_pair(path: Path) -> Pixels:
-    """A file of images with the labels beside it."""
+    """An image file, with the label file next to it."""
     plain = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1").replace("idx4", "idx1")
     labels = next((p for p in (path.with_name(plain), path.with_name(plain + ".gz")) if p.is_file()), None)
     if labels is None or plain == path.name.removesuffix(".gz"):
@@ -69,7 +69,7 @@ def _idx_pair(path: Path) -> Pixels:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The uint8 array in an IDX file. UserError for a wrong beginning, or more or fewer bytes than it announces."""
+    """The uint8 array in an IDX file. UserError for a wrong header, or a size that differs from the header's."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             raw = file.read()

@@ -1,4 +1,4 @@
-"""Labelled images: decoded and split on the host, normalised and augmented inside the compiled step."""
+"""Labelled images: decoded and split on the host, normalised and augmented in the compiled step."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -22,52 +22,52 @@ from lab.errors import UserError
 from lab.files import user_path
 
 Source = Idx | ImageFolder | TfdsImages | Sklearn
-LOOK = 1000  # training images whose mean and standard deviation the screen shows
+LOOK = 1000  # training images to measure mean and standard deviation on, for display
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images with a class each.
+    """Images for classification.
 
-    A record is `inputs` uint8 (H + 2 border, W + 2 border, C), and `targets` int32 (), the class. In the step, inputs
-    become float32 (H, W, C), augmented in training, and (x / 255 - mean) / std; with mixup or cutmix the targets of
-    training become float32 (classes,).
+    A record is `inputs` uint8 (H + 2 border, W + 2 border, C), and `targets` int32 (), the class. The step augments
+    inputs in training and normalises them, (x / 255 - mean) / std, to float32 (H, W, C). With mixup or cutmix, training
+    targets become float32 (classes,).
 
-    Splits: the source's own where it has them. A held-out split of any name is the test split; validation is then taken
-    out of training. What is taken out is decided by one fixed shuffle, never by an experiment's seed.
+    Splits are the source's own, if it has them. A single held-out split of any name is the test split; validation is
+    then taken from training. A fixed shuffle, independent of the experiment's seed, chooses the held-out images.
     """
 
     source: Source
-    """Where the images come from. Of scikit-learn's data sets, "digits" has images: 1,797 of 8x8."""
+    """Where the images come from. The only scikit-learn data set of images is "digits": 1,797 of 8x8."""
     shape: tuple[int, int, int]
-    """Height, width and channels (1: grey, 3: RGB) of what the model gets."""
+    """Height, width and channels (1: grey, 3: RGB) of the model's input."""
     augment: Augment = Augment()
-    """Random changes to training images."""
+    """Augmentation of training images."""
     validation: float | None = None
-    """Training images held out for validation: a part of them, or from 1 on their number; 0: validate on the test
-    split. Default: the source's own validation split beside a test split, else a tenth."""
+    """Training images held out for validation: a fraction below 1, else a number; 0: validate on the test split.
+    Default: the source's own validation split if it also has a test split, else a tenth."""
     test: float | None = None
-    """The same for the test split of a source that has none; default: no test split."""
+    """Training images held out for test, as `validation`, if the source has no test split; default: none."""
     classes: int | None = None
-    """Number of classes: mixup and cutmix need it, and where it is given the data must agree."""
+    """Number of classes. Required for mixup and cutmix; if given, it must equal the data's."""
     mean: tuple[float, ...] = (0.5,)
-    """Of the training pixels, in [0, 1], for each channel or for all; the screen shows the measured one."""
+    """Mean of the training pixels, in [0, 1], per channel or for all; the measured mean is printed."""
     std: tuple[float, ...] = (0.5,)
-    """Standard deviation, likewise."""
+    """Standard deviation of the training pixels, per channel or for all."""
     resize: bool = False
-    """Make images of any size and colour fit: the largest middle part of the right aspect ratio, resized. Without, any
-    other image than `shape` (with border) is an error."""
+    """Convert images of any size and colour: the largest centre crop of the right aspect ratio, resized. If off, an
+    image that does not have `shape` (plus border) is an error."""
     border: int = 0
-    """Stored images are this many pixels larger on each side: crop and resized_crop use all of them, everything else
-    the middle. Shape 224 with border 16 is the usual evaluation on ImageNet: resize to 256, take the middle."""
+    """Stored images are this many pixels larger on each side. crop and resized_crop use the whole image, everything
+    else the centre. Shape 224 with border 16 is the usual ImageNet evaluation: resize to 256, centre crop."""
     skip_corrupt: bool = False
-    """Leave out images that cannot be decoded, and count them; they are an error otherwise."""
+    """Leave out and count images that cannot be decoded; by default they are an error."""
     memory: float = 4.0
-    """Splits of up to this many gigabytes are decoded once into a cached file and kept in memory; larger ones are
+    """Splits up to this many gigabytes are decoded once into a cached file and kept in memory; larger splits are
     decoded batch by batch."""
 
     unit = "images"
-    slow = True  # to load: --dry-run leaves that out
+    slow = True  # loading is slow, so --dry-run skips it
     units_per_record = 1
 
     def validate(self) -> None:
@@ -94,13 +94,13 @@ class Images:
             raise UserError("mixup and cutmix make soft labels: set --data.classes to the number of classes.")
 
     def metadata(self) -> dict[str, int]:
-        """What is known of `Dataset.metadata` without reading."""
+        """The part of `Dataset.metadata` that is known without reading."""
         known = dict(zip(("height", "width", "channels"), self.shape, strict=True))
         return known if self.classes is None else known | {"classes": self.classes}
 
     @property
     def form(self) -> Form:
-        """What a stored image is."""
+        """The form of a stored image."""
         height, width, channels = self.shape
         return Form(height + 2 * self.border, width + 2 * self.border, channels, self.resize)
 
@@ -113,8 +113,8 @@ class Images:
         """inputs uint8 -> float32 (B, H, W, C), normalised and, in training, augmented; pure JAX.
 
         64 grey images of 28x28 on two busy CPU cores (fastest to median): normalising 0.05 to 0.1 ms; crop, flip and
-        cutout 0.2 to 0.3; rotate, shift, zoom and flip 0.3 to 0.6; mixup and cutmix 0.2 to 0.4; everything together 2
-        to 4, because XLA for CPUs fuses the resampling into the mixing and so computes it several times.
+        cutout 0.2 to 0.3; rotate, shift, zoom and flip 0.3 to 0.6; mixup and cutmix 0.2 to 0.4; all together 2 to 4,
+        because XLA for CPUs fuses the resampling into the mixing and computes it several times.
         """
         import jax.numpy as jnp
 
@@ -129,17 +129,17 @@ class Images:
         return batch | {"inputs": images, "targets": targets}
 
     def describe(self) -> dict[str, str | int | float]:
-        """What the source is and how many images it has, without decoding. UserError where it is not there."""
+        """The source and its number of images, without decoding. UserError if it does not exist."""
         source = self._open()
         counts = {f"{name} images, as stored": len(split) for name, split in source.splits.items()}
         return {"source": source.title, "image": str(self.form), "classes": source.classes,
                 **class_names(source.names), **counts, **source.notes}
 
     def load(self) -> "ImageData":
-        """Find, decode (or find decoded) and split the images.
+        """Find, decode (or read from the cache) and split the images.
 
         Raises:
-          UserError: names what is missing, corrupt, of another form or labelled with a class that does not exist.
+          UserError: names what is missing, corrupt, of the wrong form or labelled with an invalid class.
         """
         self.validate()
         source = self._open()
@@ -157,18 +157,18 @@ class Images:
         )
 
     def restored(self, saved: dict[str, Any], tokenizer: str) -> "ImageData":
-        """What `load` gave to a run, without records; see `Dataset.saved`."""
+        """The result of a run's `load`, without records; see `Dataset.saved`."""
         return ImageData(**restored(saved), form=Form(**saved["form"]))
 
     def _open(self) -> Opened:
-        """The source; UserError when it is not there or has another number of classes than `classes`."""
+        """Opens the source; UserError if it does not exist or its number of classes is not `classes`."""
         source = _digits(self.source) if isinstance(self.source, Sklearn) else self.source.open()
         if self.classes not in (None, source.classes):
             raise UserError(f"{source.title} has {source.classes} classes, but --data.classes is {self.classes}.")
         return source
 
     def _split(self, found: dict[str, Records], title: str) -> tuple[dict[str, Records], str]:
-        """The records of each split, and the rule in words."""
+        """The records of each split, and a sentence about the split."""
         train, own = found["train"], "test" in found
         if own and self.test is not None:
             raise UserError(f"{title} has a test split of its own: leave out --data.test.")
@@ -215,7 +215,7 @@ class Images:
 
 
 def _digits(source: Sklearn) -> Opened:
-    """The 1,797 digits that come with scikit-learn: 17 greys, stretched to 0..255."""
+    """The 1,797 digits of scikit-learn: 17 grey levels, scaled to 0..255."""
     if source.name != "digits":
         raise UserError(f'Sklearn({source.name!r}) has no images; "digits" has.')
     bunch = source.load()
@@ -225,7 +225,7 @@ def _digits(source: Sklearn) -> Opened:
 
 
 def _count(part: float, n: int) -> int:
-    """How many of n: a part of them, at least one if it is not 0, or from 1 on the number itself."""
+    """Number of images: `part` is a fraction of n (at least one image if not 0), or from 1 on the number."""
     return int(part) if part >= 1 or part == 0 else max(math.floor(part * n + 0.5), 1)
 
 
@@ -235,7 +235,7 @@ def _part(records: Records, rows: np.ndarray) -> Records:
 
 @dataclass
 class ImageData(Dataset):
-    """What `Images.load` gives."""
+    """The result of `Images.load`."""
 
     form: Form = field(default=Form(0, 0, 0), kw_only=True)
 
@@ -244,11 +244,10 @@ class ImageData(Dataset):
         return super().saved() | {"form": asdict(self.form)}
 
     def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> Incoming:
-        """An image, all images below a folder, or an IDX file of images. In a folder of classes' folders, these are the
-        truth.
+        """An image, all images below a folder, or an IDX image file. Class folders give the true targets.
 
         Raises:
-          UserError: names images that are corrupt or of another form than those of training.
+          UserError: names images that are corrupt or not of the training images' form.
         """
         if id_column is not None:
             raise no_ids(id_column)

@@ -1,4 +1,4 @@
-"""Encoded images to records: decoded once into a cached file where they fit, else batch by batch by Grain's threads."""
+"""Encoded images to records: decoded once into a cached file if they fit in memory, else per batch in Grain threads."""
 
 import hashlib
 import json
@@ -29,14 +29,14 @@ from lab.data.images.sources import Encoded, Pixels
 from lab.data.pipeline import Arrays, Batch, Records
 from lab.errors import UserError
 
-FORMAT = 2  # of the cached files; a new number makes every image be decoded again
-AT_ONCE = 1024  # images read and decoded together: at most some hundred MB of small ones
+FORMAT = 2  # version of the cached files; increment it to decode all images again
+AT_ONCE = 1024  # images read and decoded together: at most a few hundred MB if small
 
 
 @dataclass(frozen=True)
 class Found:
-    """The records of one split. `content`: hash of what was read; `corrupt`: names of images that were left out;
-    `changes`: how many images were changed by decoding, and how."""
+    """The records of one split. `content`: hash of the files read; `corrupt`: names of the images left out; `changes`:
+    conversion -> number of images."""
 
     records: Records
     content: str
@@ -48,7 +48,7 @@ def find(split: Pixels | Encoded, form: Form, classes: int, memory: float, skip_
     """The records of a split, in memory if they take at most `memory` bytes there.
 
     Raises:
-      UserError: names images of another form, with a label that is no class, or corrupt (except with `skip_corrupt`).
+      UserError: names images of the wrong form, with an invalid label, or corrupt (except with `skip_corrupt`).
     """
     if isinstance(split, Pixels):
         check_labels(split, np.arange(len(split)), split.labels, classes)
@@ -58,7 +58,7 @@ def find(split: Pixels | Encoded, form: Form, classes: int, memory: float, skip_
     key = digest(FORMAT, split.identity(), asdict(form), classes, skip_corrupt)
     folder = cache_folder("images") / key
     found = _cached(folder, form)
-    count = len(split if found is None else found.records)  # asking TFDS takes seconds
+    count = len(split if found is None else found.records)  # len() of a TFDS split takes seconds
     if count * form.height * form.width * form.channels > memory:
         return Found(Lazy(split, form, classes, skip_corrupt), digest(split.outline()))
     return built(folder, lambda where: _cached(where, form),
@@ -70,13 +70,13 @@ def find(split: Pixels | Encoded, form: Form, classes: int, memory: float, skip_
 
 
 def _cached(folder: Path, form: Form) -> Found | None:
-    """What `_build` left in a folder, read by memory mapping; None where it is missing or damaged."""
+    """The files of `_build`, memory-mapped; None if missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         labels = np.fromfile(folder / "labels.bin", np.int32)
         images = np.memmap(folder / "images.bin", np.uint8, "r").reshape(-1, form.height, form.width, form.channels)
         if len(labels) == len(images) == meta["count"] and _sums(images, labels) == meta["sums"]:
-            # The plain array over the map: indexing np.memmap itself makes a subclass instance each time.
+            # A plain array view: indexing np.memmap itself creates a subclass instance each time.
             return Found(Arrays({"inputs": np.asarray(images), "targets": labels}), meta["content"],
                          tuple(meta["corrupt"]), meta["changes"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -85,7 +85,7 @@ def _cached(folder: Path, form: Form) -> Found | None:
 
 
 def _sums(images: np.ndarray, labels: np.ndarray) -> list[int]:
-    """Checksums: of all images where they are few (0.05 s), else of some at both ends."""
+    """Checksums of all images if they are small (0.05 s), else of some at both ends."""
     few = images if images.nbytes <= 64 << 20 else np.concatenate([images[:64], images[-64:]])
     return [zlib.crc32(np.ascontiguousarray(few)), zlib.crc32(labels)]
 
@@ -139,14 +139,14 @@ def _write(split: Encoded, form: Form, classes: int, skip_corrupt: bool, folder:
 
 
 class Lazy:
-    """Records that are read and decoded when a batch asks for them: one read per batch, then Grain's 16 threads.
+    """Records that are read and decoded per batch: one read, then decoding in Grain's 16 threads.
 
-    A corrupt image raises UserError, or with `skip_corrupt` is replaced by the next one, which is logged once. On two
-    busy cores 64 JPEGs of 375x500, resized, took 0.15 to 0.3 s; Python's own pool of threads was no faster.
+    A corrupt image raises UserError, or with `skip_corrupt` is replaced by the next one and logged once. On two busy
+    cores 64 JPEGs of 375x500, resized, took 0.15 to 0.3 s; Python's own thread pool was not faster.
     """
 
     def __init__(self, split: Encoded, form: Form, classes: int, skip_corrupt: bool):
-        import grain  # 3 to 4 s, and not in the thread that prefetches
+        import grain  # takes 3 to 4 s; import here, not in the prefetch thread
 
         self._threads = lambda items: list(
             grain.MapDataset.source(items).map(lambda item: decode(item, form)).to_iter_dataset())
@@ -181,7 +181,7 @@ class Lazy:
 
 
 class ShardPart:
-    """Some rows of other records."""
+    """A subset of the rows of other records."""
 
     def __init__(self, records: Records, rows: np.ndarray):
         self._records, self._rows = records, rows

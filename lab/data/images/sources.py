@@ -1,11 +1,11 @@
-"""Where images come from: folders of PNG and JPEG files, and TFDS. Nothing is decoded here.
+"""Sources of images: folders of PNG and JPEG files, and TFDS. Nothing is decoded here.
 
-A *source* is a value an experiment holds; its `open()` gives the splits, each one either `Pixels`, arrays that are
-there already (`lab.data.images.idx`), or *encoded* images (`ImageFiles`, `Shards`):
+A *source* is part of an experiment's config. Its `open()` returns the splits: `Pixels`, images in memory
+(`lab.data.images.idx`), or *encoded* images (`ImageFiles`, `Shards`) with
 
-    len(split), name(i)   how many images, and how a person finds one
+    len(split), name(i)   number of images, and the display name of one
     read(indices)         the PNG or JPEG files, as bytes or as paths, and the labels int32 (n,)
-    outline()             names and sizes: what tells data sets apart without reading them
+    outline()             names and sizes, to tell data sets apart without reading them
     identity()            cheap key of the files on disk (paths, sizes, times)
 """
 
@@ -43,7 +43,7 @@ class Pixels:
 
 
 class Encoded(Protocol):
-    """Images that must be decoded; see the module's text."""
+    """Images that must be decoded; see the module docstring."""
 
     def __len__(self) -> int: ...
     def name(self, i: int) -> str: ...
@@ -54,7 +54,7 @@ class Encoded(Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """A source that was found. `splits`: "train", perhaps "validation" and "test". `names`: of the classes, or ()."""
+    """An opened source. `splits`: "train", optionally "validation" and "test". `names`: class names, or ()."""
 
     title: str
     splits: dict[str, Pixels | Encoded]
@@ -64,9 +64,9 @@ class Opened:
 
 
 def _with_test(splits: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str | int | float]]:
-    """A held-out split that is called validation is the test split where there is no other, as in ImageNet.
+    """Without a test split, the validation split is used as the test split, as in ImageNet.
 
-    Returns the splits, and a line that says so.
+    Returns the splits, and a line to print about it.
     """
     if "test" in splits or "validation" not in splits:
         return splits, {}
@@ -79,7 +79,7 @@ def _with_test(splits: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str | 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Image files. `paths` below `root`; `labels` int32, one each (all 0 where there are none)."""
+    """Image files. `paths` below `root`; `labels` int32, one per file (all 0 if unlabelled)."""
 
     root: Path
     paths: list[Path]
@@ -111,19 +111,18 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder with one subfolder of PNG and JPEG files for each class, or with folders for splits of that form.
+    """A folder with one subfolder of PNG and JPEG files per class, or with one such folder per split.
 
-    Splits are recognised by their names, whatever the case: train or Training, test, val or dev, also as the end of a
-    name (seg_train, training_set). A validation split is the test split where there is no other. The classes are the
-    names of the subfolders, sorted. Files of other kinds are left out and counted, and so are links to what is
-    there.
+    Split names are case-insensitive: train or Training, test, val or dev, also as part of a name (seg_train,
+    training_set). Without a test split, validation is the test split. The classes are the sorted names of the
+    subfolders. Files of other types, and links to files listed already, are left out and counted.
     """
 
     path: str
     """The folder."""
     splits: Splits = "auto"
-    """auto: folders named like splits are splits, and an error where that is not clear; folders: use those named like
-    splits and leave out the others; none: every folder is a class."""
+    """auto: folders with split names are splits, and an ambiguous layout is an error; folders: use the folders with
+    split names and leave out the rest; none: every folder is a class."""
 
     def validate(self) -> None:
         """UserError without a path."""
@@ -131,7 +130,7 @@ class ImageFolder:
             raise UserError("ImageFolder needs a folder that holds one subfolder of images for each class.")
 
     def open(self) -> Opened:
-        """List the files. UserError for a missing folder, an unclear layout, or a class without images."""
+        """List the files. UserError for a missing folder, an ambiguous layout, or a class without images."""
         root = user_path(self.path)
         if not root.is_dir():
             raise Absent(f"{root} is not a folder (looked from {Path.cwd()}).")
@@ -152,7 +151,7 @@ class ImageFolder:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file has the name of a PNG or JPEG."""
+    """Whether a file name has a PNG or JPEG suffix."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -161,33 +160,33 @@ def is_image(name: str) -> bool:
 
 @dataclass(frozen=True)
 class TfdsImages:
-    """Labelled images that TFDS has prepared as ArrayRecord, read without TensorFlow and never downloaded.
+    """Labelled images prepared by TFDS as ArrayRecord, read without TensorFlow and never downloaded here.
 
-    `./launch.sh prepare NAME` prepares them, in an environment of its own.
+    `./launch.sh prepare NAME` prepares them, in a separate environment.
     """
 
     name: str
-    """Registered name, with configuration and version where needed: "mnist", "imagenet2012:5.1.0"."""
+    """TFDS name, with configuration and version if needed: "mnist", "imagenet2012:5.1.0"."""
     data_dir: str | None = None
     """Folder of prepared data sets; default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     train: str = "train"
     """TFDS split expression for training, such as "train[:50%]"."""
     validation: str | None = None
-    """TFDS split expression; default "validation" where the data set has that and "test"."""
+    """TFDS split expression; default "validation" if the data set has both "validation" and "test"."""
     test: str | None = None
-    """TFDS split expression; default "test", or "validation" where there is no "test"."""
+    """TFDS split expression; default "test", or "validation" if there is no "test"."""
     image_key: str = "image"
-    """Which field of a record is the image."""
+    """The record field with the image."""
     label_key: str = "label"
-    """Which field of a record is the class."""
+    """The record field with the class."""
 
     def validate(self) -> None:
-        """UserError when the name cannot be one."""
+        """UserError if the name is not a valid TFDS name."""
         if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", self.name):
             raise UserError(f'{self.name!r} is not a TFDS name: write "name", "name/config" or "name/config:1.0.0".')
 
     def open(self) -> Opened:
-        """Find the prepared folder and read its descriptions (no TFDS import, no network). UserError when absent."""
+        """Find the prepared folder and read its descriptions (no TFDS import, no network). UserError if absent."""
         self.validate()
         folder, found, features = described(self.name, self.data_dir)
         for key, kind in ((self.image_key, "image"), (self.label_key, "classLabel")):
@@ -199,7 +198,7 @@ class TfdsImages:
         chosen = {"train": self.train, "validation": self.validation or ("validation" if "validation" in own else None),
                   "test": self.test or ("test" if "test" in own else None)}
         splits, notes = {split: expression for split, expression in chosen.items() if expression}, {}
-        if not self.validation:  # what is asked for by name stays the validation split
+        if not self.validation:  # an explicit validation split is kept
             splits, notes = _with_test(splits)
         labels = folder / f"{self.label_key}.labels.txt"
         names = tuple(labels.read_text("utf-8").split("\n")) if labels.is_file() else ()
@@ -210,7 +209,7 @@ class TfdsImages:
 
 @dataclass(frozen=True, eq=False)
 class Shards:
-    """One split expression of a prepared data set; `own`: the splits that it has."""
+    """One split expression of a prepared data set; `own`: the data set's splits."""
 
     source: TfdsImages
     folder: Path
@@ -219,12 +218,12 @@ class Shards:
 
     @functools.cached_property
     def _records(self) -> Any:
-        import tensorflow_datasets as tfds  # 1.5 s: only when records are really read
+        import tensorflow_datasets as tfds  # takes 1.5 s; import it only to read records
 
         raw = {self.source.image_key: tfds.decode.SkipDecoding()}
         try:
             return tfds.builder_from_directory(str(self.folder)).as_data_source(split=self.expression, decoders=raw)
-        except ValueError:  # not an expression, an unknown split, or one that selects nothing
+        except ValueError:  # invalid expression, unknown split, or empty selection
             raise UserError(f"The split {self.expression!r} of {self.source.name} is unknown, badly written or empty; "
                             f"its splits are {', '.join(self.own)}.") from None
 
@@ -235,7 +234,7 @@ class Shards:
         return f"image {i} of {self.source.name} {self.expression}"
 
     def read(self, indices: np.ndarray) -> tuple[list[bytes | Path], np.ndarray]:
-        found = self._records.__getitems__([int(i) for i in indices])  # one by one is up to 30 times slower
+        found = self._records.__getitems__([int(i) for i in indices])  # one at a time is up to 30 times slower
         labels = np.array([record[self.source.label_key] for record in found], np.int32)
         return [record[self.source.image_key] for record in found], labels
 

@@ -1,4 +1,4 @@
-"""Short texts with a label each."""
+"""Short labelled texts."""
 
 from lab.data.messages.messages import Messages
 from lab.data.messages.sources import PythonPackages, TextFolder, TfdsMessages

@@ -1,4 +1,4 @@
-"""Messages with a class each: single texts as rows of token ids, for classification and for masked language models."""
+"""Labelled messages: one text per row of token ids, for classification and masked language models."""
 
 import time
 from collections.abc import Iterator
@@ -26,39 +26,39 @@ Tokenizer = Words | Saved | BPE | GPT2 | Bytes | Chars
 
 Lines = dict[str, str | int | float]
 
-FORMAT = 1  # of the records; a new number makes other fingerprints
-AT_ONCE = 1 << 22  # characters encoded at once: enough for all cores, and about 200 MB of the tokenizer's objects
-FEW = 1000  # training messages below which the reference keeps words that only one of them has
+FORMAT = 1  # version of the records, part of the fingerprint
+AT_ONCE = 1 << 22  # characters per encoding call: enough for all cores; takes about 200 MB of tokenizer objects
+FEW = 1000  # below this many training messages, the baseline keeps words that occur in one message only
 
 
 @dataclass(frozen=True)
 class Messages:
     """Messages and their classes.
 
-    A record is one message: `inputs` int32 (length,), its token ids, then padding (id 0); `mask` uint8 (length,), 1
-    where a token is; `targets` int32 (), the class. Where the tokenizer itself makes id 0 from text, all its ids are
-    moved up by one. A message without any token is one unknown word to `Words`, and one padding token, with mask 1, to
-    the others, so that no mean over its tokens is over nothing.
+    A record is one message: `inputs` int32 (length,), the token ids, padded with id 0; `mask` uint8 (length,), 1 for
+    tokens; `targets` int32 (), the class. If the tokenizer can produce id 0, all its ids are shifted up by one. A
+    message without tokens becomes one unknown word with `Words`, and one padding token with mask 1 with other
+    tokenizers, so that a mean over tokens is always defined.
 
-    The tokenizer learns from the training split only. Where the source has no validation split, a fixed part of the
-    training messages of every class is taken; a text that occurs twice among them stays on one side.
+    The tokenizer learns from the training split only. If the source has no validation split, a fixed part of each
+    class's training messages is held out; copies of a text stay in one split.
     """
 
     source: Source
     """Where the messages come from."""
     tokenizer: Tokenizer = Words(10_000)
-    """How they become ids."""
+    """Converts messages to token ids."""
     length: int = 100
     """Tokens in a record; longer messages are cut."""
     truncate: Literal["end", "start"] = "end"
-    """Which side of a longer message is cut off."""
+    """The side at which a longer message is cut."""
     validation: float = 0.1
-    """Part of the training messages put aside for validation, where the source has no such split."""
+    """Fraction of the training messages held out for validation, if the source has no such split."""
     test: float = 0.0
-    """Part of the training messages put aside for test, where the source has no such split; 0: no test split."""
+    """Fraction of the training messages held out for test, if the source has no such split; 0: no test split."""
 
     unit = "messages"
-    slow = True  # to load: --dry-run leaves that out
+    slow = True  # loading is slow, so --dry-run skips it
     units_per_record = 1
 
     def validate(self) -> None:
@@ -76,7 +76,7 @@ class Messages:
             raise UserError(f'Sklearn({self.source.name!r}) holds no messages; Sklearn("20newsgroups") does.')
 
     def metadata(self) -> dict[str, Any]:
-        """What is known of the facts without reading data; a small corpus may have fewer ids than asked for."""
+        """The metadata known without reading data; a small corpus may have fewer ids than this vocab."""
         vocab = self.tokenizer.vocab_size_hint
         moved = not isinstance(self.tokenizer, Words | BPE | Saved)
         return {"length": self.length} | ({} if vocab is None else {"vocab": vocab + moved})
@@ -90,15 +90,15 @@ class Messages:
         return batch
 
     def describe(self) -> dict[str, str | int | float]:
-        """What is asked for, for people; nothing is read."""
+        """Lines about the settings; reads nothing."""
         return {"source": repr(self.source), "tokenizer": repr(self.tokenizer), "length": self.length,
                 "messages": "counted when the first run has read them"}
 
     def load(self) -> "MessageData":
         """Read, split and encode all messages, in memory.
 
-        For the 25,000 + 5,000 reviews of IMDB (39 MB) that took 8 s of one core with Words(20_000) and 18 s with
-        BPE(8_000), half of them to learn it (2-core CPU VM, busy, 2026-11-22).
+        The 25,000 + 5,000 reviews of IMDB (39 MB) took 8 s on one core with Words(20_000), and 18 s with BPE(8_000),
+        half of it to learn the merges (2-core CPU VM, busy, 2026-11-22).
 
         Raises:
           UserError: names the file, class, column or field that is wrong.
@@ -131,13 +131,13 @@ class Messages:
         )
 
     def restored(self, saved: dict[str, Any], tokenizer: str) -> "MessageData":
-        """What `load` gave to a run, without records; see `Dataset.saved`."""
+        """The result of a run's `load`, without records; see `Dataset.saved`."""
         fitted = with_padding(revived(tokenizer, "tokenizer.json"))
         return MessageData(**restored(saved), texts={}, fitted=fitted, tokenizer_state=tokenizer,
                            truncate=self.truncate, **{name: saved[name] for name in ("column", "target", "encoding")})
 
     def _fit(self, title: str, texts: list[str]) -> Fitted:
-        """The tokenizer, which sees the training texts only, with an id 0 that is free for padding."""
+        """The tokenizer, fitted on the training texts only, with id 0 reserved for padding."""
         size = sum(map(len, texts))
         fitted = self.tokenizer.fit(lambda split: iter(texts if split == "train" else []), size)
         if isinstance(self.tokenizer, Saved) and not fitted.pads:
@@ -147,9 +147,9 @@ class Messages:
 
 
 def encode_rows(fitted: Fitted, texts: list[str], length: int, truncate: str) -> tuple[dict[str, np.ndarray], Lines]:
-    """Texts -> {"inputs" int32 (n, length), "mask" uint8 (n, length)}, and what there is to say about them.
+    """Texts -> {"inputs" int32 (n, length), "mask" uint8 (n, length)}, and lines to print.
 
-    `fitted` has an id 0 that no text becomes. Errors of the tokenizer (`Chars`) pass.
+    `fitted` must reserve id 0 for padding. Errors of the tokenizer (`Chars`) propagate.
     """
     inputs, mask = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.uint8)
     by_words = isinstance(fitted, FittedWords)
@@ -171,7 +171,7 @@ def encode_rows(fitted: Fitted, texts: list[str], length: int, truncate: str) ->
 
 
 def _encoded(fitted: Fitted, texts: list[str]) -> Iterator[np.ndarray]:
-    """The ids of each text, some megabytes of text at a time."""
+    """The ids of each text, encoded in blocks of a few megabytes."""
     waiting, size = [], 0
     for text in texts:
         waiting.append(text)
@@ -187,7 +187,7 @@ def _encoded(fitted: Fitted, texts: list[str]) -> Iterator[np.ndarray]:
 
 
 def _divide(found: Labelled, validation: float, test: float) -> Labelled:
-    """With validation, and test if asked for, put aside from training where the source has none."""
+    """Holds out validation, and test if configured, from training if the source has none."""
     shares = {"validation": 0.0 if "validation" in found.splits else validation,
               "test": 0.0 if "test" in found.splits else test}
     shares = {split: share for split, share in shares.items() if share}
@@ -210,10 +210,10 @@ def _divide(found: Labelled, validation: float, test: float) -> Labelled:
 
 
 def put_aside(texts: list[str], labels: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
-    """Where each of n messages goes: int (n,), 0 stays in training, i + 1 goes to the split of shares[i].
+    """The split of each of n messages, int (n,): 0 for training, i + 1 for the split with shares[i].
 
-    Of each class the same share of its different texts, by a fixed shuffle: at least one text, while one is left to
-    train on. All copies of a text go where its first one goes.
+    A fixed shuffle picks the same share of each class's distinct texts: at least one, if one is left for training.
+    Copies of a text follow the first one.
     """
     first: dict[str, int] = {}
     original = np.array([first.setdefault(text, i) for i, text in enumerate(texts)])
@@ -235,35 +235,35 @@ def put_aside(texts: list[str], labels: np.ndarray, shares: tuple[float, ...]) -
 
 @dataclass(kw_only=True)
 class MessageData(Dataset):
-    """What `Messages.load` gives."""
+    """The result of `Messages.load`."""
 
     texts: dict[str, list[str]]
-    """Split -> its messages, in the order of the records."""
+    """Split -> messages, in the order of the records."""
     fitted: Fitted
     """The tokenizer; its id 0 is padding."""
     tokenizer_state: str
-    """What `Saved` reads."""
+    """The tokenizer as JSON, for `Saved`."""
     column: str
-    """The column of a CSV file in which `read` finds messages."""
+    """The CSV column from which `read` takes messages."""
     truncate: str
-    """Which side of a longer message is cut off."""
+    """The side at which a longer message is cut."""
     target: str = ""
-    """The column of a CSV file in which `read` finds classes, if it is there."""
+    """The CSV column from which `read` takes classes, if present."""
     encoding: str = "UTF-8"
-    """How the files are encoded."""
+    """Encoding of the files."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Text -> ids, int32 (n,), neither cut nor padded."""
+        """Text -> ids, int32 (n,), not truncated or padded."""
         return self.fitted.encode(text)
 
     def decode(self, ids: np.ndarray) -> str:
-        """Ids -> text for people, without padding; `Words` gives lower-case words with spaces between."""
+        """Ids -> readable text, without padding; `Words` gives lower-case words joined by spaces."""
         ids = np.asarray(ids)
         return self.fitted.decode(ids[ids != 0])
 
     @property
     def vocabulary(self) -> list[str]:
-        """The words in the order of their ids, where the tokenizer is `Words`; the first is "", padding. Else []."""
+        """For `Words`, the words in the order of their ids, starting with "" (padding); else []."""
         return [piece.decode() for piece in self.fitted.pieces] if isinstance(self.fitted, FittedWords) else []
 
     def saved(self) -> dict[str, Any]:
@@ -271,8 +271,8 @@ class MessageData(Dataset):
         return super().saved() | {"column": self.column, "target": self.target, "encoding": self.encoding}
 
     def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> Incoming:
-        """New messages: each line of a .txt file, or the text column of a .csv file (of which other columns are passed
-        over). One without any text is skipped. Raises UserError."""
+        """New messages: the lines of a .txt file, or the text column of a .csv file (other columns are ignored). Blank
+        messages are skipped. Raises UserError."""
         path, beside, truth = Path(path), {}, None
         if path.suffix == ".csv":
             table = read_columns(path, encoding=self.encoding)
@@ -298,9 +298,9 @@ class MessageData(Dataset):
                         None if truth is None else [truth[i] for i in kept])
 
     def reference(self) -> list[str]:
-        """TF-IDF and logistic regression on the whole messages of the same split, the usual baseline.
+        """The usual baseline, TF-IDF and logistic regression, on the whole messages of the same split.
 
-        Single words only: on 20 Newsgroups pairs of words too are 5 times as slow and no better (83.4 % against 84.7).
+        Uses single words only: on 20 Newsgroups, adding word pairs is 5 times slower and not better (83.4 % v. 84.7).
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression

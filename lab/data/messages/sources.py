@@ -1,7 +1,7 @@
-"""Where labelled messages come from: texts, a class for each, and the splits that the source itself has.
+"""Sources of labelled messages: texts, their classes, and the source's own splits.
 
-A *source* is a value an experiment holds: `TextFolder`, `TfdsMessages` and `PythonPackages` are here, `Csv` and
-`Sklearn` serve tables too and are understood by `load`. What they give is `Labelled`, checked: every class has training
+A *source* is part of an experiment's config: `TextFolder`, `TfdsMessages` and `PythonPackages` are defined here; `load`
+also takes `Csv` and `Sklearn`, which serve tables too. The result is a `Labelled`, checked: every class has training
 messages, and no split has a class that training lacks.
 """
 
@@ -26,8 +26,8 @@ from lab.errors import UserError
 from lab.files import user_path
 
 SPLITS = ("train", "validation", "test")
-AT_ONCE = 1024  # records read from TFDS's files at once
-# Packages that every Python from 3.11 on has, with at least 180 messages in at least 5 files.
+AT_ONCE = 1024  # TFDS records per read
+# Packages in every Python from 3.11 on, with at least 180 messages in at least 5 files.
 PACKAGES = ("asyncio", "email", "http", "importlib", "multiprocessing", "unittest", "urllib", "xml")
 LINES = 20
 _IMPORT = re.compile(r"\s*(import\s|from\s+\S+\s+import\b)")
@@ -40,14 +40,14 @@ class Labelled:
     title: str
     classes: tuple[str, ...]
     splits: dict[str, tuple[list[str], np.ndarray]]
-    """"train", and "validation" and "test" where the source has them: (n texts, int32 (n,) classes)."""
+    """"train", and "validation" and "test" if the source has them -> (n texts, int32 (n,) classes)."""
     rule: str
-    """How the source tells the splits apart, in words."""
+    """A sentence about how the source splits the messages."""
     column: str = "text"
     """The column of a CSV file that holds new messages."""
 
     def fingerprint(self) -> str:
-        """Names the content: classes, and the messages of each split in their order."""
+        """Hash of the classes and of each split's messages, in order."""
         total = hashlib.sha256()
         for texts, labels in (self.splits[split] for split in SPLITS if split in self.splits):
             for text, label in zip(texts, labels.tolist(), strict=True):
@@ -58,7 +58,7 @@ class Labelled:
 
 
 def check_classes(title: str, names: Sequence[str], labels: np.ndarray) -> None:
-    """UserError, naming it, for a class without training messages. `labels`: int (n,), those of training."""
+    """UserError that names a class without training messages. `labels`: the training labels, int (n,)."""
     if len(names) < 2:
         raise UserError(f"{title} has {len(names)} class(es); a classifier needs 2.")
     for name, count in zip(names, np.bincount(labels, minlength=len(names)), strict=True):
@@ -67,7 +67,7 @@ def check_classes(title: str, names: Sequence[str], labels: np.ndarray) -> None:
 
 
 def load(source: "TextFolder | TfdsMessages | PythonPackages | Csv | Sklearn") -> Labelled:
-    """The messages of any source. UserError for what cannot be read or is no classification of messages."""
+    """The messages of any source. UserError if unreadable or not message classification."""
     source.validate()
     found = _from_csv(source) if isinstance(source, Csv) else None
     found = _from_sklearn(source) if isinstance(source, Sklearn) else found or source.load()
@@ -101,19 +101,19 @@ def _from_sklearn(source: Sklearn) -> Labelled:
 
 @dataclass(frozen=True)
 class TextFolder:
-    """One file per message, in a folder per class: `path/spam/1.txt`, whatever the files are called.
+    """One file per message, with any name, in one folder per class: `path/spam/1.txt`.
 
-    Or such folders within folders for splits, which are recognised by their names, whatever the case: train or
-    Training, test, validation or dev, also as the end of a name, as in 20news-bydate-train. Files and folders whose
-    names begin with a dot are passed over, and so are links to what is there already.
+    The class folders may be inside split folders. Split names are case-insensitive: train or Training, test, validation
+    or dev, also as part of a name, as in 20news-bydate-train. Files and folders whose names begin with a dot, and links
+    to files listed already, are ignored.
     """
 
     path: str
     encoding: str = "utf-8"
-    """How the files are encoded; latin-1 reads anything."""
+    """Encoding of the files; latin-1 reads anything."""
     splits: Splits = "auto"
-    """auto: folders named like splits are splits, and an error where that is not clear; folders: use those named like
-    splits and leave out the others; none: every folder is a class."""
+    """auto: folders with split names are splits, and an ambiguous layout is an error; folders: use the folders with
+    split names and leave out the rest; none: every folder is a class."""
 
     def validate(self) -> None:
         """UserError without a path or for an unknown encoding."""
@@ -126,7 +126,7 @@ class TextFolder:
 
         Raises:
           UserError: names the folder without messages, the file that is not text in this encoding, or the class that
-            only another split has; an unclear layout.
+            training lacks; an ambiguous layout.
         """
         root = user_path(self.path)
         found = tree(root)
@@ -156,19 +156,19 @@ class TextFolder:
 
 @dataclass(frozen=True)
 class TfdsMessages(sources.TfdsText):
-    """Labelled messages that TFDS has prepared as ArrayRecord, such as TfdsMessages("imdb_reviews/plain_text").
+    """Labelled messages prepared by TFDS as ArrayRecord, such as TfdsMessages("imdb_reviews/plain_text").
 
-    Read without TensorFlow and never downloaded: `./launch.sh prepare NAME` does that once. Splits named "validation"
-    and "test" are used where the data set has them.
+    Read without TensorFlow and never downloaded here: `./launch.sh prepare NAME` does that once. Uses the data set's
+    splits "validation" and "test" if it has them.
     """
 
     test: str | None = None
-    """TFDS split expression for the test split; default "test" where there is one."""
+    """TFDS split expression for the test split; default "test" if there is one."""
     label: str = "label"
-    """Which field of a record is the class."""
+    """The record field with the class."""
 
     def load(self) -> Labelled:
-        """Read all records. UserError when the data set is not prepared or has no such fields or splits."""
+        """Read all records. UserError if the data set is not prepared or lacks these fields or splits."""
         corpus = self.open()
         features = json.loads((corpus.folder / "features.json").read_bytes())["featuresDict"]["features"]
         if self.label not in features:
@@ -206,19 +206,18 @@ class TfdsMessages(sources.TfdsText):
 
 @dataclass(frozen=True)
 class PythonPackages:
-    """Pieces of the source text of eight packages of the running Python's standard library; the class is the package.
+    """Pieces of source code from eight packages of the running Python's standard library; the class is the package.
 
-    Messages that every machine has. A piece is LINES lines in a row that are neither blank nor import statements, which
-    would name the package too often; what is left over at the end of a file is used where it is at least half a piece.
-    Every file is in one split only. Another Python version has other messages: compare results only where the
-    fingerprint is equal.
+    Available on every machine. A piece is LINES consecutive lines, without blank lines and import statements (which
+    often name the package). The rest of a file is used if it is at least half a piece. Each file is in one split only.
+    The messages depend on the Python version: compare results only if the fingerprint is equal.
     """
 
     def validate(self) -> None:
-        """Nothing to check without reading."""
+        """Nothing can be checked without reading."""
 
     def load(self) -> Labelled:
-        """Read and cut the files. UserError where Python came without its library's source text."""
+        """Read and cut the files. UserError if Python was installed without its library's source."""
         corpus = PythonStdlib().open()
         splits: dict[str, tuple[list[str], list[int]]] = {split: ([], []) for split in SPLITS}
         for label, package in enumerate(PACKAGES):
@@ -236,7 +235,7 @@ class PythonPackages:
 
 
 def cut_code(path: Path) -> list[str]:
-    """The messages of one file of Python source; see `PythonPackages`. One that is not UTF-8 has none."""
+    """The messages of one Python source file; see `PythonPackages`. [] if it is not UTF-8."""
     try:
         lines = lines_of("".join(read_text(path)))
     except UserError:
@@ -247,8 +246,8 @@ def cut_code(path: Path) -> list[str]:
 
 
 def _assign(files: dict[str, list[str]]) -> dict[str, str]:
-    """File -> its split. In the order of a hash of their names, files go to test as long as they fit into 15 % of the
-    messages, then to validation (10 %); where none fits, the smallest goes."""
+    """File -> split. In the order of their names' hashes, files that fit go to test (up to 15 % of the messages), then
+    to validation (10 %); if none fits, the smallest file goes."""
     left = sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
     total, found = sum(map(len, files.values())), {}
     for split, share in (("test", 0.15), ("validation", 0.1)):

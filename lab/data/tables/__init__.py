@@ -1,4 +1,4 @@
-"""Rows of numbers and categories."""
+"""Tables of numbers and categories."""
 
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.columns import Csv

@@ -1,8 +1,8 @@
-"""The data sets of scikit-learn: some are part of its installation, others are archives that are fetched once.
+"""The data sets of scikit-learn: part of its installation, or archives that are downloaded once.
 
-scikit-learn keeps what it fetched as pickles (`*_py3.pkz`). Loading a pickle runs whatever code is in it, and these
-differ from machine to machine, so no checksum can tell a good one: they are never opened. Only the published archives,
-whose sha256 is known, and plain text files are read.
+scikit-learn caches its downloads as pickles (`*_py3.pkz`). Loading a pickle can run arbitrary code, and these differ
+between machines, so a checksum cannot verify them: they are never opened. Only the published archives, with known
+sha256, and plain text files are read.
 """
 
 import contextlib
@@ -24,35 +24,35 @@ from lab.errors import Absent, UserError
 from lab.files import replace_file, user_path
 
 BUNDLED = ("iris", "wine", "breast_cancer", "diabetes", "digits")
-# name -> where its archive is, the archive's name, and the sha256 of it: the three that scikit-learn itself uses
+# name -> URL, file name and sha256 of the archive, all as in scikit-learn
 FETCHED = {
     "california_housing": ("https://ndownloader.figshare.com/files/5976036", "cal_housing.tgz",
                            "aaa5c9a6afe2225cc2aed2723682ae403280c4a3695a2ddda4ffb5d8215ea681"),
     "20newsgroups": ("https://ndownloader.figshare.com/files/5975967", "20news-bydate.tar.gz",
                      "8f1b2514ca22a5ade8fbb9cfa5727df95fa587f4c87b786e15c759fa66d95610"),
 }
-PATIENCE = 5.0  # seconds until a network that does not answer counts as none
-SLOW = 30.0  # seconds without a byte after which a download counts as dead
+PATIENCE = 5.0  # seconds to wait for an answer before the network counts as absent
+SLOW = 30.0  # seconds without data after which a download fails
 HOUSING = ("MedInc", "HouseAge", "AveRooms", "AveBedrms", "Population", "AveOccup", "Latitude", "Longitude")
 ORIGINAL = ("longitude", "latitude", "housing_median_age", "total_rooms", "total_bedrooms", "population", "households",
-            "median_income", "median_house_value")  # the columns of cal_housing.data, in its order
+            "median_income", "median_house_value")  # the columns of cal_housing.data, in order
 
 
 @dataclass(frozen=True, eq=False)
 class Bunch:
-    """What `Sklearn.load` gives: n records in a fixed order."""
+    """The result of `Sklearn.load`: n records in a fixed order."""
 
     title: str
     inputs: np.ndarray | list[str]
-    """float64 (n, F), where NaN is a missing value, or n texts."""
+    """float64 (n, F), NaN for a missing value; or n texts."""
     targets: np.ndarray
-    """int32 (n,) class, or float64 (n,) where `class_names` is empty (regression)."""
+    """int32 (n,) class, or float64 (n,) if `class_names` is empty (regression)."""
     feature_names: tuple[str, ...] = ()
     """The F columns of a table."""
     class_names: tuple[str, ...] = ()
-    """Empty for regression."""
+    """Class names; () for regression."""
     test: "Bunch | None" = None
-    """The test split that the data set itself has, if any."""
+    """The data set's own test split, if any."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Sklearn:
     name: str
     """iris, wine, breast_cancer, diabetes, digits, california_housing or 20newsgroups."""
     path: str | None = None
-    """A local copy of a fetched one. For california_housing: cal_housing.tgz or the cal_housing.data in it, a CSV file
-    with the columns of either scikit-learn or the original, or a folder that holds the archive or cal_housing.data. For
-    20newsgroups: 20news-bydate.tar.gz or .tar.xz, or the folder that holds 20news-bydate-train and -test."""
+    """A local copy of a downloaded data set. california_housing: cal_housing.tgz, its cal_housing.data, a folder with
+    either, or a CSV file with the columns of scikit-learn or of the original. 20newsgroups: 20news-bydate.tar.gz or
+    .tar.xz, or the folder with 20news-bydate-train and -test."""
 
     def validate(self) -> None:
-        """UserError for an unknown name, or a path that does not exist or has no use."""
+        """UserError for an unknown name, or a path that does not exist or is not used."""
         names = (*BUNDLED, *FETCHED)
         if self.name not in names:
             near = difflib.get_close_matches(self.name, names, n=1, cutoff=0.5)
@@ -85,7 +85,7 @@ class Sklearn:
             raise UserError(f"Sklearn({self.name!r}, path={self.path!r}): there is no such file or folder.")
 
     def load(self) -> Bunch:
-        """The records (kept in memory for the next call). UserError where there is neither a copy nor a network."""
+        """The records (cached in memory). UserError if there is neither a copy nor a network."""
         self.validate()
         return _load(self, self.state())
 
@@ -106,7 +106,7 @@ def _load(source: Sklearn, _state: tuple[int, ...]) -> Bunch:
 def _bundled(name: str) -> Bunch:
     from sklearn import datasets
 
-    # Diabetes as measured: what scikit-learn scales by default, it scales with the mean of the test rows too.
+    # Unscaled diabetes: scikit-learn's default scaling uses the mean of the test rows too.
     options = {"scaled": False} if name == "diabetes" else {}
     raw = getattr(datasets, f"load_{name}")(**options)
     names = () if name == "diabetes" else tuple(str(c) for c in raw.target_names)
@@ -119,7 +119,7 @@ def _bundled(name: str) -> Bunch:
 
 
 def _fetched(name: str) -> Path:
-    """The published archive, downloaded into the cache folder once. UserError, within seconds, where it cannot be."""
+    """The published archive, downloaded into the cache folder once. UserError, within seconds, if that fails."""
     url, file, sha256 = FETCHED[name]
     path = cache_folder("sklearn") / file
     if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
@@ -132,7 +132,7 @@ def _fetched(name: str) -> Path:
                 replace_file(path, content)
                 return path
             trouble = "the download has a wrong checksum"
-        except Exception as error:  # network or disk: in every case a local copy is the way out
+        except Exception as error:  # network or disk error: suggest a local copy
             trouble = f"the download failed ({error})"
     raise Absent(f"Sklearn({name!r}) is not on this machine and {trouble}: give path=, a copy of it "
                  f"({_LAYOUTS[name]}), or run once where there is a network.") from None
@@ -152,7 +152,7 @@ _LAYOUTS = {
 
 
 def _unreachable(url: str) -> str | None:
-    """Why nothing can be fetched from `url`, or None; takes PATIENCE seconds at most, also when name lookup hangs."""
+    """Why `url` cannot be reached, or None; takes PATIENCE seconds at most, even if the name lookup hangs."""
     import urllib.error
     import urllib.request
 
@@ -163,8 +163,8 @@ def _unreachable(url: str) -> str | None:
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE):
                 result[:] = []
         except urllib.error.HTTPError:
-            result[:] = []  # somebody answered: the download itself will say more
-        except Exception as error:  # no route, no name, a proxy that speaks another language, ...
+            result[:] = []  # the host answered; the download raises any further error
+        except Exception as error:  # no route, unknown host, proxy error, ...
             result[:] = [f"there is no network ({getattr(error, 'reason', error)})"]
 
     thread = threading.Thread(target=ask, name="network", daemon=True)
@@ -175,7 +175,7 @@ def _unreachable(url: str) -> str | None:
 
 @contextlib.contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Whatever a damaged file makes its reader raise, as one UserError."""
+    """Converts the exceptions of a damaged file's reader to one UserError."""
     try:
         yield
     except UserError:
@@ -188,7 +188,7 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _no_copy(path: Path, name: str) -> UserError:
-    """What is said of a folder or file that holds none of the forms that are read."""
+    """The error for a folder or file without a supported form of the data set."""
     pickles = [path] if path.suffix == ".pkz" else sorted(path.glob("*.pkz"))
     if pickles:
         return UserError(f"{pickles[0]} is a pickle, which may run any code when it is opened, so it is not. Give "
@@ -197,7 +197,7 @@ def _no_copy(path: Path, name: str) -> UserError:
 
 
 def _housing(path: Path) -> Bunch:
-    """From the archive or the file in it, a folder of either, or a CSV file."""
+    """Reads the archive, the file in it, a folder with either, or a CSV file."""
     places = [path / place for place in (FETCHED["california_housing"][1], "cal_housing.data",
                                          "CaliforniaHousing/cal_housing.data")]
     file = path if path.is_file() else next((place for place in places if place.is_file()), None)
@@ -221,7 +221,7 @@ def _cal_housing(file: Path) -> np.ndarray:
 
 
 def _housing_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The columns of scikit-learn, or those of the original data, from which scikit-learn makes its own."""
+    """Reads a CSV file with scikit-learn's columns or those of the original data."""
     table = read_columns(path)
     if "MedHouseVal" in table.names:
         return np.stack([numbers(table, name) for name in HOUSING], 1), numbers(table, "MedHouseVal")
@@ -232,7 +232,7 @@ def _housing_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _housing_columns(column: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's features (n, 8) and target (n,) from the columns of the original."""
+    """Computes scikit-learn's features (n, 8) and target (n,) from the original columns."""
     north, east, age, rooms, bedrooms, people, homes, income, value = (
         column[name] for name in ("latitude", "longitude", *ORIGINAL[2:]))
     inputs = [income, age, rooms / homes, bedrooms / homes, people, people / homes, north, east]
@@ -245,7 +245,7 @@ Messages = list[tuple[str, str, str]]  # (group, file name, text)
 
 
 def _newsgroups(path: Path) -> Bunch:
-    """From the two folders or the archive. Equal content gives equal records."""
+    """Reads the two folders or the archive. Equal content gives equal records."""
     if path.is_file() and path.suffix != ".pkz":
         with _damage(path):
             splits = _archive(path)
@@ -266,7 +266,7 @@ def _newsgroups(path: Path) -> Bunch:
 
 
 def _folder(folder: Path) -> Messages:
-    """Latin-1 files in one folder per group; [] where there are none."""
+    """Latin-1 files in one folder per group; [] if there are none."""
     files = [file for file in folder.glob("*/*") if file.is_file() and not file.name.startswith(".")]
     return [(file.parent.name, file.name, file.read_bytes().decode("latin-1")) for file in files]
 
@@ -278,6 +278,6 @@ def _archive(path: Path) -> dict[str, Messages]:
             parts = member.name.split("/")
             if member.isfile() and len(parts) >= 3 and parts[-3] in ("20news-bydate-train", "20news-bydate-test"):
                 file = archive.extractfile(member)
-                assert file is not None  # as for every regular file
+                assert file is not None  # never None for a regular file
                 splits[parts[-3].rpartition("-")[2]].append((parts[-2], parts[-1], file.read().decode("latin-1")))
     return splits

@@ -1,4 +1,4 @@
-"""Comma-separated files: what is in them, cell by cell, and what is wrong with them, by file, line and column."""
+"""Reads CSV files cell by cell, and reports errors by file, line and column."""
 
 import csv
 import difflib
@@ -16,47 +16,47 @@ from lab.data.tables.numbers import PLAIN, Fields, NumberFormat, doubt, flags
 from lab.errors import UserError
 from lab.files import user_path
 
-HUGE = 1e37  # of numbers
+HUGE = 1e37  # largest magnitude allowed
 LONGEST = 1 << 28  # characters in one field; the csv module's own limit of 131,072 is too small for e-mails
 
 
 @dataclass(frozen=True)
 class Csv:
-    """A CSV file with a header line, gzip when named .gz; the separator is a comma, semicolon, tab or |, as in the
-    header, or what a line such as sep=; before it says.
+    """A CSV file with a header line, gzip if named .gz. The separator (comma, semicolon, tab or |) is detected from
+    the header, or given by a line such as sep=; before it.
 
-    Quoting as in RFC 4180: a field with a separator, a line end or a quotation mark in it stands in quotation marks.
-    An empty field, NA, N/A, NaN, null or ? is a missing value. Numbers are written as in 1200.5 and -3e4; a column that
-    looks as if it were numbers written otherwise is an error, which names the field that says how. A column without a
-    name is called "column 1" after its place; it must be dropped, unless it is empty.
+    Quoting as in RFC 4180: fields with a separator, line end or quotation mark are in quotation marks. An empty field,
+    NA, N/A, NaN, null or ? is a missing value. Numbers are written as in 1200.5 and -3e4. A column that seems to have
+    numbers in another format is an error that names the field to set. A column without a name is called by its
+    position, "column 1", and must be dropped unless it is empty.
     """
 
     path: str
-    """The file, or the training part where `test` is given."""
+    """The file, or the training split if `test` is given."""
     target: str
     """The column to predict."""
     text: str | None = None
-    """The column that holds the message, where texts are classified; not for tables."""
+    """The column with the message, for text classification; not for tables."""
     test: str | None = None
-    """A second file with the same columns: the test split."""
+    """A file with the same columns: the test split."""
     task: Literal["auto", "regression", "classification"] = "auto"
-    """What the target is; auto: classes if it is text or has at most 20 different values, all whole; else a number."""
+    """Type of the target. auto: classes if it is text or at most 20 distinct integers; else a number."""
     drop: tuple[str, ...] = ()
-    """Columns that are no features, such as row numbers and names; one without a name by its place: "column 1"."""
+    """Columns that are not features, such as row numbers and names; "column 1" is an unnamed one, by position."""
     encoding: str = "UTF-8"
-    """How the file is encoded. A byte order mark of UTF-16 or UTF-32 is recognised."""
+    """Encoding of the file. A UTF-16 or UTF-32 byte order mark is recognised."""
     decimal: str = "."
-    """The decimal mark: . or a comma."""
+    """The decimal mark: a point or a comma."""
     thousands: str = ""
-    """What stands between thousands: a comma, a point, a space (of any kind) or an apostrophe."""
+    """The thousands separator: a comma, a point, a space (of any kind) or an apostrophe."""
     units: tuple[str, ...] = ()
-    """Signs before or behind a number that are left out: "$", "%" (45% is 45), "kg", "<" (<0.5 is 0.5)."""
+    """Signs before or after a number to ignore: "$", "%" (45% is 45), "kg", "<" (<0.5 is 0.5)."""
     brackets: bool = False
-    """Numbers in brackets are negative, as in accounts: (1,200) is -1200."""
+    """Numbers in brackets are negative, as in accounting: (1,200) is -1200."""
     missing: tuple[str, ...] = ()
-    """More words for a missing value, such as "-", "#N/A" or "None"."""
+    """Additional words for a missing value, such as "-", "#N/A" or "None"."""
     categorical: tuple[str, ...] = ()
-    """Columns whose values are categories, even where they look like numbers."""
+    """Columns whose values are categories, even if they look like numbers."""
 
     def validate(self) -> None:
         """UserError for fields that contradict each other; nothing is read."""
@@ -72,11 +72,11 @@ class Csv:
 
     @property
     def form(self) -> NumberFormat:
-        """How the file writes numbers."""
+        """The file's number format."""
         return NumberFormat(self.decimal, self.thousands, self.units, self.brackets, self.missing)
 
     def state(self) -> tuple[int, ...]:
-        """Changes when the files change; UserError when one of them is not there."""
+        """Changes when the files change; UserError if one does not exist."""
         found = []
         for path in (self.path, self.test):
             if path is not None:
@@ -88,7 +88,7 @@ class Csv:
         return tuple(found)
 
     def read(self) -> "tuple[Columns, Columns | None]":
-        """The cells of `path` and of `test`, without the dropped columns. UserError; see `read_columns`."""
+        """The cells of `path` and `test`, without the dropped columns. UserError: see `read_columns`."""
         self.validate()
         self.state()
         both = [read_columns(path, self.form, self.encoding) for path in (self.path, self.test) if path is not None]
@@ -112,36 +112,36 @@ class Columns:
     """The cells of a table."""
 
     title: str
-    """The file, for people."""
+    """Display name of the file."""
     cells: dict[str, list[str] | np.ndarray]
-    """Name -> one value per row: texts as they are in the file, or float64 with NaN for a missing value."""
+    """Name -> one value per row: the file's text, or float64 with NaN for a missing value."""
     lines: list[int]
-    """The line of the file that each row begins in, from 1."""
+    """The line at which each row begins, from 1."""
     form: NumberFormat = PLAIN
-    """How the texts write numbers."""
+    """Number format of the texts."""
     encoding: str = "UTF-8"
     unnamed: tuple[str, ...] = ()
-    """Those of `names` that stand for columns without one."""
+    """The `names` made up for columns without a name."""
     dropped: dict[str, list[str]] = field(default_factory=dict)
-    """The cells of columns that are no features."""
+    """The cells of columns that are not features."""
     notes: dict[str, str] = field(default_factory=dict)
-    """What people should know about how the file was read."""
+    """Notes to print about how the file was read."""
 
     def __len__(self) -> int:
         return len(self.lines)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns, in the order of the file."""
+        """The columns, in file order."""
         return tuple(self.cells)
 
     @property
     def width(self) -> int:
-        """Columns of the file."""
+        """Number of columns in the file."""
         return len(self.cells)
 
     def named(self, name: str) -> str:
-        """The column that `name`, or a number from 1 on as its place, means. UserError when there is none."""
+        """The column called `name`, or at this position (from 1). UserError if there is none."""
         place = int(name) - 1 if name.isascii() and name.isdecimal() else -1
         if name not in self.cells and 0 <= place < self.width:
             return self.names[place]
@@ -149,7 +149,7 @@ class Columns:
         return name
 
     def column(self, name: str) -> list[str] | np.ndarray:
-        """The cells of one column. UserError, with the nearest names, when there is none of this name."""
+        """The cells of one column. UserError, with similar names, if it does not exist."""
         if name in self.cells:
             return self.cells[name]
         near = difflib.get_close_matches(name.lower(), [n.lower() for n in self.names], n=3, cutoff=0.6)
@@ -163,7 +163,7 @@ class Columns:
         return replace(self, cells=cells, lines=[self.lines[row] for row in rows])
 
     def where(self, row: int, name: str) -> str:
-        """A cell, for people."""
+        """Display name of a cell: file, line and column."""
         return f"{self.title}, line {self.lines[row]}, column {name!r}"
 
 
@@ -172,12 +172,12 @@ def read_columns(path: str | Path, form: NumberFormat = PLAIN, encoding: str = "
 
     Raises:
       UserError: unreadable, not in this encoding, empty, no header, a column named twice, a broken quotation, a row
-        with too few or too many fields. Empty lines are passed over.
+        with too few or too many fields. Empty lines are skipped.
     """
     where = user_path(path)
     if where.is_dir():
         raise UserError(f"{path} is a folder, where a CSV file is needed.")
-    text = "".join(read_text(where, encoding)).removeprefix("\ufeff")  # Excel marks UTF-8 with it
+    text = "".join(read_text(where, encoding)).removeprefix("\ufeff")  # Excel's UTF-8 byte order mark
     said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to name the separator
     text, skipped = (text[said.end():], 1) if said else (text, 0)
     separator = said[1] if said else max(",;\t|", key=text.partition("\n")[0].count)
@@ -205,7 +205,7 @@ def read_columns(path: str | Path, form: NumberFormat = PLAIN, encoding: str = "
 
 
 def _rows(path: str | Path, text: str, separator: str, skipped: int) -> tuple[list[list[str]], list[int]]:
-    """The rows that are not empty, and the line that each begins in."""
+    """The non-empty rows, and the line at which each begins."""
     if separator in '"\r\n':
         raise UserError(f"{path} says sep={separator!r} in its first line, which cannot separate fields.")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -225,7 +225,7 @@ def _rows(path: str | Path, text: str, separator: str, skipped: int) -> tuple[li
 
 
 def _header(path: str | Path, row: list[str]) -> list[str]:
-    """The names, where one that is empty is called after its place."""
+    """The column names; an empty name is replaced by the column's position."""
     names = [name.strip() or f"column {i}" for i, name in enumerate(row, 1)]
     if all(PLAIN.number(name) is not None for name in names):
         start = ", ".join(names[:4])
@@ -240,13 +240,13 @@ def _header(path: str | Path, row: list[str]) -> list[str]:
 
 
 def is_numeric(table: Columns, name: str, rows: Sequence[int] | None = None) -> bool:
-    """Whether a column is one of numbers, by its `rows` (all by default): more than 90 % of those with a value are."""
+    """Whether more than 90 % of a column's values in `rows` (default: all) are numbers; missing values do not count."""
     cells = table.column(name)
     return isinstance(cells, np.ndarray) or table.form.is_numeric(cells if rows is None else [cells[i] for i in rows])
 
 
 def refuse_doubts(table: Columns, names: Sequence[str], rows: Sequence[int] | None = None) -> None:
-    """UserError where columns are no numbers by their `rows`, but would be if it were said how they are written."""
+    """UserError if columns are not numeric in these `rows`, but would be in another number format."""
     wanted: Fields = {}
     doubtful = {}
     for name in names:
@@ -267,7 +267,7 @@ def refuse_doubts(table: Columns, names: Sequence[str], rows: Sequence[int] | No
 
 
 def numbers(table: Columns, name: str) -> np.ndarray:
-    """A column of numbers: float64 (n,), NaN where a value is missing. UserError for text and for infinity."""
+    """A column of numbers: float64 (n,), NaN for a missing value. UserError for text and infinity."""
     cells = table.column(name)
     values, odd = (cells, np.isnan(cells) & False) if isinstance(cells, np.ndarray) else table.form.parse(cells)
     for row in np.flatnonzero(odd | (np.abs(values) > HUGE))[:1]:
@@ -284,7 +284,7 @@ def numbers(table: Columns, name: str) -> np.ndarray:
 def class_targets(tables: "list[Columns]", name: str) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """The classes in a column of one or more tables: their names, and for each table the class of each row, int32 (n,).
 
-    The names are those in the first table, sorted, as numbers if they are; "3.0" is "3".
+    The names are those in the first table, sorted (numerically if they are numbers); "3.0" becomes "3".
 
     Raises:
       UserError: a row without a class, or with one that the first table lacks; a column that cannot be classes.
@@ -313,7 +313,7 @@ def _labels(table: Columns, name: str) -> list[str]:
 
 
 def labels(table: Columns, name: str) -> list[str]:
-    """A column of classes, where "3.0" is "3"; "" where there is none."""
+    """A column of classes; "3.0" becomes "3", and a missing value ""."""
     return ["" if table.form.is_missing(value) else re.sub(r"^([+-]?\d+)\.0+$", r"\1", value.strip())
             for value in map(str, table.column(name))]
 

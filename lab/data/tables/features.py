@@ -1,4 +1,4 @@
-"""Columns of a table as numbers for a model. What is learnt from data is learnt from the training rows only."""
+"""Encodes table columns as model inputs. Statistics come from the training rows only."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from lab.errors import UserError
 
 @dataclass(frozen=True)
 class Number:
-    """A column of numbers: (value - mean) / scale, where `fill` is the value of a missing one."""
+    """A numeric column: (value - mean) / scale, with `fill` for a missing value."""
 
     name: str
     fill: float
@@ -23,12 +23,12 @@ class Number:
     width = 1
 
     def encode(self, table: Columns) -> np.ndarray:
-        """float64 (n, 1). UserError for what is no number."""
+        """float64 (n, 1). UserError if a value is not a number."""
         values = numbers(table, self.name)
         return ((np.where(np.isnan(values), self.fill, values) - self.mean) / self.scale)[:, None]
 
     def decode(self, inputs: np.ndarray) -> list[float]:
-        """The column of (n, 1) inputs, in its units: about what it was, since inputs are float32."""
+        """The inputs (n, 1) in the column's units, up to float32 rounding."""
         return [float(f"{x:.6g}") for x in inputs[:, 0].astype(np.float64) * self.scale + self.mean]
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Category:
-    """A column of text: one column of 0 and 1 for each of `values`, where `fill` is the value of a missing one."""
+    """A one-hot encoded column, with an input for each of `values` and `fill` for a missing value."""
 
     name: str
     fill: str
@@ -46,11 +46,11 @@ class Category:
 
     @property
     def width(self) -> int:
-        """Number of columns it becomes."""
+        """Number of inputs."""
         return len(self.values)
 
     def encode(self, table: Columns) -> np.ndarray:
-        """float64 (n, width). UserError for a value that is not known, unless `unseen` says otherwise."""
+        """float64 (n, width). UserError for an unknown value, unless `unseen` is "zeros"."""
         place = {value: i for i, value in enumerate(self.values)}
         out = np.zeros((len(table), len(place)))
         for row, value in enumerate(_texts(table, self.name)):
@@ -65,7 +65,7 @@ class Category:
         return out
 
     def decode(self, inputs: np.ndarray) -> list[str]:
-        """The categories of (n, width) inputs; "" where none of them was known."""
+        """The categories of inputs (n, width); "" for an unknown value."""
         return [self.values[int(row.argmax())] if row.any() else "" for row in inputs]
 
     def __str__(self) -> str:
@@ -77,12 +77,12 @@ Feature = Number | Category
 
 def fit(table: Columns, name: str, rows: np.ndarray, *, standardise: bool, unseen: Literal["error", "zeros"],
         categories: int, text: bool = False) -> Feature:
-    """What a column becomes, from the training `rows`, int (m,), only; see `lab.data.tables.tables.Table` for the rest.
+    """Fits the encoding of a column on the training `rows`, int (m,); see `lab.data.tables.tables.Table`.
 
-    `text`: its values are categories, whatever they look like.
+    `text`: the values are categories, even if they look like numbers.
 
     Raises:
-      UserError: no value in a training row, too many categories, or a text (in any row) in a column of numbers.
+      UserError: no values in the training rows, too many categories, or a text (in any row) in a numeric column.
     """
     cells = table.column(name)
     if isinstance(cells, np.ndarray) or not text and is_numeric(table, name, rows):
@@ -106,17 +106,17 @@ def fit(table: Columns, name: str, rows: np.ndarray, *, standardise: bool, unsee
 
 
 def _texts(table: Columns, name: str) -> list[str]:
-    """The cells without spaces around them; "" where the value is missing."""
+    """The stripped cells; "" for a missing value."""
     return ["" if table.form.is_missing(value) else value.strip() for value in map(str, table.column(name))]
 
 
 def encode(features: Sequence[Feature], table: Columns) -> np.ndarray:
-    """float32 (n, F): the features side by side. UserError with line and column; see the features."""
+    """float32 (n, F): all features, concatenated. UserError with line and column; see the features."""
     return np.concatenate([feature.encode(table) for feature in features], 1).astype(np.float32)
 
 
 def gaps(features: Sequence[Feature], table: Columns) -> dict[Feature, int]:
-    """The features with missing values, and how many."""
+    """Features with missing values -> number of missing values."""
     count = {}
     for feature in features:
         cells = table.column(feature.name)
@@ -127,13 +127,13 @@ def gaps(features: Sequence[Feature], table: Columns) -> dict[Feature, int]:
 
 
 def moments(values: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of (n,) numbers; the latter counts as 1 where all are equal."""
+    """Mean and standard deviation of numbers (n,); the latter is 1 if all are equal."""
     constant = values.min() == values.max()
     return float(values[0] if constant else values.mean()), 1.0 if constant else float(values.std())
 
 
 def some(values: Sequence[str]) -> str:
-    """The first few of them, for people."""
+    """The first few values, to print."""
     return ", ".join(repr(value) for value in values[:5]) + (", ..." if len(values) > 5 else "")
 
 
@@ -142,7 +142,7 @@ def some(values: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """The column to predict: one of `names`, or, where there are none, a number with the training rows' moments."""
+    """The column to predict: a class from `names`, or, without names, a number standardised on the training rows."""
 
     column: str
     names: tuple[str, ...] = ()
@@ -150,17 +150,17 @@ class Target:
     scale: float = 1.0
 
     def arrays(self, n: int, values: np.ndarray | None = None) -> Batch:
-        """The arrays besides `inputs` of n records. `values` (n,): classes, or numbers in the units of the file."""
+        """The arrays of n records except `inputs`. `values` (n,): classes, or numbers in the units of the file."""
         if self.names:
             return {} if values is None else {"targets": values.astype(np.int32)}
-        high = np.float32(self.mean)  # and what float32 rounds away: devices compute in float32
+        high = np.float32(self.mean)  # two float32 parts, because devices compute in float32
         offset = np.array([high, self.mean - np.float64(high)], np.float32)
         units = {"scale": np.full(n, self.scale, np.float32), "offset": np.tile(offset, (n, 1))}
         return units | ({} if values is None else {"targets": ((values - self.mean) / self.scale).astype(np.float32)})
 
 
 def known_numbers(table: Columns, name: str) -> np.ndarray:
-    """A column of numbers without gaps, float64 (n,). UserError, with its line, where a value is missing."""
+    """A column of numbers, float64 (n,). UserError, with the line, if a value is missing."""
     values = numbers(table, name)
     for row in np.flatnonzero(np.isnan(values))[:1]:
         raise UserError(f"{table.where(row, name)}: the target is missing; give it, or delete the row.")

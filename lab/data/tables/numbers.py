@@ -1,7 +1,7 @@
-"""Numbers as people write them: 1,200 and 3,5 and $10 and 45%, and columns that look like numbers but are not read so.
+"""Number formats such as 1,200 and 3,5 and $10 and 45%, and detection of numeric columns that do not parse.
 
-How a file writes its numbers is said (`Csv(decimal=, thousands=, units=, brackets=, missing=)`), never guessed: 1,200
-is two numbers. `doubt` finds the columns for which something should be said, and what.
+The format of a file is configured (`Csv(decimal=, thousands=, units=, brackets=, missing=)`), never guessed: 1,200 is
+ambiguous. `doubt` finds the columns that need such a setting, and which.
 """
 
 import re
@@ -13,16 +13,16 @@ import numpy as np
 
 from lab.errors import UserError
 
-MISSING = frozenset({"", "na", "n/a", "nan", "null", "?"})  # what counts as no value, in small letters
-MOSTLY = 0.9  # a column where more than this part of the values are numbers is one of numbers, and the rest mistakes
-ALIKE = 0.75  # where this part could be numbers, written otherwise, it must be said what the column is
-SPACES = " \u00a0\u2009\u202f\u2007"  # all of these stand between groups of digits
+MISSING = frozenset({"", "na", "n/a", "nan", "null", "?"})  # missing values, in lower case
+MOSTLY = 0.9  # a column with more than this share of numbers is numeric, and its other values are errors
+ALIKE = 0.75  # if this share could be numbers in another format, the column's type must be configured
+SPACES = " \u00a0\u2009\u202f\u2007"  # all are used as thousands separators
 QUOTES = "'\u2019"
-MINUS = str.maketrans(dict.fromkeys("\u2212\ufe63\uff0d\u2013", "-"))  # signs that print like a minus
+MINUS = str.maketrans(dict.fromkeys("\u2212\ufe63\uff0d\u2013", "-"))  # characters that look like a minus
 _CURRENCY = "$\u00a2-\u00a5\u20a0-\u20cf"
 _ABOUT = "<>\u2264\u2265~\u2248"  # <0.5, ~20: a limit or an estimate among measurements
-_NOTES = "*\u2020\u2021"  # 12.3*: there is a footnote
-# Words that may stand where a number is missing, beside those of MISSING.
+_NOTES = "*\u2020\u2021"  # 12.3*: a footnote mark
+# Further words that may denote a missing number.
 _MARK = re.compile(r"[-\u2012-\u2015\u2212.*_~/\\]+|#n/?a|#[a-z]+[/0-9a-z]*[!?]|<na>|n\.a\.?|n\.?[dr]\.?|n/[dr]|none"
                    r"|nil|missing|unknown|not (available|applicable|reported)|tb[ad]|x+", re.IGNORECASE)
 _LOOKS = re.compile(
@@ -35,7 +35,7 @@ _LOOKS = re.compile(
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """How a file writes numbers, and which words of it mean that there is none. See the fields of `Csv`."""
+    """A file's number format and its words for missing values. See the fields of `Csv`."""
 
     decimal: str = "."
     thousands: str = ""
@@ -52,12 +52,12 @@ class NumberFormat:
                             f"{self.thousands!r}.")
 
     def is_missing(self, cell: str) -> bool:
-        """Whether a cell has no value."""
+        """Whether a cell is a missing value."""
         text = cell.strip().lower()
         return text in MISSING or bool(self.missing) and text in {mark.strip().lower() for mark in self.missing}
 
     def number(self, cell: str) -> float | None:
-        """The number in a cell; None where it is none in this format. "1_000" is none unless `thousands` says so."""
+        """The number in a cell, or None if it does not parse. "1_000" parses only if `thousands` allows it."""
         text = cell.strip().translate(MINUS)
         if self.brackets and text.startswith("(") and text.endswith(")"):
             text = "-" + text[1:-1].strip()
@@ -81,7 +81,7 @@ class NumberFormat:
         return sign + text
 
     def _joined(self, text: str) -> str:
-        """Without the marks between groups of digits, the last of which has three."""
+        """Removes thousands separators; the last group must have three digits."""
         marks = {" ": SPACES, "'": QUOTES}.get(self.thousands, self.thousands)
         whole, mark, rest = text.partition(self.decimal)
         if re.fullmatch(rf"[-+]?\s*\d{{1,3}}(?:[{re.escape(marks)}]\d{{2,3}})*[{re.escape(marks)}]\d{{3}}", whole):
@@ -89,24 +89,24 @@ class NumberFormat:
         return whole + mark + rest
 
     def parse(self, cells: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """float64 (n,), NaN where a cell is missing or no number; bool (n,), True for what is neither."""
+        """(float64 (n,), NaN if a cell is missing or does not parse; bool (n,), True if it does not parse)."""
         read = [np.nan if self.is_missing(cell) else self.number(cell) for cell in cells]
         odd = np.array([value is None for value in read], bool)
         return np.array([np.nan if value is None else value for value in read], np.float64), odd
 
     def is_numeric(self, cells: Iterable[str]) -> bool:
-        """Whether more than 90 % of the cells that have a value are numbers."""
+        """Whether more than 90 % of the non-missing cells are numbers."""
         read, odd = self.parse(cells)
         numeric = int((~np.isnan(read)).sum())
         return numeric > MOSTLY * (numeric + int(odd.sum()))
 
     def counted(self, cells: Iterable[str]) -> bool:
-        """Whether a cell has a unit or marks between its digits, which labels of classes have not."""
+        """Whether a cell has a unit or a thousands separator, which class labels do not have."""
         plain = NumberFormat(self.decimal)
         return any(plain.number(cell) is None and self.number(cell) is not None for cell in cells)
 
     def lines(self) -> dict[str, str]:
-        """What is other than usual, for people."""
+        """The settings that differ from the default, to print."""
         said = [f"decimal mark {self.decimal}"] if self.decimal != "." else []
         said += [f"{self.thousands!r} between thousands"] if self.thousands else []
         said += [f"units {', '.join(self.units)}"] if self.units else []
@@ -117,14 +117,14 @@ class NumberFormat:
 
 PLAIN = NumberFormat()
 Fields = dict[str, set[str]]
-"""Field of `Csv` -> what should be in it; "comma": a comma of which only people know what it is."""
+"""Field of `Csv` -> values to set; "comma": an ambiguous comma, which the user must resolve."""
 
 
 def doubt(cells: Sequence[str], form: NumberFormat) -> Fields:
-    """The fields that would make numbers of a column that is none; {} where it is text.
+    """The fields to set so that a non-numeric column parses as numbers; {} if it is text.
 
-    `cells`: those of the training rows. A column is in doubt where three quarters of its values are numbers, or would
-    be if written otherwise; words that stand for missing values do not count, nor do one or two words among numbers.
+    `cells`: those of the training rows. A column is in doubt if three quarters of its values are numbers in this or
+    another format. Words for missing values do not count, nor do one or two words among numbers.
     """
     values = [cell.strip().translate(MINUS) for cell in cells if not form.is_missing(cell)]
     odd = [value for value in values if form.number(value) is None]
@@ -145,8 +145,8 @@ def doubt(cells: Sequence[str], form: NumberFormat) -> Fields:
 
 
 def _with_one_unit(odd: list[str], looks: dict[str, re.Match], total: int) -> dict[str, re.Match]:
-    """Without those whose unit is letters, unless most cells have the same: 12 kg, but not Q1 and 3rd and 4WD; and
-    without marks beside few short numbers, unless most cells have none: not <30 and >30, or 4* and 5*.
+    """Drops matches with a unit of letters, unless most cells share it: keeps 12 kg, drops Q1, 3rd and 4WD. Drops marks
+    next to few short numbers, unless most cells have none: drops <30 and >30, or 4* and 5*.
     """
     units = Counter((looks[value]["after"] or "") + (looks[value]["before"] or "") for value in odd)
     few = all(len(found["body"]) <= 2 for found in looks.values()) and len(set(odd)) <= 10
@@ -157,7 +157,7 @@ def _with_one_unit(odd: list[str], looks: dict[str, re.Match], total: int) -> di
 
 
 def _fields(found: list[re.Match]) -> Fields:
-    """What to set for cells that look like these."""
+    """The fields to set for these matches."""
     bodies = [match["body"] for match in found]
     units = {unit.strip() for match in found for unit in (match["before"], match["after"]) if unit}
     groups = {" " if mark in SPACES else "'" for body in bodies for mark in body if mark in SPACES + QUOTES}
@@ -177,7 +177,7 @@ def _fields(found: list[re.Match]) -> Fields:
 
 
 def flags(fields: Fields) -> str:
-    """What to type for these fields."""
+    """The command-line flags for these fields."""
     said = []
     for name, values in fields.items():
         if name == "comma":

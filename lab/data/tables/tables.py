@@ -1,4 +1,4 @@
-"""Tables: columns become standardised features and a target, by rules that only the training rows decide."""
+"""Tables: columns to standardised features and a target, with statistics from the training rows only."""
 
 import functools
 import hashlib
@@ -21,38 +21,38 @@ from lab.data.tables.numbers import NumberFormat
 from lab.errors import UserError
 
 Lines = dict[str, str | int | float]
-FEW = 20  # different whole numbers up to which a target is taken for classes
+FEW = 20  # a target with at most this many distinct integers is taken as classes
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a table for regression or classification.
+    """A table, one record per row, for regression or classification.
 
-    A record is one row: `inputs` float32 (F,), and for classification `targets` int32 (), the class; for regression
-    `targets` float32 (), standardised with the training rows, with `scale` float32 () and `offset` float32 (2,) such
-    that targets * scale + sum of offset, in float64, is in the units of the file.
+    A record is one row: `inputs` float32 (F,), and for classification `targets` int32 (), the class. For regression,
+    `targets` float32 () is standardised on the training rows; targets * `scale` + sum(`offset`), in float64, is in the
+    units of the file (`scale` float32 (), `offset` float32 (2,)).
 
-    Whatever is learnt from data is learnt from the training rows only: the mean and standard deviation of a column of
-    numbers, its median, which stands in for missing values, and the categories of a column of text, each of which
-    becomes a column of 0 and 1, in sorted order; there the most frequent one stands in. A column is numbers if all
-    values of the training rows are; if more than 90 % are, the others are taken for mistakes. One that looks like
-    numbers written otherwise (1,200 or 3,5 or $10, or - where one is missing) is an error; see `Csv`.
+    All statistics come from the training rows only. A numeric column is standardised by its mean and standard
+    deviation; its median replaces missing values. A text column is one-hot encoded, categories in sorted order; its
+    most frequent category replaces missing values. A column is numeric if all values in the training rows are numbers;
+    if only more than 90 % are, the rest are errors. Numbers in another format (1,200 or 3,5 or $10, or - for a missing
+    value) are an error; see `Csv`.
 
-    A fixed shuffle of the rows decides the splits, so neither the seed of an experiment nor the class does.
+    A fixed shuffle of the rows, independent of the experiment's seed and of the classes, decides the splits.
     """
 
     source: Sklearn | Csv
     """Where the rows come from."""
     test: float = 0.2
-    """Part of the rows in the test split, where the source has none of its own; 0: no test split."""
+    """Fraction of the rows in the test split, if the source has none of its own; 0: no test split."""
     validation: float = 0.1
-    """Part of the other rows that is the validation split."""
+    """Fraction of the remaining rows in the validation split."""
     standardise: bool = True
-    """Columns of numbers get mean 0 and standard deviation 1 in training; the target of a regression always does."""
+    """Standardise numeric columns to mean 0 and standard deviation 1; a regression target always is."""
     unseen: Literal["error", "zeros"] = "error"
-    """What to do with a category that no training row has: stop, or leave all of its column's 0 and 1 at 0."""
+    """Handling of a category that no training row has: stop with an error, or encode it as all zeros."""
     categories: int = 100
-    """A column of text with more categories than this is an error: it holds names or sentences."""
+    """A text column with more categories than this is an error: it probably holds names or sentences."""
 
     unit = "rows"
     units_per_record = 1
@@ -73,11 +73,11 @@ class Table:
             raise UserError('Sklearn("20newsgroups") holds texts, not rows of a table.')
 
     def metadata(self) -> dict[str, Any]:
-        """Nothing is known without reading."""
+        """Empty: nothing is known without reading."""
         return {}
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Name -> (shape, type) of the arrays of one record; reads the table. UserError as `load`."""
+        """Name -> (shape, type) of the arrays of one record; reads the table. Raises as `load`."""
         return {name: (array.shape[1:], array.dtype.type) for name, array in self.load().train.arrays.items()}
 
     def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Table:
         return batch
 
     def describe(self) -> Lines:
-        """What `load` finds, for people. UserError as `load`."""
+        """Lines about the loaded table. Raises as `load`."""
         return self.load().summary
 
     def load(self) -> "TableData":
@@ -98,7 +98,7 @@ class Table:
         return _load(self, self.source.state())
 
     def restored(self, saved: dict[str, Any], tokenizer: str) -> "TableData":
-        """What `load` gave to a run, without records; see `Dataset.saved`."""
+        """The result of a run's `load`, without records; see `Dataset.saved`."""
         kinds = {kind.__name__: kind for kind in (Number, Category)}
         features = tuple(kinds[kind](**fields | ({"values": tuple(fields["values"])} if "values" in fields else {}))
                          for kind, fields in saved["features"])
@@ -113,16 +113,16 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A source, or the test split that it has, after reading: the cells of the features, and the target's values."""
+    """A loaded source, or its test split: the cells of the features, and the target's values."""
 
     table: Columns
     target: str
     names: tuple[str, ...]
-    values: np.ndarray  # int32 classes, or float64 numbers where there are no names
+    values: np.ndarray  # int32 classes, or float64 numbers without names
 
 
 def _parts(source: Sklearn | Csv) -> list[_Part]:
-    """The rows, and those of the source's own test split if it has one."""
+    """The source's rows, and those of its test split if it has one."""
     if isinstance(source, Sklearn):
         bunch = source.load()
         cells = dict(zip(bunch.feature_names, np.asarray(bunch.inputs).T, strict=True))
@@ -152,9 +152,9 @@ def _is_regression(table: Columns, source: Csv) -> bool:
 
 
 def split(n: int, test: float, validation: float) -> dict[str, np.ndarray]:
-    """Which of n rows are in "train", "validation" and "test" (empty where `test` is 0), each in order.
+    """The indices of "train", "validation" and "test" (empty if `test` is 0) among n rows, each sorted.
 
-    The first rows of a fixed shuffle are the test split, the next ones validation. UserError when there are too few.
+    The first rows of a fixed shuffle are the test split, the next ones validation. UserError if there are too few.
     """
     first = max(round(test * n), 1) if test else 0
     second = first + max(round(validation * (n - first)), 1)
@@ -199,7 +199,7 @@ def _load(options: Table, _state: tuple[int, ...]) -> "TableData":
 
 
 def _dropped(parts: list[_Part], rows: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, dict[str, list[str]]]]:
-    """Split -> its rows in the file, and their cells in the columns that are no features."""
+    """Split -> (rows in the file, their cells in the dropped columns)."""
     where = {name: (parts[0].table, at) for name, at in rows.items()}
     if len(parts) == 2:
         where["test"] = parts[1].table, np.arange(len(parts[1].table))
@@ -208,7 +208,7 @@ def _dropped(parts: list[_Part], rows: dict[str, np.ndarray]) -> dict[str, tuple
 
 
 def _fingerprint(options: Table, parts: list[_Part], rows: dict[str, np.ndarray]) -> str:
-    """Of the cells, the split and the settings; not of the encoded numbers, whose last bits depend on the machine."""
+    """Hash of cells, split and settings. Encoded numbers are left out: their last bits depend on the machine."""
     total = hashlib.sha256()
     for part in parts:
         for name, cells in part.table.cells.items():
@@ -224,7 +224,7 @@ def _fingerprint(options: Table, parts: list[_Part], rows: dict[str, np.ndarray]
 
 
 def _summary(parts: list[_Part], features: tuple[Feature, ...], target: Target, train: np.ndarray) -> Lines:
-    """What was found, for people. `train` (n,): the targets of the training rows."""
+    """Lines to print about the table. `train` (n,): the targets of the training rows."""
     texts = [f for f in features if isinstance(f, Category)]
     lines: Lines = {"source": parts[0].table.title, "task": "regression", "target": target.column}
     if target.names:
@@ -246,7 +246,7 @@ def _summary(parts: list[_Part], features: tuple[Feature, ...], target: Target, 
 
 
 def _marks(table: Columns) -> str:
-    """What stands where values are missing, with how often; the empty field is "nothing"."""
+    """The words for missing values that occur, with counts; the empty field is "nothing"."""
     cells = (cell.strip() for column in table.cells.values() if not isinstance(column, np.ndarray) for cell in column)
     count = Counter(cell for cell in cells if table.form.is_missing(cell))
     return ", ".join(f"{mark or 'nothing'} {n:,} times" for mark, n in count.most_common(6))
@@ -264,7 +264,7 @@ def _rule(options: Table, parts: list[_Part]) -> str:
 
 @dataclass
 class TableData(Dataset):
-    """What `Table.load` gives."""
+    """The result of `Table.load`."""
 
     features: tuple[Feature, ...] = field(default=(), kw_only=True)
     target: Target = field(default=Target(""), kw_only=True)
@@ -272,11 +272,11 @@ class TableData(Dataset):
     form: NumberFormat = field(default=NumberFormat(), kw_only=True)
     encoding: str = field(default="UTF-8", kw_only=True)
     dropped: dict[str, tuple[np.ndarray, dict[str, list[str]]]] = field(default_factory=dict, kw_only=True)
-    """Split -> the rows of the file in it, and their cells in the columns that are no features."""
+    """Split -> (rows in the file, their cells in the dropped columns)."""
 
     @property
     def feature_names(self) -> list[str]:
-        """A name for each number of a record's inputs: the column, or column=category."""
+        """A name for each input: the column, or column=category."""
         return [name for f in self.features
                 for name in ([f"{f.name}={value}" for value in f.values] if isinstance(f, Category) else [f.name])]
 
@@ -287,13 +287,13 @@ class TableData(Dataset):
                                   "encoding": self.encoding}
 
     def in_words(self, targets: np.ndarray) -> list[Any]:
-        """See `Dataset.in_words`; numbers in the units of the file."""
+        """See `Dataset.in_words`; numbers are in the units of the file."""
         if self.classes:
             return super().in_words(targets)
         return (targets.astype(np.float64) * self.target.scale + self.target.mean).tolist()
 
     def in_units(self, inputs: np.ndarray) -> dict[str, list[Any]]:
-        """Inputs (n, F) as a file would have them: column -> numbers in its units, or categories."""
+        """Decodes inputs (n, F): column -> numbers in the file's units, or categories."""
         found, at = {}, 0
         for feature in self.features:
             found[feature.name] = feature.decode(inputs[:, at : at + feature.width])
@@ -311,10 +311,10 @@ class TableData(Dataset):
         return replace(found, numbers=rows.tolist(), beside=beside)
 
     def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> Incoming:
-        """The rows of a CSV file that has the columns of the features (in any order; others are passed over).
+        """The rows of a CSV file with the feature columns in any order; further columns are ignored.
 
-        Missing values get what stood in for them in training; a row without any value is skipped. Raises UserError,
-        with line and column.
+        Missing values are filled as in training; a row without values is skipped. Raises UserError with line and
+        column.
         """
         table = read_columns(path, self.form, self.encoding)
         ids = [] if id_column is None else [id_column]
@@ -331,7 +331,7 @@ class TableData(Dataset):
                         {name: list(table.column(name)) for name in ids}, self._truth(table))
 
     def _truth(self, table: Columns) -> list[Any] | None:
-        """The column of the target, where there is one: classes as they are called here, numbers as numbers."""
+        """The target column, if present: class names or numbers."""
         if self.target.column not in table.cells:
             return None
         if self.target.names:
@@ -340,7 +340,7 @@ class TableData(Dataset):
         return ["" if np.isnan(value) else value for value in values.tolist()]
 
     def reference(self) -> list[str]:
-        """What scikit-learn's linear models reach on the same rows, after training on the same rows."""
+        """Results of scikit-learn's linear models with the same training and evaluation rows."""
         from sklearn.linear_model import LinearRegression, LogisticRegression
         from sklearn.metrics import accuracy_score, r2_score, recall_score
         from sklearn.pipeline import make_pipeline

@@ -1,4 +1,4 @@
-"""Documents of text files: read in pieces, a part of them held out."""
+"""Text files as documents, read in pieces, with a held-out part."""
 
 import dataclasses
 import hashlib
@@ -18,25 +18,25 @@ from lab.data.word_memory import SPACES
 from lab.errors import UserError
 from lab.files import replace_file
 
-MANY = 20  # from this many documents on, whole documents are split; below it, the text
-PIECE = 1 << 16  # characters handed to a tokenizer at once
+MANY = 20  # from this many documents on, hold out whole documents; below it, the end of the text
+PIECE = 1 << 16  # maximum characters per piece for the tokenizer
 Documents = Iterator[Iterator[str]]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a corpus found. `fingerprint` depends on names and content only, never on where or when."""
+    """The result of one pass over a corpus. `fingerprint` depends on names and content only, not on path or time."""
 
     fingerprint: str
     documents: int
-    characters: int  # of all documents; 0 where no split by characters needs it
-    bytes: int  # UTF-8 bytes; for TfdsText the prepared size, which is close
+    characters: int  # of all documents; 0 if the split does not need it
+    bytes: int  # UTF-8 bytes; for TfdsText approximated by the prepared size
     skipped: tuple[str, ...] = ()
-    encodings: tuple[str, ...] = ()  # a sentence for each, where not all files are UTF-8
+    encodings: tuple[str, ...] = ()  # one sentence each, if not all files are UTF-8
 
 
 class Corpus(Protocol):
-    """An opened source; see the module's text."""
+    """An opened source; see `lab.data.text.sources`."""
 
     title: str
 
@@ -48,24 +48,24 @@ class Corpus(Protocol):
 
 
 def cached_survey(corpus: Corpus, take: Callable[[], Survey], newest: float) -> Survey:
-    """`take()`, or what it gave the last time this identity was seen. `newest`: latest change of a file, in seconds."""
+    """`take()`, cached by the corpus' identity. `newest`: time of the latest file change, in seconds."""
     path = cache_folder("sources") / f"{corpus.identity()}.json"
     try:
         found = Survey(**json.loads(path.read_bytes()))
         return dataclasses.replace(found, skipped=tuple(found.skipped), encodings=tuple(found.encodings))
     except (OSError, ValueError, TypeError):
         survey = take()
-    # A file changed a moment ago may change again within the clock's resolution: only settled ones are remembered.
+    # A file just changed may change again within the clock's resolution, so recent changes are not cached.
     if time.time() - newest > 2:
         replace_file(path, json.dumps(dataclasses.asdict(survey)))
     return survey
 
 
 def pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
-    """Cut text into pieces of at most `size` characters; where the chunks end makes no difference.
+    """Cut text into pieces of at most `size` characters, independent of the chunk boundaries.
 
-    A cut goes in front of a space behind a non-space where there is one: GPT-2's pattern always starts a token there,
-    so byte-level BPE gives the same tokens as on the whole text.
+    If possible, cuts are before a space that follows a non-space. GPT-2's pattern always starts a token there, so
+    byte-level BPE gives the same tokens as on the whole text.
     """
     rest = ""
     for chunk in chunks:
@@ -88,7 +88,7 @@ def _seam(text: str, low: int, high: int) -> int:
 
 
 def between(documents: Documents, start: int, stop: int) -> Documents:
-    """The characters [start, stop) of the concatenated documents, still as documents (some may come out empty)."""
+    """The characters [start, stop) of the concatenated documents, as documents (some may be empty)."""
     position = 0
 
     def inside(document: Iterator[str]) -> Iterator[str]:
@@ -109,7 +109,7 @@ def between(documents: Documents, start: int, stop: int) -> Documents:
 
 @dataclass(frozen=True)
 class Files:
-    """A corpus of files. `paths`: document name -> path, in reading order. `skip`: pass over what is not text."""
+    """A corpus of files. `paths`: document name -> path, in reading order. `skip`: skip files that are not text."""
 
     title: str
     paths: dict[str, Path]
@@ -147,7 +147,7 @@ class Files:
                 if not self.skip:
                     raise
                 length = 0
-            if not length:  # nothing in it, or not text
+            if not length:  # empty, or not text
                 skipped.append(name)
                 continue
             total.update(f"{name}\0{length}\0{content.hexdigest()}\n".encode())
@@ -176,6 +176,6 @@ class Files:
 
 
 def held_out(names: list[str]) -> set[str]:
-    """About a tenth of the names, each chosen by its own hash: adding a file moves no other. Never none."""
+    """About a tenth of the names, at least one, chosen by their hash: adding a file does not move the rest."""
     place = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
     return {name for name in names if place[name] < 0.1} or {min(names, key=place.__getitem__)}

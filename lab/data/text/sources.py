@@ -1,16 +1,16 @@
-"""Where text comes from: documents are streamed in pieces, so a corpus may be larger than memory.
+"""Sources of text. Documents are streamed in pieces, so a corpus may be larger than memory.
 
-A *source* is a value an experiment holds. `open()` looks at names and sizes only and gives a *corpus*:
+A *source* is part of an experiment's config. `open()` reads names and sizes only and returns a *corpus*:
 
-    title                 for people
+    title                 display name
     stored_bytes()        size of the files on disk
     identity()            cheap key of the files on disk (paths, sizes, times)
-    survey()              one pass over the content: its fingerprint and what the split needs; cached by `identity`
-    rule(survey)          how train and validation were told apart, in words
+    survey()              one pass over the content: fingerprint and data for the split; cached by `identity`
+    rule(survey)          a sentence about how train and validation are split
     documents(split, survey)   documents in a fixed order, each an iterator of pieces of text
 
-Split of a source that has none: with 20 documents or more, a hash of each document's *name* puts about 10 % of them
-into validation; with fewer, the last 10 % of all characters are validation (on tiny Shakespeare, nanoGPT's split).
+If a source has no splits: with 20 documents or more, a hash of each document's *name* puts about 10 % of them into
+validation; with fewer, the last 10 % of all characters are validation (on tiny Shakespeare, nanoGPT's split).
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from lab.files import user_path
 
 
 class Source(Protocol):
-    """A frozen dataclass that an experiment holds: `PythonStdlib`, `TextFiles`, `TfdsText`, or one of your own."""
+    """A frozen dataclass in an experiment's config: `PythonStdlib`, `TextFiles`, `TfdsText`, or your own."""
 
     def validate(self) -> None: ...
     def open(self) -> Corpus: ...
@@ -46,26 +46,25 @@ class Source(Protocol):
 
 
 # Left out of PythonStdlib: installed packages; test suites (60 % of all bytes, many of them tables of cases);
-# `encodings`, 120 generated tables that repeat each other and would leak from training into validation; and
-# `pydoc_data`, one generated file of English that would be half of the validation text.
+# `encodings`, 120 similar generated tables, which would leak from training into validation; and `pydoc_data`, one
+# generated file of English, which would be half of the validation text.
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
 @dataclass(frozen=True)
 class PythonStdlib:
-    """The Python source text of the running interpreter's standard library: real text that every machine has.
+    """The source code of the running Python's standard library: real text, available on every machine.
 
-    Files in the order of their names, without installed packages, tests and generated tables (`encodings`,
-    `pydoc_data`); files that are empty or not UTF-8 are skipped and counted. Whole files are split by a hash of their
-    names (about 10 % validation). Another Python version is another corpus: compare bits per byte only where the
-    fingerprint is equal.
+    Files are sorted by name, without installed packages, tests and generated tables (`encodings`, `pydoc_data`). Files
+    that are empty or not UTF-8 are skipped and counted. Whole files are split by a hash of their names (about 10 %
+    validation). The corpus depends on the Python version: compare bits per byte only if the fingerprint is equal.
     """
 
     def validate(self) -> None:
-        """Nothing to check without reading."""
+        """Nothing can be checked without reading."""
 
     def open(self) -> Files:
-        """List the files. UserError where Python came without its library's source text."""
+        """List the files. UserError if Python was installed without its library's source."""
         root = Path(sysconfig.get_path("stdlib"))
         found = []
         for folder, folders, files in os.walk(root):
@@ -83,25 +82,25 @@ class PythonStdlib:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Text files on disk, one document each, in the order of their names; `.gz` files are unpacked on the way.
+    """Text files on disk, one document each, sorted by name; `.gz` files are decompressed while reading.
 
     With 20 files or more a hash of the file names picks about 10 % of them for validation; with fewer, the last 10 % of
-    all characters are validation. Empty files among others are skipped and counted.
+    all characters are validation. Empty files are skipped and counted.
     """
 
     pattern: str
     """A file, a folder (all *.txt and *.txt.gz in it), or a pattern such as "~/books/**/*.txt"."""
     encoding: str = "UTF-8"
-    """How the files are encoded. Files with the byte order mark of UTF-16 or UTF-32 are read as that under UTF-8."""
+    """Encoding of the files. With UTF-8, files with a UTF-16 or UTF-32 byte order mark are read as those."""
 
     def validate(self) -> None:
-        """UserError when the pattern is empty or the encoding unknown."""
+        """UserError if the pattern is empty or the encoding unknown."""
         if not self.pattern.strip():
             raise UserError('TextFiles needs a file, a folder or a pattern such as "~/books/*.txt".')
         check_encoding(self.encoding)
 
     def open(self) -> Files:
-        """Find the files. UserError when there is none."""
+        """Find the files. UserError if there are none."""
         where = user_path(self.pattern)
         if where.is_file():
             found = [where]
@@ -123,31 +122,31 @@ class TextFiles:
 
 @dataclass(frozen=True)
 class TfdsText:
-    """A text data set that TFDS has prepared as ArrayRecord, read without TensorFlow; one record is one document.
+    """A text data set prepared by TFDS as ArrayRecord, read without TensorFlow; one record is one document.
 
-    Nothing is ever downloaded: `./launch.sh prepare NAME` does that once, in an environment of its own. Where the data
-    set has no validation split (and `validation` is not given), the last 10 % of the training records are validation,
-    or, of fewer than 20 records, the last 10 % of the characters.
+    Nothing is downloaded here: `./launch.sh prepare NAME` does that once, in a separate environment. If the data set
+    has no validation split (and `validation` is not given), validation is the last 10 % of the training records, or of
+    the characters if there are fewer than 20 records.
     """
 
     name: str
-    """Registered name, with configuration and version where needed: "lm1b", "imdb_reviews/plain_text:1.0.0"."""
+    """TFDS name, with configuration and version if needed: "lm1b", "imdb_reviews/plain_text:1.0.0"."""
     data_dir: str | None = None
     """Folder of prepared data sets; default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     train: str = "train"
     """TFDS split expression for training, such as "train[:50%]"."""
     validation: str | None = None
-    """TFDS split expression for validation, such as "validation+test"; default "validation" where there is one."""
+    """TFDS split expression for validation, such as "validation+test"; default "validation" if there is one."""
     feature: str = "text"
-    """Which field of a record is the text."""
+    """The record field with the text."""
 
     def validate(self) -> None:
-        """UserError when the name cannot be one."""
+        """UserError if the name is not a valid TFDS name."""
         if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", self.name):
             raise UserError(f'{self.name!r} is not a TFDS name: write "name", "name/config" or "name/config:1.0.0".')
 
     def open(self) -> "TfdsCorpus":
-        """Find the prepared folder and read its descriptions (no TFDS import, no network). UserError when absent."""
+        """Find the prepared folder and read its descriptions (no TFDS import, no network). UserError if absent."""
         self.validate()
         folder, splits, features = described(self.name, self.data_dir)
         if self.feature not in features:
@@ -159,7 +158,7 @@ class TfdsText:
 
 @dataclass(frozen=True)
 class TfdsCorpus:
-    """A corpus of TFDS records; `source.validation` is resolved, `splits` is dataset_info.json's description."""
+    """A corpus of TFDS records; `source.validation` is resolved, `splits` comes from dataset_info.json."""
 
     title: str
     source: TfdsText
@@ -177,7 +176,7 @@ class TfdsCorpus:
         return cached_survey(self, self._survey, max(p.stat().st_mtime for p in self.folder.iterdir()))
 
     def _survey(self) -> Survey:
-        # The shards' own bytes: far quicker than decoding every record, and equal wherever the same data was prepared.
+        # Hash the shards' bytes: much faster than decoding every record, and equal wherever the same data was prepared.
         source = self.source
         total = hashlib.sha256(digest(source.train, source.validation, source.feature).encode())
         for path in sorted(self.folder.glob("*.array_record*")):
@@ -185,7 +184,7 @@ class TfdsCorpus:
                 total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         records = len(self._records(source.train))
         if source.validation:
-            self._records(source.validation)  # a wrong expression is said now, not after the training split is done
+            self._records(source.validation)  # raise for a wrong expression now, not after reading the training split
         small = not source.validation and records < MANY
         characters = sum(len(t) for d in self._read(source.train) for t in d) if small else 0
         size = sum(int(split.get("numBytes", 0)) for split in self.splits.values())
@@ -209,11 +208,11 @@ class TfdsCorpus:
         return self._read(train, 0, cut) if split == "train" else self._read(train, cut)
 
     def _records(self, expression: str) -> Any:
-        import tensorflow_datasets as tfds  # 1.5 s: only when records are really read
+        import tensorflow_datasets as tfds  # takes 1.5 s; import it only to read records
 
         try:
             return tfds.builder_from_directory(str(self.folder)).as_data_source(split=expression)
-        except ValueError:  # not an expression, an unknown split, or one that selects nothing
+        except ValueError:  # invalid expression, unknown split, or empty selection
             raise UserError(
                 f"The split {expression!r} of {self.source.name} is unknown, badly written or empty; its splits are "
                 f"{', '.join(self.splits)}."
@@ -222,7 +221,7 @@ class TfdsCorpus:
     def _read(self, expression: str, start: int = 0, stop: int | None = None) -> Documents:
         records = self._records(expression)
         stop = len(records) if stop is None else stop
-        # Reading many records at once is what ArrayRecord is fast at; about 16 MB of them keep memory bounded.
+        # ArrayRecord is fast at reading many records at once; about 16 MB at a time bounds memory.
         size = sum(int(split.get("numBytes", 0)) for split in self.splits.values())
         count = sum(int(n) for split in self.splits.values() for n in split.get("shardLengths", []))
         batch = min(max(int(2**24 * count / max(size, 1)), 1), 1024)

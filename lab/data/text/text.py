@@ -1,7 +1,7 @@
-"""Text for language models: a corpus is tokenised once into a cached file, and training reads windows of it.
+"""Text for language models: a corpus is tokenised once into a cached file, from which training reads windows.
 
-First start on 1.0 GB of English text (2-core CPU VM, busy, 2026-11-22), in processor time and resident memory at its
-peak: `Bytes()` 9 s, 89 MB; `BPE(4096)` 53 s (survey 4, merges 15, encoding and writing 34: 29 MB/s), 200 MB.
+First start on 1.0 GB of English text (2-core CPU VM, busy, 2026-11-22), CPU time and peak resident memory: `Bytes()`
+9 s, 89 MB; `BPE(4096)` 53 s (survey 4, merges 15, encoding and writing 34: 29 MB/s), 200 MB.
 """
 
 import mmap
@@ -22,30 +22,30 @@ from lab.errors import UserError
 Source = PythonStdlib | TextFiles | TfdsText
 Tokenizer = Bytes | Chars | BPE | GPT2 | Saved
 
-SURVEYED = 64 << 20  # bytes up to which `describe` reads the text to find its tokens (0.2 s)
+SURVEYED = 64 << 20  # `describe` reads texts of up to this many bytes, to find their tokens (0.2 s)
 
 
 @dataclass(frozen=True)
 class Text:
     """Windows of a tokenised text for a language model.
 
-    A record is one window: `tokens` int32 (length + 1,), whose inputs are [:-1] and targets [1:], and `bytes`, the
-    number of UTF-8 bytes of its targets. Consecutive windows share one token, so each token is a target once; what is
-    left of a split after its last whole window is not used. No window crosses the split.
+    A record is one window: `tokens` int32 (length + 1,), inputs [:-1] and targets [1:], and `bytes`, the number of
+    UTF-8 bytes of its targets. Consecutive windows share one token, so each token is a target once. An incomplete last
+    window is dropped. Windows do not cross splits.
 
-    In training all windows move along the text by some tokens in each epoch but the first, drawn by (seed, epoch): the
-    model sees what was at the end of one window in the middle of another. Evaluation's windows never move.
+    In training, each epoch except the first shifts all windows by an offset drawn from (seed, epoch), so that tokens
+    at window ends appear inside other windows later. Evaluation windows are fixed.
     """
 
     source: Source
     """Where the text comes from."""
     tokenizer: Tokenizer
-    """How it becomes ids."""
+    """Converts text to token ids."""
     length: int = 1024
-    """Tokens per window: the context of the model in training."""
+    """Tokens per window, the model's context length in training."""
 
     def validate(self) -> None:
-        """Check what can be checked without reading anything; UserError."""
+        """UserError for invalid fields; reads nothing."""
         if self.length < 1:
             raise UserError(f"Text(length={self.length}) must be at least 1 token.")
         self.source.validate()
@@ -53,26 +53,26 @@ class Text:
 
     @property
     def units_per_record(self) -> int:
-        """Tokens that a record trains on."""
+        """Target tokens per record."""
         return self.length
 
-    unit = "tokens"  # what throughput counts
-    slow = True  # to load: --dry-run leaves that out
+    unit = "tokens"  # of throughput
+    slow = True  # loading is slow, so --dry-run skips it
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Name -> (shape, type) of the arrays of one record, without reading anything."""
         return {"tokens": ((self.length + 1,), np.int32), "bytes": ((), np.int32)}
 
     def metadata(self) -> dict[str, int]:
-        """What is known of `TextData.metadata` without reading anything; a vocabulary that is not known counts as 0."""
+        """The part of `TextData.metadata` that is known without reading; an unknown vocabulary is 0."""
         return {"vocab": self.tokenizer.vocab_size_hint or 0, "length": self.length}
 
     def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
-        """Nothing: windows are read as they are trained on."""
+        """The batch as it is."""
         return batch
 
     def describe(self) -> dict[str, str | int | float]:
-        """The sizes, for people, without tokenising; all of them when that was done before. UserError as `load`."""
+        """Sizes to print, without tokenising; complete if the tokens are cached. Raises as `load`."""
         corpus = self.source.open()
         size = corpus.stored_bytes()
         if size <= SURVEYED and _checked(_folder(corpus, corpus.survey(), self.tokenizer)):
@@ -81,7 +81,7 @@ class Text:
                 "tokens": "known when the first run has tokenised them"}
 
     def load(self) -> "TextData":
-        """Tokenise, or find the tokens in the cache. UserError for unreadable text or a split shorter than a window."""
+        """Tokenise, or read the cached tokens. UserError for unreadable text or a split shorter than a window."""
         self.validate()
         corpus = self.source.open()
         folder, meta = token_files(corpus, self.tokenizer)
@@ -107,16 +107,16 @@ class Text:
         )
 
     def restored(self, saved: dict[str, Any], tokenizer: str) -> "TextData":
-        """What `load` gave to a run, without records; see `Dataset.saved`."""
+        """The result of a run's `load`, without records; see `Dataset.saved`."""
         return TextData(**restored(saved), fitted=revived(tokenizer, "tokenizer.json"), tokenizer_state=tokenizer)
 
 
 class Windows:
-    """Records of overlapping windows of one split; see `Text`. One gather per batch, from the memory-mapped file."""
+    """Overlapping windows of one split; see `Text`. Reads a batch with one gather from the memory-mapped file."""
 
     def __init__(self, tokens: np.ndarray, length: int, byte_counts: np.ndarray):
         self.tokens = tokens  # the whole split, uint16 or uint32
-        held = getattr(tokens.base, "obj", None)  # small files were read whole when they were checked
+        held = getattr(tokens.base, "obj", None)  # small files need no madvise: their checksum read them whole
         self._map = held if isinstance(held, mmap.mmap) and tokens.nbytes > FULL_CHECK else None
         self._length, self._from = length, np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
         self._byte_counts = byte_counts
@@ -129,13 +129,13 @@ class Windows:
         return self._at(indices * self._length)
 
     def in_epoch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """The same, each moved along by what `epoch_offsets` gives its epoch, (n,); a last window that would move
-        beyond the end shows the beginning, which the others have left."""
+        """The windows, each shifted by the `epoch_offsets` of its epoch, (n,). A window shifted beyond the end is
+        replaced by the first window, which the shift leaves uncovered."""
         begins = indices * self._length + epoch_offsets(epochs, seed, self._length)
         return self._at(np.where(begins < len(self._from), begins, 0))
 
     def _at(self, begins: np.ndarray) -> dict[str, np.ndarray]:
-        """The windows that begin with these tokens."""
+        """The windows that start at these token offsets."""
         if self._map is not None:
             self._announce(begins, self._map)
         tokens = self._from[begins]
@@ -143,10 +143,10 @@ class Windows:
         return {"tokens": tokens.astype(np.int32), "bytes": sizes.astype(np.int32)}
 
     def _announce(self, begins: np.ndarray, file: mmap.mmap) -> None:
-        """Have the file's pages of these windows read at once and alone.
+        """Asks the kernel to read exactly the file's pages of these windows (madvise).
 
-        Else a file that is not in memory is read a page fault at a time, each with all that the kernel reads ahead:
-        the first batch of gpt_small's size read 558 MB (0.4-107 s), and now 3 MB (0.01-0.06 s); 0.6 ms more when warm.
+        Otherwise a file outside the page cache is read one page fault at a time, each with the kernel's readahead. The
+        first batch of gpt_small's size then read 558 MB (0.4-107 s), now 3 MB (0.01-0.06 s); costs 0.6 ms when cached.
         """
         bytes_before = np.clip(begins, 0, len(self._from) - 1) * self.tokens.itemsize
         pages = bytes_before // mmap.PAGESIZE * mmap.PAGESIZE
@@ -157,27 +157,27 @@ class Windows:
 
 @dataclass(kw_only=True)
 class TextData(Dataset):
-    """What `Text.load` gives; its records are `Windows`."""
+    """The result of `Text.load`; its records are `Windows`."""
 
     fitted: Fitted
     tokenizer_state: str
-    """What `lab.data.saved.Saved` reads."""
+    """The tokenizer as JSON, for `lab.data.saved.Saved`."""
 
     @property
     def eot(self) -> int | None:
-        """The id of end-of-text, where the tokenizer has one."""
+        """The end-of-text id, if the tokenizer has one."""
         return self.fitted.eot
 
     def encode(self, text: str) -> np.ndarray:
-        """Text -> ids, int32 (n,); UserError for text the tokenizer has no ids for."""
+        """Text -> ids, int32 (n,); UserError for text that the tokenizer cannot encode."""
         return self.fitted.encode(text)
 
     def decode(self, ids: np.ndarray) -> str:
-        """Ids -> text; always works, see `Fitted.decode`."""
+        """Ids -> text; never raises, see `Fitted.decode`."""
         return self.fitted.decode(ids)
 
     def validation_bytes(self, limit: int | None = None) -> bytes:
-        """The first `limit` bytes of the validation text (all by default), without separators: what gzip would get."""
+        """The first `limit` bytes of the validation text (all by default), without separators, to compare with gzip."""
         tokens, found, done = self.validation.tokens, [], 0
         for start in range(0, len(tokens), END):
             ids = tokens[start : start + END]

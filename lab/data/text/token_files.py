@@ -1,4 +1,4 @@
-"""A corpus as a file of tokens in the cache: written once, checked, memory-mapped."""
+"""A corpus as a cached token file: written once, checked, memory-mapped."""
 
 import json
 import mmap
@@ -17,18 +17,18 @@ from lab.data.text.files import Corpus, Documents, Survey, pieces
 from lab.data.tokenizers import Fitted, Tokenizer
 from lab.errors import UserError
 
-FORMAT = 2  # of the token folder and its tokens; a new number makes every corpus be tokenised again
+FORMAT = 2  # version of the token folder; increment it to tokenise every corpus again
 SPLITS = ("train", "validation")
-AT_ONCE = 1 << 20  # characters encoded at once: few calls, and tens of megabytes of arrays
-FULL_CHECK = 64 << 20  # files up to this many bytes are checked whole at each start (0.05 s), larger ones at both ends
+AT_ONCE = 1 << 20  # characters per encoding call: few calls, with arrays of tens of megabytes
+FULL_CHECK = 64 << 20  # checksum whole files up to this many bytes at each start (0.05 s), larger ones at both ends
 END = 1 << 20
 
 
 def token_files(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Path, dict[str, Any]]:
-    """The folder with train.bin, validation.bin, tokenizer.json and meta.json, and the latter's content.
+    """The folder with train.bin, validation.bin, tokenizer.json and meta.json, and the content of meta.json.
 
-    The folder's name is a fingerprint of the text, the split and the tokenizer. It appears whole or not at all; a
-    damaged one is made again. UserError when the disk is full or the text changes while it is read.
+    The folder's name is a fingerprint of the text, the split and the tokenizer. It is published atomically and rebuilt
+    if damaged. UserError if the disk is full or the text changes during reading.
     """
     survey = corpus.survey()
     folder = _folder(corpus, survey, tokenizer)
@@ -41,7 +41,7 @@ def _folder(corpus: Corpus, survey: Survey, tokenizer: Tokenizer) -> Path:
 
 
 def _checked(folder: Path) -> dict[str, Any] | None:
-    """The folder's meta.json if all is there and undamaged; None, with one line that says what is not, if not."""
+    """The folder's meta.json if all files are undamaged; otherwise logs the damage and returns None."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         check = meta.pop("check")
@@ -57,7 +57,7 @@ def _checked(folder: Path) -> dict[str, Any] | None:
 
 
 def _sums(path: Path) -> list[int]:
-    """Size and checksums: of the whole file when small, else of its first and last megabyte."""
+    """Size and checksums, of the whole file if small, else of its first and last megabyte."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -74,7 +74,7 @@ def _sums(path: Path) -> list[int]:
 
 
 def _build(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -> None:
-    """Fill a folder. UserError when the text changes meanwhile."""
+    """Fill a folder. UserError if the text changes meanwhile."""
     log.info("tokenising %s with %r (once; kept in %s)", corpus.title, tokenizer, folder.parent)
     begin, before = time.perf_counter(), corpus.identity()
     meta = _write(corpus, survey, tokenizer, folder)
@@ -99,7 +99,7 @@ def _write(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -
         with (folder / f"{split}.bin").open("wb") as file:
             meta[split] = {"documents": 0, "bytes": 0, "tokens": 0}
             for documents, ids in _encoded(corpus.documents(split, survey), fitted):
-                file.write(ids.astype(dtype).data)  # not ndarray.tofile, which hides that a disk is full
+                file.write(ids.astype(dtype).data)  # ndarray.tofile does not report a full disk
                 meta[split]["documents"] += documents
                 meta[split]["tokens"] += len(ids)
                 meta[split]["bytes"] += int(fitted.byte_counts.take(ids).sum())
@@ -112,10 +112,10 @@ def _write(corpus: Corpus, survey: Survey, tokenizer: Tokenizer, folder: Path) -
 
 
 def _encoded(documents: Documents, fitted: Fitted) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of documents begun, ids) for some megabytes of text at a time, end-of-text ids between documents."""
+    """(number of documents begun, ids) for blocks of a few megabytes of text, end-of-text ids between documents."""
     separator = np.array([] if fitted.eot is None else [fitted.eot], np.int32)
     texts: list[str] = []
-    begins: set[int] = set()  # which of `texts` begin a document that needs a separator in front
+    begins: set[int] = set()  # indices of `texts` that start a document and need a separator before it
     count = size = 0
     started = False
 
