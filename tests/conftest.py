@@ -25,9 +25,31 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LAB_SHARED", ROOT.parent / "shared"))
 
 
+# File -> its mark. `./launch.sh tests` leaves marked tests out, `--all` runs them; test_experiments keeps a few.
+MARKS = {
+    "test_experiments": "slow", "test_cli": "slow", "test_study": "slow", "test_together": "slow",
+    "test_benchmarks": "slow", "test_command_line": "slow", "test_run_folders": "slow", "test_run": "slow",
+    "test_reports": "slow", "test_distributed": "processes", "test_launch_slurm": "clusters",
+    "test_launch_hosts": "clusters", "test_topologies": "tpu_compile", "test_tpu": "tpu_compile",
+    "test_cudnn": "tpu_compile"}
+KEPT = ("gpt_small", "mnist_cnn", "linear_regression")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The marks of this suite."""
-    config.addinivalue_line("markers", "gpu: needs a GPU; tests/gpu/run.py starts them")
+    for line in ("gpu: needs a GPU; tests/gpu/run.py starts them", "slow: whole runs, studies, fuzzers, benchmarks",
+                 "processes: several processes train together", "clusters: SLURM and ssh on this machine",
+                 "tpu_compile: compiles for TPUs and GPUs that are not here"):
+        config.addinivalue_line("markers", line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks whole files."""
+    for item in items:
+        mark = MARKS.get(item.path.stem)
+        kept = item.path.stem == "test_experiments" and any(f"[{name}]" in item.nodeid for name in KEPT)
+        if mark and not kept:
+            item.add_marker(mark)
 
 
 def computing(model: Any, variables: Any) -> Callable[..., Any]:
