@@ -73,7 +73,7 @@ def test_pictures_do_not_need_the_backend_of_a_notebook(tmp_path):
     """matplotlib itself refuses to be imported with a backend that is not there (the negative control)."""
     env = os.environ | {"MPLBACKEND": "module://no_such_backend", "PYTHONPATH": str(ROOT)}
     code = "import os\n{}\nassert os.environ['MPLBACKEND'] == 'module://no_such_backend'"
-    ours = ("import numpy, pathlib; from lab import plots\n"
+    ours = ("import numpy, pathlib; from lab.train import plots\n"
             "plots.confusion(numpy.eye(2), 'ab', pathlib.Path('c.png'))")
     theirs = "import matplotlib.pyplot as p; p.figure().savefig('d.png')"
     found = [subprocess.run([sys.executable, "-c", code.format(body)], env=env, cwd=tmp_path).returncode

@@ -302,7 +302,7 @@ def test_dropout_does_not_go_on_with_other_microbatches(place, lone, tmp_path):
             assert loop.train(replace(dropped, grad_accum_steps=n), tmp_path / str(n), screen) == 0
     one, two = ([row[2] for row in losses(tmp_path / str(n))] for n in (1, 2))
     assert np.max(np.abs(np.subtract(one, two))) > 1e-3
-    with Quiet() as screen, pytest.raises(UserError, match="microbatches is 1 there and 2 here"):
+    with Quiet() as screen, pytest.raises(UserError, match="grad_accum_steps is 1 there and 2 here"):
         loop.train(replace(dropped, grad_accum_steps=2), tmp_path / "1", screen)
 
 

@@ -244,7 +244,7 @@ def test_flags_and_json_reach_into_the_parts():
 @pytest.mark.parametrize("groups, reconstruct, shape", [(3, True, (7, 9, 3)), (0, False, (8, 8, 1)),
                                                         (0, True, (4, 5, 1))])
 def test_heads_are_chosen_by_fields(groups, reconstruct, shape):
-    model = ClassifyAndReconstruct(classes=4, lr_multipliers=groups, reconstruct=reconstruct, channels=(2, 3), code=5)
+    model = ClassifyAndReconstruct(classes=4, groups=groups, reconstruct=reconstruct, channels=(2, 3), code=5)
     x = jax.ShapeDtypeStruct((2, *shape), jnp.bfloat16)
     outputs, shapes = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False), x)
     want = {"class": (2, 4)} | ({"group": (2, 3)} if groups else {}) | ({"image": (2, *shape)} if reconstruct else {})

@@ -148,7 +148,7 @@ def test_the_survey_is_remembered_until_a_file_changes(tmp_path, monkeypatch):
     os.utime(folder / "a.txt", (old, old))
     corpus = TextFiles(str(folder)).open()
     first = corpus.survey()
-    monkeypatch.setattr("lab.data.text.sources.read_text", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr("lab.data.text.files.read_text", lambda path: pytest.fail("read again"))
     assert TextFiles(str(folder)).open().survey() == first
     monkeypatch.undo()
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))

@@ -17,6 +17,7 @@ import pytest
 
 from lab.data.pipeline import epoch_offsets, eval_batches, train_batch, train_batches
 from lab.data.text import text as text_module
+from lab.data.text import token_files
 from lab.data.text.sources import PythonStdlib, TextFiles, TfdsText
 from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars
@@ -267,7 +268,7 @@ def test_full_disk(corpus, cache, monkeypatch):
 
 
 def test_text_that_changes_while_it_is_read(corpus, tmp_path, monkeypatch):
-    real = text_module._encoded
+    real = token_files._encoded
 
     def touching(*arguments):
         (tmp_path / "doc00.txt").write_text("longer " * 1000)
@@ -281,7 +282,7 @@ def test_text_that_changes_while_it_is_read(corpus, tmp_path, monkeypatch):
 def test_without_locks_the_first_to_finish_wins(corpus, cache, monkeypatch):
     """On a file system without flock two processes may build at once: here the other one publishes in between."""
     spec = Text(corpus, Bytes(), 8)
-    real = text_module._write
+    real = token_files._write
     other = cache / "other"
 
     def slow(*arguments):

@@ -385,7 +385,7 @@ def test_without_names_an_inserted_layer_changes_the_others():
 
         @nn.compact
         def __call__(self, x):
-            x = nn.Dense(4)(x) if self.model_state else x
+            x = nn.Dense(4)(x) if self.extra else x
             return nn.Dense(4)(x)
 
     a, b = (Unnamed(extra).init(jax.random.key(0), jnp.zeros((1, 4)))["params"] for extra in (False, True))
