@@ -206,7 +206,7 @@ def test_rounds_alternate_and_the_table_has_everything(monkeypatch, capsys, tmp_
 
     monkeypatch.setattr(compare_torch, "run", run)
     monkeypatch.setattr(compare_torch, "check_torch", lambda python: None)
-    monkeypatch.setattr(compare_torch.bootstrap, "process_environ",  # not only Linux has this test
+    monkeypatch.setattr(compare_torch.variables, "process_environ",  # not only Linux has this test
                         lambda *_: {"MALLOC_TOP_PAD_": "1"})
     compare_torch.main(["gpt_char", "--local", "--rounds", "2", "--json", str(tmp_path / "found.json")])
     assert started == ["env", "tune", *["bench", "stock", "eager", "compiled"] * 2]

@@ -73,7 +73,7 @@ def states(study: Path, arm: str, seed: int) -> list[np.ndarray]:
 def test_a_forked_arm_is_the_whole_run_bit_for_bit(typed, place, monkeypatch):
     status, out, err = typed("tails.py", "--studies", "forked")
     assert status == 0 and "12 cells planned = 12 done + 0 diverged + 0 failed." in out, err
-    assert "after update" in out
+    assert "after step" in out
     with monkeypatch.context() as patched:
         patched.setattr(preflight, "WORTH", 2.0)  # never worth it
         assert typed("tails.py", "--studies", "whole", "--execution", "loop")[0] == 0

@@ -110,7 +110,7 @@ def check(experiment: Experiment) -> None:
     odd += [] if kinds[2] in ("SGD", "Adam", "AdamW") else [kinds[2]]
     odd += ["l2 with clip or decay"] if optim.l2 and (optim.grad_clip_norm or optim.weight_decay) else []
     odd += ["SGD with decay"] if kinds[2] == "SGD" and optim.weight_decay else []
-    odd += [name for name in ("groups", "ema_from") if getattr(optim, name)]
+    odd += [name for name in ("lr_multipliers", "ema_from") if getattr(optim, name)]
     odd += ["pretrained parameters"] if experiment.init_from.run or experiment.init_from.freeze else []
     if odd:
         raise UserError(f"The PyTorch comparison has no {', no '.join(odd)}: compare another experiment, or add it to "

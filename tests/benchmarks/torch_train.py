@@ -100,12 +100,12 @@ class Trainer:
             options |= {"momentum": optim["momentum"], "nesterov": optim["nesterov"]}
         else:
             options |= {"betas": (optim["b1"], optim["b2"]), "eps": optim["eps"]}
-            name = "AdamW" if optim["decay"] else "Adam"
+            name = "AdamW" if optim["weight_decay"] else "Adam"
         decays = {True: [], False: []}
         for parameter, paths in self.model.places():
             (on,) = {self.spec["decays"][path] for path in paths}
             decays[on].append(parameter)
-        groups = [{"params": params, "weight_decay": (optim["decay"] or optim["l2"]) if on else 0.0}
+        groups = [{"params": params, "weight_decay": (optim["weight_decay"] or optim["l2"]) if on else 0.0}
                   for on, params in decays.items() if params]
         return getattr(torch.optim, name)(groups, lr=self.job.rates[0], **options)
 
@@ -131,8 +131,8 @@ class Trainer:
             loss = self.objective(part)
             (loss / n if n > 1 else loss).backward()
             total = total + loss.detach() / n
-        if self.spec["optim"]["clip"] is not None:
-            nn.utils.clip_grad_norm_(self.trained, self.spec["optim"]["clip"], foreach=True)
+        if self.spec["optim"]["grad_clip_norm"] is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.spec["optim"]["grad_clip_norm"], foreach=True)
         self.optimizer.step()
         if self.average:
             decay = min(self.spec["optim"]["ema"], (1 + step) / (10 + step))

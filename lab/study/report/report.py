@@ -335,7 +335,7 @@ def cells_csv(results: Results) -> str:
     names = list(dict.fromkeys(name for found in numbers.values() for name in found))
     writer.writerow(["arm", "changes", "seed", "tuning", "status", results.metric, "seconds", "seconds_per_update",
                      *names, "environment", "folder", "error"])
-    changes = {arm.name: json.dumps(arm.changes | ({"fork after update": arm.fork} if arm.fork else {}))
+    changes = {arm.name: json.dumps(arm.changes | ({"fork after step": arm.fork} if arm.fork else {}))
                for arm in results.arms}
     for c in results.cells:
         row: list[Any] = [c.arm, changes[c.arm], c.seed, c.seed in results.tuning_seeds, c.status, c.value, c.seconds,
