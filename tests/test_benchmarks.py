@@ -138,7 +138,7 @@ def test_both_sides_compute_the_same(name, choice, experiments, tmp_path):
 def test_what_is_not_written_in_torch_is_refused(experiments):
     for change, match in (({"optim": Lion(lr=1e-3)}, "no Lion"), ({"task": Classify(label_smoothing=0.1)}, "smoothing"),
                           ({"model": experiments["GPT"].model}, "no Classify of GPT"),
-                          ({"optim": AdamW(lr=1e-3, lr_multipliers=(("conv", 0.5),))}, "no groups")):
+                          ({"optim": AdamW(lr=1e-3, lr_multipliers=(("conv", 0.5),))}, "no lr_multipliers")):
         with pytest.raises(UserError, match=match):
             torch_job.check(dataclasses.replace(experiments["ConvNet"], **change))
     torch_job.check(experiments["ConvNet"])

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from lab.data import word_memory
-from lab.data.text import sources, text
+from lab.data.text import files, token_files
 from lab.data.text.sources import TextFiles
 from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, EOT
@@ -86,8 +86,8 @@ def test_the_spaces_are_the_librarys():
 def test_a_token_file_is_the_library_on_the_whole_text(library, state, drawn, tmp_path, monkeypatch):
     """Through pieces and groups of them: no cut shows."""
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "PIECE", 4096)
-    monkeypatch.setattr(text, "AT_ONCE", 30_000)
+    monkeypatch.setattr(files, "PIECE", 4096)
+    monkeypatch.setattr(token_files, "AT_ONCE", 30_000)
     monkeypatch.setattr(BPE, "fit", lambda self, *_: self.restore(state))
     whole = "".join(part for part in ["".join(drawn), WORDS * 300, *NASTY[:4], *NASTY[6:10], WORDS * 10])
     (tmp_path / "nasty.txt").write_bytes(whole.encode())
