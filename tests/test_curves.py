@@ -19,8 +19,7 @@ from tests.conftest import ROOT
 STORED = Path(__file__).with_name("curves.json")
 NAMES = ("mnist_cnn", "linear_regression", "logistic_regression", "ensemble_digits", "imagenet_vit_s16", "fashion_gan")
 STEPS, EVERY = 30, 5
-# Sums in another order on another CPU, and another version of JAX, move the losses by less; a wrong gradient by more.
-TOLERANCE = 0.02
+TOLERANCE = 2e-3  # jax 0.10.2 on Python 3.11 and 0.11.2 on 3.12 agree to 1e-5 on one CPU; another seed differs by 6e-3
 
 
 def curve(name, seed=0):
@@ -43,7 +42,7 @@ def curve(name, seed=0):
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_the_stored_ones(name):
     stored = json.loads(STORED.read_text())[name]
-    np.testing.assert_allclose(curve(name), stored, rtol=TOLERANCE, atol=1e-3)
+    np.testing.assert_allclose(curve(name), stored, rtol=TOLERANCE, atol=1e-4)
 
 
 def test_another_seed_is_seen():

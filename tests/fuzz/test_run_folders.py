@@ -217,7 +217,7 @@ def test_spoiled_run_folders(tmp_path, interrupted, reference, monkeypatch, part
 
 def test_the_fuzzer_sees_what_it_looks_for(tmp_path, reference, monkeypatch):  # noqa: F811
     """The negative control: a result that changes without a word, and a traceback."""
-    from lab.train import run_folder
+    from lab.train import description
 
     folder = Path(shutil.copytree(reference, tmp_path / "run"))
     path = folder / "result.json"
@@ -225,12 +225,12 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path, reference, monkeypatch):  #
     value["final"]["loss"] += 1
     path.write_text(json.dumps(value))
     assert outcome(train, folder)[0] is None  # it is a sentence
-    real = run_folder.digest
-    monkeypatch.setattr(run_folder, "digest", lambda found: value["digest"] if "final" in found else real(found))
+    real = description.digest
+    monkeypatch.setattr(description, "digest", lambda found: value["digest"] if "final" in found else real(found))
     with pytest.raises(AssertionError, match="a loss was changed"):
         check(folder, finished(reference), "a loss was changed")
     whole = finished(reference)
-    monkeypatch.setattr(run_folder, "read_json", lambda path, shape=None: [][0])
+    monkeypatch.setattr(description, "read_json", lambda path, shape=None: [][0])
     with pytest.raises(AssertionError, match="Traceback"):
         check(folder, whole, "a traceback")
 
