@@ -165,7 +165,7 @@ def prepare() -> None:
 
     # Four fit into the memory of one GPU. Where it runs out, the compiler chooses slow products without an error.
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(compiled, list(jobs())[: 2 if TINY else None]))
+        list(pool.map(compiled, list(jobs())[: 1 if TINY else None]))
 
 
 def compile_job(name: str) -> None:
