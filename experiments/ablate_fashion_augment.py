@@ -33,7 +33,7 @@ study = Study(
     seeds=5,
 )
 
-# A mirrored digit is none, and an 8 x 8 image has room for a small hole.
+# A mirrored digit is not a digit, and an 8 x 8 image has room for a small hole only.
 local = replace(
     study,
     base=replace(fashion_cnn.local, steps=400,

@@ -34,6 +34,6 @@ def study_of(base: Study, adamw: float, found: dict[str, Optimizer]) -> Study:
                  seeds=4, tuning_seeds=(0,))
 
 
-# Rates for the real one are guesses from the local config's: tune them first, with a study of rates and seeds=1.
+# The full experiment's rates are guesses from the local config: tune them first, with a study of rates and seeds=1.
 study = study_of(ablate_gpt_norm.study, 1e-3, optimizers(100, 0.1, 1e-3, 3e-4, 1e-2, 3e-3))
 local = study_of(ablate_gpt_norm.local, 3e-3, optimizers(30, 0.1, 3e-3, 1e-3, 3e-2, 1e-2))

@@ -31,7 +31,7 @@ experiment = Experiment(
 local = replace(
     experiment,
     data=Messages(PythonPackages(), BPE(2048), length=64),
-    # With so few updates learned positions teach a masked language model nothing but frequencies (measured).
+    # In so few steps a masked language model with learned positions only learns token frequencies (measured).
     model=BERT(depth=2, width=128, heads=2, context=64, vocab=2049, segments=0, dropout=0.0,
                position="rotary"),
     optim=AdamW(lr=LinearDecay(2e-3, warmup=60, end=0.0), b1=0.9, b2=0.98, weight_decay=0.01, grad_clip_norm=1.0),

@@ -27,6 +27,6 @@ experiment = Experiment(
     evaluate=Evaluate(every=922), checkpoint=Checkpoint(every=922),
 )
 
-# Digits are no clothes: a mirrored 2 is none, so the local config shifts, rotates and zooms instead.
+# A mirrored 2 is not a digit, so the local config shifts, rotates and zooms instead of flipping.
 local = replace(mnist_cnn.local, data=replace(mnist_cnn.local.data, augment=Augment(shift=0.1, rotate=10, zoom=0.1)),
                 optim=AdamW(lr=Cosine(3e-3, warmup=60, end=0.01), weight_decay=0.05, ema=0.99))

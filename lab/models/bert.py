@@ -58,7 +58,7 @@ class BERT(Transformer):
         return int(self.classes is None)
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata (vocab, length, classes) does not fit the model."""
+        """Raises UserError if data with this metadata (vocab, length, classes) does not fit the model."""
         vocab, length = metadata.get("vocab", 0), metadata.get("length", 0)
         if vocab > (self.vocab or math.inf):
             raise UserError(f"The vocabulary is too small: the tokenizer has {vocab} tokens and the model "

@@ -90,7 +90,7 @@ class ConvNet(nn.Module):
             raise UserError("--model.channels and --model.convs must be at least 1 in every stage.")
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata (classes, height, width) does not fit the model."""
+        """Raises UserError if data with this metadata (classes, height, width) does not fit the model."""
         check_classes(self.classes, metadata)
         least = 2 ** len(self.channels)
         for side in ("height", "width"):
@@ -165,7 +165,7 @@ class ResNet(nn.Module):
         check_sizes(classes=self.classes, width=self.width)
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata (classes) does not fit the model."""
+        """Raises UserError if data with this metadata (classes) does not fit the model."""
         check_classes(self.classes, metadata)
 
     @nn.compact

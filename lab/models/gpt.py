@@ -34,7 +34,7 @@ class GPT(Transformer):
             raise UserError(f"--model.softcap must be above 0, or None, not {self.softcap}.")
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata (vocab, length) does not fit the model."""
+        """Raises UserError if data with this metadata (vocab, length) does not fit the model."""
         if metadata.get("vocab", 0) > (self.vocab or math.inf):
             raise UserError(f"The vocabulary is too small: the tokenizer has {metadata['vocab']} tokens and the model "
                             f"{self.vocab}. Use --model.vocab {metadata['vocab']}.")

@@ -59,7 +59,7 @@ class Linear(nn.Module):
         check_sizes(classes=self.classes)
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata (classes) does not fit the model."""
+        """Raises UserError if data with this metadata (classes) does not fit the model."""
         check_classes(self.classes, metadata)
 
     @nn.compact
@@ -89,7 +89,7 @@ class MLP(nn.Module):
         check_rates(dropout=self.dropout)
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata (classes) does not fit the model."""
+        """Raises UserError if data with this metadata (classes) does not fit the model."""
         check_classes(self.classes, metadata)
 
     @nn.compact
@@ -120,7 +120,7 @@ class Ensemble(Several):
             raise UserError("All members would stay equal: Linear starts at zero. Use MLP as --model.member.")
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata does not fit the members."""
+        """Raises UserError if data with this metadata does not fit the members."""
         check_classes(self.member.classes, metadata, "--model.member.classes")
         self.member.check(metadata)
 

@@ -41,7 +41,7 @@ class ClassifyAndReconstruct(nn.Module):
             raise UserError("--model.channels must be one number or more, each at least 1.")
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata (classes, height, width) does not fit the model."""
+        """Raises UserError if data with this metadata (classes, height, width) does not fit the model."""
         check_classes(self.classes, metadata)
         least = 2 ** len(self.channels)
         for side in ("height", "width"):

@@ -52,7 +52,7 @@ class LSTM(nn.Module):
         check_rates(dropout=self.dropout)
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata (vocab, classes) does not fit the model."""
+        """Raises UserError if data with this metadata (vocab, classes) does not fit the model."""
         if metadata.get("vocab", 0) > (self.vocab or math.inf):
             raise UserError(f"The vocabulary is too small: the tokenizer has {metadata['vocab']} tokens and the model "
                             f"{self.vocab}. Use --model.vocab {metadata['vocab']}.")

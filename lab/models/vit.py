@@ -53,7 +53,7 @@ class ViT(Transformer):
             raise UserError(f"--model.position sincos needs a --model.width divisible by 4, not {self.width}.")
 
     def check(self, metadata: Mapping[str, int]) -> None:
-        """Raises UserError if data with these metadata (classes, height, width) does not fit the model."""
+        """Raises UserError if data with this metadata (classes, height, width) does not fit the model."""
         check_classes(self.classes, metadata)
         for side in ("height", "width"):
             if metadata.get(side, 0) % self.patch:
