@@ -25,14 +25,32 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LAB_SHARED", ROOT.parent / "shared"))
 
 
-# File -> its mark. `./launch.sh tests` leaves marked tests out, `--all` runs them; test_experiments keeps a few.
+# File -> its mark. `./launch.sh tests` runs files without a mark, `--all` every file; test_experiments keeps a few.
 MARKS = {
-    "test_experiments": "slow", "test_cli": "slow", "test_study": "slow", "test_together": "slow",
-    "test_benchmarks": "slow", "test_command_line": "slow", "test_run_folders": "slow", "test_run": "slow",
-    "test_reports": "slow", "test_parallel": "slow", "test_matrices": "slow", "test_gan": "slow",
-    "test_pretrained": "slow", "test_continue": "slow", "test_distributed": "processes", "test_launch_slurm": "clusters",
-    "test_launch_hosts": "clusters", "test_topologies": "tpu_compile", "test_tpu": "tpu_compile",
-    "test_cudnn": "tpu_compile"}
+    "test_experiments": "slow",
+    "test_cli": "slow",
+    "test_study": "slow",
+    "test_together": "slow",
+    "test_benchmarks": "slow",
+    "test_command_line": "slow",
+    "test_run_folders": "slow",
+    "test_run": "slow",
+    "test_reports": "slow",
+    "test_parallel": "slow",
+    "test_matrices": "slow",
+    "test_gan": "slow",
+    "test_pretrained": "slow",
+    "test_continue": "slow",
+    "test_launch": "slow",
+    "test_api": "slow",
+    "test_chunks": "slow",
+    "test_distributed": "processes",
+    "test_launch_slurm": "clusters",
+    "test_launch_hosts": "clusters",
+    "test_topologies": "tpu_compile",
+    "test_tpu": "tpu_compile",
+    "test_cudnn": "tpu_compile",
+}
 KEPT = ("gpt_small", "mnist_cnn", "linear_regression")
 
 
