@@ -133,6 +133,13 @@ def test_a_cell_goes_on_alone(grown, tmp_path):
     np.testing.assert_allclose(*rows, rtol=1e-5)
 
 
+def test_cells_together_get_the_compiler_options_of_a_cell_alone(base, monkeypatch):
+    """--deterministic too: an option that XLA does not know shows that options arrive."""
+    monkeypatch.setattr("lab.study.run.stacked.compiler_options", lambda experiment, mesh: {"xla_no_such": True})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such"):
+        Stacked([base, replace(base, seed=1)], NUMBERS, base.data.load().train).init()
+
+
 def test_a_dead_cell_stops_changing(base, tmp_path):
     """At the update and with the report that it would have alone; its neighbours are what they are without it."""
     base = replace(base, steps=12, model=base.model.clone(dropout=0.0), evaluate=Evaluate(every=4, records=8))

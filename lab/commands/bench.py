@@ -163,7 +163,7 @@ def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[
                 rows = prepare(seeded, batch, True, state.step)
                 return microbatched(seeded.grad_accum_steps)(differentiate(make_loss(seeded)), state, rows)
 
-        compiled = jax.jit(part).lower(kept[0], batch, program.given).compile()
+        compiled = jax.jit(part).lower(kept[0], batch, program.given).compile(program.options)
         return lambda: compiled(kept[0], batch, program.given)
 
     forward, gradient = alone(lambda loss: loss), alone(functools.partial(jax.grad, has_aux=True))

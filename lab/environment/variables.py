@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lab.environment.accelerator import CACHE, PLATFORMS, digest
-
-ROOT = Path(__file__).resolve().parents[2]
+from lab.environment.build import ROOT
 
 
 def cpu_kind() -> str:

@@ -62,6 +62,12 @@ def numbers_of(experiment: Experiment, paths: Sequence[str] = ()) -> dict[str, n
     return {"seed": np.uint32(experiment.seed)} | {path: np.float32(value_at(experiment, path)) for path in paths}
 
 
+def compiler_options(experiment: Experiment, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """XLA options of every program of an experiment on a mesh."""
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    return GPU | (DETERMINISTIC if experiment.deterministic else {}) if gpu else {}
+
+
 def abstract_state(experiment: Experiment) -> State:
     """Shapes and dtypes of the state; computes nothing."""
     return jax.eval_shape(functools.partial(init_state, experiment), batch_spec(experiment))
@@ -89,8 +95,7 @@ class Program:
         self.eval_sharding = batch_sharding(self.mesh, self.eval_batch)
         self.abstract = self.placed(experiment)
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        gpu = self.mesh.devices.flat[0].platform == "gpu"
-        self.options = GPU | (DETERMINISTIC if experiment.deterministic else {}) if gpu else {}
+        self.options = compiler_options(experiment, self.mesh)
         self._evaluate = self._with_numbers(make_eval_step)
         self._predict = self._with_numbers(make_predict_step)
         self._computing: dict[tuple, Callable[..., Any]] = {}
