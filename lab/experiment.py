@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from lab.configuration.field_types import check_types, fields
 from lab.configuration.limits import check_devices, check_numbers
+from lab.configuration.protocols import DataPart, ModelPart, OptimPart, StartPart, TaskPart
 from lab.configuration.rebuild import from_json
 from lab.configuration.values import differences, digest, flat, override, to_json, value_at
 from lab.errors import UserError
@@ -91,52 +92,6 @@ class Mesh:
             raise UserError("Only one of --mesh.data, --mesh.fsdp, --mesh.tensor and --mesh.sequence may be -1, all "
                             "the devices that the others leave.")
         check_devices(sizes)
-
-
-@runtime_checkable
-class DataPart(Protocol):
-    """Data such as Text(...). The required methods; for optional ones see lab/data/messages/messages.py."""
-
-    def record_spec(self) -> Mapping[str, tuple[tuple[int, ...], Any]]:
-        """name -> shape and type of one record."""
-
-    def load(self) -> Any:
-        """The loaded data; see lab/data/dataset.py."""
-
-
-@runtime_checkable
-class ModelPart(Protocol):
-    """A Linen module such as GPT(...)."""
-
-    def init(self, rngs: Any, *args: Any) -> Any:
-        """Initial variables."""
-
-    def apply(self, variables: Any, *args: Any) -> Any:
-        """Forward pass."""
-
-
-@runtime_checkable
-class TaskPart(Protocol):
-    """A task such as Classify(). See lab/tasks/base.py."""
-
-    def loss(self, model: Any, variables: Any, batch: Any, rngs: Any, train: bool) -> tuple[Any, Any, Any, Any]:
-        """(loss sum, weight, metrics, mutable collections) of a batch."""
-
-
-@runtime_checkable
-class OptimPart(Protocol):
-    """An optimizer such as AdamW(...). See lab/optim/optimizers.py."""
-
-    def build(self, steps: int) -> Any:
-        """The optax transformation for a run of `steps` steps."""
-
-
-@runtime_checkable
-class StartPart(Protocol):
-    """A beginning such as Pretrained(...). See lab/pretrained.py."""
-
-    def frozen_rules(self) -> tuple[tuple[str, float], ...]:
-        """Learning-rate multipliers (path regex, 0.0) of the frozen parameters."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lab.models.rnn import LSTM
 from lab.optim import SGD, Adam, AdamW, Cosine, Lion
 from lab.tasks.regress import Regress
 from lab.tasks.supervised import Classify
-from lab.train.program import batch_spec, one_record
+from lab.train.shapes import batch_spec, one_record
 from lab.train.step import eval_params, init_state, make_eval_step, make_train_step
 from tests.benchmarks import compare_torch, torch_job
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)

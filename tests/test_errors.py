@@ -163,4 +163,4 @@ def test_a_limit_of_the_shell_is_a_sentence(tmp_path):
     done = subprocess.run(["bash", "-c", command], cwd=furnished(tmp_path), env=os.environ | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot be written: File too large. Raise the limit on the size of files (ulimit -f)" in done.stderr
+    assert "cannot be written" in done.stderr and "(ulimit -f)" in done.stderr

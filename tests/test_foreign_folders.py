@@ -148,7 +148,7 @@ FORGED = {
     "main": {"experiment__model": {"class": "lab.commands.train.TrainOptions"}},
     "workers": {"experiment__model": {"class": "lab.study.run.workers.pin"}},
     "not a part": {"experiment__model": {"class": "lab.launch.tpu.Pod", "name": "x"}},
-    "another part": {"experiment__init_from": {"class": "lab.optim.optimizers.SGD", "lr": 0.1}},
+    "another part": {"experiment__init_from": {"class": "lab.optim.sgd.SGD", "lr": 0.1}},
     "of its own file": {"experiment__model": {"class": "user_small.Net", "classes": 2}},
     "a path": {"experiment__model": {"class": "../samples/x.Net"}},
     "no class": {"experiment__model": {"classes": 2}},

@@ -281,7 +281,7 @@ def test_which_checkpoints_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_metric_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(UserError, match="--evaluate.metric lost is not computed; there are accuracy, loss, error"):
+    with pytest.raises(UserError, match="--evaluate.metric lost .*accuracy, loss, error"):
         go(toy(evaluate=Evaluate(metric="lost")), tmp_path / "run")
 
 
@@ -510,7 +510,7 @@ def test_an_edited_description_is_not_the_run(tmp_path):
     del value["digest"]
     value["experiment"]["steps"], value["fingerprint"] = 12, "0" * 12  # as older versions wrote it
     path.write_text(json.dumps(value))
-    with pytest.raises(UserError, match="of another experiment: its fingerprint is 0+, not [0-9a-f]{12}"):
+    with pytest.raises(UserError, match="another experiment: .*fingerprint.* 0+, .*[0-9a-f]{12}"):
         go(toy(), tmp_path / "run")
 
 
@@ -531,7 +531,7 @@ def test_a_full_disk_is_said_before_it_is_written_to(tmp_path, monkeypatch, refe
         return SimpleNamespace(free=10**9 if len(calls) == 1 else 100)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(UserError, match="is full: a checkpoint needs .* are free. Free some and run the same command"):
+    with pytest.raises(UserError, match="is full: .*needs .* free.* same command"):
         go(toy(), tmp_path / "run")
     assert steps_of(tmp_path / "run") == [4]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
@@ -603,7 +603,7 @@ def test_a_lost_run_folder_goes_on_from_checkpoints_elsewhere(tmp_path, referenc
         assert (kept / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
     assert not (kept / "lock").exists() and len(list(kept.glob("environment*.json"))) == 1 + copy
     assert finished(tmp_path / "new")["final"] == finished(reference)["final"]
-    with pytest.raises(UserError, match="elsewhere is the run of another experiment: batch is 8 there and 4 here"):
+    with pytest.raises(UserError, match="another experiment: batch .*8 .*4 "):
         go(toy(batch=4), tmp_path / "other", checkpoints=elsewhere)
     shutil.rmtree(tmp_path / "new")  # lost after its end, too: only the last evaluation is done again
     assert go(toy(), tmp_path / "new", checkpoints=elsewhere)[0] == 0

@@ -26,8 +26,8 @@ from lab.optim import SGD, Adafactor, Adam, AdamW, Lion, Muon, ScheduleFreeAdamW
 from lab.optim.matrices import Matrix, matrices
 from lab.tasks.supervised import Classify
 from lab.train.experiment_file import load
-from lab.train.program import abstract_state, batch_spec
 from lab.train.restore import leaves
+from lab.train.shapes import abstract_state, batch_spec
 from lab.train.step import init_state, make_optimizer, make_train_step
 from tests.test_experiments import EXPERIMENTS, STUDIES, shrunk
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)

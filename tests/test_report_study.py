@@ -412,7 +412,7 @@ def test_a_base_that_is_no_combination_is_announced(place, peaks, extra):
 
 
 def test_the_value_of_a_field_inside_a_changed_object(place):
-    lion = {"class": "lab.optim.optimizers.Lion", "lr": {"class": "lab.optim.schedules.Cosine", "peak": 3e-4}}
+    lion = {"class": "lab.optim.lion.Lion", "lr": {"class": "lab.optim.schedules.Cosine", "peak": 3e-4}}
     results = read_study(make_study(place / "s", {"lion": {"optim": lion}, "both": {"optim": lion,
                                                                                  "optim.lr.peak": 1.0}}))
     found = [[value_at(results, arm, path) for arm in results.arms] for path in ("optim.lr.peak", "model.norm", "no.x")]

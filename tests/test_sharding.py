@@ -126,7 +126,7 @@ def test_bad_rules_name_the_path():
     assert specs(state, (("kernel", "fsdp, -"),), Mesh(1, 2))  # what does divide is no error
     with pytest.raises(UserError, match="'kernels' matches no array of the state"):
         specs(state, (("kernels", "fsdp"),))
-    with pytest.raises(UserError, match="--mesh.tensor 2: no array of this model has a rule for that axis"):
+    with pytest.raises(UserError, match="--mesh.tensor 2: .*no .*rule"):
         specs(state, (), Mesh(1, 1, 2))
 
 
@@ -145,9 +145,9 @@ def test_mesh():
     assert make_mesh(Mesh(1, -1, 2)).shape == {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
     with pytest.raises(UserError, match="--mesh.data 9 needs 9 devices; this machine has 8"):
         make_mesh(Mesh(9))
-    with pytest.raises(UserError, match="--mesh.fsdp 3 --mesh.tensor 3 needs 9 devices; this machine has 8"):
+    with pytest.raises(UserError, match="--mesh.fsdp 3 --mesh.tensor 3 .*9 devices.* 8"):
         make_mesh(Mesh(-1, 3, 3))
-    with pytest.raises(UserError, match="--mesh.fsdp 3 does not divide the 8 devices. .* --mesh.data N"):
+    with pytest.raises(UserError, match="--mesh.fsdp 3 .*8 devices.* --mesh.data N"):
         make_mesh(Mesh(-1, 3))
     with pytest.raises(UserError, match="Only one of"):
         Mesh(-1, -1).validate()
@@ -175,9 +175,9 @@ def test_batches_are_divided_or_refused():
     mesh = make_mesh(Mesh(2, 2))
     assert batch_sharding(mesh, 8).spec == PartitionSpec(("data", "fsdp"))
     assert batch_sharding(mesh, 8, 2, stacked=True).spec == PartitionSpec(None, ("data", "fsdp"))
-    with pytest.raises(UserError, match="--batch 6 is not divisible by 4 devices. Use a multiple of 4"):
+    with pytest.raises(UserError, match="--batch 6 .*divisible by 4 .*multiple of 4"):
         batch_sharding(mesh, 6)
-    with pytest.raises(UserError, match="--batch 8 is not divisible by 4 devices x 4 microbatches. .* multiple of 16"):
+    with pytest.raises(UserError, match="--batch 8 .*4 devices x 4 microbatches.* multiple of 16"):
         batch_sharding(mesh, 8, 4)
     with pytest.raises(UserError, match="--batch 6"):
         Program(replace(toy(mesh=Mesh(data=4)), batch=6))

@@ -28,7 +28,8 @@ from lab.study.run.preflight import preflight
 from lab.train import loop
 from lab.train.cost import optimizer_flops
 from lab.train.experiment_file import load
-from lab.train.program import Program, abstract_state
+from lab.train.program import Program
+from lab.train.shapes import abstract_state
 from tests.conftest import ROOT
 from tests.studies import told_to_stop
 from tests.test_cli import EXPERIMENT, WORDS, finish, start, wait_for

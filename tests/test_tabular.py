@@ -211,7 +211,7 @@ def test_a_second_file_is_the_test_split(tmp_path):
     assert "b.csv" in data.summary["split"] and "imputed size of the test file" in data.summary
     rows[50]["class"] = "11"
     write(Path(paths[1]), rows[40:])
-    with pytest.raises(UserError, match="b.csv, line 12, column 'class': the class '11' does not occur in .*a.csv"):
+    with pytest.raises(UserError, match="b.csv, line 12, column 'class': .*'11' .*a.csv"):
         Table(source).load()
 
 
@@ -516,7 +516,7 @@ def elsewhere(monkeypatch, url: str, sha256: str = "") -> None:
 def test_without_a_network_one_sentence_comes_at_once(no_copy, tmp_path, name):
     elsewhere(no_copy, "http://127.0.0.1:9/x")
     begin = time.perf_counter()
-    with pytest.raises(UserError, match="not on this machine and there is no network .*: give path=, a copy of it"):
+    with pytest.raises(UserError, match="no network .*: give path="):
         Sklearn(name).load()
     assert time.perf_counter() - begin < 2 and not list((tmp_path / "cache/sklearn").iterdir())
 

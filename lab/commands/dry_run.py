@@ -17,7 +17,7 @@ from lab.parallel.sharding import AXES, describe_state, mesh_sizes, state_shardi
 from lab.train.check import load_data, model_outputs
 from lab.train.console import facts, human
 from lab.train.cost import Cost, make_plan, optimizer_flops, size_of
-from lab.train.program import batch_spec
+from lab.train.shapes import batch_spec
 from lab.train.step import State
 
 RECORDS = [f"validation {unit}" for unit in ("rows", "windows", "images", "messages", "images, as stored")]

@@ -46,7 +46,7 @@ def check_parts(experiment: Any) -> None:
             raise UserError(f"{name} is the class {part.__name__}; give an object, {name}={part.__name__}(...).")
         if name == "optim" and hasattr(part, "init") and hasattr(part, "update"):
             raise UserError("optim is an optax transformation; wrap it, so that a run can be told from others: "
-                            "optim=Optax(optax.adam(1e-3)), from lab.optim.optimizers.")
+                            "optim=Optax(optax.adam(1e-3)), from lab.optim.")
         if not dataclasses.is_dataclass(part):
             what = "None" if part is None else f"{part!r:.40}, a {type(part).__name__}"
             raise UserError(f"{name} is {what}; give a dataclass such as {name}={example}.")

@@ -1,4 +1,4 @@
-"""Optimizers: dataclasses with `.build(steps)`, thin wrappers around optax.
+"""The base class of all optimizers, a dataclass with `.build(steps)` around optax; Adam and AdamW.
 
 Every number (rates, betas, decays, clip norm, penalties, multipliers) may be a Python number or a traced JAX scalar. To
 `vmap` over one, build the transformation inside the traced function. Only Python values (None or a Python 0) change the
@@ -205,25 +205,6 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(Optimizer):
-    """Gradient descent. With momentum, m <- momentum m + g and u = m (Polyak 1964), or u = g + momentum m with
-    `nesterov` (Nesterov 1983; Sutskever et al. 2013). `l2` is coupled weight decay."""
-
-    momentum: float = 0.0
-    """Decay of the accumulated gradient, in [0, 1); 0: no momentum."""
-    nesterov: bool = False
-    """Use Nesterov momentum."""
-
-    def direction(self) -> optax.GradientTransformation:
-        return optax.identity() if off(self.momentum) else optax.trace(self.momentum, nesterov=self.nesterov)
-
-    def validate(self, steps: int) -> None:
-        super().validate(steps)
-        if self.nesterov and off(self.momentum):
-            raise UserError("optim.nesterov needs optim.momentum above 0.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Adam(Optimizer):
     """Adam with bias correction, u = m / (sqrt(v) + eps) (Kingma & Ba 2015). `l2` is coupled weight decay."""
 
@@ -246,19 +227,3 @@ class AdamW(Adam):
     """Decay of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay, multiplied by the learning rate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lion(Optimizer):
-    """u = sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g (Chen et al. 2023, algorithm 2). Use a learning rate 3
-    to 10 times lower than for AdamW, and a weight decay higher by the same factor."""
-
-    b1: float = 0.9
-    """Weight of the momentum in u."""
-    b2: float = 0.99
-    """Decay of the momentum."""
-    weight_decay: float = 0.3
-    """Decoupled weight decay, multiplied by the learning rate."""
-
-    def direction(self) -> optax.GradientTransformation:
-        return optax.scale_by_lion(self.b1, self.b2)

@@ -1,9 +1,7 @@
-"""Language modelling: next-token prediction, text samples, and bits per byte compared with gzip and xz."""
+"""Language modelling: next-token prediction."""
 
 from __future__ import annotations
 
-import gzip
-import lzma
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,13 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lab.errors import UserError, forgiving
-from lab.files import make_folder, replace_file
+from lab.errors import UserError
 from lab.tasks.base import EvalResult, Loss, Task, apply
 from lab.tasks.chunks import over_chunks
 from lab.tasks.cross_entropy import cross_entropy
-
-COMPRESSED = 4_000_000  # bytes of validation text compressed with gzip and xz
+from lab.tasks.text_report import text_report
 
 
 @dataclass(frozen=True)
@@ -93,33 +89,8 @@ class LanguageModel(Task):
         return {"perplexity": float(np.exp(means["loss"]))}
 
     def artifacts(self, outcome: EvalResult) -> list[str]:
-        """Writes sampled texts to samples/; returns lines to print."""
-        lines = []
-        with forgiving("The comparison with gzip and xz"):
-            raw = outcome.data.validation_bytes(COMPRESSED)
-            others = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}
-            beside = ", ".join(f"{name} {8 * len(packed) / len(raw):.3f}" for name, packed in others.items())
-            lines.append(f"Validation text in bits per byte: this model {outcome.means['bits_per_byte']:.3f}; {beside} "
-                         f"(of {len(raw) / 1e3:,.0f} kB)")
-        with forgiving("The samples"):
-            lines += self._samples(outcome)
-        return lines
-
-    def _samples(self, outcome: EvalResult) -> list[str]:
-        from lab.models.generate import sample_texts
-
-        data, folder = outcome.data, outcome.folder
-        spread = np.linspace(0, len(data.validation) - 1, min(self.samples, len(data.validation))).astype(int)
-        prompts = [data.decode(row[: min(32, len(row) // 4)])
-                   for row in data.validation[spread]["tokens"]]
-        texts = sample_texts(outcome.compute, outcome.model.context, data, prompts, seed=outcome.seed, temperature=0.8,
-                             top_k=50)
-        samples = make_folder(folder / "samples")
-        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            replace_file(samples / f"{i}.txt", f"--- prompt\n{prompt}\n--- continuation\n{text}\n")
-        shown = [prompt + text for prompt, text in zip(prompts, texts, strict=True)][:1]
-        return [*(f"Sample (more in {folder / 'samples'}):" for _ in shown),
-                *(f"  | {line}" for text in shown for line in text.splitlines())]
+        """Writes sampled texts to samples/; returns lines to print, with gzip and xz for comparison."""
+        return text_report(outcome, self.samples)
 
 
 def _sums(logits_BLV: Array, given: tuple[Array, Array], numbers: tuple[Any, ...] | None) -> tuple[Array, Any]:

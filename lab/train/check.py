@@ -12,7 +12,7 @@ import numpy as np
 from lab.errors import UserError, authors_line, where
 from lab.experiment import Experiment, check_model
 from lab.optim.matrices import outputs
-from lab.train.program import batch_spec
+from lab.train.shapes import batch_spec
 
 LOOKS = 8  # records per split to read one by one, to check that their shapes agree
 

@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lab.experiment import Experiment
 from lab.parallel.sharding import path_of
-from lab.train.program import abstract_state, batch_spec
+from lab.train.shapes import abstract_state, batch_spec
 from lab.train.step import State, make_loss, make_optimizer, make_train_step, prepare
 
 

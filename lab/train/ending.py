@@ -1,18 +1,45 @@
-"""The end of a run: selects the state to report, evaluates it, and writes result and plots."""
+"""The end of a run. Finished: select the state to report, evaluate it, write result and plots. Stopped. Diverged."""
 
 from __future__ import annotations
 
 import signal
 from typing import Any
 
+from lab.data.pipeline import train_indices
 from lab.errors import UserError, forgiving
 from lab.signals import EXIT
 from lab.tasks.base import EvalResult
 from lab.train import plots
 from lab.train.evaluation import evaluate
 from lab.train.progress import describe_result
-from lab.train.run_folder import write_result
+from lab.train.run_folder import write_diverged, write_result
 from lab.train.step import State
+
+
+class Diverged(Exception):
+    """The loss, or the norm of the gradient, updates or parameters, is not finite."""
+
+
+def diverged(run: Any, step: int, means: dict[str, float]) -> Diverged:
+    """Writes a report for debugging, and returns the exception to raise."""
+    indices = train_indices(step - 1, run.experiment.batch, len(run.data.train), run.experiment.seed)
+    report = write_diverged(run.folder, step, indices, means, run.rows.rows)
+    run.checkpoints.wait()
+    kept = run.checkpoints.steps()
+    last_good = f"the checkpoint after step {kept[-1]} is kept" if kept else "nothing was saved"
+    return Diverged(f"Step {step}: the loss is {means['loss']}, the gradient norm {means['gradient_norm']} and the "
+                    f"parameter norm {means['parameter_norm']}. Stopped; {last_good}. The batch and the norms are in "
+                    f"{report}. A lower learning rate, a longer warm-up or --optim.grad-clip-norm may help.")
+
+
+def interrupted(run: Any) -> int:
+    """Saves the state of a run that a signal stopped; returns the exit status."""
+    run.save()
+    run.checkpoints.wait()
+    name = signal.Signals(run.stop.signal).name
+    run.screen.info(f"{name}: saved after step {run.step} of {run.experiment.steps}. The same command goes on from "
+                    f"there.")
+    return EXIT[run.stop.signal]
 
 
 def finish(run: Any) -> int:
@@ -32,7 +59,7 @@ def finish(run: Any) -> int:
         limit = run.experiment.evaluate.records if split == "validation" else None
         outcome = evaluate(run.program, state, run.data, split, run.folder, limit, run.stop)
     if outcome is None or run.stop():
-        return run.interrupted()
+        return interrupted(run)
     if split == "test":
         result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
         if run.rows.rows[-1]["split"] != "test":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,31 +11,26 @@ from typing import Any
 
 import jax
 
-from lab.data.pipeline import eval_batches, reader, train_indices
+from lab.data.pipeline import eval_batches, reader
 from lab.data.prefetch import Prefetch
 from lab.errors import UserError, forgiving
 from lab.experiment import Experiment
 from lab.parallel.processes import ALONE, Processes
-from lab.signals import EXIT, Stop
+from lab.signals import Stop
 from lab.tasks.base import EvalResult
 from lab.train import metrics
+from lab.train.beginning import first_state, open_rows, open_tensorboard
 from lab.train.check import load_data
 from lab.train.checkpoint import Checkpoints
 from lab.train.console import Screen, facts
-from lab.train.ending import finish
-from lab.train.evaluation import frozen_paths, make_eval_result
+from lab.train.ending import Diverged, diverged, finish, interrupted
+from lab.train.evaluation import make_eval_result
 from lab.train.fitted import write_fitted
-from lab.train.initial import describe, initial_arrays
-from lab.train.json_files import write_json
 from lab.train.program import Program
 from lab.train.progress import Clock, shown
 from lab.train.run_copy import bring_back, copied
-from lab.train.run_folder import checkpoint_folder, lock_run_folder, open_folder, shared, write_diverged
+from lab.train.run_folder import checkpoint_folder, lock_run_folder, open_folder, shared
 from lab.train.step import State
-
-
-class Diverged(Exception):
-    """The loss, or the norm of the gradient, updates or parameters, is not finite."""
 
 
 @dataclass(frozen=True)
@@ -111,56 +105,18 @@ class TrainingRun:
         self.prepared, self.pictures = prepared or Shared(data, Program(experiment, data.train)), prepared is None
         self.program, keep = self.prepared.program, self.prepared.keep
         self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes, keep)
-        self.begun_at = 0
-        self.state = self._restore_or_init()
+        self.state, self.begun_at = first_state(self)
         self.step = int(self.state.step)
         if self.step % self.program.experiment.steps_per_call:
             raise UserError(f"The run stands after step {self.step}, which is no multiple of --steps-per-call "
                             f"{self.program.experiment.steps_per_call}: go on with --steps-per-call 1.")
-        self.rows = self._open_rows()
+        self.rows = open_rows(self)
         self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
-        self.board = _tensorboard(folder) if tensorboard else None
+        self.board = open_tensorboard(folder) if tensorboard else None
         self.pending: tuple[int, Any] | None = None
         self.evaluated: EvalResult | None = None  # the last evaluation of this process
         self.batches: Prefetch | None = None
         self.clock = Clock(experiment, data, self.step, self.program.mesh.size)
-
-    def _open_rows(self) -> metrics.Rows:
-        """The metric rows so far. Other processes get only process 0's evaluation rows, to make the same decisions."""
-        processes, path = self.stop.processes, self.folder / "metrics.jsonl"
-        saved = self.checkpoints.beside(self.step) if self.step in self.checkpoints.steps() else None
-        rows = metrics.Rows(path, self.step, saved if processes.first else None)
-        evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
-        if not processes.first:
-            rows.rows = evaluations
-        if self.step and not rows.rows:  # a resumed run has at least its first evaluation
-            self.screen.info("The run folder is new: metrics, the best state and patience count from here.")
-        return rows
-
-    def _restore_or_init(self) -> State:
-        state = self.checkpoints.restore(self.program.abstract)
-        if state is None:
-            if state := self.prepared.begin(self.program, self.folder):
-                return state
-            if metrics.read_rows(self.folder / "metrics.jsonl"):
-                self.screen.info(f"There is no checkpoint in {self.folder} yet: starting again from step 0.")
-            given, report = initial_arrays(self.experiment.init_from, self.program.abstract, self.data)
-            self._say_pretrained(report)
-            state = self.program.init(given)
-            self.begun_at = int(state.step)  # above 0 when continuing another run
-            if self.begun_at >= self.experiment.steps:
-                raise UserError(f"--steps {self.experiment.steps} counts all updates, and {report['from']} made "
-                                f"{self.begun_at} of them: give more.")
-            return state
-        self.checkpoints.discard_after(int(state.step))
-        self.screen.info(f"Resuming from step {int(state.step)} of {self.experiment.steps}.")
-        return state
-
-    def _say_pretrained(self, report: dict[str, Any]) -> None:
-        frozen = frozen_paths(self.experiment, self.program.abstract.params)
-        if report or frozen:
-            write_json(self.folder / "pretrained.json", {**report, "frozen": frozen})
-            self.screen.info(describe(report, frozen, self.folder / "pretrained.json"))
 
     def go(self) -> int:
         """Compiles, then trains until the last step, early stopping or a signal; returns the exit status."""
@@ -192,7 +148,7 @@ class TrainingRun:
             self.step += n
             self.flush()
             self.pending = (self.step, values)
-        return self.interrupted()
+        return interrupted(self)
 
     def flush(self) -> None:
         """Fetches the metrics of the step before the one in flight, so that the device never waits for the host."""
@@ -204,7 +160,7 @@ class TrainingRun:
             step = last - n + 1 + i
             means = metrics.means({k: (s[i], w[i]) for k, (s, w) in values.items()} if n > 1 else values)
             if not all(math.isfinite(means[k]) for k in ("loss", "gradient_norm", "update_norm", "parameter_norm")):
-                self._diverged(step, means)
+                raise diverged(self, step, means)
             if step % self.experiment.log.every == 0:
                 self.write({"step": step, "split": "train", **means})
         self.screen.progress(self.clock.line(last, means))
@@ -262,9 +218,10 @@ class TrainingRun:
         periods = [p for p in (settings.every, settings.permanent) if p]
         best = settings.best and self.best_step == self.step and self.experiment.evaluate.every
         if self.step and (done or best or self.step in self.prepared.keep or any(self.step % p == 0 for p in periods)):
-            self._save()
+            self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Saves the state and a mark of the metric rows, unless this step is saved."""
         if self.step in self.checkpoints.steps():
             return
         self.flush()  # raises Diverged before a non-finite state is saved
@@ -272,37 +229,9 @@ class TrainingRun:
         with self.clock.paused("checkpoint"):
             self.checkpoints.save(self.step, self.state, self.rows.mark())
 
-    def interrupted(self) -> int:
-        self._save()
-        self.checkpoints.wait()
-        name = signal.Signals(self.stop.signal).name
-        self.screen.info(f"{name}: saved after step {self.step} of {self.experiment.steps}. "
-                        f"The same command goes on from there.")
-        return EXIT[self.stop.signal]
-
-    def _diverged(self, step: int, means: dict[str, float]) -> None:
-        """Writes a report for debugging, then raises Diverged."""
-        indices = train_indices(step - 1, self.experiment.batch, len(self.data.train), self.experiment.seed)
-        report = write_diverged(self.folder, step, indices, means, self.rows.rows)
-        self.checkpoints.wait()
-        kept = self.checkpoints.steps()
-        last_good = f"the checkpoint after step {kept[-1]} is kept" if kept else "nothing was saved"
-        raise Diverged(f"Step {step}: the loss is {means['loss']}, the gradient norm {means['gradient_norm']} and "
-                       f"the parameter norm {means['parameter_norm']}. Stopped; {last_good}. "
-                       f"The batch and the norms are in {report}. A lower learning rate, a longer warm-up or "
-                       f"--optim.grad-clip-norm may help.")
-
     def close(self) -> None:
         """Releases files and threads, after waiting for a save in progress."""
         self.rows.close()
         if self.board:
             self.board.close()
         self.checkpoints.close()
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs tensorboardX: LAB_EXTRAS=tensorboard ./launch.sh ...") from None
-    return SummaryWriter(str(folder / "tensorboard"))

@@ -15,62 +15,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lab.errors import UserError
 from lab.experiment import Experiment, override, value_at
+from lab.parallel.backend import EXACT, compiler_options
 from lab.parallel.sharding import batch_sharding, constrained, make_mesh, process_rows, put, state_shardings
 from lab.train import metrics
 from lab.train.gradients import compiled, in_fixed_order, pmapped
+from lab.train.records_on_device import OnlyNumbered, fits
+from lab.train.shapes import abstract_state, batch_spec, numbered, one_record
 from lab.train.step import State, eval_variables, init_state, make_eval_step, make_predict_step, make_train_step
-
-# XLA runs the algebraic simplifier once more on a partitioned program, which changes bits compared with one device.
-EXACT = {"xla_disable_hlo_passes": "algsimp"}
-# cuBLAS fuses biases and residuals into the matmul, XLA's Triton matmuls do not. gpt_small on an H100, 64 rows of 1,024
-# tokens: 135.3 ms per step with Triton, 131.9 without.
-GPU = {"xla_gpu_enable_triton_gemm": False}
-DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
-
-
-def batch_spec(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of one global batch. Reads no data."""
-    spec = {name: jax.ShapeDtypeStruct((experiment.batch, *shape), dtype)
-            for name, (shape, dtype) in experiment.data.record_spec().items()}
-    return spec | _numbered(experiment.batch)
-
-
-def _numbered(batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {"weight": jax.ShapeDtypeStruct((batch,), np.float32), "index": jax.ShapeDtypeStruct((batch,), np.int32)}
-
-
-def one_record(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-    """A batch of one zero record, for shape inference in `init`. `spec`: see `batch_spec`."""
-    return {name: np.zeros((1, *s.shape[1:]), s.dtype) for name, s in spec.items()}
-
-
-class OnlyNumbered:
-    """Records without fields, for data that is already on the devices: batches carry only weights and indices."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {}
 
 
 def numbers_of(experiment: Experiment, paths: Sequence[str] = ()) -> dict[str, np.generic]:
     """The seed and the values of the (dotted) fields `paths`, as arguments of a compiled program."""
     return {"seed": np.uint32(experiment.seed)} | {path: np.float32(value_at(experiment, path)) for path in paths}
-
-
-def compiler_options(experiment: Experiment, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """XLA options of every program of an experiment on a mesh."""
-    gpu = mesh.devices.flat[0].platform == "gpu"
-    return GPU | (DETERMINISTIC if experiment.deterministic else {}) if gpu else {}
-
-
-def abstract_state(experiment: Experiment) -> State:
-    """Shapes and dtypes of the state; computes nothing."""
-    return jax.eval_shape(functools.partial(init_state, experiment), batch_spec(experiment))
 
 
 class Program:
@@ -95,14 +51,14 @@ class Program:
         self.eval_sharding = batch_sharding(self.mesh, self.eval_batch)
         self.abstract = self.placed(experiment)
         self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        self.options = compiler_options(experiment, self.mesh)
+        self.options = compiler_options(self.mesh, experiment.deterministic)
         self._evaluate = self._with_numbers(make_eval_step)
         self._predict = self._with_numbers(make_predict_step)
         self._computing: dict[tuple, Callable[..., Any]] = {}
         self.resident = None
         if train is not None and fits(experiment, train):
             self.resident = jax.device_put(train.arrays, self.everywhere)
-            self.train_spec = _numbered(experiment.batch)
+            self.train_spec = numbered(experiment.batch)
         self.train_records = train if self.resident is None else OnlyNumbered(len(train))
 
     def placed(self, experiment: Experiment) -> State:
@@ -252,21 +208,3 @@ class Program:
         """`Task.predict` of all `records` in order, read from `batches`: name -> (number of records, ...)."""
         parts = [jax.device_get(self._predict(state, self._put(rows), self.given)) for rows in batches]
         return {name: np.concatenate([part[name] for part in parts])[: len(records)] for name in parts[0]}
-
-
-def fits(experiment: Experiment, train: Any) -> bool:
-    """Whether to keep the training records on the devices, by `data_on_device`. "auto": if they take less than a
-    quarter of an accelerator's memory; never on a CPU, which shares the host's memory.
-
-    Raises:
-      UserError: "always" for records that are not held in memory.
-    """
-    arrays, resident = getattr(train, "arrays", None), experiment.data_on_device
-    if arrays is None or experiment.parallel == "pmap":
-        if resident == "always":
-            raise UserError("--data-on-device always: these records are read piece by piece, not held in memory.")
-        return False
-    if resident != "auto":
-        return resident == "always"
-    memory = (jax.devices()[0].memory_stats() or {}) if jax.default_backend() != "cpu" else {}
-    return sum(x.nbytes for x in arrays.values()) < memory.get("bytes_limit", 0) / 4

@@ -28,8 +28,8 @@ from lab.experiment import Experiment, to_json
 from lab.optim.matrices import matrices
 from lab.train import metrics
 from lab.train.cost import make_plan
-from lab.train.program import batch_spec, one_record
 from lab.train.restore import leaves
+from lab.train.shapes import batch_spec, one_record
 from lab.train.step import init_state, prepare
 
 

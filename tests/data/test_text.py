@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from lab.data.pipeline import epoch_offsets, eval_batches, train_batch, train_batches
-from lab.data.text import text as text_module
 from lab.data.text import token_files
 from lab.data.text.sources import PythonStdlib, TextFiles, TfdsText
 from lab.data.text.text import Text
@@ -202,8 +201,8 @@ def test_damaged_cache_is_made_again_and_said(corpus, cache, caplog, name, damag
 
 
 def test_large_files_are_checked_at_both_ends(corpus, cache, monkeypatch, caplog):
-    monkeypatch.setattr(text_module, "FULL_CHECK", 1000)
-    monkeypatch.setattr(text_module, "END", 500)
+    monkeypatch.setattr(token_files, "FULL_CHECK", 1000)
+    monkeypatch.setattr(token_files, "END", 500)
     spec = Text(corpus, Bytes(), 16)
     spec.load()
     path = token_folder(cache) / "train.bin"
@@ -219,9 +218,9 @@ def test_large_files_are_checked_at_both_ends(corpus, cache, monkeypatch, caplog
 def test_the_pages_of_a_batch_are_asked_for_together(corpus, monkeypatch):
     """Of a file too large to be read at each start: every page that the batch needs, and hardly any other."""
     data = Text(corpus, Bytes(), 100).load()
-    assert data.train._map is None  # small: in memory since the check
-    monkeypatch.setattr(text_module, "FULL_CHECK", 1000)
-    records = text_module.Windows(data.train.tokens, 100, data.fitted.byte_counts)
+    records = data.train
+    assert token_files._large_file(records.tokens) is None  # small: in memory since the check
+    monkeypatch.setattr(token_files, "FULL_CHECK", 1000)
     asked = []
 
     class Spy:
@@ -229,10 +228,10 @@ def test_the_pages_of_a_batch_are_asked_for_together(corpus, monkeypatch):
             assert what == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0
             asked.append((start, start + length))
 
-    assert isinstance(records._map, mmap.mmap)
+    assert isinstance(token_files._large_file(records.tokens), mmap.mmap)
     pick = np.array([len(records) - 1, 0, 7, 7])
     want = records[pick]
-    records._map = Spy()
+    monkeypatch.setattr(token_files, "_large_file", lambda tokens: Spy())
     assert np.array_equal(records[pick]["tokens"], want["tokens"])
     for i, (start, stop) in zip(pick.tolist(), asked, strict=True):
         assert 0 <= i * 200 - start < mmap.PAGESIZE and stop == i * 200 + 202 <= records.tokens.nbytes
@@ -241,7 +240,7 @@ def test_the_pages_of_a_batch_are_asked_for_together(corpus, monkeypatch):
 def test_context_longer_than_the_data(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100)
     source = TextFiles(str(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match="30 tokens .* 90 train tokens and 10 validation tokens: the largest .* is 9"):
+    with pytest.raises(UserError, match="30 tokens .* 90 train tokens and 10 validation .* is 9"):
         Text(source, Bytes(), 30).load()
     assert len(Text(source, Bytes(), 9).load().validation) == 1
     (tmp_path / "b.txt").write_text("x")

@@ -16,7 +16,7 @@ from lab.models.gpt import GPT
 from lab.models.layers import Transformer
 from lab.models.vit import ViT
 from lab.train.experiment_file import load
-from lab.train.program import batch_spec
+from lab.train.shapes import batch_spec
 from lab.train.step import init_state, make_eval_step, make_predict_step, make_train_step
 from tests.test_experiments import EXPERIMENTS, shrunk
 

@@ -4,7 +4,6 @@ First start on 1.0 GB of English text (2-core CPU VM, busy, 2026-11-22), CPU tim
 9 s, 89 MB; `BPE(4096)` 53 s (survey 4, merges 15, encoding and writing 34: 29 MB/s), 200 MB.
 """
 
-import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from lab.data.dataset import Dataset, restored
 from lab.data.pipeline import epoch_offsets
 from lab.data.saved import Saved, revived, saved_form
 from lab.data.text.sources import PythonStdlib, TextFiles, TfdsText
-from lab.data.text.token_files import END, FULL_CHECK, SPLITS, _checked, _folder, _mapped, token_files
+from lab.data.text.token_files import SPLITS, _checked, _folder, _mapped, corpus_sizes, decoded, read_ahead, token_files
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted
 from lab.errors import UserError
 
@@ -103,7 +102,8 @@ class Text:
             metadata={"vocab": fitted.size, "length": self.length},
             unit=self.unit,
             units_per_record=self.length,
-            summary=_summary(corpus.title, meta, self.tokenizer, train, validation),
+            summary={"source": corpus.title, "split": meta["rule"], "tokenizer": repr(self.tokenizer)}
+            | corpus_sizes(meta) | {"train windows": len(train), "validation windows": len(validation)},
         )
 
     def restored(self, saved: dict[str, Any], tokenizer: str) -> "TextData":
@@ -116,8 +116,6 @@ class Windows:
 
     def __init__(self, tokens: np.ndarray, length: int, byte_counts: np.ndarray):
         self.tokens = tokens  # the whole split, uint16 or uint32
-        held = getattr(tokens.base, "obj", None)  # small files need no madvise: their checksum read them whole
-        self._map = held if isinstance(held, mmap.mmap) and tokens.nbytes > FULL_CHECK else None
         self._length, self._from = length, np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
         self._byte_counts = byte_counts
 
@@ -136,23 +134,10 @@ class Windows:
 
     def _at(self, begins: np.ndarray) -> dict[str, np.ndarray]:
         """The windows that start at these token offsets."""
-        if self._map is not None:
-            self._announce(begins, self._map)
+        read_ahead(self.tokens, begins, self._length + 1)
         tokens = self._from[begins]
         sizes = self._byte_counts.take(tokens[:, 1:]).sum(1)
         return {"tokens": tokens.astype(np.int32), "bytes": sizes.astype(np.int32)}
-
-    def _announce(self, begins: np.ndarray, file: mmap.mmap) -> None:
-        """Asks the kernel to read exactly the file's pages of these windows (madvise).
-
-        Otherwise a file outside the page cache is read one page fault at a time, each with the kernel's readahead. The
-        first batch of gpt_small's size then read 558 MB (0.4-107 s), now 3 MB (0.01-0.06 s); costs 0.6 ms when cached.
-        """
-        bytes_before = np.clip(begins, 0, len(self._from) - 1) * self.tokens.itemsize
-        pages = bytes_before // mmap.PAGESIZE * mmap.PAGESIZE
-        lengths = bytes_before + self._from.shape[1] * self.tokens.itemsize - pages
-        for page, length in zip(pages.tolist(), lengths.tolist(), strict=True):
-            file.madvise(mmap.MADV_WILLNEED, page, length)
 
 
 @dataclass(kw_only=True)
@@ -178,26 +163,4 @@ class TextData(Dataset):
 
     def validation_bytes(self, limit: int | None = None) -> bytes:
         """The first `limit` bytes of the validation text (all by default), without separators, to compare with gzip."""
-        tokens, found, done = self.validation.tokens, [], 0
-        for start in range(0, len(tokens), END):
-            ids = tokens[start : start + END]
-            found.append(self.fitted.decode_bytes(ids if self.eot is None else ids[ids != self.eot]))
-            done += len(found[-1])
-            if limit is not None and done >= limit:
-                break
-        return b"".join(found)[:limit]
-
-
-def _summary(title: str, meta: dict[str, Any], tokenizer: Tokenizer, train: Windows, validation: Windows) -> dict:
-    lines: dict[str, str | int | float] = {"source": title, "split": meta["rule"], "tokenizer": repr(tokenizer)}
-    lines |= {"vocabulary": meta["vocab"], "skipped documents": meta["skipped"]}
-    lines |= {"encodings": meta["encodings"]} if "encodings" in meta else {}
-    for split, windows in zip(SPLITS, (train, validation), strict=True):
-        lines |= {f"{split} {what}": meta[split][what] for what in ("documents", "bytes", "tokens")}
-        lines[f"{split} windows"] = len(windows)
-    tokens = sum(meta[split]["tokens"] for split in SPLITS)
-    lines["bytes per token"] = round(sum(meta[split]["bytes"] for split in SPLITS) / tokens, 3)
-    return lines
-
-
-# ------------------------------------------------------------------------------------------------- token files
+        return decoded(self.validation.tokens, self.fitted, limit)

@@ -146,3 +146,47 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
         if not os.fstat(file.fileno()).st_size:
             return np.empty(0, dtype)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
+
+
+def read_ahead(tokens: np.ndarray, begins: np.ndarray, width: int) -> None:
+    """Asks the kernel to read exactly the pages of these windows of `width` tokens from a large token file (madvise).
+
+    Otherwise a file outside the page cache is read one page fault at a time, each with the kernel's readahead. The
+    first batch of gpt_small's size then read 558 MB (0.4-107 s), now 3 MB (0.01-0.06 s); costs 0.6 ms when cached.
+    """
+    file = _large_file(tokens)
+    if file is None:
+        return
+    bytes_before = np.clip(begins, 0, len(tokens) - width) * tokens.itemsize
+    pages = bytes_before // mmap.PAGESIZE * mmap.PAGESIZE
+    lengths = bytes_before + width * tokens.itemsize - pages
+    for page, length in zip(pages.tolist(), lengths.tolist(), strict=True):
+        file.madvise(mmap.MADV_WILLNEED, page, length)
+
+
+def _large_file(tokens: np.ndarray) -> mmap.mmap | None:
+    """The file mapped by a split's tokens; None if the checksum at the start has read it whole."""
+    file = getattr(tokens.base, "obj", None)
+    return file if tokens.nbytes > FULL_CHECK and isinstance(file, mmap.mmap) else None
+
+
+def decoded(tokens: np.ndarray, fitted: Fitted, limit: int | None) -> bytes:
+    """The first `limit` bytes of the text of a split's tokens (None: all), without separators."""
+    found, done = [], 0
+    for start in range(0, len(tokens), END):
+        ids = tokens[start : start + END]
+        found.append(fitted.decode_bytes(ids if fitted.eot is None else ids[ids != fitted.eot]))
+        done += len(found[-1])
+        if limit is not None and done >= limit:
+            break
+    return b"".join(found)[:limit]
+
+
+def corpus_sizes(meta: dict[str, Any]) -> dict[str, str | int | float]:
+    """Sizes in the meta.json of a token folder, to print."""
+    lines = {"vocabulary": meta["vocab"], "skipped documents": meta["skipped"]}
+    lines |= {"encodings": meta["encodings"]} if "encodings" in meta else {}
+    for split in SPLITS:
+        lines |= {f"{split} {what}": meta[split][what] for what in ("documents", "bytes", "tokens")}
+    tokens = sum(meta[split]["tokens"] for split in SPLITS)
+    return lines | {"bytes per token": round(sum(meta[split]["bytes"] for split in SPLITS) / tokens, 3)}

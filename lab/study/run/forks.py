@@ -21,7 +21,8 @@ from lab.files import replace_file
 from lab.models.members import Several
 from lab.train.checkpoint import Checkpoints
 from lab.train.metrics import marked_rows
-from lab.train.program import Program, abstract_state
+from lab.train.program import Program
+from lab.train.shapes import abstract_state
 from lab.train.step import State
 
 WORTH = 0.1  # minimum fraction of steps to share; less does not repay waiting for the base

@@ -16,7 +16,7 @@ from flax.errors import FlaxError
 
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Experiment, Log, digest, flat, override, to_json
-from lab.train.program import abstract_state, batch_spec, one_record
+from lab.train.shapes import abstract_state, batch_spec, one_record
 from lab.train.step import init_state, make_train_step
 
 INGREDIENTS = ("optim.", "model.", "task.")  # numbers elsewhere (e.g. data splits) act outside the step

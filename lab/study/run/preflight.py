@@ -22,7 +22,8 @@ from lab.study.design.arms import BASE, Changes, Study
 from lab.study.run.forks import WORTH, acts_from, check_fork
 from lab.train.console import clock, human
 from lab.train.cost import Cost, make_plan, size_of, step_flops
-from lab.train.program import Program, batch_spec
+from lab.train.program import Program
+from lab.train.shapes import batch_spec
 from lab.train.step import State, make_eval_step
 
 TIMED_FLOPS = 2e12  # on a CPU, a base with costlier steps is not timed, as that would take minutes

@@ -14,16 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lab.data.pipeline import train_batches
 from lab.experiment import Experiment, override
+from lab.parallel.backend import compiler_options
 from lab.train import metrics
-from lab.train.program import (
-    OnlyNumbered,
-    abstract_state,
-    batch_spec,
-    compiler_options,
-    fits,
-    numbers_of,
-    one_record,
-)
+from lab.train.program import numbers_of
+from lab.train.records_on_device import OnlyNumbered, fits
+from lab.train.shapes import abstract_state, batch_spec, one_record
 from lab.train.step import State, init_state, make_eval_step, make_train_step
 
 FINITE = ("loss", "gradient_norm", "update_norm", "parameter_norm")
@@ -66,7 +61,7 @@ class Stacked:
     def _divided(self, function: Callable, ins: Any, outs: Any, **options: Any) -> Callable:
         """Jits `function`, with cells sharded over devices."""
         spread = jax.shard_map(function, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
-        return jax.jit(spread, compiler_options=compiler_options(self.experiment, self.mesh), **options)
+        return jax.jit(spread, compiler_options=compiler_options(self.mesh, self.experiment.deterministic), **options)
 
     def init(self, arrays: Mapping[str, Any] | None = None) -> State:
         """The initial states. `arrays`: see `init_state`; the same for all cells."""

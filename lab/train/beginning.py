@@ -1,0 +1,67 @@
+"""The beginning of a run: the state and the metric rows that it starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lab.errors import UserError
+from lab.train import metrics
+from lab.train.evaluation import frozen_paths
+from lab.train.initial import describe, initial_arrays
+from lab.train.json_files import write_json
+from lab.train.step import State
+
+
+def first_state(run: Any) -> tuple[State, int]:
+    """(state, step at which a new run begins) of a `TrainingRun` (loop.py): its latest checkpoint, else the state that
+    arms of a study share, else pretrained and random parameters. The step is above 0 when continuing another run.
+
+    Raises:
+      UserError: a damaged checkpoint, or pretrained parameters that do not fit.
+    """
+    state = run.checkpoints.restore(run.program.abstract)
+    if state is not None:
+        run.checkpoints.discard_after(int(state.step))
+        run.screen.info(f"Resuming from step {int(state.step)} of {run.experiment.steps}.")
+        return state, 0
+    if state := run.prepared.begin(run.program, run.folder):
+        return state, 0
+    if metrics.read_rows(run.folder / "metrics.jsonl"):
+        run.screen.info(f"There is no checkpoint in {run.folder} yet: starting again from step 0.")
+    given, report = initial_arrays(run.experiment.init_from, run.program.abstract, run.data)
+    _say_pretrained(run, report)
+    state = run.program.init(given)
+    if (begun := int(state.step)) >= run.experiment.steps:
+        raise UserError(f"--steps {run.experiment.steps} counts all steps, and {report['from']} made {begun} of them: "
+                        f"give more.")
+    return state, begun
+
+
+def _say_pretrained(run: Any, report: dict[str, Any]) -> None:
+    frozen = frozen_paths(run.experiment, run.program.abstract.params)
+    if report or frozen:
+        write_json(run.folder / "pretrained.json", {**report, "frozen": frozen})
+        run.screen.info(describe(report, frozen, run.folder / "pretrained.json"))
+
+
+def open_rows(run: Any) -> metrics.Rows:
+    """The metric rows so far. Other processes get only process 0's evaluation rows, to make the same decisions."""
+    processes, path = run.stop.processes, run.folder / "metrics.jsonl"
+    saved = run.checkpoints.beside(run.step) if run.step in run.checkpoints.steps() else None
+    rows = metrics.Rows(path, run.step, saved if processes.first else None)
+    evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
+    if not processes.first:
+        rows.rows = evaluations
+    if run.step and not rows.rows:  # a resumed run has at least its first evaluation
+        run.screen.info("The run folder is new: metrics, the best state and patience count from here.")
+    return rows
+
+
+def open_tensorboard(folder: Path) -> Any:
+    """A TensorBoard writer in the run folder. UserError without tensorboardX."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs tensorboardX: LAB_EXTRAS=tensorboard ./launch.sh ...") from None
+    return SummaryWriter(str(folder / "tensorboard"))
