@@ -15,7 +15,7 @@ from lab.optim import AdamW, Cosine
 
 experiment = replace(
     gpt_small.experiment,
-    # Scanned it would compile faster (7 s instead of 26 for an H200), and move 1.3 times as many bytes an update.
+    # Scanned it would compile faster (7 s instead of 26 for an H200), and move 1.3 times as many bytes a step.
     model=GPT(depth=24, width=1024, heads=16, vocab=50304),
     optim=AdamW(lr=Cosine(3e-4, warmup=700, end=0.1), b1=0.9, b2=0.95, weight_decay=0.1, grad_clip_norm=1.0),
     grad_accum_steps=32,

@@ -80,7 +80,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "predict": (_predict, "RUN --input FILE: predictions for new records, as CSV"),
     "report": (_report, "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
     "plan": (_plan, "EXPERIMENT.py --on v5e-256: compile for a machine that is not here; memory, bound on time"),
-    "bench": (_bench, "EXPERIMENT.py: measure compilation, update, its parts, throughput, memory"),
+    "bench": (_bench, "EXPERIMENT.py: measure compilation, a step, its parts, throughput, memory"),
 }
 
 

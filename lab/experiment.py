@@ -192,7 +192,7 @@ class Experiment:
         _at_least("--virtual-shards", self.virtual_shards, 1)
         if self.parallel == "pmap" and (self.steps_per_call > 1 or self.data_on_device == "always" or self.exact):
             raise UserError(
-                "--parallel pmap is for plain updates: leave out --steps-per-call, --data-on-device and --exact."
+                "--parallel pmap is for plain steps: leave out --steps-per-call, --data-on-device and --exact."
             )
         if self.exact and self.grad_accum_steps > 1:
             raise UserError(

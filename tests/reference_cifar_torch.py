@@ -102,7 +102,7 @@ def main() -> None:
         logits = torch.cat([model(pixels(part)) for part in np.array_split(everything["inputs"], 10)])
     right = (logits.argmax(1).numpy() == everything["targets"]).mean()
     print(f"torch {torch.__version__}, seed {o.seed}: test accuracy {right:.4f}, "
-          f"{1000 * seconds / o.steps:.0f} ms an update")
+          f"{1000 * seconds / o.steps:.0f} ms a step")
 
 
 if __name__ == "__main__":

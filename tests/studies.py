@@ -30,7 +30,7 @@ def make_study(folder: Path, arms: Mapping[str, Mapping[str, Any]], effects: Map
     """A finished study: loss = 1.5 + what the seed adds + the arm's effect + noise (fixed by folder name and arm)."""
     arms = {"base": {}, **arms}
     listed = [{"name": name, "changes": dict(changes), "fingerprint": f"{abs(hash_of(changes)):012d}"[:12],
-               "parameters": 10_000 + 100 * i, "flops_per_update": 2e9 + 1e8 * i, "memory_bytes": 5e6}
+               "parameters": 10_000 + 100 * i, "flops_per_step": 2e9 + 1e8 * i, "memory_bytes": 5e6}
               for i, (name, changes) in enumerate(arms.items())]
     write(folder / "study.json", {
         "name": folder.name, "metric": "loss", "mode": "min", "split": "validation",
@@ -66,7 +66,7 @@ def make_cell(study: Path, arm: str, seed: int, loss: float, status: str = "done
     write(folder / "cell.json", {"arm": arm, "seed": seed, "fingerprint": f"{arm}{seed}", "status": status,
                                  "mode": mode, "seconds": seconds or 12.0 + len(arm), "error": None})
     if status == "done":
-        write(folder / "result.json", {"steps": 40, "final": rows[-1], "best": rows[-1], "seconds_per_update": 0.25,
+        write(folder / "result.json", {"steps": 40, "final": rows[-1], "best": rows[-1], "seconds_per_step": 0.25,
                                        "tokens_per_second": 8192.0, "test": {"step": 40, "split": "test", "loss": 9.0}})
     return folder
 

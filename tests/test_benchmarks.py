@@ -199,10 +199,10 @@ def test_rounds_alternate_and_the_table_has_everything(monkeypatch, capsys, tmp_
             return ""
         if words[0].endswith("launch.sh"):
             started.append(words[1])
-            return "a table\n" + json.dumps({"ms_per_update": 2.0, "compile_seconds": 1.5, "data_wait_ms": 0.25})
+            return "a table\n" + json.dumps({"ms_per_step": 2.0, "compile_seconds": 1.5, "data_wait_ms": 0.25})
         started.append(words[-3] if "MALLOC_TOP_PAD_" in environ else "stock")
         return json.dumps({"ways": {"optimizer": "foreach"}, "ms": {"foreach": 4.0}} if words[-3] == "tune" else
-                          {"ms_per_update": {"eager": 8.0, "compiled": 4.0}[words[-3]], "compile_seconds": 78.0})
+                          {"ms_per_step": {"eager": 8.0, "compiled": 4.0}[words[-3]], "compile_seconds": 78.0})
 
     monkeypatch.setattr(compare_torch, "run", run)
     monkeypatch.setattr(compare_torch, "check_torch", lambda python: None)

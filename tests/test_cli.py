@@ -299,7 +299,7 @@ def test_flags_that_tyro_refuses(typed, flag, value, words):
     (["--batch", "12", "--run-dir", "no"], "--batch 12 is not divisible by 8 devices. Use a multiple of 8"),
     (["--mesh.data", "9", "--run-dir", "no"], "--mesh.data 9 needs 9 devices; this machine has 8"),
     (["--steps", "0"], "--steps must be at least 1, not 0"),
-    (["--steps", "1"], "optim.lr.warmup is 2 updates, more than the run's 1"),
+    (["--steps", "1"], "optim.lr.warmup is 2 steps, more than the run's 1"),
     (["--steps-per-call", "3"], "--steps 20 is not a multiple of --steps-per-call 3"),
     (["--model.dropout", "1.5"], "--model.dropout must be in"),
     (["--optim.lr.peak", "nan"], "optim.lr.peak is nan"),
@@ -504,10 +504,10 @@ def test_commands_warn_of_nothing(typed, reference, caplog):
 
 
 def test_bench(typed):
-    status, out, _ = typed("bench", "small.py", "--updates", "4", "--model.depth", "1")
+    status, out, _ = typed("bench", "small.py", "--timed-steps", "4", "--model.depth", "1")
     assert status == 0
     found = json.loads(out.splitlines()[-1])
-    assert found["ms_per_update"] > 0 and found["tokens_per_second"] > 0 and found["data_wait_ms"] >= 0
+    assert found["ms_per_step"] > 0 and found["tokens_per_second"] > 0 and found["data_wait_ms"] >= 0
     assert found["device"].startswith("8 x ")
 
 

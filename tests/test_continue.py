@@ -109,7 +109,7 @@ def test_stopped_and_gone_on(base, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"steps": 4}, "--steps 4 counts all updates, and .* made 4 of them: give more"),
+    ({"steps": 4}, "--steps 4 counts all steps, and .* made 4 of them: give more"),
     ({"init_from": Continue("RUN", 3)}, "no checkpoint of step 3"),
     ({"init_from": Continue("RUN", 0)}, "--init-from.step must be at least 1"),
     ({"init_from": Continue("RUN/checkpoints/2", 4)}, "name two checkpoints"),

@@ -89,7 +89,7 @@ def test_a_forked_arm_is_the_whole_run_bit_for_bit(typed, place, monkeypatch):
             assert ours[-1] == theirs[-1]
             for split in ("train", "validation")[: 1 if arm in ("often", "mean") else 2]:
                 assert [r for r in ours if r["split"] == split] == [r for r in theirs if r["split"] == split]
-            updates = json.loads((a / "result.json").read_text()).get("timed_updates", 0)
+            updates = json.loads((a / "result.json").read_text()).get("timed_steps", 0)
             assert updates == 16 - after  # it has really not repeated them
     ends = [read_rows(forked / f"cells/{arm}/0/metrics.jsonl")[-1] for arm in ("base", "longer", "end", "whole")]
     assert len({row["loss"] for row in ends}) == 4
@@ -112,7 +112,7 @@ def test_an_arm_that_says_where_it_forks(typed, place):
 
 
 @pytest.mark.parametrize(("after", "changes", "message"), [
-    (16, {"optim.lr.peak": 0.1}, "not inside its 16 updates"), (0, {"optim.lr.peak": 0.1}, "not inside"),
+    (16, {"optim.lr.peak": 0.1}, "not inside its 16 steps"), (0, {"optim.lr.peak": 0.1}, "not inside"),
     (8, {"optim": SGD(0.1, momentum=0.9)}, "another one"), (8, {"model.classes": 3}, "another one"),
     (8, {"batch": 8}, "the base's data and batch"), (8, {"evaluate": Evaluate(patience=2)}, "may stop early")])
 def test_forks_that_cannot_be(place, after, changes, message):

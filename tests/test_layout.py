@@ -232,6 +232,25 @@ def test_a_dead_knob_is_seen_though_its_name_is_common():
     assert is_read(GPT, "softcap") and not is_read(Knob, "folder") and any(f == "folder" for _, f in reads()[1])
 
 
+def texts(tree: ast.Module) -> set[str]:
+    """The string constants of a source that are no docstrings: names in files, screens, messages."""
+    documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return {node.value for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented}
+
+
+def updates(found: set[str]) -> set[str]:
+    """Texts that call a step an update. Optax's update is what is added to the parameters, XLA's a slice."""
+    return {text for text in found if re.search(r"(\b|_)updates?(\b|_)", text)
+            and text not in ("update", "update_norm", "dynamic-update-slice")}
+
+
+def test_a_step_has_one_name():
+    assert not {path.name: found for path in FILES if (found := updates(texts(parsed(path))))}
+    assert updates(texts(ast.parse('"""An update."""\nfor i in f"{n} updates", "ms_per_update": pass'))) == {
+        " updates", "ms_per_update"}
+
+
 def test_no_global_random_state_and_no_host_sync_in_the_step():
     compiled = [ROOT / "lab" / name for name in ("train/step.py", "optim/optimizers.py", "data/images/augment.py")]
     for path in [*compiled, *(ROOT / "lab/models").glob("*.py"), *(ROOT / "lab/tasks").glob("*.py")]:

@@ -604,7 +604,7 @@ WRONG = [
     (SGD(float("nan")), r"lr\.peak"),
     (SGD(float("inf")), r"lr\.peak"),
     (SGD(Constant(0.1, -1)), r"lr\.warmup"),
-    (SGD(Constant(0.1, 101)), "101 updates, more than the run's 100"),
+    (SGD(Constant(0.1, 101)), "101 steps, more than the run's 100"),
     (SGD(LinearDecay(0.1, 100)), "none of the run's 100"),
     (SGD(Cosine(0.1, 100)), "none of the run's 100"),
     (SGD(Cosine(0.1, 1, 1.5)), r"lr\.end is 1\.5"),

@@ -44,11 +44,11 @@ def test_curves_of_several_metrics(figures, tmp_path):
     assert list(figures) == ["loss.png", "accuracy.png", "rmse.png", "learning_rate.png", "norms.png"]
     lines = {name: {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
              for name, figure in figures.items()}
-    assert list(lines["loss.png"]) == ["train, each update", "train, smoothed", "validation", "test"]
+    assert list(lines["loss.png"]) == ["train, each step", "train, smoothed", "validation", "test"]
     np.testing.assert_array_equal(lines["loss.png"]["validation"], [[0, 2], [30, 0.1]])
     np.testing.assert_array_equal(lines["accuracy.png"]["test"], [[30, 0.8]])
     assert list(lines["rmse.png"]) == ["validation"]  # what training does not measure
-    np.testing.assert_allclose(lines["loss.png"]["train, each update"][:, 1], [2 / k for k in range(1, 31)])
+    np.testing.assert_allclose(lines["loss.png"]["train, each step"][:, 1], [2 / k for k in range(1, 31)])
     plots.curves([row for row in rows if row["split"] == "validation"], tmp_path / "eval", "loss")
     assert len(figures) == 5  # and of no updates no norms
 

@@ -93,7 +93,7 @@ def test_times_are_of_a_program_and_have_an_interval_and_no_ratio(study):
     seconds = {"base": 0.2, "rms": 0.3, "slow": 0.1}
     for arm, each in seconds.items():
         for seed in range(5):
-            rewrite(study / f"cells/{arm}/{seed}/result.json", seconds_per_update=each * (1 + 0.1 * seed))
+            rewrite(study / f"cells/{arm}/{seed}/result.json", seconds_per_step=each * (1 + 0.1 * seed))
 
     def times():
         return dict(re.findall(r"^\| (\w+) \| 10.*MB.*\| ([^|]+) \|$", made(study)[0], re.M))
@@ -131,7 +131,7 @@ def test_results_csv_has_all_metrics_whole_changes_and_folders(study):
     assert json.loads(found["changes"]) == {"optim": long} and json.loads(rows["base", "0"]["changes"]) == {}
     assert [float(found[n]) for n in ("loss", "final.loss", "final.accuracy", "best.step", "test.loss")] == [
         1.25, 1.25, 0.5, 30, 9]
-    assert rows["rms", "1"]["final.accuracy"] == "" and float(found["seconds_per_update"]) == 0.25
+    assert rows["rms", "1"]["final.accuracy"] == "" and float(found["seconds_per_step"]) == 0.25
     assert found["folder"] == str(study / "cells/rms/2") and rows["slow", "4"]["status"] == "missing"
 
 

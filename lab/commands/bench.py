@@ -39,7 +39,7 @@ TRACED = 5  # calls in a profile
 class BenchOptions:
     """Options of this command, in addition to the experiment's fields."""
 
-    updates: int = 50
+    timed_steps: int = 50
     """Steps to time, after 3 to warm up (also --steps)."""
     breakdown: bool = True
     """Also compile and time the forward pass and the gradient separately: forward, backward, optimizer."""
@@ -57,11 +57,11 @@ def main(args: Sequence[str]) -> int:
     """EXPERIMENT.py"""
     if not args:
         raise UserError("Say which experiment to measure: ./launch.sh bench experiments/gpt_small.py")
-    flags = ["--updates" + a.removeprefix("--steps") if a.partition("=")[0] == "--steps" else a for a in args[1:]]
+    flags = ["--timed-steps" + a.removeprefix("--steps") if a.partition("=")[0] == "--steps" else a for a in args[1:]]
     experiment, options, _ = parse(find_experiment(args[0]), flags, BenchOptions)
     start_jax()
-    if options.updates < 1:
-        raise UserError(f"--updates must be at least 1, not {options.updates}.")
+    if options.timed_steps < 1:
+        raise UserError(f"--timed-steps must be at least 1, not {options.timed_steps}.")
     with Screen():
         measure(experiment, options)
     return 0
@@ -76,7 +76,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
     program = Program(experiment, data.train)
     program.options = program.options | xla_options(options.xla)
     state, update, read, n = program.init(), program.train, reader(program), experiment.steps_per_call
-    calls = -(-options.updates // n)
+    calls = -(-options.timed_steps // n)
     with Prefetch(lambda call: program.batch(read, call), 0, 1 + WARM + calls) as batches:
         state, values = jax.block_until_ready(update(state, next(batches)))
         first, ends, host, waits = _seconds_since_start(), [], [], []
@@ -96,11 +96,11 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
     median, units = float(np.median(ms)), experiment.batch * data.units_per_record
     flops = make_plan(experiment).flops / median * 1000
     profile, state = _profile(program, state, program.batch(read, 0)) if options.profile else (None, state)
-    parts = _breakdown(program, state, data, options.updates) if options.breakdown else {}  # donates the state
+    parts = _breakdown(program, state, data, options.timed_steps) if options.breakdown else {}  # donates the state
     found = {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "jax": jax.__version__,
-        "precision": experiment.precision, "time_to_first_update_seconds": round(first, 2),
-        "compile_seconds": round(program.compile_seconds, 2), "ms_per_update": round(median, 3),
+        "precision": experiment.precision, "time_to_first_step_seconds": round(first, 2),
+        "compile_seconds": round(program.compile_seconds, 2), "ms_per_step": round(median, 3),
         "ms_quartiles": [round(float(q), 3) for q in np.percentile(ms, [25, 75])],
         **parts,
         "host_ms": round(1000 / n * float(np.median(host[WARM:])), 3),
@@ -146,7 +146,7 @@ def _memory(program: Program) -> dict[str, int | None]:
             "peak_device_bytes": device.get("peak_bytes_in_use"), "peak_host_bytes": kilobytes * 1024}
 
 
-def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[str, float]:
+def _breakdown(program: Program, state: State, data: Any, steps: int) -> dict[str, float]:
     """Milliseconds of the parts of one step, as time differences between separately compiled programs.
 
     Forward: the loss. Backward: gradient minus loss. Optimizer: step minus gradient. Donates the state.
@@ -173,7 +173,7 @@ def _breakdown(program: Program, state: State, data: Any, updates: int) -> dict[
         return values
 
     times: dict[Callable, list[float]] = {forward: [], gradient: [], update: []}
-    for i in range(WARM + max(updates // 2, 5)):  # interleaved, because the machine's speed may drift
+    for i in range(WARM + max(steps // 2, 5)):  # interleaved, because the machine's speed may drift
         for run, seconds in times.items():
             start = time.perf_counter()
             jax.block_until_ready(run())

@@ -45,22 +45,22 @@ def show(experiment: Experiment) -> None:
     unit = experiment.data.unit
     rule = 6 * plan.parameters * units
     cost = Table("", "", show_header=False, title="Cost", title_justify="left")
-    cost.add_row("updates", f"{experiment.steps:,}")
+    cost.add_row("steps", f"{experiment.steps:,}")
     cost.add_row(f"{unit}/step", f"{units:,} ({experiment.batch} records x {experiment.data.units_per_record})")
-    cost.add_row(f"Total {unit}", human(units * experiment.steps))
+    cost.add_row(f"total {unit}", human(units * experiment.steps))
     beside = f" ({plan.flops / rule:.2f} x the rule 6 x parameters x tokens)" if unit == "tokens" else ""
     cost.add_row("FLOPs/step", human(plan.flops) + beside)
     optimizer = optimizer_flops(experiment, plan.state)
     if optimizer:
         cost.add_row("and of the optimizer", f"{human(optimizer)} ({optimizer / max(plan.flops, 1):+.0%})")
-    cost.add_row("Total FLOPs", human((plan.flops + optimizer) * experiment.steps))
+    cost.add_row("total FLOPs", human((plan.flops + optimizer) * experiment.steps))
     console.print(cost)
 
     memory = Table("", "bytes", show_header=False, title="Memory (all devices together)", title_justify="left")
     memory.add_row("parameters", human(size_of(plan.state.params)) + "B")
     memory.add_row("optimizer state", human(size_of(plan.state.opt_state)) + "B")
     memory.add_row("gradients", human(size_of(plan.state.params)) + "B")
-    memory.add_row("Peak activations", human(plan.activations) + "B")
+    memory.add_row("peak activations", human(plan.activations) + "B")
     memory.add_row("one batch", human(size_of(batch_spec(experiment))) + "B")
     console.print(memory)
     _placement(console, experiment, plan.state)
@@ -83,12 +83,12 @@ def _evaluation(experiment: Experiment, plan: Cost, described: Mapping[str, Any]
     records = min((n for n in (*counts[:1], settings.records) if n is not None), default=None)
     if records is None:
         return (f"Evaluation: {times} times, on all records of the validation split, whose number is known once they "
-                f"are read; 1,000 of them cost as much as {1000 / 3 / experiment.batch:.3g} updates.")
-    updates = times * records / 3 / experiment.batch
-    share = updates / experiment.steps
+                f"are read; 1,000 of them cost as much as {1000 / 3 / experiment.batch:.3g} steps.")
+    steps = times * records / 3 / experiment.batch
+    share = steps / experiment.steps
     advice = " Less: --evaluate.records N, or a larger --evaluate.every." if share > 0.25 else ""
     return (f"Evaluation: {times} times {records:,} records of the validation split, "
-            f"{human(plan.flops * updates)} FLOPs: {share:.0%} of the training's time, if those took as long.{advice}")
+            f"{human(plan.flops * steps)} FLOPs: {share:.0%} of the training's time, if those took as long.{advice}")
 
 
 def _placement(console: Console, experiment: Experiment, state: State) -> None:

@@ -84,10 +84,10 @@ def train_batch(records: Records, step: int, batch: int, seed: int, rows: slice 
     return _numbered(_in_epoch(records, indices, epochs, seed), indices, np.ones(len(indices), np.float32))
 
 
-def train_batches(records: Records, call: int, updates: int, batch: int, seed: int, rows: slice = ALL) -> Batch:
-    """The `train_batch`es of the `updates` steps of call `call`, stacked on a first axis; computes indices once."""
-    indices, epochs = (places.reshape(updates, batch)[:, rows]
-                       for places in _train_places(call, updates * batch, len(records), seed))
+def train_batches(records: Records, call: int, steps: int, batch: int, seed: int, rows: slice = ALL) -> Batch:
+    """The `train_batch`es of the `steps` steps of call `call`, stacked on a first axis; computes indices once."""
+    indices, epochs = (places.reshape(steps, batch)[:, rows]
+                       for places in _train_places(call, steps * batch, len(records), seed))
     flat = indices.ravel()
     found = _numbered(_in_epoch(records, flat, epochs.ravel(), seed), flat, np.ones(flat.size, np.float32))
     return {name: x.reshape(*indices.shape, *x.shape[1:]) for name, x in found.items()}

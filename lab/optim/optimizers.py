@@ -186,13 +186,13 @@ class Optimizer:
 
     def validate(self, steps: int) -> None:
         """Raises UserError for a number out of range. Traced values are not checked."""
-        require("steps", steps, "at least 1 update", lambda v: v >= 1)
+        require("steps", steps, "at least 1 step", lambda v: v >= 1)
         self.lr.validate(steps)
         require("grad_clip_norm", self.grad_clip_norm, "above 0, or None for no clipping", lambda v: v > 0)
         for name in ("weight_decay", "l1", "l2"):
             require(name, getattr(self, name), "0 or more", lambda v: v >= 0)
         require("ema", self.ema, "in (0, 1), or None for no average", lambda v: 0 < v < 1)
-        require("ema_from", self.ema_from, "0 or more updates", lambda v: v >= 0)
+        require("ema_from", self.ema_from, "0 or more steps", lambda v: v >= 0)
         for pattern, multiplier in self.lr_multipliers:
             require_regex("lr_multipliers", pattern)
             require(f"lr_multipliers ({pattern!r})", multiplier, "0 (frozen) or more", lambda v: v >= 0)

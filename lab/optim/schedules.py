@@ -70,10 +70,10 @@ class Schedule:
     def validate(self, steps: int) -> None:
         """Raises UserError for a rate or step count that is invalid in a run of `steps` steps."""
         require("lr.peak", self.peak, "0 or more", lambda v: v >= 0)
-        require("lr.warmup", self.warmup, "0 or more updates", lambda v: v >= 0)
+        require("lr.warmup", self.warmup, "0 or more steps", lambda v: v >= 0)
         require("lr.end", getattr(self, "end", None), "a fraction of the peak in [0, 1]", lambda v: 0 <= v <= 1)
         if self.warmup > steps:
-            raise UserError(f"optim.lr.warmup is {self.warmup} updates, more than the run's {steps}. Lower "
+            raise UserError(f"optim.lr.warmup is {self.warmup} steps, more than the run's {steps}. Lower "
                             f"--optim.lr.warmup or raise --steps.")
 
 
@@ -92,7 +92,7 @@ class _Decaying(Schedule):
     def validate(self, steps: int) -> None:
         super().validate(steps)
         if steps > 1 and self.warmup >= steps:
-            raise UserError(f"optim.lr.warmup is {self.warmup} updates: none of the run's {steps} are left to "
+            raise UserError(f"optim.lr.warmup is {self.warmup} steps: none of the run's {steps} are left to "
                             f"decay. Lower --optim.lr.warmup or raise --steps.")
 
 
@@ -122,7 +122,7 @@ class InverseSqrt(Schedule):
 
     def validate(self, steps: int) -> None:
         super().validate(steps)
-        require("lr.warmup", self.warmup, "at least 1 update: it sets how fast the rate falls", lambda v: v >= 1)
+        require("lr.warmup", self.warmup, "at least 1 step: it sets how fast the rate falls", lambda v: v >= 1)
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,6 @@ class WarmupStableDecay(Schedule):
 
     def validate(self, steps: int) -> None:
         super().validate(steps)
-        require("lr.decay", self.decay, "at least 1 update", lambda v: v >= 1)
+        require("lr.decay", self.decay, "at least 1 step", lambda v: v >= 1)
         if self.warmup + self.decay > steps:
-            raise UserError(f"optim.lr: warmup {self.warmup} and decay {self.decay} updates exceed the run's {steps}.")
+            raise UserError(f"optim.lr: warmup {self.warmup} and decay {self.decay} steps exceed the run's {steps}.")

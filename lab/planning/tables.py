@@ -23,7 +23,7 @@ def show(experiment: Experiment, machine: str) -> None:
     console = Console(highlight=False, soft_wrap=True)
     topology = topologies.find(machine)
     if topologies.can_compile(topology):
-        console.print(f"Compiling the update for {topology.name}; this can take minutes ...")
+        console.print(f"Compiling the step for {topology.name}; this can take minutes ...")
     plan = compile_plan(experiment, topology)
     _memory(console, plan)
     _work(console, plan, experiment)
@@ -87,7 +87,7 @@ def _work(console: Console, plan: CompiledPlan, experiment: Experiment) -> None:
         console.print("No bound on time: this chip's peaks are unknown.")
         return
     unit, units = experiment.data.unit, experiment.batch * experiment.data.units_per_record
-    table = Table("", "", "MFU", f"{unit} a day", f"{experiment.steps:,} updates", title_justify="left",
+    table = Table("", "", "MFU", f"{unit} a day", f"{experiment.steps:,} steps", title_justify="left",
                   title="Time/step: a lower bound, not a forecast")
     compiled = plan.memory.temporaries is not None
     for name in ("compute", "memory", "network") if compiled else ():

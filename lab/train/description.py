@@ -18,8 +18,8 @@ from lab.train.source_code import changed, code_of
 NUMBER = (int, float)
 # Required fields of the JSON files: name -> allowed types.
 RESULT = {"steps": int, "stopped_early": bool, "final": dict, "best": dict}
-TIMES = {"timed_updates": int} | dict.fromkeys(
-    ("seconds_per_update", "data_wait_seconds", "training_seconds", "evaluation_seconds"), NUMBER)
+TIMES = {"timed_steps": int} | dict.fromkeys(
+    ("seconds_per_step", "data_wait_seconds", "training_seconds", "evaluation_seconds"), NUMBER)
 
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
         for row in [result[name] for name in ("final", "best", "test") if name in result]:
             check_shape(row, {"step": int, "split": str})
             check_shape(row, dict.fromkeys(row.keys() - {"step", "split"}, NUMBER))
-        if "seconds_per_update" in result:
+        if "seconds_per_step" in result:
             check_shape(result, TIMES)
         if "digest" in result and result.pop("digest") != digest(result):
             raise ValueError("it was edited")

@@ -142,4 +142,4 @@ def exact_cost(experiment: Experiment, parameters: int) -> str:
     """A message with the cost of --exact. `parameters`: the parameter count."""
     gathered = 4 * parameters * experiment.virtual_shards
     return (f"exact: {experiment.virtual_shards} virtual shards of {experiment.batch // experiment.virtual_shards} "
-            f"records; {gathered / 1e9:.2f} GB of gradients on every device, gathered at every update")
+            f"records; {gathered / 1e9:.2f} GB of gradients on every device, gathered at every step")

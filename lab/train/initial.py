@@ -112,11 +112,11 @@ def from_checkpoint(start: Continue, state: Any, data: Any) -> tuple[Given, Repo
         raise UserError(f"{wrong[0]} is {there[wrong[0]].shape} in {start.run} and {wanted[wrong[0]].shape} here: a "
                         f"run goes on with the model that it has.")
     given: Given = {path: np.asarray(there[path]) for path in wanted if path in there}
-    updates = int(found.step)
-    moments, fresh, left = take_over(found.opt_state, state.opt_state, updates)
+    steps = int(found.step)
+    moments, fresh, left = take_over(found.opt_state, state.opt_state, steps)
     given |= {f"state/opt_state/{path}": x for path, x in moments.items()}
-    given["state/step"] = np.asarray(updates, np.int32)
-    report = {"from": str(folder), "step": updates, "fingerprint": experiment.fingerprint(), "loaded": list(given),
+    given["state/step"] = np.asarray(steps, np.int32)
+    report = {"from": str(folder), "step": steps, "fingerprint": experiment.fingerprint(), "loaded": list(given),
               "random": [p for p in wanted if p not in there] + [f"opt_state/{path}" for path in fresh],
               "not taken": [p for p in there if p not in wanted] + [f"opt_state/{path}" for path in left]}
     return given, report

@@ -129,9 +129,9 @@ class TrainingRun:
                 self.screen.info(f"Compiled in {self.program.compile_seconds:.1f} s.")
             self.clock.start()
             with self.stop.listening():  # before this point there is nothing to save
-                return self._updates()
+                return self._steps()
 
-    def _updates(self) -> int:
+    def _steps(self) -> int:
         """The loop: evaluates and saves if due, then makes the next step, until the run ends or is stopped."""
         experiment, n = self.experiment, self.program.experiment.steps_per_call
         while not self.stop():

@@ -84,7 +84,7 @@ def _metric(name: str, series: dict[str, tuple[list[int], list[float]]], folder:
     figure, axes = _axes(name.replace("_", " "))
     steps, values = series["train"]
     if steps:
-        axes.plot(steps, values, color=COLOURS["train"], lw=0.8, label="train, each update")
+        axes.plot(steps, values, color=COLOURS["train"], lw=0.8, label="train, each step")
         if len(values) > 20:
             smooth = _smooth(values, span=max(5, len(values) // 50))
             axes.plot(steps, smooth, color=COLOURS["smooth"], lw=1.5, label="train, smoothed")

@@ -59,11 +59,11 @@ class Clock:
 
     def totals(self, step: int, program: Program, batches: Any) -> dict[str, Any]:
         """The timing fields of result.json, over the steps made by this process."""
-        updates, training = step - self.first, time.monotonic() - self.begun - sum(self.other.values())
-        if not updates:
+        steps, training = step - self.first, time.monotonic() - self.begun - sum(self.other.values())
+        if not steps:
             return {}
-        rate = training / updates
-        return {"timed_updates": updates, "seconds_per_update": rate, f"{self.data.unit}_per_second": self.units / rate,
+        rate = training / steps
+        return {"timed_steps": steps, "seconds_per_step": rate, f"{self.data.unit}_per_second": self.units / rate,
                 "mfu": metrics.mfu(self.flops / rate, self.devices), "training_seconds": training,
                 "evaluation_seconds": self.other["evaluation"], "checkpoint_seconds": self.other["checkpoint"],
                 "compile_seconds": program.compile_seconds, "data_wait_seconds": batches.wait_seconds}
@@ -82,10 +82,10 @@ def describe_result(result: dict[str, Any]) -> str:
     lines = [f"Finished after {result['steps']} steps{early}: {final}; best at step {result['best']['step']}"]
     if "test" in result:
         lines.append(f"Test split, with the state of step {result['test']['step']}: {shown(result['test'])}")
-    if "seconds_per_update" in result:
+    if "seconds_per_step" in result:
         share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
-        rate, seconds = 1000 * result["seconds_per_update"], result["training_seconds"]
-        lines.append(f"{rate:.1f} ms/step over {result['timed_updates']} steps ({seconds:.0f} s), {share:.2%} "
+        rate, seconds = 1000 * result["seconds_per_step"], result["training_seconds"]
+        lines.append(f"{rate:.1f} ms/step over {result['timed_steps']} steps ({seconds:.0f} s), {share:.2%} "
                      f"of it waiting for data; "
                      f"evaluation {result['evaluation_seconds']:.0f} s")
     return "\n".join(lines)

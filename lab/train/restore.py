@@ -66,5 +66,5 @@ def _best_step(run: Path, experiment: Experiment, checkpoints: Checkpoints) -> i
     rows = [row for row in read_rows(path) if row["split"] == "validation" and row["step"]]
     step = best_row(rows, experiment.evaluate.metric, experiment.evaluate.mode)["step"]
     if step is None:
-        raise UserError(f"{run} has no evaluation after an update yet, so no checkpoint is its best.")
+        raise UserError(f"{run} has no evaluation after a step yet, so no checkpoint is its best.")
     return step

@@ -1,10 +1,10 @@
-"""lab beside PyTorch: time per update, or of a whole run, of the same mathematics on the same batches.
+"""lab beside PyTorch: time per step, or of a whole run, of the same mathematics on the same batches.
 
     $(UV_TORCH_BACKEND=cpu LAB_EXTRAS=benchmark ./launch.sh env --python) tests/benchmarks/compare_torch.py --local
     PYTHON tests/benchmarks/compare_torch.py gpt_char --full --precision float32,bfloat16 --data.source.data-dir DIR
     PYTHON tests/benchmarks/compare_torch.py gpt_char --full --whole --rounds 2
     PYTHON tests/benchmarks/compare_torch.py gpt_small --full --device cuda --torch OTHER_PYTHON --batch 64 \\
-        --grad-accum-steps 2 --updates 20 --ways '{"optimizer": "fused", "attention": "sdpa"}'    # LAB_EXTRAS=tiktoken
+        --grad-accum-steps 2 --timed-steps 20 --ways '{"optimizer": "fused", "attention": "sdpa"}'    # LAB_EXTRAS=tiktoken
 
 PYTHON is the `$(...)` of the first line, which builds the environment once (UV_TORCH_BACKEND=cpu: PyTorch without CUDA;
 leave it out where its own index cannot be reached). OTHER_PYTHON needs PyTorch and NumPy only: builds of PyTorch and
@@ -70,7 +70,7 @@ def parsed(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace, lis
     twin.add_argument("--full", action="store_true", help="the real experiments")
     twin.add_argument("--local", action="store_true", help="their small twins, which need no data")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=50, help="updates timed in each process, after those to warm up")
+    parser.add_argument("--timed-steps", type=int, default=50, help="steps timed in each process, after those to warm up")
     parser.add_argument("--precision", default="", help="float32, bfloat16 or both with a comma; default: the "
                                                         "experiment's own")
     parser.add_argument("--forms", default=",".join(FORMS), help="forms of PyTorch")
@@ -81,8 +81,8 @@ def parsed(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace, lis
     parser.add_argument("--whole", action="store_true", help="the whole run, from start-up to its last evaluation")
     parser.add_argument("--json", type=Path, help="also write what was found to this file")
     options, flags = parser.parse_known_args(arguments[first:])
-    if options.rounds < 1 or options.updates < 1:
-        raise Stop("--rounds and --updates must be at least 1.")
+    if options.rounds < 1 or options.timed_steps < 1:
+        raise Stop("--rounds and --timed-steps must be at least 1.")
     if unknown := set(options.forms.split(",")) - {*FORMS, *MORE_FORMS}:
         raise Stop(f"--forms has no {', '.join(unknown)}: there are {', '.join([*FORMS, *MORE_FORMS])}.")
     return list(arguments[:first]) or list(NAMES), options, ["--full" if options.full else "--local", *flags]
@@ -157,7 +157,7 @@ def alternate(options: argparse.Namespace, measure: Any) -> dict[str, list[dict[
         for form in found:
             found[form].append(measure(form, i))
             told = ", ".join(f"{key} {value:.4g}" for key, value in found[form][-1].items()
-                             if key in ("ms_per_update", "compile_seconds", "seconds", "loss", "mfu") and value)
+                             if key in ("ms_per_step", "compile_seconds", "seconds", "loss", "mfu") and value)
             print(f"  round {i + 1}, {form}: {told}", file=sys.stderr, flush=True)
     return found
 
@@ -170,20 +170,20 @@ def ratios(found: Mapping[str, list[dict[str, Any]]], key: str) -> dict[str, Any
 
 
 def compare_updates(name: str, options: argparse.Namespace, flags: Sequence[str], side: Side) -> dict[str, Any]:
-    """Time per update."""
+    """Time per step."""
     job = side.caches / "job"
-    spec = make_job(job, options.updates, name, flags)
+    spec = make_job(job, options.timed_steps, name, flags)
     tuned = ways_of(side, job, options)
 
     def measure(form: str, _: int) -> dict[str, Any]:
         if form != "lab":
             return by_torch(side, job, form, tuned["ways"])
         return last_json(by_lab(side, ["bench", file_of(name), *flags, "--no-breakdown",
-                                       "--updates", str(options.updates)]))
+                                       "--timed-steps", str(options.timed_steps)]))
 
     found = alternate(options, measure)
     return {"experiment": name, "precision": spec["precision"], "flags": list(flags), "parameters": spec["parameters"],
-            **ratios(found, "ms_per_update"), "tuned": tuned, "rounds": found}
+            **ratios(found, "ms_per_step"), "tuned": tuned, "rounds": found}
 
 
 def compare_whole(name: str, options: argparse.Namespace, flags: Sequence[str], side: Side) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def compare_whole(name: str, options: argparse.Namespace, flags: Sequence[str], 
         return {"seconds": time.monotonic() - start, **found}
 
     found = alternate(options, measure)
-    return {"experiment": name, "precision": spec["precision"], "flags": list(flags), "updates": spec["updates"],
+    return {"experiment": name, "precision": spec["precision"], "flags": list(flags), "steps": spec["steps"],
             **ratios(found, "seconds"), "tuned": tuned, "rounds": found}
 
 
@@ -216,18 +216,18 @@ def shown(values: Sequence[float], unit: str = "") -> str:
 
 def table_of(rows: Sequence[Mapping[str, Any]], key: str, forms: Sequence[str]) -> Table:
     """What was found, for a person."""
-    unit = "ms an update" if key == "ms_per_update" else "seconds"
-    extra = "compilation, s" if key == "ms_per_update" else "final validation loss"
+    unit = "ms a step" if key == "ms_per_step" else "seconds"
+    extra = "compilation, s" if key == "ms_per_step" else "final validation loss"
     columns = ["lab", *forms]
     table = Table(title=f"{unit}: median of rounds (least-greatest)")
-    waits = any("data_wait_ms" in row["rounds"]["lab"][0] for row in rows)  # beside its time per update
+    waits = any("data_wait_ms" in row["rounds"]["lab"][0] for row in rows)  # beside its time per step
     speeds = any("mfu" in row["rounds"][forms[0]][0] for row in rows)
     for head in ("experiment", "class", *columns, "lab / best", f"{extra}: {', '.join(columns)}",
                  *(["lab waits for data, ms"] if waits else []), *(["per second, MFU"] if speeds else [])):
         table.add_column(head)
     for row in rows:
         rounds = row["rounds"]
-        if key == "ms_per_update":  # the first round has empty caches
+        if key == "ms_per_step":  # the first round has empty caches
             more = ", ".join(f"{rounds[form][0].get('compile_seconds', 0):.1f}" for form in columns)
         else:
             more = ", ".join(f"{median(r['loss'] for r in rounds[form]):.4f}" for form in columns)
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str]) -> None:
     check_torch(options.torch)
     run([ROOT / "launch.sh", "env"])  # builds lab's environment, if there is none, before any clock
     rows = []
-    key, compare = ("seconds", compare_whole) if options.whole else ("ms_per_update", compare_updates)
+    key, compare = ("seconds", compare_whole) if options.whole else ("ms_per_step", compare_updates)
     with contextlib.suppress(KeyboardInterrupt):  # what is there already is shown
         for name, more in plans(names, options):
             with tempfile.TemporaryDirectory(prefix="lab-compare-") as folder:

@@ -74,7 +74,7 @@ def write(experiment: Experiment, folder: Path, updates: int, validation: bool =
         "grad_accum_steps": experiment.grad_accum_steps,
         "chunk": experiment.steps_per_call,
         "seed": experiment.seed,
-        "updates": updates,
+        "steps": updates,
         "evaluate_every": experiment.evaluate.every,
         "parameters": sum(x.size for x in parameters.values()),
         "unit": data.unit,

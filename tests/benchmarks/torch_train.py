@@ -182,11 +182,11 @@ def tune(job: Job) -> dict[str, Any]:
 
 
 def measure(job: Job, ways: Mapping[str, str], compiled: bool) -> dict[str, Any]:
-    """Trains the whole job: median ms per update over its chunks but the first `WARM`, and seconds of compilation."""
+    """Trains the whole job: median ms per step over its chunks but the first `WARM`, and seconds of compilation."""
     trainer, n, spec = Trainer(job, ways, compiled), job.spec["chunk"], job.spec
-    seconds = [timed(trainer, first, n) / n for first in range(0, spec["updates"], n)]
+    seconds = [timed(trainer, first, n) / n for first in range(0, spec["steps"], n)]
     typical = median(seconds[WARM:])
-    found = {"ms_per_update": 1000 * typical, "compile_seconds": seconds[0] * n - typical * n if compiled else 0.0,
+    found = {"ms_per_step": 1000 * typical, "compile_seconds": seconds[0] * n - typical * n if compiled else 0.0,
              "ms_quartiles": [1000 * float(q) for q in np.percentile(seconds[WARM:], [25, 75])],
              f"{spec['unit']}_per_second": spec["units"] / typical, "loss": float(trainer.loss(job.batch(0)).detach())}
     if job.device == "cuda":
@@ -200,10 +200,10 @@ def whole(job: Job, ways: Mapping[str, str], compiled: bool) -> dict[str, Any]:
     """The whole run: evaluations before the first update, every so many, and at the end."""
     trainer, spec = Trainer(job, ways, compiled), job.spec
     every, losses = spec["evaluate_every"], []
-    for step in range(spec["updates"] + 1):
-        if step in (0, spec["updates"]) or every and step % every == 0:
+    for step in range(spec["steps"] + 1):
+        if step in (0, spec["steps"]) or every and step % every == 0:
             losses.append(trainer.validate())
-        if step < spec["updates"]:
+        if step < spec["steps"]:
             trainer.update(step)
     return {"loss": losses[-1], "losses": losses}
 

@@ -96,7 +96,7 @@ class Lines:
 
     def _bench(self) -> list[str]:
         file = self._pick(list(self.world.experiments))
-        return ["bench", file, "--local", *self._flags(file), *self._some({"--updates": (1, 5), "--steps": (1,)})]
+        return ["bench", file, "--local", *self._flags(file), *self._some({"--timed-steps": (1, 5), "--steps": (1,)})]
 
     def _launch(self) -> list[str]:
         engine = self._pick(("--slurm", "--hosts", "--tpu", "--sky"))

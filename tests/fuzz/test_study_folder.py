@@ -78,7 +78,7 @@ def test_no_damaged_study_ends_in_a_traceback(tmp_path: Path, monkeypatch: pytes
     good = make_study(tmp_path / "good", cross, seeds=range(3), design={"kind": "grid", "factors": factors})
     names = [f"{arm}-{seed}" for arm in cross for seed in (0, 1)]
     units = [{"name": name, "cells": [name], "numbers": [], "group": 0} for name in names]
-    write(good / "plan.json", {"how": "loop", "updates": 1, "seconds": {}, "workers": 1, "units": units})
+    write(good / "plan.json", {"how": "loop", "steps_per_call": 1, "seconds": {}, "workers": 1, "units": units})
     report([good], quiet=True)
     for made in ("pictures", "report.md", "report.html", "results.csv"):
         shutil.rmtree(good / made) if (good / made).is_dir() else (good / made).unlink()

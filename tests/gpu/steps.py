@@ -88,7 +88,7 @@ def bench(name: str, experiment: Any, updates: int, xla: Sequence[str] = ()) -> 
     """Finds what `./launch.sh bench` says of an experiment; a setting that fails is a finding, too."""
     from lab.commands.bench import BenchOptions, measure
 
-    options = BenchOptions(updates=3 if TINY else updates, breakdown=False, xla=() if TINY else tuple(xla))
+    options = BenchOptions(timed_steps=3 if TINY else updates, breakdown=False, xla=() if TINY else tuple(xla))
     began = time.monotonic()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the table
@@ -98,7 +98,7 @@ def bench(name: str, experiment: Any, updates: int, xla: Sequence[str] = ()) -> 
         return None
     finally:
         gc.collect()
-    keep = ("device", "time_to_first_update_seconds", "ms_per_update",
+    keep = ("device", "time_to_first_step_seconds", "ms_per_step",
              "tokens_per_second", "images_per_second", "records_per_second", "mfu",
             "compile_seconds", "data_wait_ms", "host_ms", "temporary_bytes", "peak_device_bytes")
     found(name, **{key: figures[key] for key in keep if figures.get(key) is not None},
@@ -193,7 +193,7 @@ def main_job() -> None:
     if not TINY:
         seconds, _ = launch(*flags, "--run-dir", SCRATCH / "main")
         result = json.loads((SCRATCH / "main/result.json").read_text())
-        found("the main job", seconds=seconds, ms_per_update=1000 * result["seconds_per_update"],
+        found("the main job", seconds=seconds, ms_per_step=1000 * result["seconds_per_step"],
               bits_per_byte=result["final"]["bits_per_byte"], compile_seconds=result["compile_seconds"])
     curves = {}
     for platform in ("here", "cpu"):
@@ -244,7 +244,7 @@ def gpt_small() -> None:
     """3. gpt_small, 64 rows of 1,024 tokens: the settings that matter, and the best."""
     best: tuple[float, str] = (float("inf"), "none")
     for name, figures in measured("gpt_small", 15):
-        best = min(best, (figures["ms_per_update"], name))
+        best = min(best, (figures["ms_per_step"], name))
         found("best so far", setting=best[1], ms=best[0])
 
 
@@ -278,7 +278,7 @@ def compare(words: Sequence[str], forms: str, ways: Mapping[str, str], rounds: i
     out = SCRATCH / "compared.json"
     name, *flags = words
     command = [sys.executable, str(ROOT / "tests/benchmarks/compare_torch.py"), name, *flags, "--forms", forms,
-               "--ways", json.dumps(ways), "--rounds", str(rounds), "--updates", str(updates), "--json", str(out),
+               "--ways", json.dumps(ways), "--rounds", str(rounds), "--timed-steps", str(updates), "--json", str(out),
                "--device", "cpu" if TINY else "cuda"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
                           capture_output=True, text=True)

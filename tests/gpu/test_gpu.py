@@ -258,7 +258,7 @@ experiment = override(experiment, {{"model.depth": 4, "batch": 16, "grad_accum_s
 import jax
 kind = jax.devices()[0].device_kind.lower()
 name = next(n for n in ("a100", "h200", "h100") if n in kind)
-found = measure(experiment, BenchOptions(updates=3, breakdown=False))
+found = measure(experiment, BenchOptions(timed_steps=3, breakdown=False))
 plan = compile_plan(experiment, topologies.find(name + ":1"))
 print(json.dumps([found["peak_device_bytes"], plan.memory.total]))
 """

@@ -32,7 +32,7 @@ def test_the_whole_script_rehearses(tmp_path):
     by_step = {row["step"]: row["found"] for row in rows}
     assert any(found.get("close") for found in by_step["main_job"])
     assert by_step["checks"][-1]["status"] == 0
-    assert sum(found["ms_per_update"] > 0 for found in by_step["gpt_small"] if "ms_per_update" in found) == 2
+    assert sum(found["ms_per_step"] > 0 for found in by_step["gpt_small"] if "ms_per_step" in found) == 2
     shares = {found["what"]: found["share"] for found in by_step["kernels"] if "share" in found}
     assert sum(shares.values()) == pytest.approx(1)
     assert {"class products", "class optimizer", "class loss"} <= set(shares)

@@ -94,14 +94,14 @@ def whole(results: Results) -> str | None:
     return most.name if all(a.changes.items() <= most.changes.items() for a in results.arms) else None
 
 
-def update_seconds(section: Section, arm: str) -> tuple[float, float, float]:
+def step_seconds(section: Section, arm: str) -> tuple[float, float, float]:
     """Seconds per step of an arm: geometric mean and its 95 % interval; NaN if unknown.
 
     Averages over all runs of the arm's compiled programs, since a program's speed does not depend on its numeric
     arguments. Runs executed together as one program (`vmap`) count once.
     """
     programs = {cell.program for cell in section.cells[arm].values()}
-    runs = {cell.unit: cell.result.get("seconds_per_update") for cells in section.cells.values()
+    runs = {cell.unit: cell.result.get("seconds_per_step") for cells in section.cells.values()
             for cell in cells.values() if cell.program in programs}
     logs = np.log([s for s in runs.values() if isinstance(s, int | float) and s > 0])
     mean, (low, high) = stats.mean_sd(logs)[0], stats.interval(logs)

@@ -24,7 +24,7 @@ from lab.study.report.analysis import (
     block,
     effects,
     sections,
-    update_seconds,
+    step_seconds,
     whole,
 )
 from lab.study.report.render import Block, Heading, Picture, Table, Text, html, markdown, terminal
@@ -40,7 +40,7 @@ METHODS = (
     "d_av: mean difference over the average standard deviation of the two arms (Lakens 2013). P(better): predictive "
     "probability that the arm is better with one further seed. Seeds needed: for 80 % power at the strictest of Holm's "
     "levels. The best of many arms looks better than it is: confirm it with fresh seeds. FLOPs: matrix products and "
-    "convolutions of a whole update, with those of the optimizer and those that are computed again.")
+    "convolutions of a whole step, with those of the optimizer and those that are computed again.")
 TIMES = ("ms/step: geometric mean, with a 95 % interval, over all runs of the compiled program that an arm uses. The "
          "runs were not timed in turns, and a machine's speed changes: two arms are compared by ./launch.sh bench.")
 HALF = ("An interaction is half the difference between the effects of one factor at the two levels of the other (Box, "
@@ -284,7 +284,7 @@ def _not_controlled(results: Results, section: Section) -> list[Block]:
         for value, of_base, unit in zip(cost(arm), base, ("", "", "B"), strict=True):
             ratio = f" ({value / of_base - 1:+.1%})" if value is not None and of_base and arm != results.arms[0] else ""
             words.append("" if value is None else f"{human(value, 4)}{unit}{ratio}")
-        mean, *ends = (1000 * v for v in update_seconds(section, arm.name))
+        mean, *ends = (1000 * v for v in step_seconds(section, arm.name))
         words.append("" if any(map(math.isnan, ends)) else f"{mean:.3g} ({ends[0]:.3g} to {ends[1]:.3g})")
         rows.append([arm.name, *words])
     return [Table("Cost (not matched)", ["arm", "parameters", "FLOPs/step", "memory", "ms/step (95 %)"], rows,
@@ -300,12 +300,12 @@ def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
             continue
         curves[arm.name] = pictures.together(found)
         scales["step"][arm.name] = 1.0
-        seconds = update_seconds(section, arm.name)[0]
+        seconds = step_seconds(section, arm.name)[0]
         unit = next((name.removesuffix("_per_second") for name, value in cells[0].result.items()
                      if name.endswith("_per_second") and isinstance(value, int | float)), None)
         if unit and seconds > 0:
             first = cells[0].result
-            made = first[f"{unit}_per_second"] * first.get("seconds_per_update", math.nan)
+            made = first[f"{unit}_per_second"] * first.get("seconds_per_step", math.nan)
             if math.isfinite(made):
                 scales.setdefault(unit, {})[arm.name] = round(made)
         if arm.flops:
@@ -333,12 +333,12 @@ def cells_csv(results: Results) -> str:
                        for name, value in c.result[part].items() if isinstance(value, int | float)}
                for c in results.cells}
     names = list(dict.fromkeys(name for found in numbers.values() for name in found))
-    writer.writerow(["arm", "changes", "seed", "tuning", "status", results.metric, "seconds", "seconds_per_update",
+    writer.writerow(["arm", "changes", "seed", "tuning", "status", results.metric, "seconds", "seconds_per_step",
                      *names, "environment", "folder", "error"])
     changes = {arm.name: json.dumps(arm.changes | ({"fork after step": arm.fork} if arm.fork else {}))
                for arm in results.arms}
     for c in results.cells:
         row: list[Any] = [c.arm, changes[c.arm], c.seed, c.seed in results.tuning_seeds, c.status, c.value, c.seconds,
-                          c.result.get("seconds_per_update"), *(numbers[id(c)].get(name) for name in names)]
+                          c.result.get("seconds_per_step"), *(numbers[id(c)].get(name) for name in names)]
         writer.writerow([*row, c.environment if c.status != "missing" else "", c.folder, c.error])
     return buffer.getvalue()

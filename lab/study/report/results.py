@@ -126,10 +126,10 @@ STUDY = {"name": str, "metric": str, "mode": str, "split": str, "design": dict[s
          "arms": list[dict[str, Any]], "seeds": list[int], "tuning_seeds": list[int] | None}
 DESIGN = {"kind": str, "factors": dict[str, Any] | None}
 ARM = {"name": str, "changes": dict[str, Any], "fingerprint": str, "fork": int | None, "forked_after": int | None,
-       **dict.fromkeys(("parameters", "flops_per_update", "memory_bytes"), Number | None)}
+       **dict.fromkeys(("parameters", "flops_per_step", "memory_bytes"), Number | None)}
 CELL = {"arm": str, "seed": int, "status": str, "mode": str | None, "seconds": Number | None, "error": str | None,
         "fingerprint": str | None, "code": dict[str, str] | None}
-RESULT = {"final": dict[str, Any], "best": dict[str, Any], "test": dict[str, Any], "seconds_per_update": Number}
+RESULT = {"final": dict[str, Any], "best": dict[str, Any], "test": dict[str, Any], "seconds_per_step": Number}
 ENVIRONMENT = {"devices": list[str] | None, "versions": dict[str, Any] | None, "settings": dict[str, Any] | None}
 UNIT = {"name": str, "cells": list[str], "group": int}
 
@@ -172,7 +172,7 @@ def read_study(folder: Path) -> Results:
     try:
         for part, kinds in ((study["design"], DESIGN), *((arm, ARM) for arm in study["arms"])):
             _checked(part, path, remedy, kinds)
-        arms = [ArmResults(a["name"], a["changes"], a["fingerprint"], a.get("parameters"), a.get("flops_per_update"),
+        arms = [ArmResults(a["name"], a["changes"], a["fingerprint"], a.get("parameters"), a.get("flops_per_step"),
                     a.get("memory_bytes"), a.get("fork") or 0, a.get("forked_after") or 0)
                 for a in study["arms"]]
         found = Results(study["name"], study["metric"], study["mode"], study["split"], study["design"]["kind"],

@@ -174,7 +174,7 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
 def _work(study: Study, options: StudyOptions, folder: Path, file: Path) -> int:
     """Runs cells of a study that another process has prepared; returns the exit status."""
     said = {arm["name"]: arm for arm in read_json(folder / "study.json")["arms"]}
-    arms = [Arm(name, changes, experiment, said[name]["parameters"], said[name]["flops_per_update"],
+    arms = [Arm(name, changes, experiment, said[name]["parameters"], said[name]["flops_per_step"],
                 said[name]["memory_bytes"], said[name]["forked_after"], bool(said[name]["fork"]))
             for name, (changes, experiment) in study.experiments().items()]
     bench = Bench(sorted({arm.after for arm in arms if arm.after}))

@@ -28,7 +28,7 @@ from lab.study.run.shared import Bench
 from lab.study.run.together import run_together
 from lab.study.run.units import (
     FEW_FLOPS,
-    MOST_UPDATES,
+    MOST_STEPS,
     ExecutionPlan,
     How,
     Unit,
@@ -117,7 +117,7 @@ class Engine:
         if any(found):  # the mode of most finished cells
             return known[found.index(max(found))]
         if how is not None:
-            return ExecutionPlan(how, MOST_UPDATES if self.arms[BASE].flops < FEW_FLOPS else own)
+            return ExecutionPlan(how, MOST_STEPS if self.arms[BASE].flops < FEW_FLOPS else own)
         seeds = sorted({cell.seed for cell in self.cells})
         return choose(self.groups, self.arms, seeds, self.bench, self.file, self.screen.info)
 
@@ -128,7 +128,7 @@ class Engine:
 
         def size(group: Group) -> int:
             first = next(c for c in new if c.arm in group.arms)
-            program = self.bench.prepared(first.experiment, group.numbers, self.plan.updates).program
+            program = self.bench.prepared(first.experiment, group.numbers, self.plan.steps_per_call).program
             return chunk_size(len(new), program.compiled.memory_analysis())
 
         units = make_units(self.groups, new, self.plan.how, size, len(self.plan.units))
@@ -266,7 +266,7 @@ class Engine:
         return base is None or self._finished(base)
 
     def _prepared(self, unit: Unit, cell: Cell) -> loop.Shared:
-        found = self.bench.prepared(cell.experiment, unit.numbers, self.plan.updates)
+        found = self.bench.prepared(cell.experiment, unit.numbers, self.plan.steps_per_call)
         if cell.arm == BASE:
             return replace(found, keep=tuple(sorted({arm.after for arm in self.arms.values() if arm.after})))
         if base := self._base_of(cell):
@@ -286,7 +286,7 @@ class Engine:
         """Compiles the next unit in the background. Skips units with unknown or finished cells: the program differs."""
         unit = next((u for u in later if all(n in cells and not self._finished(cells[n]) for n in u.cells)), None)
         if unit:
-            self.bench.ahead([cells[name].experiment for name in unit.cells], unit.numbers, self.plan.updates,
+            self.bench.ahead([cells[name].experiment for name in unit.cells], unit.numbers, self.plan.steps_per_call,
                              together=self.plan.how == "vmap")
 
     def _run(self, unit: Unit, cells: Sequence[Cell]) -> int:
@@ -321,7 +321,7 @@ class Engine:
         label = f"cells {self._number()} to {self._number() + len(cells) - 1} of {len(self.cells)}"
         screen = CellScreen(self.screen, label, home)
         with _failing(errors):
-            stacked = self.bench.stacked([c.experiment for c in cells], unit.numbers, self.plan.updates)
+            stacked = self.bench.stacked([c.experiment for c in cells], unit.numbers, self.plan.steps_per_call)
             status, lives = run_together(stacked, cells, [c.folder(self.folder) for c in cells], home,
                                          self.bench.data(cells[0].experiment), screen, self.file, Stop(ALONE))
         if status not in STOPPED:

@@ -47,7 +47,7 @@ def acts_from(base: Experiment, arm: Experiment) -> int:
 def check_fork(base: Experiment, arm: Experiment, after: int) -> None:
     """Raises UserError if an arm cannot start from the base's state after step `after`."""
     if not 0 < after < arm.steps or after > base.steps:
-        raise UserError(f"it forks after step {after}, which is not inside its {arm.steps} updates.")
+        raise UserError(f"it forks after step {after}, which is not inside its {arm.steps} steps.")
     if base.evaluate.patience is not None or arm.evaluate.patience is not None:
         raise UserError("it forks from a run that may stop early: leave out evaluate.patience.")
     if to_json(base.data) != to_json(arm.data) or base.batch != arm.batch:

@@ -9,7 +9,7 @@ from typing import get_args
 
 from lab.study.run.cells import Cell, finished_folders, read_cell
 from lab.study.run.units import (
-    MOST_UPDATES,
+    MOST_STEPS,
     ExecutionPlan,
     How,
     read_plan,
@@ -17,15 +17,15 @@ from lab.study.run.units import (
 from lab.train.json_files import read_json
 
 
-def _ways(updates: int) -> list[ExecutionPlan]:
-    """All execution plans of a study; `updates` is the base's `steps_per_call`."""
-    return [ExecutionPlan(how, n) for how in get_args(How) for n in dict.fromkeys((updates, MOST_UPDATES))]
+def _ways(steps_per_call: int) -> list[ExecutionPlan]:
+    """All execution plans of a study; `steps_per_call` is the base's."""
+    return [ExecutionPlan(how, n) for how in get_args(How) for n in dict.fromkeys((steps_per_call, MOST_STEPS))]
 
 
-def likeliest(folder: Path, cells: Sequence[Cell], updates: int) -> list[Cell]:
+def likeliest(folder: Path, cells: Sequence[Cell], steps_per_call: int) -> list[Cell]:
     """The cells with the execution mode they would get: that of the folder's plan, else that of most finished cells."""
     plan = read_plan(folder)
-    modes = [plan.mode] if plan else list(dict.fromkeys(way.mode for way in _ways(updates)))
+    modes = [plan.mode] if plan else list(dict.fromkeys(way.mode for way in _ways(steps_per_call)))
     ways = [[replace(cell, mode=mode) for cell in cells] for mode in modes]
     return max(ways, key=lambda way: len(finished_folders(folder, way)))
 

@@ -51,7 +51,7 @@ class Arm:
         """The arm's entry in study.json."""
         return {"name": self.name, "changes": {path: to_json(value) for path, value in self.changes.items()},
                 "fingerprint": self.experiment.fingerprint(), "parameters": self.parameters,
-                "flops_per_update": self.flops, "memory_bytes": self.memory, "forked_after": self.after,
+                "flops_per_step": self.flops, "memory_bytes": self.memory, "forked_after": self.after,
                 "fork": self.after if self.stated else 0}
 
 
@@ -172,7 +172,7 @@ def table(study: Study, arms: list[Arm], left: Mapping[str, int]) -> Table:
                         f"({study.mode})", title_justify="left")
     found.add_column("arm", overflow="fold", ratio=1)
     found.add_column("changes of the base", overflow="fold", ratio=1)
-    for column in ("parameters", "FLOPs", "memory", "updates", "to run"):
+    for column in ("parameters", "FLOPs", "memory", "steps", "to run"):
         found.add_column(column, justify="right", no_wrap=True)
     for arm in arms:
         changes = [f"{path.rpartition('.')[2]}: " + (f"{_shown(base[path])} -> " if path in base else "")

@@ -22,7 +22,7 @@ def probe() -> None:
     if told["file"]:
         load(Path(told["file"]))
     bench = Bench(told["stops"])
-    print(time_alone(from_json(told["experiment"]), told["numbers"], told["updates"], bench))
+    print(time_alone(from_json(told["experiment"]), told["numbers"], told["steps_per_call"], bench))
     bench.close()
 
 

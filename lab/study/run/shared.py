@@ -45,15 +45,15 @@ class Bench:
         self._programs[key] = found = self._programs.pop(key)  # most recently used last
         return found
 
-    def _run(self, experiment: Experiment, updates: int) -> Experiment:
+    def _run(self, experiment: Experiment, steps_per_call: int) -> Experiment:
         """The experiment as executed: several steps per call, small data on the device."""
         arrays = getattr(self.data(experiment).train, "arrays", {})
         small = experiment.data_on_device == "auto" and 0 < sum(x.nbytes for x in arrays.values()) < SMALL_BYTES
-        return replace(experiment, steps_per_call=common_dispatch(experiment, updates, self.stops),
+        return replace(experiment, steps_per_call=common_dispatch(experiment, steps_per_call, self.stops),
                        data_on_device="always" if small and experiment.parallel == "jit" else experiment.data_on_device)
 
-    def _alone(self, experiment: Experiment, numbers: Sequence[str], updates: int) -> Future:
-        run, train = self._run(experiment, updates), self.data(experiment).train
+    def _alone(self, experiment: Experiment, numbers: Sequence[str], steps_per_call: int) -> Future:
+        run, train = self._run(experiment, steps_per_call), self.data(experiment).train
 
         def make() -> Program:
             program = Program(run, train, numbers=numbers)
@@ -62,8 +62,8 @@ class Bench:
 
         return self._program(program_key(run, numbers), make)
 
-    def _together(self, experiments: Sequence[Experiment], numbers: Sequence[str], updates: int) -> Future:
-        runs, train = [self._run(e, updates) for e in experiments], self.data(experiments[0]).train
+    def _together(self, experiments: Sequence[Experiment], numbers: Sequence[str], steps_per_call: int) -> Future:
+        runs, train = [self._run(e, steps_per_call) for e in experiments], self.data(experiments[0]).train
 
         def make() -> Stacked:
             stacked = Stacked(runs, numbers, train)
@@ -72,21 +72,22 @@ class Bench:
 
         return self._program(digest([[to_json(e) for e in runs], list(numbers)]), make)
 
-    def prepared(self, experiment: Experiment, numbers: Sequence[str] = (), updates: int = 1) -> loop.Shared:
+    def prepared(self, experiment: Experiment, numbers: Sequence[str] = (), steps_per_call: int = 1) -> loop.Shared:
         """Data and program; the first cell of a group compiles it. Raises UserError."""
-        program = self._alone(experiment, numbers, updates).result()
-        wanted = self._run(experiment, updates)
+        program = self._alone(experiment, numbers, steps_per_call).result()
+        wanted = self._run(experiment, steps_per_call)
         return loop.Shared(self.data(experiment), program if program.experiment == wanted else program.like(wanted))
 
-    def stacked(self, experiments: Sequence[Experiment], numbers: Sequence[str], updates: int) -> Stacked:
+    def stacked(self, experiments: Sequence[Experiment], numbers: Sequence[str], steps_per_call: int) -> Stacked:
         """The compiled program that runs several cells at once. Raises UserError."""
-        return self._together(experiments, numbers, updates).result()
+        return self._together(experiments, numbers, steps_per_call).result()
 
-    def ahead(self, experiments: Sequence[Experiment], numbers: Sequence[str], updates: int, together: bool) -> None:
+    def ahead(self, experiments: Sequence[Experiment], numbers: Sequence[str], steps_per_call: int,
+              together: bool) -> None:
         """Starts compiling the next program, if it uses the current data."""
         if digest(to_json(experiments[0].data)) == self._data[0]:
-            (self._together(experiments, numbers, updates) if together else
-             self._alone(experiments[0], numbers, updates))
+            (self._together(experiments, numbers, steps_per_call) if together else
+             self._alone(experiments[0], numbers, steps_per_call))
 
     def compiling(self) -> bool:
         """Whether a compilation is running; a normal process exit would wait for it."""

@@ -22,7 +22,7 @@ from lab.train.shapes import abstract_state, batch_spec, one_record
 from lab.train.step import State, init_state, make_eval_step, make_train_step
 
 FINITE = ("loss", "gradient_norm", "update_norm", "parameter_norm")
-CELLS, EVERYWHERE, UPDATES = PartitionSpec("cell"), PartitionSpec(), PartitionSpec(None, "cell")
+CELLS, EVERYWHERE, STEPS = PartitionSpec("cell"), PartitionSpec(), PartitionSpec(None, "cell")
 
 
 class Stacked:
@@ -101,7 +101,7 @@ class Stacked:
                 values = jax.tree.map(lambda x: x[None], values)
             return states, alive, values
 
-        jitted = self._divided(update, (CELLS, CELLS, CELLS, CELLS, EVERYWHERE, EVERYWHERE), (CELLS, CELLS, UPDATES),
+        jitted = self._divided(update, (CELLS, CELLS, CELLS, CELLS, EVERYWHERE, EVERYWHERE), (CELLS, CELLS, STEPS),
                                donate_argnums=(0, 1))
         spec = {name: self.spec[name] for name in self.batch(0)}
         batches = {name: jax.ShapeDtypeStruct((self.experiment.steps_per_call, len(self.seeds), *s.shape), s.dtype,

@@ -88,9 +88,9 @@ class _Together:
                 _ = self.stacked.compiled
             self.begun = time.monotonic()
             with self.stop.listening():  # before this there is nothing to save
-                return self._updates(batches)
+                return self._steps(batches)
 
-    def _updates(self, batches: Prefetch) -> tuple[int, list[bool]]:
+    def _steps(self, batches: Prefetch) -> tuple[int, list[bool]]:
         experiment, n = self.experiment, self.experiment.steps_per_call
         while not self.stop():
             self._evaluate_if_due()
@@ -180,12 +180,12 @@ class _Together:
         tested = None
         if self.data.test is not None and (tested := self._evaluate(self.states, "test", None)) is None:
             return EXIT[self.stop.signal], self.lives
-        seconds, updates = time.monotonic() - self.begun - self.evaluating, self.step - self.first
-        share = seconds / max(updates, 1) / len(self.cells)
-        times = {"timed_updates": updates, "seconds_per_update": share,
+        seconds, steps = time.monotonic() - self.begun - self.evaluating, self.step - self.first
+        share = seconds / max(steps, 1) / len(self.cells)
+        times = {"timed_steps": steps, "seconds_per_step": share,
                  f"{self.data.unit}_per_second": self.experiment.batch * self.data.units_per_record / share,
                  "cells_together": len(self.cells), "evaluation_seconds": self.evaluating / len(self.cells),
-                 "compile_seconds": self.stacked.compile_seconds} if updates else {}
+                 "compile_seconds": self.stacked.compile_seconds} if steps else {}
         states = apart(jax.device_get(self.states), len(self.cells))
         bests = apart(jax.device_get(self.best), len(self.cells)) if self.best is not None else states
         for c, folder in enumerate(self.folders):

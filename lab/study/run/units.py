@@ -24,7 +24,7 @@ from lab.study.run.stacked import common_dispatch
 from lab.train.json_files import read_json, write_json
 
 How = Literal["loop", "vmap", "cores"]
-MOST_UPDATES = 10  # per call
+MOST_STEPS = 10  # per call
 FEW_FLOPS = 1e9  # cheaper steps take milliseconds, a part of which is call overhead
 WORTH_SECONDS = 60.0
 SECONDS_PER_CALL = 2.0  # target while timing
@@ -51,7 +51,7 @@ class ExecutionPlan:
     how: How
     """"loop": one cell after another, sharing one compiled program per group. "vmap": a group's cells at once.
     "cores": one cell per CPU core."""
-    updates: int
+    steps_per_call: int
     """Maximum steps per call."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Measured: mode -> seconds per step of one cell."""
@@ -62,16 +62,16 @@ class ExecutionPlan:
     @property
     def mode(self) -> str:
         """Its name in cells and reports."""
-        return mode_of(self.how, self.updates)
+        return mode_of(self.how, self.steps_per_call)
 
     def write(self, folder: Path) -> None:
         """Replaces plan.json."""
         write_json(folder / "plan.json", asdict(self))
 
 
-def mode_of(how: How, updates: int) -> str:
+def mode_of(how: How, steps_per_call: int) -> str:
     """The name of an execution mode."""
-    return f"{how}, up to {updates} updates a call" if updates > 1 else how
+    return f"{how}, up to {steps_per_call} steps a call" if steps_per_call > 1 else how
 
 
 def read_plan(folder: Path) -> ExecutionPlan | None:
@@ -81,7 +81,7 @@ def read_plan(folder: Path) -> ExecutionPlan | None:
     found = read_json(folder / "plan.json")
     try:
         units = tuple(Unit(u["name"], tuple(u["cells"]), tuple(u["numbers"]), u["group"]) for u in found["units"])
-        return ExecutionPlan(found["how"], found["updates"], found["seconds"], units, found["workers"])
+        return ExecutionPlan(found["how"], found["steps_per_call"], found["seconds"], units, found["workers"])
     except (KeyError, TypeError) as e:
         raise UserError(f"{folder / 'plan.json'} is damaged (it lacks {e}). Delete the study folder {folder} to begin "
                         f"the study anew.") from None
@@ -121,11 +121,11 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
     seconds = {mode_of("loop", own): time_alone(cells[0], largest.numbers, own, bench)}
     if total * min(seconds.values()) < WORTH_SECONDS:
         return ExecutionPlan("loop", own, seconds)
-    updates = {mode_of("loop", own): own}
-    if common_dispatch(cells[0], MOST_UPDATES) > own and first.experiment.parallel == "jit":
-        several = mode_of("loop", MOST_UPDATES)
-        seconds[several], updates[several] = time_alone(cells[0], largest.numbers, MOST_UPDATES, bench), MOST_UPDATES
-    n = updates[min(seconds, key=seconds.__getitem__)]
+    calls = {mode_of("loop", own): own}
+    if common_dispatch(cells[0], MOST_STEPS) > own and first.experiment.parallel == "jit":
+        several = mode_of("loop", MOST_STEPS)
+        seconds[several], calls[several] = time_alone(cells[0], largest.numbers, MOST_STEPS, bench), MOST_STEPS
+    n = calls[min(seconds, key=seconds.__getitem__)]
     memory = bench.prepared(cells[0], largest.numbers, n).program.compiled.memory_analysis()
     if all(can_be_stacked(arm.experiment) for arm in arms.values()) and not any(arm.after for arm in arms.values()):
         most = max(2, round(SECONDS_PER_CALL / (min(seconds.values()) * n)))  # assumes no speed-up
@@ -133,18 +133,18 @@ def choose(groups: Sequence[Group], arms: Mapping[str, Arm], seeds: Sequence[int
         seconds[mode_of("vmap", n)] = _time_together(together, largest, n, bench)
     number = min(len(workers.cores()), chunk_size(len(cells), memory))
     if not cannot("cores", list(arms.values())) and jax.device_count() == 1 and number > 1:
-        each = workers.seconds_per_update(file, to_json(cells[0]), largest.numbers, n, bench.stops, number)
+        each = workers.seconds_per_step(file, to_json(cells[0]), largest.numbers, n, bench.stops, number)
         seconds |= {mode_of("cores", n): each} if each else {}
     found = min(seconds, key=seconds.__getitem__)
     for mode, each in seconds.items():
         say(f"  {1000 * each:.2f} ms/step of one cell: {mode}{' (chosen)' if mode == found else ''}")
     how: How = next(how for how in get_args(How) if found.startswith(how))
-    return ExecutionPlan(how, updates.get(found, n), seconds, workers=number)
+    return ExecutionPlan(how, calls.get(found, n), seconds, workers=number)
 
 
-def time_alone(experiment: Experiment, numbers: Sequence[str], updates: int, bench: Bench) -> float:
+def time_alone(experiment: Experiment, numbers: Sequence[str], steps_per_call: int, bench: Bench) -> float:
     """Seconds per step."""
-    program = bench.prepared(experiment, numbers, updates).program
+    program = bench.prepared(experiment, numbers, steps_per_call).program
     batches = [program.batch(reader(program), i) for i in range(CALLS)]
     return (
         _median(program.init(), lambda state, i: program.train(state, batches[i])[0])
@@ -152,9 +152,9 @@ def time_alone(experiment: Experiment, numbers: Sequence[str], updates: int, ben
     )
 
 
-def _time_together(experiments: Sequence[Experiment], group: Group, updates: int, bench: Bench) -> float:
+def _time_together(experiments: Sequence[Experiment], group: Group, steps_per_call: int, bench: Bench) -> float:
     """Seconds per step and cell."""
-    stacked = bench.stacked(experiments, group.numbers, updates)
+    stacked = bench.stacked(experiments, group.numbers, steps_per_call)
     batches = [stacked.batch(i) for i in range(CALLS)]
     each = _median((stacked.init(), stacked.everyone()), lambda both, i: stacked.train(*both, batches[i])[:2])
     return each / stacked.experiment.steps_per_call / len(experiments)

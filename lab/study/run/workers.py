@@ -54,11 +54,11 @@ def _start(core: int, module: str, args: Sequence[str]) -> subprocess.Popen:
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
 
-def seconds_per_update(file: Path | None, experiment: Any, numbers: Sequence[str], updates: int, stops: Sequence[int],
-                       number: int) -> float | None:
+def seconds_per_step(file: Path | None, experiment: Any, numbers: Sequence[str], steps_per_call: int,
+                     stops: Sequence[int], number: int) -> float | None:
     """Seconds per step of one cell while `number` cores run it at once; None if unknown. `experiment`: as JSON."""
     told = json.dumps({"file": str(file) if file else None, "experiment": experiment, "numbers": list(numbers),
-                       "updates": updates, "stops": list(stops)})
+                       "steps_per_call": steps_per_call, "stops": list(stops)})
     probes = [_start(core, "lab.study.run.probe", ()) for core in cores()[:number]]
     for probe in probes:  # start all before waiting for any
         probe.stdin.write(told)
