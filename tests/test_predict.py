@@ -114,6 +114,22 @@ def test_a_run_predicts_and_samples_without_its_data(place, typed):
     assert status == 0 and out.startswith("a text"), err
 
 
+def test_standard_output_gets_the_csv_alone(place, typed):
+    status, out, err = typed("predict", "sales", "--input", "new.csv", "--id", "id", "--output", "-")
+    assert status == 0 and out.encode() == (place / "before.csv").read_bytes() and "\r" not in out
+    assert "2 of 60 records" in err and not (place / "-").exists()
+
+
+def test_an_id_column_is_kept_whatever_its_name(place, typed):
+    lines = (place / "new.csv").read_text().splitlines()
+    for name in ("record", "prediction", "truth"):
+        (place / "named.csv").write_text("\n".join([lines[0].replace("id", name), *lines[1:]]))
+        status, out, err = typed("predict", "sales", "--input", "named.csv", "--id", name, "--output", "-")
+        rows = list(csv.DictReader(out.splitlines()))
+        assert list(rows[0]) == ["record", f"input_{name}", "prediction", "truth"], err
+        assert rows[0][f"input_{name}"] == "house 0" and rows[0]["record"] == "0"
+
+
 def test_only_the_runs_own_splits_need_the_data(place, mistake):
     for words in (("eval", "sales"), ("predict", "sales", "--split", "test"), ("eval", "letters")):
         assert "sales.csv" in mistake(*words) or "corpus.txt" in mistake(*words)

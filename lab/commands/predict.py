@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
@@ -39,10 +40,10 @@ def predict(
       run: the run folder.
       input: new records in a format that the run's data reads: a CSV with the columns of the training data, a text
         file with one message per line, an image, or a folder of images.
-      output: the CSV to write. One row per record: `record` (its number in the input, from 0), the prediction, class
-        probabilities p_<class> for classifiers, and `truth` if the input has the target.
+      output: the CSV to write, or - for standard output. One row per record: `record` (its number in the input, from
+        0), the prediction, class probabilities p_<class> for classifiers, and `truth` if the input has the target.
       split: predict this split of the run's data instead of an input; requires the data.
-      id: a column of the input to copy to the output.
+      id: a column of the input to copy to the output; as input_<column> if the output has its own of that name.
       strict: treat a blank row or line as an error; by default it is skipped and counted.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
@@ -61,13 +62,22 @@ def predict(
         check_same(run, trained, data.fingerprint)
         found = data.own(split, id)
     columns = trained.task.columns(evaluation.predict(program, state, found.records), data)
-    columns = {"record": found.numbers, **found.beside, **columns}
+    beside = {f"input_{name}" if name in ("record", "truth", *columns) else name: cells
+              for name, cells in found.beside.items()}
+    columns = {"record": found.numbers, **beside, **columns}
     columns |= {} if found.truth is None else {"truth": found.truth}
+    if output == Path("-"):
+        _write(sys.stdout, columns)
+        return
     try:
         with output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
+            _write(file, columns)
     except OSError as e:
         raise UserError(f"--output {output} cannot be written: {e.strerror}.") from None
     print(f"{len(found.numbers):,} predictions are in {output}")
+
+
+def _write(file: TextIO, columns: Mapping[str, Sequence[Any]]) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))

@@ -202,7 +202,7 @@ def write_worst(outcome: EvalResult, chosen: np.ndarray, facts: Mapping[str, Seq
         names = getattr(outcome.data, "feature_names", None) or [f"input {i}" for i in range(inputs.shape[1])]
         columns = ({name: [f"{x:.6g}" for x in inputs[:, i]] for i, name in enumerate(names)}
                    if not hasattr(outcome.data, "in_units") else outcome.data.in_units(inputs))
-        writer = csv.writer(buffer := io.StringIO())
+        writer = csv.writer(buffer := io.StringIO(), lineterminator="\n")
         writer.writerow(["record", *facts, *columns])
         writer.writerows(zip(chosen, *facts.values(), *columns.values(), strict=True))
         replace_file(table, buffer.getvalue())

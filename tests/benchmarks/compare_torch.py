@@ -4,7 +4,7 @@
     PYTHON tests/benchmarks/compare_torch.py gpt_char --full --precision float32,bfloat16 --data.source.data-dir DIR
     PYTHON tests/benchmarks/compare_torch.py gpt_char --full --whole --rounds 2
     PYTHON tests/benchmarks/compare_torch.py gpt_small --full --device cuda --torch OTHER_PYTHON --batch 64 \\
-        --grad-accum-steps 2 --timed-steps 20 --ways '{"optimizer": "fused", "attention": "sdpa"}'    # LAB_EXTRAS=tiktoken
+        --grad-accum-steps 2 --timed-steps 20 --ways '{"optimizer": "fused", "attention": "sdpa"}'  # LAB_EXTRAS=tiktoken
 
 PYTHON is the `$(...)` of the first line, which builds the environment once (UV_TORCH_BACKEND=cpu: PyTorch without CUDA;
 leave it out where its own index cannot be reached). OTHER_PYTHON needs PyTorch and NumPy only: builds of PyTorch and
@@ -70,7 +70,7 @@ def parsed(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace, lis
     twin.add_argument("--full", action="store_true", help="the real experiments")
     twin.add_argument("--local", action="store_true", help="their small twins, which need no data")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--timed-steps", type=int, default=50, help="steps timed in each process, after those to warm up")
+    parser.add_argument("--timed-steps", type=int, default=50, help="steps timed in each process, after warm-up")
     parser.add_argument("--precision", default="", help="float32, bfloat16 or both with a comma; default: the "
                                                         "experiment's own")
     parser.add_argument("--forms", default=",".join(FORMS), help="forms of PyTorch")
