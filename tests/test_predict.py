@@ -99,7 +99,7 @@ def test_a_split_of_the_runs_own(place):
     wanted = split(N, 0.2, 0.1)["test"].tolist()
     assert [int(row["record"]) for row in rows] == wanted
     assert [row["id"] for row in rows] == [f"house {i}" for i in wanted]
-    assert [float(row["truth"]) for row in rows] == pytest.approx([2000 + 41 * i for i in wanted], rel=1e-5)
+    assert [float(row["truth"]) for row in rows] == [2000 + 41 * i for i in wanted]  # not the float32 of the records
     same = {row["id"]: row["prediction"] for row in table(place / "before.csv")}
     assert all(float(same[row["id"]]) == pytest.approx(float(row["prediction"]), rel=1e-5) for row in rows
                if row["id"] in same)
@@ -220,6 +220,30 @@ def test_every_kind_of_data_comes_back_from_json(tmp_path, monkeypatch):
         indices = np.arange(len(before.numbers))
         for name, array in before.records[indices].items():
             assert np.array_equal(array, after.records[indices][name]), name
+
+
+def test_splits_of_every_kind_join_their_source(tmp_path, monkeypatch):
+    """Numbers count in the source, not in the split; --id takes a column of it, and images have the name of a file."""
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))
+    source = Csv(str(messages(tmp_path / "m.csv")), target="kind", text="text")
+    data = Messages(source, Bytes(), 16).load()
+    cells = table(tmp_path / "m.csv")
+    for name in ("train", "validation"):
+        own = data.own(name, "kind")
+        assert own.beside["kind"] == own.truth == [cells[i]["kind"] for i in own.numbers]
+        assert data.texts[name] == [cells[i]["text"] for i in own.numbers]
+    with pytest.raises(UserError, match="--id name: .* are .*kind"):
+        data.own("train", "name")
+    root = pictures(tmp_path / "p")
+    data = Images(ImageFolder(str(root)), (6, 5, 3)).load()
+    files = {}
+    for name in ("train", "validation"):
+        own = data.own(name)
+        assert [file.split("/")[0] for file in own.beside["file"]] == own.truth
+        files |= dict(zip(own.numbers, own.beside["file"], strict=True))
+    assert [files[i] for i in range(12)] == sorted(p.relative_to(root).as_posix() for p in root.rglob("*.png"))
+    with pytest.raises(UserError, match="there are no columns here"):
+        data.own("train", "name")
 
 
 def test_blank_messages_are_skipped_by_their_lines(tmp_path, monkeypatch, caplog):

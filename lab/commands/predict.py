@@ -42,7 +42,8 @@ def predict(
         file with one message per line, an image, or a folder of images.
       output: the CSV to write, or - for standard output. One row per record: `record` (its number in the input, from
         0), the prediction, class probabilities p_<class> for classifiers, and `truth` if the input has the target.
-      split: predict this split of the run's data instead of an input; requires the data.
+      split: predict this split of the run's data instead of an input; requires the data. Records are numbered as in
+        their file or folder.
       id: a column of the input to copy to the output; as input_<column> if the output has its own of that name.
       strict: treat a blank row or line as an error; by default it is skipped and counted.
       step: use the checkpoint of this step; by default the latest.

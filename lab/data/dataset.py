@@ -2,8 +2,8 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,36 @@ def _record_spec(data: Data) -> dict[str, tuple[tuple[int, ...], Any]]:
     return {name: (x.shape[1:], x.dtype.type) for name, x in record.items()}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the records of a split are in their file or folder, to join predictions on."""
+
+    rows: np.ndarray
+    """The number of each record there, from 0; the index into everything below."""
+    columns: Mapping[str, Sequence[Any]] | None = None
+    """Columns for --id, if the source has columns."""
+    truth: Sequence[Any] | None = None
+    """Targets in the source's own digits; else they are decoded from the records."""
+    file: Callable[[int], str] | None = None
+    """The name of a record's file, if each has one."""
+
+    def at(self, records: np.ndarray) -> "Origin":
+        """The origin of some of the records."""
+        return replace(self, rows=self.rows[records])
+
+    def beside(self, id_column: str | None) -> dict[str, list[Any]]:
+        """The columns to write beside the predictions. UserError if there is no such column."""
+        files = {} if self.file is None else {"file": [self.file(i) for i in self.rows.tolist()]}
+        if id_column is None:
+            return files
+        if self.columns is None:
+            raise no_ids(id_column)
+        if id_column not in self.columns:
+            raise UserError(f"--id {id_column}: the columns that are no features (--data.source.drop) are "
+                            f"{', '.join(self.columns) or 'none'}.")
+        return files | {id_column: [self.columns[id_column][i] for i in self.rows.tolist()]}
+
+
 @dataclass
 class Dataset:
     """The result of `Data.load`."""
@@ -83,6 +113,8 @@ class Dataset:
     """Lines to print; those that start with "train ", "validation " or "test " are grouped."""
     classes: tuple[str, ...] = field(default=(), kw_only=True)
     """Names of the classes, if any."""
+    origins: dict[str, Origin] = field(default_factory=dict, kw_only=True)
+    """Split -> where its records come from; by default numbered within the split."""
 
     def __post_init__(self) -> None:
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
@@ -111,12 +143,13 @@ class Dataset:
         records = getattr(self, split)
         if records is None:
             raise UserError(f"This data has no {split} split.")
-        if id_column is not None:
-            raise no_ids(id_column)
+        origin = self.origins.get(split) or Origin(np.arange(len(records)))
+        beside, numbers = origin.beside(id_column), origin.rows.tolist()
         targets = records.arrays.get("targets") if isinstance(records, Arrays) else None
         truth = None if targets is None or targets.ndim != 1 else self.in_words(targets)
-        numbers = list(range(len(records)))
-        return Incoming(records, numbers, [f"record {i}" for i in numbers], {}, truth)
+        if origin.truth is not None:
+            truth = [origin.truth[i] for i in numbers]
+        return Incoming(records, numbers, [f"record {i}" for i in numbers], beside, truth)
 
     def in_words(self, targets: np.ndarray) -> list[Any]:
         """Targets (n,) in readable form: class names, or numbers."""

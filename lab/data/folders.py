@@ -6,7 +6,7 @@ folder names. An ambiguous layout is an error, which the source's field `splits`
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -212,6 +212,11 @@ def labelled(found: Tree, folder: Path, classes: list[str], wanted: Callable[[st
 def printable(name: str) -> str:
     """A file or folder name as printable text: bytes that are not UTF-8 become U+FFFD."""
     return os.fsencode(name).decode(errors="replace")
+
+
+def below(root: Path, paths: Sequence[Path]) -> Callable[[int], str]:
+    """Index -> that path from `root` on, as printable text."""
+    return lambda i: printable(paths[i].relative_to(root).as_posix())
 
 
 def _some(names: list[str]) -> str:

@@ -4,7 +4,7 @@
     PYTHON tests/benchmarks/compare_torch.py gpt_char --full --precision float32,bfloat16 --data.source.data-dir DIR
     PYTHON tests/benchmarks/compare_torch.py gpt_char --full --whole --rounds 2
     PYTHON tests/benchmarks/compare_torch.py gpt_small --full --device cuda --torch OTHER_PYTHON --batch 64 \\
-        --grad-accum-steps 2 --timed-steps 20 --ways '{"optimizer": "fused", "attention": "sdpa"}'  # LAB_EXTRAS=tiktoken
+        --grad-accum-steps 2 --timed-steps 20 --ways '{"optimizer": "fused", "attention": "sdpa"}'
 
 PYTHON is the `$(...)` of the first line, which builds the environment once (UV_TORCH_BACKEND=cpu: PyTorch without CUDA;
 leave it out where its own index cannot be reached). OTHER_PYTHON needs PyTorch and NumPy only: builds of PyTorch and

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lab.data import digest
-from lab.data.dataset import Dataset, Incoming, class_names, no_ids, restored
-from lab.data.folders import printable, tree
+from lab.data.dataset import Dataset, Incoming, Origin, class_names, no_ids, restored
+from lab.data.folders import below, tree
 from lab.data.images.augment import Augment, draw, middle
 from lab.data.images.decode import MODES, Form, decoded, reshaped
 from lab.data.images.idx import Idx, read_idx
@@ -145,7 +145,8 @@ class Images:
         source = self._open()
         found = {name: find(split, self.form, source.classes, self.memory * 1e9, self.skip_corrupt)
                  for name, split in source.splits.items()}
-        records, rule = self._split({name: split.records for name, split in found.items()}, source.title)
+        origins = {name: _origin(split, found[name]) for name, split in source.splits.items()}
+        records, rule = self._split({name: split.records for name, split in found.items()}, source.title, origins)
         content = {name: [split.content, split.changes] if split.changes else split.content
                    for name, split in found.items()}
         known = {"height": self.shape[0], "width": self.shape[1], "channels": self.shape[2], "classes": source.classes}
@@ -153,7 +154,7 @@ class Images:
             train=records["train"], validation=records["validation"], test=records.get("test"),
             fingerprint=digest("images", content, rule, self.record_spec()["inputs"][0], self.resize),
             metadata=known, unit=self.unit, units_per_record=1, classes=source.names, form=self.form,
-            summary=self._summary(source, found, records, rule),
+            summary=self._summary(source, found, records, rule), origins=origins,
         )
 
     def restored(self, saved: dict[str, Any], tokenizer: str) -> "ImageData":
@@ -167,8 +168,9 @@ class Images:
             raise UserError(f"{source.title} has {source.classes} classes, but --data.classes is {self.classes}.")
         return source
 
-    def _split(self, found: dict[str, Records], title: str) -> tuple[dict[str, Records], str]:
-        """The records of each split, and a sentence about the split."""
+    def _split(self, found: dict[str, Records], title: str, origins: dict[str, Origin]) -> (
+            tuple[dict[str, Records], str]):
+        """The records of each split, and a sentence about the split; `origins` is changed likewise."""
         train, own = found["train"], "test" in found
         if own and self.test is not None:
             raise UserError(f"{title} has a test split of its own: leave out --data.test.")
@@ -189,11 +191,13 @@ class Images:
             raise UserError(f"{title} has {n:,} images: {held:,} for test and {count:,} for validation leave none.")
         if held or count:
             rule.append("by a fixed shuffle that is the same for every seed")
-            order = fixed_order(n)
+            order, whole = fixed_order(n), origins["train"]
             parts = {"test": order[:held], "validation": order[held : held + count], "train": order[held + count :]}
             found = found | {name: _part(train, np.sort(rows)) for name, rows in parts.items() if len(rows)}
+            origins |= {name: whole.at(np.sort(rows)) for name, rows in parts.items() if len(rows)}
         if self.validation == 0:
             found = found | {"validation": found["test"]}
+            origins["validation"] = origins["test"]
         return found, ", ".join(rule)
 
     def _summary(self, source: Opened, found: dict[str, Found], records: dict[str, Records],
@@ -227,6 +231,13 @@ def _digits(source: Sklearn) -> Opened:
 def _count(part: float, n: int) -> int:
     """Number of images: `part` is a fraction of n (at least one image if not 0), or from 1 on the number."""
     return int(part) if part >= 1 or part == 0 else max(math.floor(part * n + 0.5), 1)
+
+
+def _origin(split: Any, found: Found) -> Origin:
+    corrupt = set(found.corrupt)
+    rows = np.array([i for i in range(len(split)) if split.name(i) not in corrupt]) if corrupt else np.arange(
+        len(found.records))
+    return Origin(rows, file=below(split.root, split.paths) if isinstance(split, ImageFiles) else None)
 
 
 def _part(records: Records, rows: np.ndarray) -> Records:
@@ -265,7 +276,7 @@ class ImageData(Dataset):
             raise UserError(f"{path} " + ("has no PNG or JPEG file in it." if paths == [] else "does not exist."))
         root = path if path.is_dir() else path.parent
         files = ImageFiles(root, paths, np.zeros(len(paths), np.int32))
-        names = [printable(p.relative_to(root).as_posix()) for p in paths]
+        names = list(map(below(root, paths), range(len(paths))))
         known = [next((part for part in name.split("/")[:-1] if part in self.classes), "") for name in names]
         return Incoming(Arrays({"inputs": decoded(files, self.form)}), list(range(len(names))), names, {"file": names},
                         known if any(known) else None)

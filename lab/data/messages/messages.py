@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lab.data import digest, log
-from lab.data.dataset import Dataset, Incoming, class_names, no_ids, restored, without_blanks
+from lab.data.dataset import Dataset, Incoming, Origin, class_names, no_ids, restored, without_blanks
 from lab.data.messages.sources import SPLITS, Labelled, PythonPackages, TextFolder, TfdsMessages, check_classes, load
 from lab.data.order import fixed_order
 from lab.data.pipeline import Arrays
@@ -127,7 +127,7 @@ class Messages:
             unit=self.unit, units_per_record=self.units_per_record, summary=summary, classes=found.classes,
             texts=texts, fitted=fitted, tokenizer_state=saved_form(self.tokenizer, fitted), column=found.column,
             truncate=self.truncate, target=getattr(self.source, "target", ""),
-            encoding=getattr(self.source, "encoding", "UTF-8"),
+            encoding=getattr(self.source, "encoding", "UTF-8"), origins=found.origins,
         )
 
     def restored(self, saved: dict[str, Any], tokenizer: str) -> "MessageData":
@@ -195,18 +195,19 @@ def _divide(found: Labelled, validation: float, test: float) -> Labelled:
         return found
     texts, labels = found.splits["train"]
     where = put_aside(texts, labels, tuple(shares.values()))
-    splits = dict(found.splits)
+    splits, origins = dict(found.splits), dict(found.origins)
+    whole = origins.get("train") or Origin(np.arange(len(texts)))
     for i, split in enumerate(("train", *shares)):
         rows = np.flatnonzero(where == i)
         if not len(rows):
             raise UserError(f"{found.title}: {len(set(texts))} different training messages are too few to put some "
                             f"aside for {split}.")
-        splits[split] = [texts[row] for row in rows], labels[rows]
+        splits[split], origins[split] = ([texts[row] for row in rows], labels[rows]), whole.at(rows)
     check_classes(f"{found.title}, after some were put aside", found.classes, splits["train"][1])
     own = [f"{split} is {share:.0%} of the training messages of each class, by a fixed shuffle"
            for split, share in shares.items()]
     splits = {split: splits[split] for split in SPLITS if split in splits}
-    return replace(found, splits=splits, rule="; ".join([found.rule, *own] if found.rule else own))
+    return replace(found, splits=splits, origins=origins, rule="; ".join([found.rule, *own] if found.rule else own))
 
 
 def put_aside(texts: list[str], labels: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:

@@ -10,13 +10,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lab.data import digest
-from lab.data.folders import Splits, labelled, printable, split_folders, tree
+from lab.data.dataset import Origin
+from lab.data.folders import Splits, below, labelled, printable, split_folders, tree
 from lab.data.reading import check_encoding, encoding_of, lines_of, read_text
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.columns import Csv, class_targets
@@ -45,6 +46,8 @@ class Labelled:
     """A sentence about how the source splits the messages."""
     column: str = "text"
     """The column of a CSV file that holds new messages."""
+    origins: dict[str, Origin] = field(default_factory=dict)
+    """See `Dataset.origins`."""
 
     def fingerprint(self) -> str:
         """Hash of the classes and of each split's messages, in order."""
@@ -84,7 +87,9 @@ def _from_csv(source: Csv) -> Labelled:
     splits = dict(zip(("train", "test"), zip(texts, targets, strict=True), strict=False))
     title = f"{source.path}, {source.text} -> {source.target}"
     rule = ([f"test is {source.test}"] if source.test else []) + [f"{k}: {v}" for k, v in tables[0].notes.items()]
-    return Labelled(title, names, splits, ", ".join(rule), source.text)
+    origins = {split: Origin(np.arange(len(table)), table.cells | table.dropped)
+               for split, table in zip(splits, tables, strict=True)}
+    return Labelled(title, names, splits, ", ".join(rule), source.text, origins)
 
 
 def _from_sklearn(source: Sklearn) -> Labelled:
@@ -139,13 +144,14 @@ class TextFolder:
         names = found.folders[chosen["train"]]
         if not names:
             raise UserError(f"{chosen['train']} has no folder of messages in it.")
-        splits, encodings = {}, Counter()
+        splits, origins, encodings = {}, {}, Counter()
         for split in (split for split in SPLITS if split in chosen):
             paths, labels, _ = labelled(found, chosen[split], names, bool, "message")
             splits[split] = [self._text(path) for path in paths], labels
+            origins[split] = Origin(np.arange(len(paths)), file=below(root, paths))
             encodings.update(encoding_of(path, self.encoding) for path in paths)
         rule += [f"{n} files are {name}" for name, n in sorted(encodings.items()) if name != self.encoding]
-        return Labelled(f"folder {self.path}", tuple(map(printable, names)), splits, ", ".join(rule))
+        return Labelled(f"folder {self.path}", tuple(map(printable, names)), splits, ", ".join(rule), origins=origins)
 
     def _text(self, file: Path) -> str:
         return "".join(read_text(file, self.encoding))

@@ -4,14 +4,14 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from lab.data import digest, log
-from lab.data.dataset import Dataset, Incoming, class_names, restored, without_blanks
+from lab.data.dataset import Dataset, Incoming, Origin, class_names, restored, without_blanks
 from lab.data.order import fixed_order
 from lab.data.pipeline import Arrays
 from lab.data.tables.bundled import Sklearn
@@ -194,17 +194,15 @@ def _load(options: Table, _state: tuple[int, ...]) -> "TableData":
         summary=_summary(parts, features, target, main.values[train])
         | {f"{name} rows": len(array) for name, array in records.items() if array} | {"split": _rule(options, parts)},
         features=features, target=target, standardised=options.standardise, form=main.table.form,
-        encoding=getattr(options.source, "encoding", "UTF-8"), dropped=_dropped(parts, rows),
+        encoding=getattr(options.source, "encoding", "UTF-8"), origins=_origins(parts, rows),
     )
 
 
-def _dropped(parts: list[_Part], rows: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, dict[str, list[str]]]]:
-    """Split -> (rows in the file, their cells in the dropped columns)."""
-    where = {name: (parts[0].table, at) for name, at in rows.items()}
-    if len(parts) == 2:
-        where["test"] = parts[1].table, np.arange(len(parts[1].table))
-    return {name: (at, {column: [cells[i] for i in at] for column, cells in table.dropped.items()})
-            for name, (table, at) in where.items()}
+def _origins(parts: list[_Part], rows: dict[str, np.ndarray]) -> dict[str, Origin]:
+    """Split -> its rows in the file, with the dropped columns and the numbers to predict as they are there."""
+    whole = [Origin(np.arange(len(part.table)), part.table.dropped, None if part.names else part.values.tolist())
+             for part in parts]
+    return {name: whole[0].at(at) for name, at in rows.items()} | ({"test": whole[1]} if len(parts) == 2 else {})
 
 
 def _fingerprint(options: Table, parts: list[_Part], rows: dict[str, np.ndarray]) -> str:
@@ -271,8 +269,6 @@ class TableData(Dataset):
     standardised: bool = field(default=True, kw_only=True)
     form: NumberFormat = field(default=NumberFormat(), kw_only=True)
     encoding: str = field(default="UTF-8", kw_only=True)
-    dropped: dict[str, tuple[np.ndarray, dict[str, list[str]]]] = field(default_factory=dict, kw_only=True)
-    """Split -> (rows in the file, their cells in the dropped columns)."""
 
     @property
     def feature_names(self) -> list[str]:
@@ -299,16 +295,6 @@ class TableData(Dataset):
             found[feature.name] = feature.decode(inputs[:, at : at + feature.width])
             at += feature.width
         return found
-
-    def own(self, split: str, id_column: str | None = None) -> Incoming:
-        """See `Dataset.own`; records are numbered by their rows in the file."""
-        found = super().own(split)
-        rows, cells = self.dropped[split]
-        if id_column is not None and id_column not in cells:
-            raise UserError(f"--id {id_column}: the columns that are no features (--data.source.drop) are "
-                            f"{', '.join(cells) or 'none'}.")
-        beside = {} if id_column is None else {id_column: cells[id_column]}
-        return replace(found, numbers=rows.tolist(), beside=beside)
 
     def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> Incoming:
         """The rows of a CSV file with the feature columns in any order; further columns are ignored.
