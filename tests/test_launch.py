@@ -195,6 +195,14 @@ def test_a_study_elsewhere(checkout, environ):
     assert "A study runs in one process at a time" in fails(checkout, environ, "--hosts", "a,b", "--dry-run", *study)
     text = dry(checkout, environ, "--tpu", "pod", "--dry-run", *study)
     assert re.search(r"tiny.py --vary batch=16 --studies runs/tiny-\w{8}$", text, re.M) and "--run-dir" not in text
+    sky, pod = ("--sky", "--cpus 4"), ("--tpu", "pod", "--zone", "z", "--create")
+    for engine in (sky, (*pod, "v5e-8", "--spot")):
+        said = fails(checkout, environ, *engine, "--dry-run", *study)
+        assert "Add --studies with an absolute path" in said and "--checkpoint-dir" not in said and "--run" not in said
+        assert "--studies /disk/x" in dry(checkout, environ, *engine, "--dry-run", *study, "--studies", "/disk/x")
+    disk = ("--dry-run", *study, "--studies", "/disk/x")
+    assert "ask for one node" in fails(checkout, environ, "--sky", "--num-nodes 2", *disk)
+    assert "take a TPU of one" in fails(checkout, environ, *pod, "v5e-16", *disk)
 
 
 @pytest.mark.parametrize("extras, wanted", [(None, "bucket"), ("plan", "plan,bucket"), ("bucket, plan", "bucket,plan")])

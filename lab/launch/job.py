@@ -59,7 +59,9 @@ class Job:
 
     @property
     def add_bucket(self) -> str:
-        """Advice for a user whose checkpoints need a bucket."""
+        """Advice for a user whose run needs a place that outlives its machines; a study takes no bucket."""
+        if self.study:
+            return "Add --studies with an absolute path on a disk that outlives them"
         return f"Add --checkpoint-dir with a bucket, such as --checkpoint-dir gs://mine/{self.name}"
 
     def elsewhere(self) -> tuple[str, ...]:
@@ -94,16 +96,16 @@ def make_job(words: Sequence[str], engine: str) -> Job:
     stem = (file.stem if file else words[0]).replace("_", "-")
     content = file.read_bytes() if file else b""
     digest = hashlib.sha256(b"\0".join([content, *(w.encode() for w in words)])).hexdigest()[:8]
-    name, run_dir = f"{stem}-{digest}", _value(words, "--run-dir")
-    check_run_dir(run_dir)
+    name = f"{stem}-{digest}"
+    check_run_dir(_value(words, "--run-dir"))
     trains = words[0].endswith(".py")
     study = trains and (_value(words, "--vary") is not None or bool(re.search(rb"^study\b.*=", content, re.M)))
+    own = study and engine == "--slurm"  # a disk that all share: studies/ there, and runs/ for the launcher's files
+    flag = "--studies" if study else "--run-dir"
+    run_dir = None if own else _value(words, flag)
     if run_dir is None:
         run_dir = f"runs/{name}"
-        if study and engine != "--slurm" and _value(words, "--studies") is None:  # fetched at the end
-            words = [*words, "--studies", run_dir]
-        elif trains and not study:
-            words = [*words, "--run-dir", run_dir]
+        words = [*words, flag, run_dir] if trains and not own else words
     checkpoints = _value(words, "--checkpoint-dir")
     return Job(tuple(words), run_dir, checkpoints, name, Path(run_dir).absolute(), file, study)
 

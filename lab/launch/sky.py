@@ -67,8 +67,11 @@ def launch(options: Options, job: Job) -> int:
     """Writes the task and runs SkyPilot, which streams its output; returns SkyPilot's status."""
     found = task(job, options.sky)
     if job.words[0].endswith(".py") and not (job.bucket or Path(job.run_dir).is_absolute()):
-        raise UserError(f"Machines made by SkyPilot are gone after the run. {job.add_bucket}, or --run-dir with an "
-                        f"absolute path on a disk that outlives them.")
+        disk = "" if job.study else ", or --run-dir with an absolute path on a disk that outlives them"
+        raise UserError(f"Machines made by SkyPilot are gone after the run. {job.add_bucket}{disk}.")
+    if job.study and found["num_nodes"] > 1:
+        raise UserError("A study runs in one process at a time, and SkyPilot starts one on each of --num-nodes: ask for "
+                        "one node.")
     path = job.folder / "sky.yaml"
     # JSON is valid YAML, and quotes every string safely.
     text = json.dumps(found, indent=2) + "\n"

@@ -190,10 +190,13 @@ def check_bucket(options: Options, job: Job, workers: int = 1) -> None:
         workers = max(workers, 1 + int(int(chips) > 8))    # in every generation, up to 8 is one machine
     if job.bucket or not job.words[0].endswith(".py"):
         return
+    if job.study and workers > 1:
+        raise UserError(f"A study runs in one process at a time, and {options.tpu} has several workers: take a TPU of "
+                        f"one, such as --create v5e-8.")
     if workers > 1:
         raise UserError(f"{options.tpu} has several workers, which share no disk, and checkpoints need one folder for "
                         f"all. {job.add_bucket}.")
-    if options.spot:
+    if options.spot and not (job.study and job.run_dir.startswith("/")):
         raise UserError(f"A spot VM loses its disk when it is taken away. {job.add_bucket}.")
 
 
