@@ -243,3 +243,93 @@ def test_numbers_beyond_float32_are_named(tmp_path, value):
     for role in ("x", "y"):
         with pytest.raises(UserError, match=rf"line 2, column '{role}'.*(is not finite|beyond 1e\+37)"):
             table(tmp_path, [value if i == 0 else f"{i}.5" for i in range(N)], role).load()
+
+
+MAGNITUDES = [(2_700_000, "2.7M"), (1_500, "1.5k"), (3_210_000, "3.21M"), (999_000, "999k"), (40_500, "40.5k")]
+
+
+def amounts(sign="", back=""):
+    """60 cells such as 2.7M and 1.5k, and what they are."""
+    at = [MAGNITUDES[i % 5] for i in range(N)]
+    return [f"{sign}{text}{back}" for _, text in at], np.array([float(value) for value, _ in at])
+
+
+@pytest.mark.parametrize(("sign", "units", "flag"), [
+    ("", ("M=1e6", "k=1e3"), "units M=1e6 k=1e3"), ("$", ("$", "M=1e6", "k=1e3"), "units '$' M=1e6 k=1e3")])
+def test_k_and_m_multiply(tmp_path, sign, units, flag):
+    """Never categories, and never 2.7 beside 1.5."""
+    cells, values = amounts(sign)
+    with pytest.raises(UserError, match=re.escape(flag)):
+        table(tmp_path, cells).load()
+    with pytest.raises(UserError, match=re.escape(flag)):
+        table(tmp_path, cells, "y").load()
+    plain = tuple(unit.partition("=")[0] for unit in units)
+    with pytest.raises(UserError, match="do not compare.*M=[?]"):  # the control: what was advised before
+        table(tmp_path, cells, units=plain).load()
+    form = table(tmp_path, cells, "y", units=units).source.form
+    np.testing.assert_allclose([form.number(cell) for cell in cells], values, rtol=1e-12)
+    data = table(tmp_path, cells, "y", units=units).load()
+    assert data.summary["task"] == "regression" and data.target.mean == pytest.approx(values.mean(), rel=0.3)
+
+
+@pytest.mark.parametrize("unit", ["k", "K", "M", "bn", " million", "mio", " Mrd", "lakh", "Cr", " thousand"])
+def test_units_that_multiply_are_no_categories(tmp_path, unit):
+    """Also of few short numbers, which would be categories with another unit."""
+    for cells in ([f"{x / 100:.2f}{unit}" for x in PLAIN_X], [f"{1 + i % 7}{unit}" for i in range(N)]):
+        with pytest.raises(UserError, match=rf"units {unit.strip()}=1e\d"):
+            table(tmp_path, cells).load()
+    assert table(tmp_path, [f"{1 + i % 7} doors" for i in range(N)]).load().metadata == {"features": 7}  # the control
+
+
+@pytest.mark.parametrize(("cells", "flag"), [
+    ([f"{i / 3:.2f}{'NS'[i % 2]}" for i in range(N)], "units 'N=?' 'S=?' (? is what one is worth)"),
+    ([f"{i + 10}{'k' * (i % 2)}" for i in range(N)], "units k=1e3"),
+    ([f"{i / 7:.2f} {('GB', 'MB')[i % 2]}" for i in range(N)], "units 'GB=?' 'MB=?'"),
+    ([f"{i / 7:.2f} km/h" for i in range(N)], "units 'km/h'"), ([f"{i / 7:.2f}\u00b0C" for i in range(N)], "\u00b0C"),
+    ([f"{i * 1000:,}+" for i in range(N)], "units + and --data.source.thousands ,"),
+    ([f"{i + 1}.{i % 12 + 1:02d}.2007" for i in range(N)], "no setting makes numbers of all"),
+    ([f"{i * 12345678:,}".replace(",", ".") for i in range(N)], "decimal , and --data.source.thousands .")])
+def test_units_that_differ_and_forms_that_no_field_reads(tmp_path, cells, flag):
+    with pytest.raises(UserError, match=re.escape(flag)):
+        table(tmp_path, cells).load()
+
+
+def test_a_factor_is_a_number():
+    with pytest.raises(UserError, match="what one S is worth"):
+        NumberFormat(units=("N=1", "S=?")).validate()
+    form = NumberFormat(units=("km=1000", "m", "%=0.01"))
+    assert [form.number(cell) for cell in ("5 km", "-5m", "45%", "7")] == [5000, -5, 0.45, 7]
+
+
+@pytest.mark.parametrize("cells", [
+    [f"{2000 + i // 12}-{i % 12 + 1:02d}-03" for i in range(N)], [f"{i}-{i + 10}" for i in range(N)],
+    [f"{i}.5\u00b10.1" for i in range(N)], [hex(i + 4096) for i in range(N)], [f"{i}/7" for i in range(N)]])
+def test_dates_and_ranges_are_no_categories(tmp_path, cells):
+    with pytest.raises(UserError, match="column 'x': 43 different texts .*--data.source.drop"):
+        table(tmp_path, cells).load()
+    few = table(tmp_path, [cells[i % 5] for i in range(N)]).load()  # the control: each occurs often
+    assert few.metadata == {"features": 5}
+
+
+@pytest.mark.parametrize(("head", "rows", "words"), [
+    ("a, b, c;y", [f"{i};{i / 7:.2f}" for i in range(N)], None),
+    ("x,y", [*["1,2.5"] * 9, "x,y", "3,4"], "header again"),
+    ("x,y", [*["   "] * 3, *[f"{i},{i / 7:.2f}" for i in range(N)]], None), ("x:y", ["1:2"] * 9, "separators known"),
+    ("# made, by hand", [f"{i},{i / 7:.2f},1" for i in range(N)], "line 1, is '# made'"),
+    ("<!DOCTYPE html><html>", ["<body>"], "web page"), ('{"x": 1, "y": 2}', ['{"x": 1, "y": 3}'], "JSON"),
+    ("version https://git-lfs.github.com/spec/v1", ["oid"], "git lfs pull"),
+    ("x,y", [f"{i},2.5" for i in range(N)], "the target is 2.5 in all")])
+def test_what_a_file_is(tmp_path, head, rows, words):
+    (tmp_path / "t.csv").write_text("\n".join([head, *rows, ""]), encoding="utf-8")
+    data = Table(Csv(str(tmp_path / "t.csv"), "y"))
+    if words is None:
+        assert data.load().metadata == {"features": 1}
+    else:
+        with pytest.raises(UserError, match=re.escape(words)):
+            data.load()
+
+
+def test_categories_that_look_alike_are_said(tmp_path):
+    data = table(tmp_path, [("Yes", "yes", "no")[i % 3] for i in range(N)]).load()
+    assert data.summary["categories that look alike"] == "'Yes', 'yes'"
+    assert "categories that look alike" not in table(tmp_path, ["yes", "no"] * 30).load().summary

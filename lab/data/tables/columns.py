@@ -18,6 +18,12 @@ from lab.files import user_path
 
 HUGE = 1e37  # largest magnitude allowed
 LONGEST = 1 << 28  # characters in one field; the csv module's own limit of 131,072 is too small for e-mails
+SEPARATORS = ",;\t|"
+LOOK = 1 << 16  # characters to tell the separator from
+# Begin of a file, in lower case -> what it is, and the remedy.
+_OTHER = {"<!doctype html": "a web page: the download has failed", "<html": "a web page: the download has failed",
+          "version https://git-lfs": "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+          '{"': "JSON: convert it", '[{"': "JSON: convert it", "<?xml": "XML: convert it"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class Csv:
     thousands: str = ""
     """The thousands separator: a comma, a point, a space (of any kind) or an apostrophe."""
     units: tuple[str, ...] = ()
-    """Signs before or after a number to ignore: "$", "%" (45% is 45), "kg", "<" (<0.5 is 0.5)."""
+    """Signs before or after a number to ignore: "$", "%" (45% is 45), "kg", "<" (<0.5 is 0.5). With a factor they
+    multiply: "k=1e3", "M=1e6", "%=0.01". Units of one column that differ need it."""
     brackets: bool = False
     """Numbers in brackets are negative, as in accounting: (1,200) is -1200."""
     missing: tuple[str, ...] = ()
@@ -155,7 +162,8 @@ class Columns:
         near = difflib.get_close_matches(name.lower(), [n.lower() for n in self.names], n=3, cutoff=0.6)
         known = [n for lower in near for n in self.names if n.lower() == lower] or self.names
         some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-        raise UserError(f"{self.title} has no column {name!r}; {'near it are' if near else 'it has'} {some}.")
+        hint = f" The separators known are {' '.join(map(repr, SEPARATORS))}." if self.width == 1 else ""
+        raise UserError(f"{self.title} has no column {name!r}; {'near it are' if near else 'it has'} {some}.{hint}")
 
     def rows(self, rows: Sequence[int]) -> "Columns":
         """Some of the rows."""
@@ -177,20 +185,25 @@ def read_columns(path: str | Path, form: NumberFormat = PLAIN, encoding: str = "
     where = user_path(path)
     if where.is_dir():
         raise UserError(f"{path} is a folder, where a CSV file is needed.")
-    text = "".join(read_text(where, encoding)).removeprefix("\ufeff")  # Excel's UTF-8 byte order mark
+    text = "".join(read_text(where, encoding)).lstrip("\ufeff")  # Excel's UTF-8 byte order mark
+    if what := next((what for sign, what in _OTHER.items() if text.lstrip()[:60].lower().startswith(sign)), None):
+        raise UserError(f"{path} is no CSV file but {what}.")
     said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to name the separator
     text, skipped = (text[said.end():], 1) if said else (text, 0)
-    separator = said[1] if said else max(",;\t|", key=text.partition("\n")[0].count)
+    separator = said[1] if said else _separator(text)
     rows, lines = _rows(path, text, separator, skipped)
     if not rows:
         raise UserError(f"{path} is empty.")
     names = _header(path, rows[0])
     if len(rows) == 1:
         raise UserError(f"{path} has a header and no row.")
-    for row, line in zip(rows, lines, strict=True):
+    for row, line in zip(rows[1:], lines[1:], strict=True):
         if len(row) != len(names):
             raise UserError(f"{path}, line {line}: {len(row)} fields, but the header has {len(names)}; a field with "
-                            f"{separator!r} in it stands in quotation marks.")
+                            f"{separator!r} in it stands in quotation marks, with no space before them. (The header, "
+                            f"line {lines[0]}, is {_some(rows[0])}.)")
+        if row == rows[0]:
+            raise UserError(f"{path}, line {line} is the header again: delete it (files put together need only one).")
     cells = dict(zip(names, map(list, zip(*rows[1:], strict=True)), strict=True))
     found = encoding_of(where, encoding)
     unnamed = [name for name, own in zip(names, rows[0], strict=True) if not own.strip()]
@@ -204,6 +217,21 @@ def read_columns(path: str | Path, form: NumberFormat = PLAIN, encoding: str = "
                    notes=notes | form.lines())
 
 
+def _separator(text: str) -> str:
+    """The separator that gives the first lines as many fields as the header; else the most frequent in the header."""
+    head = text.partition("\n")[0]
+    likely = sorted((mark for mark in SEPARATORS if mark in head), key=head.count, reverse=True)
+    start = text[:LOOK].rpartition("\n")[0] if len(text) > LOOK else text
+    for mark in likely:
+        try:
+            rows = [row for row in csv.reader(io.StringIO(start, newline=""), delimiter=mark) if row]
+        except csv.Error:  # said by `_rows`
+            continue
+        if len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows):
+            return mark
+    return next(iter(likely), ",")
+
+
 def _rows(path: str | Path, text: str, separator: str, skipped: int) -> tuple[list[list[str]], list[int]]:
     """The non-empty rows, and the line at which each begins."""
     if separator in '"\r\n':
@@ -213,7 +241,7 @@ def _rows(path: str | Path, text: str, separator: str, skipped: int) -> tuple[li
     rows, lines, begin = [], [], 1 + skipped
     try:
         for row in reader:
-            if row:
+            if row and (len(row) > 1 or row[0].strip() or rows and len(rows[0]) == 1):  # one field may be missing
                 rows.append(row)
                 lines.append(begin)
             begin = reader.line_num + 1 + skipped
@@ -261,8 +289,10 @@ def refuse_doubts(table: Columns, names: Sequence[str], rows: Sequence[int] | No
     if doubtful:
         columns = [f"{name!r} ({cell!r})" for name, cell in doubtful.items()]
         shown = ", ".join(columns[:4]) + (f" and {len(columns) - 4} more" if len(columns) > 4 else "")
+        way = f"Set {advice}" if (advice := flags(wanted)) else "Write them as 1200.5, or leave them out (" \
+            "--data.source.drop): no setting makes numbers of all"
         raise UserError(f"{table.title}: what looks like numbers is not read as such in the column"
-                        f"{'s' * (len(columns) > 1)} {shown}. Set {flags(wanted)}; or --data.source.categorical where "
+                        f"{'s' * (len(columns) > 1)} {shown}. {way}; or --data.source.categorical where "
                         f"the values are categories.")
 
 
@@ -270,12 +300,17 @@ def numbers(table: Columns, name: str) -> np.ndarray:
     """A column of numbers: float64 (n,), NaN for a missing value. UserError for text and infinity."""
     cells = table.column(name)
     values, odd = (cells, np.isnan(cells) & False) if isinstance(cells, np.ndarray) else table.form.parse(cells)
+    if not isinstance(cells, np.ndarray) and (units := table.form.mixed(cells)):
+        raise UserError(f"{table.title}, column {name!r}: numbers with and without {', '.join(units)} do not compare. "
+                        f"Say what one is worth: --data.source.units {' '.join(f'{unit}=?' for unit in units)}, as in "
+                        f"k=1e3.")
     for row in np.flatnonzero(odd | (np.abs(values) > HUGE))[:1]:
         if not odd[row]:
             what = "is not finite" if np.isinf(values[row]) else f"is beyond {HUGE:g}, more than float32 holds"
             raise UserError(f"{table.where(row, name)}: {str(cells[row])!r} {what}; correct it, or leave the field "
                             f"empty if the value is missing.")
-        fields = doubt([cells[row]], table.form) or {"missing": {cells[row].strip()}}
+        fields = doubt([cells[row]], table.form)
+        fields = fields if flags(fields) else {"missing": {cells[row].strip()}}
         raise UserError(f"{table.where(row, name)}: {cells[row]!r} is not a number; correct it, leave the field empty "
                         f"if the value is missing, or set {flags(fields)}.")
     return values

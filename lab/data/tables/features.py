@@ -11,6 +11,8 @@ from lab.data.pipeline import Batch
 from lab.data.tables.columns import Columns, is_numeric, numbers
 from lab.errors import UserError
 
+LEARNABLE = 10  # so many categories may occur once each
+
 
 @dataclass(frozen=True)
 class Number:
@@ -82,7 +84,8 @@ def fit(table: Columns, name: str, rows: np.ndarray, *, standardise: bool, unsee
     `text`: the values are categories, even if they look like numbers.
 
     Raises:
-      UserError: no values in the training rows, too many categories, or a text (in any row) in a numeric column.
+      UserError: no values in the training rows, too many categories or one for every other row, or a text (in any row)
+        in a numeric column.
     """
     cells = table.column(name)
     if isinstance(cells, np.ndarray) or not text and is_numeric(table, name, rows):
@@ -98,6 +101,13 @@ def fit(table: Columns, name: str, rows: np.ndarray, *, standardise: bool, unsee
             raise UserError(
                 f"{table.title}, column {name!r}: {len(count):,} different texts ({some(sorted(count))}) are more than "
                 f"the {categories} categories allowed; leave it out with drop=, or allow more with categories=."
+            )
+        if len(count) > max(sum(count.values()) / 2, LEARNABLE) and not text and unseen == "error":
+            raise UserError(
+                f"{table.title}, column {name!r}: {len(count):,} different texts ({some(sorted(count))}) in "
+                f"{sum(count.values()):,} training rows; dates, ranges, names and sentences are no categories to learn "
+                f"from. Write them as numbers, or leave the column out (--data.source.drop); --data.source.categorical "
+                f"takes them all the same."
             )
         if count:
             fill = min(count, key=lambda value: (-count[value], value))

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -181,6 +182,9 @@ def _load(options: Table, _state: tuple[int, ...]) -> "TableData":
     target = Target(main.target, main.names, *(() if main.names else moments(main.values[train])))
     if main.names and len(np.unique(main.values[train])) < 2:
         raise UserError(f"{main.table.title}: all {len(train)} training rows are of one class; give more rows.")
+    if not main.names and np.ptp(main.values[train]) == 0:
+        raise UserError(f"{main.table.title}, column {main.target!r}: the target is {main.values[train[0]]:g} in all "
+                        f"{len(train)} training rows, so there is nothing to learn; is it the right column?")
     everything = [{"inputs": encode(features, part.table)} | target.arrays(len(part.table), part.values)
                   for part in parts]
     records = {name: Arrays({key: array[at] for key, array in everything[0].items()}) for name, at in rows.items()}
@@ -232,6 +236,8 @@ def _summary(parts: list[_Part], features: tuple[Feature, ...], target: Target, 
     else:
         lines["target"] = f"{target.column}, in training {target.mean:.6g} with standard deviation {target.scale:.6g}"
     lines |= parts[0].table.notes | ({"read as missing": missing} if (missing := _marks(parts[0].table)) else {})
+    alike = _alike([target.names, *(f.values for f in texts)])
+    lines |= {"categories that look alike": alike} if alike else {}
     numeric = [f.name for f in features if not isinstance(f, Category)]
     lines |= {"features": sum(f.width for f in features), "columns of numbers": len(numeric)}
     lines |= {"numbers": ", ".join(numeric[:FEW]) + (", ..." if len(numeric) > FEW else "")} if numeric else {}
@@ -241,6 +247,17 @@ def _summary(parts: list[_Part], features: tuple[Feature, ...], target: Target, 
             where = "" if part is parts[0] else " of the test file"
             lines[f"imputed {feature.name}{where}"] = f"{n:,} of {len(part.table):,} missing, set to {feature}"
     return lines
+
+
+def _alike(columns: list[tuple[str, ...]]) -> str:
+    """Values of one column that differ in case or Unicode form only."""
+    found = []
+    for values in columns:
+        same: dict[str, list[str]] = {}
+        for value in values:
+            same.setdefault(unicodedata.normalize("NFKC", value).casefold(), []).append(value)
+        found += [some(group) for group in same.values() if len(group) > 1]
+    return "; ".join(found[:3])
 
 
 def _marks(table: Columns) -> str:
