@@ -463,6 +463,7 @@ def test_curves_are_drawn_on_what_the_seeds_share():
                                                                   "FLOPs": {}}, "loss")
     lines = [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes]
     assert lines == [[[[0, 4], [10, 3]]], [[[0, 4], [1000, 3]]], []]
+    pictures.learning_curves({"base": (steps, values)}, {"tokens": {"base": 2**70}}, "loss")  # more than int64 holds
 
 
 def test_forest_is_coloured_by_holm_not_by_the_single_interval():

@@ -71,7 +71,7 @@ def learning_curves(arms: Mapping[str, Curve], scales: Mapping[str, Mapping[str,
         axes = figure.add_subplot(rows, columns, place)
         for number, (name, (steps, values)) in enumerate(arms.items()):
             if name in factors and len(steps):
-                x, style = steps * factors[name], _style(number)
+                x, style = steps * float(factors[name]), _style(number)
                 line, = axes.plot(x, values.mean(0), lw=1.6, zorder=3 if number == 0 else 2, **style)
                 handles.setdefault(f"{name} (n = {len(values)})", line)
                 if len(values) > 1:
