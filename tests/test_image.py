@@ -186,7 +186,7 @@ def test_image_folder(tmp_path):
     jpeg = (np.full((6, 5, 3), 77, np.uint8).tobytes(), 2)
     assert sorted(found) == sorted(
         [(x.tobytes(), ("bird", "cat", "dog").index(name.split("/")[0])) for name, x in written.items()] + [jpeg])
-    assert data.summary["other files, left out"] == 1
+    assert data.summary["other files, left out"] == "1 .txt"
 
 
 def test_folders_of_splits(tmp_path):

@@ -304,7 +304,7 @@ def test_text_folder_errors(tmp_path):
     (root / "train" / "b" / "0").rename(root / "spare")
     fails("class folder .*/train/b has no message", TextFolder(str(root)).load)
     (root / "train" / "b" / "9").write_bytes(b"caf\xe9!")
-    fails(r'train/b/9 is not UTF-8 text: byte 3 .*latin-1', TextFolder(str(root)).load)
+    fails(r'train/b/9 is not UTF-8 text: byte 3 .*cp1252', TextFolder(str(root)).load)
     TextFolder(str(root), encoding="latin-1").load()
     write_folder(root, {"test/c": ["4"]})
     fails("test/c is a class that the training folder lacks", TextFolder(str(root), encoding="latin-1").load)

@@ -6,6 +6,7 @@ folder names. An ambiguous layout is an error, which the source's field `splits`
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +26,16 @@ SPLITS = {"train": "train", "training": "train", "trn": "train", "test": "test",
 _AFTER = (r"(?:[-_. ]*(?:sets?|data|datasets?|images?|imgs?|pics?|texts?|files?|folders?|dirs?|splits?"
           r"|samples?|examples?|records?|jpe?g|png|resized|cropped|\d+(?:x\d+)?))*")
 _SPLIT = re.compile(rf"(?:.*[-_. ])?({'|'.join(sorted(SPLITS, key=len, reverse=True))}){_AFTER}", re.IGNORECASE)
+# Kaggle's test sets: the public one is used while working, the private one once (FER2013).
+_KAGGLE = re.compile(rf"(?:.*[-_. ])?(public|private)[-_. ]?test{_AFTER}", re.IGNORECASE)
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 _LISTED = 12  # names in a message
 
 
 def split_of(name: str) -> str | None:
-    """"train", "validation" or "test" for Training, test_set, seg_train, 20news-bydate-test; None for other names."""
+    """"train", "validation" or "test" for Training, test_set, seg_train, PublicTest; None for other names."""
+    if kaggle := _KAGGLE.fullmatch(name):
+        return "validation" if kaggle[1].lower() == "public" else "test"
     found = _SPLIT.fullmatch(name)
     return SPLITS[found[1].lower()] if found else None
 
@@ -48,6 +54,8 @@ class Tree:
     """Folder -> sorted names of its subfolders."""
     copies: int = 0
     """Number of links left out, because the target is listed already or contains the link itself."""
+    special: int = 0
+    """Number of pipes, sockets and devices left out: reading them may never end."""
 
     def below(self, folder: Path) -> list[Path]:
         """All files below a folder, sorted."""
@@ -59,8 +67,9 @@ class Tree:
         return sorted(found)
 
     def notes(self) -> dict[str, str | int | float]:
-        """A line to print if links were left out."""
-        return {"links to what is there already, left out": self.copies} if self.copies else {}
+        """Lines to print about what was left out."""
+        said = {"links to what is there already, left out": self.copies, "pipes and devices, left out": self.special}
+        return {what: n for what, n in said.items() if n}
 
 
 def tree(root: Path) -> Tree:
@@ -82,8 +91,10 @@ def tree(root: Path) -> Tree:
                     continue
                 if entry.is_symlink():
                     (folder_links if os.path.isdir(entry.path) else file_links).append(folder / entry.name)
-                elif not entry.is_dir():
+                elif entry.is_file():
                     files.append(entry.name)
+                elif not entry.is_dir():
+                    found.special += 1
                 elif inner in there:
                     found.copies += 1
                 else:
@@ -102,6 +113,8 @@ def tree(root: Path) -> Tree:
         real = os.path.realpath(link)
         if real in linked or os.path.basename(real) in found.files.get(there.get(os.path.dirname(real)), []):
             found.copies += 1
+        elif os.path.exists(real) and not os.path.isfile(real):
+            found.special += 1
         else:  # also a broken link: reading it will raise
             linked.add(real)
             found.files[link.parent].append(link.name)
@@ -124,8 +137,9 @@ def split_folders(found: Tree, splits: Splits) -> tuple[dict[str, Path], list[st
     """({"train", "validation", "test"} -> folder, names of the folders left out).
 
     If no folder is named like a split, or with splits="none", the root is "train". With a training and a held-out
-    folder, all other folders are left out. The splits may be one level down (ROOT/images/train), and a split may
-    contain a folder of the same name (seg_train/seg_train).
+    folder, all other folders are left out, and so is a held-out folder without class folders (Kaggle's test sets have
+    no labels). The splits may be one level down (ROOT/images/train), and a split may contain a folder of the same name
+    (seg_train/seg_train).
 
     Raises:
       UserError: the splits are ambiguous; the message names the field that resolves it.
@@ -137,6 +151,7 @@ def split_folders(found: Tree, splits: Splits) -> tuple[dict[str, Path], list[st
         if splits != "none":
             _check_classes_first(found, root)
             _check_alike(found, root)
+            _check_words(found, root)
         return {"train": root}, []
     chosen: dict[str, Path] = {}
     doubles = []
@@ -155,7 +170,8 @@ def split_folders(found: Tree, splits: Splits) -> tuple[dict[str, Path], list[st
     for kind, folder in chosen.items():
         while not found.files[folder] and len(inner := found.folders[folder]) == 1 and split_of(inner[0]) == kind:
             folder = chosen[kind] = folder / inner[0]
-    return chosen, others
+    bare = [kind for kind, folder in chosen.items() if kind != "train" and not found.folders[folder]]
+    return chosen, [*others, *(f"{chosen.pop(kind).name} (no class folders)" for kind in bare)]
 
 
 def _unwrapped(found: Tree) -> Path:
@@ -188,25 +204,41 @@ def _check_alike(found: Tree, root: Path) -> None:
                         f"--data.source.splits none to take them for the classes.")
 
 
+def _check_words(found: Tree, root: Path) -> None:
+    """UserError if folders are named like parts of splits: trainA and testB, or train (1) and test (1)."""
+    kinds = {SPLITS.get(word.lower()) for name in found.folders[root] for word in _WORDS.findall(name)} - {None}
+    if "train" in kinds and len(kinds) > 1:
+        raise UserError(f"It is not clear whether the folders of {root} are splits or classes: "
+                        f"{_some(found.folders[root])}. Name splits train, validation and test, or set "
+                        f"--data.source.splits none to take the folders for the classes.")
+
+
 def labelled(found: Tree, folder: Path, classes: list[str], wanted: Callable[[str], bool],
-             noun: str) -> tuple[list[Path], np.ndarray, int]:
-    """(files of one split with a `wanted` name, their classes int32 (n,), number of other files).
+             noun: str) -> tuple[list[Path], np.ndarray, Counter[str]]:
+    """(files of one split with a `wanted` name, their classes int32 (n,), suffixes of the other files).
 
     Raises:
       UserError: a folder is not one of the classes, or has no such files.
     """
-    paths, labels, others = [], [], 0
+    paths, labels, others = [], [], Counter()
     for name in found.folders[folder]:
         if name not in classes:
             raise UserError(f"{folder / name} is a class that the training folder lacks; it has {_some(classes)}.")
         inside = found.below(folder / name)
         kept = [path for path in inside if wanted(path.name)]
+        rest = Counter(path.suffix.lower() or "without a suffix" for path in inside if not wanted(path.name))
         if not kept:
-            raise UserError(f"The class folder {folder / name} has no {noun} in it: add some, or remove the folder.")
+            what = f" but {suffixes(rest)}: convert them" if rest else ": add some"
+            raise UserError(f"The class folder {folder / name} has no {noun} in it{what}, or remove the folder.")
         paths += kept
         labels += [classes.index(name)] * len(kept)
-        others += len(inside) - len(kept)
+        others += rest
     return paths, np.array(labels, np.int32), others
+
+
+def suffixes(count: Counter[str]) -> str:
+    """The commonest suffixes, to print."""
+    return ", ".join(f"{n} {printable(suffix)}" for suffix, n in count.most_common(5)) + ", ..." * (len(count) > 5)
 
 
 def printable(name: str) -> str:

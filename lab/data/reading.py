@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from lab.data.encodings import encodings_of, format_of
 from lab.errors import UserError
 
 BLOCK = 1 << 20  # bytes read at once
@@ -81,21 +82,28 @@ def read_text(path: Path, encoding: str = "UTF-8") -> Iterator[str]:
 
 
 def _opened(path: Path) -> IO[bytes]:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a pipe or a device, which may have no end or be read once: write it to a file.")
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _advice(block: bytes) -> str:
-    """Suggests an encoding. In UTF-16, every second byte of ASCII text is zero."""
+    """What the file may be, and what to do."""
+    if what := format_of(block):
+        return f" It is {what}."
     if any(block.startswith(mark) for mark, _ in MARKS):
-        likely = "utf-16"
-    elif block[1::2].count(0) * 5 > len(block):
-        likely = "utf-16-le"
-    elif block[::2].count(0) * 5 > len(block):
-        likely = "utf-16-be"
-    elif 0 in block:
-        return " It looks like a binary file."
+        found = [("utf-16", "")]
     else:
+        found = encodings_of(block)
+    if not found and 0 in block:
+        return " It looks like a binary file."
+    if not found:
         return (" Set encoding (--data.source.encoding) to what it is, cp1252 or latin-1 for example, or convert it "
                 "with `iconv -f CP1252 -t UTF-8`.")
-    return (f" It looks like {likely}: set encoding={likely!r} (--data.source.encoding {likely}), or convert it with "
-            f"`iconv -f {likely.upper()} -t UTF-8`.")
+    (likely, sample), *others = found
+    if likely == "utf-8":
+        return " Nearly all of it is: correct that place. (Read with another encoding, the rest would be wrong.)"
+    also = " or ".join(f"{name} ({word!r})" for name, word in others)
+    return (f" It looks like {likely}{f' ({sample!r})' if sample else ''}: set encoding={likely!r} "
+            f"(--data.source.encoding {likely}), or convert it with `iconv -f {likely.upper()} -t UTF-8`."
+            f"{f' It may be {also}, too.' if also else ''}")

@@ -152,3 +152,50 @@ def test_a_name_that_is_not_utf8_can_be_written(tmp_path):
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")) / "1.png").write_text("x")
     names = ImageFolder(str(tmp_path)).open().names
     assert names == ("caf\ufffd", "good") and all(name.encode() for name in names)
+
+
+def test_public_and_private_test_sets(tmp_path):
+    """FER2013: Training, PublicTest and PrivateTest."""
+    fill(tmp_path, *(f"{split}/{c}" for split in ("Training", "PublicTest", "PrivateTest") for c in ("a", "b")))
+    opened = ImageFolder(str(tmp_path)).open()
+    assert opened.names == ("a", "b") and set(opened.splits) == {"train", "validation", "test"}
+    assert opened.splits["test"].root.name == "PrivateTest"
+    assert [split_of(name) for name in ("public_test", "Private Test", "publictests", "public")] == [
+        "validation", "test", None, None]
+
+
+@pytest.mark.parametrize("names", [("trainA", "trainB", "testA", "testB"), ("Train (1)", "Test (1)"),
+                                   ("train_clean", "val_clean"), ("train - Copy", "test copy")])
+def test_names_with_words_of_splits_are_asked_about(tmp_path, names):
+    fill(tmp_path, *names)
+    for source in (ImageFolder(str(tmp_path)).open, TextFolder(str(tmp_path)).load):
+        with pytest.raises(UserError, match="not clear whether .* --data.source.splits none"):
+            source()
+    assert ImageFolder(str(tmp_path), splits="none").open().names == tuple(sorted(names))
+    fill(tmp_path / "trains", "train_steam", "bus")  # the control: nothing there is held out
+    assert ImageFolder(str(tmp_path / "trains")).open().names == ("bus", "train_steam")
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_a_held_out_folder_without_classes_is_left_out(tmp_path, n):
+    """Kaggle's test sets."""
+    fill(tmp_path, "train/a", "train/b", "val/a", "val/b")
+    fill(tmp_path, "test", n=n)
+    opened = ImageFolder(str(tmp_path)).open()
+    assert set(opened.splits) == {"train", "test"} and opened.splits["test"].root.name == "val"
+    assert opened.notes["other folders, left out"] == "test (no class folders)"
+    assert set(TextFolder(str(tmp_path)).load().splits) == {"train", "validation"}
+
+
+def test_pipes_are_not_read_and_other_types_are_named(tmp_path):
+    fill(tmp_path, "a", "b")
+    os.mkfifo(tmp_path / "a/pipe.png")
+    (tmp_path / "b/link.png").symlink_to(tmp_path / "a/pipe.png")
+    (tmp_path / "a/x.webp").touch()
+    opened = ImageFolder(str(tmp_path)).open()
+    assert len(opened.splits["train"]) == 4 and opened.notes["pipes and devices, left out"] == 2
+    assert opened.notes["other files, left out"] == "1 .webp"
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/x.webp").touch()
+    with pytest.raises(UserError, match="c has no PNG or JPEG file in it but 1 .webp: convert them"):
+        ImageFolder(str(tmp_path)).open()

@@ -2,6 +2,8 @@
 
 import codecs
 import gzip
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,7 +59,7 @@ def test_the_same_text_in_another_encoding_is_the_same_data(tmp_path):
     (TEXT.encode("utf-16-le"), "encoding='utf-16-le' .*iconv -f UTF-16-LE"),
     (TEXT.encode("utf-16-be"), "encoding='utf-16-be' .*iconv -f UTF-16-BE"),
     ("plain ascii\n".encode("utf-16-le"), "encoding='utf-16-le'"),
-    (TEXT.encode("latin-1"), "cp1252 or latin-1 .*iconv -f CP1252"),
+    (TEXT.encode("latin-1"), "cp1252 .'größe'.*iconv -f CP1252"),
     (bytes(range(256)) * 4, "binary file"), (b"\0" * 100, "binary|utf-16"),
     (codecs.BOM_UTF16_LE + b"\x00\xd8\x00\xd8", "not UTF-16 text"), (codecs.BOM_UTF16_LE + b"abc", "not UTF-16 text")])
 def test_other_encodings_get_advice_that_helps(tmp_path, raw, advice):
@@ -95,3 +97,52 @@ def test_messages_in_utf16_are_read_and_said(tmp_path):
     (tmp_path / "m.csv").write_bytes("text,kind\né,a\nö,b\né,a\nö,b\n".encode("utf-16"))
     found = load(Csv(str(tmp_path / "m.csv"), "kind", text="text"))
     assert found.splits["train"][0] == ["é", "ö", "é", "ö"] and found.rule == "encoding: UTF-16"
+
+
+JAPANESE = ("吾輩は猫である。名前はまだ無い", "データ,カテゴリ")
+TEXTS = {
+    "shift_jis": (*JAPANESE, "東京,大阪,京都"), "euc_jp": JAPANESE, "gbk": ("我们在北京学习中文",),
+    "big5": ("臺北市政府今天宣布新的政策",), "euc_kr": ("서울특별시에서 오늘 발표한 내용",),
+    "cp1251": ("Москва — столица России",), "koi8-r": ("Москва - столица",),
+    "cp1252": ("Le café est situé à Genève", "Größe, Straße", "¿Dónde está?"), "cp1250": ("Łódź, Gdańsk, żółw",),
+    "mac-roman": ("Le café est situé à Genève",), "utf-16-le": ("東京,大阪", "Москва"),
+    "utf-16-be": ("東京,大阪", "Москва"), "utf-32-le": ("東京,大阪", "plain")}
+
+
+@pytest.mark.parametrize(("encoding", "text"), [(name, text) for name, texts in TEXTS.items() for text in texts])
+def test_the_encoding_is_named(tmp_path, encoding, text):
+    """And what is advised reads the text."""
+    whole = "id,name\n" + "".join(f"{i},{text}\n" for i in range(5))
+    (tmp_path / "a.csv").write_bytes(whole.encode(encoding))
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "a.csv")
+    assert f"looks like {encoding}" in str(caught.value)
+    assert read(tmp_path / "a.csv", encoding=encoding) == whole
+
+
+def test_what_two_encodings_may_be_is_shown(tmp_path):
+    (tmp_path / "a.csv").write_bytes("北京,1".encode("gbk"))  # two characters, which are Korean and Japanese ones, too
+    with pytest.raises(UserError, match=r"It may be .*gbk \('北京'\)"):
+        read(tmp_path / "a.csv")
+
+
+def test_a_broken_place_in_utf8_is_no_other_encoding(tmp_path):
+    (tmp_path / "a.txt").write_bytes("café ".encode() * 50 + "café".encode("latin-1") + b" end")
+    with pytest.raises(UserError, match="byte 303 is not valid. Nearly all of it is: correct that place"):
+        read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(("raw", "what"), [
+    (gzip.compress(TEXT.encode() * 9), "gzip: give it a name"), (b"PK\x03\x04\xff" + b"x" * 99, "spreadsheet"),
+    (b"PAR1\x15\x04\xff", "Parquet"), (b"\xfd7zXZ\0\0\xff", "xz: unpack"), (b"\0" * 500, "binary file")])
+def test_files_that_are_no_text_are_named(tmp_path, raw, what):
+    (tmp_path / "a.csv").write_bytes(raw)
+    with pytest.raises(UserError, match=what):
+        read(tmp_path / "a.csv")
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.csv")
+    for path in (tmp_path / "a.csv", Path("/dev/zero")):
+        with pytest.raises(UserError, match="is a pipe or a device"):
+            read(path)

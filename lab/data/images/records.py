@@ -126,6 +126,8 @@ def _write(split: Encoded, form: Form, classes: int, skip_corrupt: bool, folder:
         os.fsync(file.fileno())
     complain([], [] if skip_corrupt else [f"{name} ({text})" for name, text in corrupt],
               ", or set --data.skip-corrupt to go on without")
+    if not kept and not corrupt:
+        raise UserError("There is no image to decode.")
     if not kept:
         raise UserError(f"None of the {len(split)} images can be decoded, {corrupt[0][0]} first ({corrupt[0][1]}).")
     labels = np.array(kept, np.int32)

@@ -12,6 +12,7 @@ A *source* is part of an experiment's config. Its `open()` returns the splits: `
 import functools
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +20,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from lab.data import digest
-from lab.data.folders import Splits, labelled, printable, split_folders, tree
+from lab.data.folders import Splits, labelled, printable, split_folders, suffixes, tree
 from lab.data.prepared import described
 from lab.errors import Absent, UserError
 from lab.files import user_path
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +115,8 @@ class ImageFolder:
     """A folder with one subfolder of PNG and JPEG files per class, or with one such folder per split.
 
     Split names are case-insensitive: train or Training, test, val or dev, also as part of a name (seg_train,
-    training_set). Without a test split, validation is the test split. The classes are the sorted names of the
-    subfolders. Files of other types, and links to files listed already, are left out and counted.
+    training_set, PublicTest). Without a test split, validation is the test split. The classes are the sorted names of
+    the subfolders. Files of other types, and links to files listed already, are left out and counted.
     """
 
     path: str
@@ -140,12 +141,12 @@ class ImageFolder:
         if len(names) < 2:
             raise UserError(f"{folders['train']} needs a subfolder of images for each of at least two classes; it has "
                             f"{', '.join(names) or 'none'}.")
-        others, splits = 0, {}
+        others, splits = Counter(), {}
         for split in (split for split in ("train", "validation", "test") if split in folders):
             paths, labels, more = labelled(found, folders[split], names, is_image, "PNG or JPEG file")
             splits[split], others = ImageFiles(folders[split], paths, labels), others + more
         splits, notes = _with_test(splits)
-        notes |= {"other files, left out": others} if others else {}
+        notes |= {"other files, left out": suffixes(others)} if others else {}
         notes |= found.notes() | ({"other folders, left out": ", ".join(left_out)} if left_out else {})
         return Opened(f"images in {self.path}", splits, len(names), tuple(map(printable, names)), notes)
 
