@@ -8,9 +8,9 @@
 #   ./launch.sh env [--python]                      say which environment is used (or only its Python)
 set -euo pipefail
 trap 'exit 130' INT    # until Python hears them, which they must not interrupt while it starts
-trap 'exit 75' TERM USR1 HUP
+trap 'exit 75' TERM USR1 USR2 XCPU HUP
 hold=
-if env --block-signal=INT true 2>/dev/null; then hold='env --block-signal=INT,TERM,USR1,HUP'; fi    # GNU's
+if env --block-signal=INT true 2>/dev/null; then hold='env --block-signal=INT,TERM,USR1,USR2,XCPU,HUP'; fi    # GNU's
 
 self=${BASH_SOURCE[0]}
 while [ -L "$self" ]; do    # a loop, because `readlink -f` is missing on older macOS

@@ -13,7 +13,8 @@ from __future__ import annotations
 import _signal
 
 if __name__ == "__main__":    # blocked until `lab.signals` handles them: none is lost or shows a traceback
-    _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGINT, _signal.SIGTERM, _signal.SIGUSR1, _signal.SIGHUP})
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGINT, _signal.SIGTERM, _signal.SIGUSR1, _signal.SIGUSR2,
+                                                _signal.SIGXCPU, _signal.SIGHUP})
 
 import os
 import sys

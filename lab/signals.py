@@ -13,6 +13,7 @@ import contextlib
 import errno
 import io
 import os
+import resource
 import signal
 import sys
 import threading
@@ -21,13 +22,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# 75 (EX_TEMPFAIL) tells a launcher that the state is saved and to restart. SLURM and mpirun can send SIGUSR1; a lost
-# connection sends SIGHUP. SIGPIPE represents an output without a reader; the signal itself is ignored.
-EXIT = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75, signal.SIGINT: 130, signal.SIGPIPE: 141}
-HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# 75 (EX_TEMPFAIL) tells a launcher that the state is saved and to restart. SLURM and mpirun can send SIGUSR1, Grid
+# Engine SIGUSR2 and SIGXCPU; a lost connection sends SIGHUP. SIGPIPE represents an output without a reader; the signal
+# itself is ignored.
+EXIT = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGXCPU: 75, signal.SIGHUP: 75,
+        signal.SIGINT: 130, signal.SIGPIPE: 141}
+HEARD = tuple(number for number in EXIT if number != signal.SIGPIPE)
 URGENT = (signal.SIGTERM, signal.SIGINT)  # a second one stops at once; other signals may be sent twice automatically
 TWICE = 0.2  # seconds; sooner repeats are one signal, sent to both process and group
 FLUSH = 0.5  # seconds to flush buffered output
+TO_SAVE = 30  # seconds of processor time, at most, between SIGXCPU and the limit (ulimit -t)
 
 
 class _Process:
@@ -112,12 +116,20 @@ def listen() -> None:
     os.register_at_fork(after_in_child=_forget)
     threading.Thread(target=_process.watch, args=(out,), name="signals", daemon=True).start()
     install()
+    _leave_time()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)  # the launcher blocks them while Python starts
     for name in ("stdout", "stderr"):
         if stream := getattr(sys, name):  # None if closed
             lines = stream.line_buffering
             setattr(sys, name, Output(stream.detach(), lines))
             setattr(sys, f"__{name}__", getattr(sys, name))
+
+
+def _leave_time() -> None:
+    """Lets SIGXCPU come before the limit on processor time: `ulimit -t` sets both, and the second one kills."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if soft == hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_CPU, (hard - max(1, min(TO_SAVE, hard // 10)), hard))
 
 
 def heed() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -118,6 +120,16 @@ def test_signals_that_come_while_python_starts():
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         assert end(process) == (130, "", "SIGINT: stopped; nothing had to be saved.\n")
+
+
+@pytest.mark.parametrize("limits", [(2, 30), (3, 3)], ids=["ulimit -St", "ulimit -t"])
+def test_the_limit_on_processor_time_leaves_time_to_save(limits):
+    """Where both limits are one, the kernel would kill without a warning."""
+    code = textwrap.dedent(START) + textwrap.dedent(LOOP.replace("time.sleep(0.01)", "sum(range(10_000))"))
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_CPU, limits)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, preexec_fn=limit)
+    assert end(process) == (75, "here\nsaved\n", "SIGXCPU: stopping after this step; again to stop at once.\n")
 
 
 def test_nohup():
