@@ -144,6 +144,49 @@ def test_html_needs_no_other_file_and_pictures_show_something(study, drawn):
         assert np.asarray(Image.open(study / "pictures" / f"{name}.png").convert("L")).std() > 5
 
 
+@pytest.mark.parametrize("fails", ["forest", "learning_curves", "png", "new_figure"])
+def test_a_failing_picture_costs_the_picture(study, drawn, monkeypatch, caplog, fails):
+    """As for runs: a warning with its name, and everything else is reported; so with a font that matplotlib lacks."""
+    whole, page, rows = made(study)
+
+    def fail(*_):
+        raise RuntimeError("no glyph\nand more")
+
+    monkeypatch.setattr(pictures, fails, fail)
+    found, other, table = made(study)
+    lost = {"forest": ["effects-base"], "learning_curves": ["curves"]}.get(fails, ["effects-base", "curves"])
+    assert [r.message for r in caplog.records] == [
+        f"warning: The picture {name} failed: RuntimeError: no glyph" for name in lost]
+    assert table == rows and other.count("<table>") == page.count("<table>") and "rms: better than base" in found
+    assert found.count("](pictures/") == whole.count("](pictures/") - len(lost) == other.count("<img ")
+    assert not any((study / "pictures" / f"{name}.png").exists() for name in lost)  # an older one would mislead
+
+
+def test_the_tables_are_written_before_the_pictures(study, drawn, monkeypatch):
+    """The kernel's out-of-memory killer leaves no time for a warning."""
+    def killed(*_):
+        raise SystemExit(9)
+
+    monkeypatch.setattr(pictures, "png", killed)
+    with pytest.raises(SystemExit):
+        made(study)
+    assert "rms: better than base" in (study / "report.md").read_text() and (study / "results.csv").exists()
+    assert "<table>" in (study / "report.html").read_text()
+
+
+def test_a_failing_comparison_costs_itself_only(study, monkeypatch, caplog):
+    from lab.study.report import report as module
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "axes", fail)
+    markdown, page, _ = made(study)
+    assert [r.message for r in caplog.records] == ["warning: The analysis of factors failed: ZeroDivisionError"]
+    assert "WARNING: The analysis of factors failed" in markdown and "rms: better than base" in markdown
+    assert "Cost (not matched)" in page and (study / "pictures/curves.png").exists()
+
+
 def test_the_same_files_give_the_same_report(study, drawn):
     assert made(study) == made(study)
 
@@ -165,15 +208,15 @@ def test_names_with_markup_stay_what_they_are(place, typed):
 
 
 @pytest.mark.parametrize("value", ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a\n\n<b>b</b>",
-                                   "![x](http://there/x.png)", "[x](javascript:alert(1))"])
+                                   "![x](http://there/x.png)", "[x](javascript:alert(1))", "[x]: http://there", "`a`"])
 def test_no_value_becomes_html_or_a_link_in_the_markdown(tmp_path, value):
     """Markdown passes HTML on, and pictures of other machines tell those who opened the report."""
     folder = make_study(tmp_path / "s", {"rms": {"model.norm": value, value: "rmsnorm"}}, seeds=range(2), metric="loss")
     for cell in folder.glob("cells/base/0/cell.json"):
         write(cell, json.loads(cell.read_text()) | {"status": "failed", "error": value})
     markdown, page, _ = made(folder)
-    for piece in ("<script", "<img src=x", "<b>", "](http://there", "](javascript"):
-        assert piece not in markdown and (piece not in page or piece.startswith("](")), piece
+    for piece in ("<script", "<img src=x", "<b>", "](http://there", "](javascript", "]: http", "`"):
+        assert piece not in markdown and (piece not in page or not piece.startswith("<")), piece
     assert "](pictures/" in markdown  # negative control: the report's own pictures are links
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table as RichTable
+
+from lab.errors import forgiving
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -54,19 +56,38 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file. Markdown refers to pictures/<name>.png."""
+    """A PNG file, see `drawn`. Markdown refers to pictures/<name>.png."""
 
     name: str
-    png: bytes
+    draw: Callable[[], bytes] = field(repr=False)
     caption: str
+    png: bytes = b""
 
 
 Block = Heading | Text | Table | Picture
 
 
+def drawn(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks with their pictures drawn. A picture that fails is left out, with a warning: see `forgiving`."""
+    found = []
+    for b in blocks:
+        if isinstance(b, Picture):
+            with forgiving(f"The picture {b.name}"):
+                found.append(replace(b, png=b.draw()))
+        else:
+            found.append(b)
+    return found
+
+
+def without_pictures(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks that need no drawing."""
+    return [b for b in blocks if not isinstance(b, Picture)]
+
+
 def _plain(text: object) -> str:
-    """Escapes text for Markdown: no HTML, links or line breaks, since names are arbitrary."""
-    return " ".join(escape(str(text), quote=False).replace("](", "&#93;(").splitlines())
+    """Escapes text for Markdown: no HTML, code, links, link definitions or line breaks, since names are arbitrary."""
+    text = escape(str(text), quote=False).replace("`", "&#96;").replace("](", "&#93;(").replace("]:", "&#93;:")
+    return " ".join(text.splitlines())
 
 
 def markdown(blocks: Sequence[Block]) -> str:

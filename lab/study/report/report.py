@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,8 +24,19 @@ from lab.study.report.analysis import (
     step_seconds,
     whole,
 )
-from lab.study.report.render import Block, Heading, Picture, Table, Text, html, markdown, terminal
-from lab.study.report.results import ArmResults, Results, changed_code, merge, read_study
+from lab.study.report.render import (
+    Block,
+    Heading,
+    Picture,
+    Table,
+    Text,
+    drawn,
+    html,
+    markdown,
+    terminal,
+    without_pictures,
+)
+from lab.study.report.results import ArmResults, Results, cells_csv, changed_code, merge, read_study
 from lab.train.console import human
 
 METHODS = (
@@ -71,21 +79,37 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
         raise UserError(f"No cell of {results.name} is finished yet ({accounting(results)}): there is nothing to "
                         f"report. Run the study again; it goes on where it was.")
     output = output or (Path(folders[0]) if len(folders) == 1 else Path(f"report-of-{len(folders)}-studies"))
+    make_folder(output)
+    replace_file(output / "results.csv", cells_csv(results))
     blocks = build(results, pool)
-    make_folder(output / "pictures")
-    for old in (output / "pictures").glob("*.png"):
-        old.unlink(missing_ok=True)
+    _write(output, without_pictures(blocks))  # first, so that no failing picture loses the tables
+    blocks = drawn(blocks)
+    with forgiving("The folder of pictures"):  # report.html has them, too
+        make_folder(output / "pictures")
+        for old in (output / "pictures").glob("*.png"):
+            old.unlink(missing_ok=True)
     for item in blocks:
         if isinstance(item, Picture):
-            with forgiving(f"The picture {item.name}"):  # report.html has it, too
+            with forgiving(f"The picture {item.name}"):
                 replace_file(output / "pictures" / f"{item.name}.png", item.png)
-    replace_file(output / "report.md", markdown(blocks))
-    replace_file(output / "report.html", html(blocks))
-    replace_file(output / "results.csv", cells_csv(results))
+    with forgiving("The report with pictures"):
+        _write(output, blocks)
     if not quiet:
         terminal(blocks)
         print(f"The whole report: {output / 'report.html'}, report.md, results.csv")
     return output
+
+
+def _write(output: Path, blocks: Sequence[Block]) -> None:
+    replace_file(output / "report.md", markdown(blocks))
+    replace_file(output / "report.html", html(blocks))
+
+
+def _forgiven(what: str, part: Callable[..., list[Block]], *args: Any) -> list[Block]:
+    """The blocks of one part of the report; a warning in their place if it fails, so that the rest is reported."""
+    with forgiving(what):
+        return part(*args)
+    return [Text(f"WARNING: {what} failed and is left out.")]
 
 
 def accounting(results: Results, arm: str | None = None) -> str:
@@ -167,9 +191,10 @@ def _section(results: Results, section: Section, prefix: str) -> list[Block]:
     if (all_edits := whole(results)) and section.cells[all_edits]:
         references.append(against(results, section, all_edits))
     for found in references:
-        blocks += _compared(results, found, show, prefix)
-    blocks += _factors(results, section, show, prefix) + _not_controlled(results, section)
-    return blocks + _curves(results, section, prefix)
+        blocks += _forgiven(f"The comparison with {found.reference}", _compared, results, found, show, prefix)
+    blocks += _forgiven("The analysis of factors", _factors, results, section, show, prefix)
+    blocks += _forgiven("The table of costs", _not_controlled, results, section)
+    return blocks + _forgiven("The figure of learning curves", _curves, results, section, prefix)
 
 
 def _number(results: Results, section: Section) -> Callable[[float], str]:
@@ -234,12 +259,17 @@ def _compared(results: Results, found: Against, show: Callable[[float], str], pr
          "p (Welch)", "correlation", "d_z", "d_av", "P(better)", "better in"], rows, terminal=False)]
     blocks += [Text(line, terminal=False) for line in left_out]
     if any(c.n for c in found.comparisons.values()):
-        figure = pictures.forest(found.comparisons, f"{results.metric}: difference to {found.reference}", results.mode)
-        blocks.append(Picture(f"{prefix}effects-{_file(found.reference)}", pictures.png(figure),
+        label = f"{results.metric}: difference to {found.reference}"
+        draw = _drawing(pictures.forest, found.comparisons, label, results.mode)
+        blocks.append(Picture(f"{prefix}effects-{_file(found.reference)}", draw,
                               f"Differences to {found.reference} with 95 % intervals: thick by Student's t, thin by "
                               f"the bootstrap (an arrow where it is far wider). Coloured: distinguishable after "
                               f"Holm's correction."))
     return blocks
+
+
+def _drawing(figure: Callable[..., Any], *args: Any) -> Callable[[], bytes]:
+    return lambda: pictures.png(figure(*args))
 
 
 def _file(name: str) -> str:
@@ -260,15 +290,15 @@ def _factors(results: Results, section: Section, show: Callable[[float], str], p
     elif crossed and not crossed.seeds:
         blocks.append(Text("No seed is finished in all arms: main effects and interactions cannot be computed yet."))
     if crossed and crossed.seeds and max(map(len, crossed.levels.values())) <= 6:
-        figure = pictures.interactions(crossed.levels, crossed.values, results.metric)
-        blocks.append(Picture(f"{prefix}interactions", pictures.png(figure),
+        draw = _drawing(pictures.interactions, crossed.levels, crossed.values, results.metric)
+        blocks.append(Picture(f"{prefix}interactions", draw,
                               "Means with 95 % intervals, each seed as a dash. Parallel lines: no interaction. The "
                               "intervals hold what the runs of a seed share; paired ones do not."))
     for axis in axes(results, section):
         blocks += [Text(f"{axis.factor}{f' ({line})' if line else ''}: {words}.") for line, words in axis.words.items()]
         blocks.append(Picture(
             f"{prefix}sweep-{_file(axis.factor)}",
-            pictures.png(pictures.sweep(axis.lines, axis.optima, axis.factor, results.metric)),
+            _drawing(pictures.sweep, axis.lines, axis.optima, axis.factor, results.metric),
             f"{results.metric} over {axis.factor}: means with 95 % intervals, each seed as a dash; dotted: optimum."))
     return blocks
 
@@ -314,31 +344,6 @@ def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
             scales.setdefault("seconds of training", {})[arm.name] = seconds
     if not curves:
         return []
-    figure = pictures.learning_curves(curves, scales, results.metric)
-    return [Picture(f"{prefix}curves", pictures.png(figure),
+    return [Picture(f"{prefix}curves", _drawing(pictures.learning_curves, curves, scales, results.metric),
                     f"{results.metric} while training: mean over the finished seeds, band from the lowest to the "
                     f"highest.")]
-
-
-def cells_csv(results: Results) -> str:
-    """One row per planned cell, enough to repeat the statistics.
-
-    `changes` holds all changes as JSON. Then follow the study's metric, every number in result.json (the run's end
-    such as "final.loss", its best evaluation, the test split), and the run folder.
-    """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    numbers = {id(c): {f"{part}.{name}": value for part in ("final", "best", "test")
-                       if isinstance(c.result.get(part), dict)
-                       for name, value in c.result[part].items() if isinstance(value, int | float)}
-               for c in results.cells}
-    names = list(dict.fromkeys(name for found in numbers.values() for name in found))
-    writer.writerow(["arm", "changes", "seed", "tuning", "status", results.metric, "seconds", "seconds_per_step",
-                     *names, "environment", "folder", "error"])
-    changes = {arm.name: json.dumps(arm.changes | ({"fork after step": arm.fork} if arm.fork else {}))
-               for arm in results.arms}
-    for c in results.cells:
-        row: list[Any] = [c.arm, changes[c.arm], c.seed, c.seed in results.tuning_seeds, c.status, c.value, c.seconds,
-                          c.result.get("seconds_per_step"), *(numbers[id(c)].get(name) for name in names)]
-        writer.writerow([*row, c.environment if c.status != "missing" else "", c.folder, c.error])
-    return buffer.getvalue()

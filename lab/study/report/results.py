@@ -1,7 +1,9 @@
-"""Reads the results of studies from their folders alone: needs no device, model or experiment code."""
+"""Reads the results of studies from their folders alone: needs no device, model or experiment code. Writes CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -311,3 +313,27 @@ def changed_code(cells: Sequence[CellResult]) -> list[str]:
         for name, version in cell.code.items():
             versions.setdefault(name, set()).add(version)
     return sorted(name for name, found in versions.items() if len(found) > 1)
+
+
+def cells_csv(results: Results) -> str:
+    """One row per planned cell, enough to repeat the statistics.
+
+    `changes` holds all changes as JSON. Then follow the study's metric, every number in result.json (the run's end
+    such as "final.loss", its best evaluation, the test split), and the run folder.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    numbers = {id(c): {f"{part}.{name}": value for part in ("final", "best", "test")
+                       if isinstance(c.result.get(part), dict)
+                       for name, value in c.result[part].items() if isinstance(value, int | float)}
+               for c in results.cells}
+    names = list(dict.fromkeys(name for found in numbers.values() for name in found))
+    writer.writerow(["arm", "changes", "seed", "tuning", "status", results.metric, "seconds", "seconds_per_step",
+                     *names, "environment", "folder", "error"])
+    changes = {arm.name: json.dumps(arm.changes | ({"fork after step": arm.fork} if arm.fork else {}))
+               for arm in results.arms}
+    for c in results.cells:
+        row: list[Any] = [c.arm, changes[c.arm], c.seed, c.seed in results.tuning_seeds, c.status, c.value, c.seconds,
+                          c.result.get("seconds_per_step"), *(numbers[id(c)].get(name) for name in names)]
+        writer.writerow([*row, c.environment if c.status != "missing" else "", c.folder, c.error])
+    return buffer.getvalue()
