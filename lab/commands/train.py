@@ -85,9 +85,10 @@ def compare(processes: Processes, experiment: Experiment, options: TrainOptions,
     """
     if processes.count > 1:
         from lab.parallel.processes import code_version
+        from lab.train.beside import versions
 
         flags = {f"--{name}": value for name, value in flat(to_json(experiment)).items()}
         processes.check_same(flags, "Start all processes with the same flags.")
         folders = {"--run-dir": str(folder), "--checkpoint-dir": options.checkpoint_dir}
         processes.check_same(folders, "Start all processes with the same flags.")
-        processes.check_same(code_version(file), "Bring all machines to the same code and packages.")
+        processes.check_same(code_version(file) | versions(file), "Bring all machines to the same code and packages.")

@@ -1,32 +1,51 @@
 """The copy of a user's experiment file in the run folder, and whether this machine may execute it.
 
 A run folder, and the copy in it, may come from somebody else. The copy is executed only if a file with the same content
-was started on this machine before, or if the user names it.
+was started on this machine before, or if the user names it. The files beside it that it imports belong to it: all of
+them together must be the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lab.configuration.rebuild import class_paths, find_class
 from lab.errors import UserError
-from lab.files import cache_folder, replace_file, user_path
+from lab.files import cache_folder, make_folder, no_links, replace_file, user_path
+from lab.train.beside import find
 from lab.train.experiment_file import load
 
-COPY = "experiment.py"  # in the run folder
+COPY, BESIDE = "experiment.py", "beside"  # in the run folder
 KNOWN = "experiments"  # in the cache folder: sha256 of a file -> its original path
 
 
 def keep_copy(folder: Path, file: Path) -> None:
-    """Copies the experiment's file into the run folder, and records its hash as trusted."""
+    """Copies the experiment's file, and the files beside it that it imports, into the run folder, and records their
+    hash as trusted."""
     content = file.read_bytes()
+    beside = {b.name: b.content for b in find(file, content).values() if b.name.endswith(".py")}
     replace_file(folder / COPY, content)
-    known = cache_folder(KNOWN) / hashlib.sha256(content).hexdigest()
+    if (folder / BESIDE).exists():
+        no_links(folder)
+        shutil.rmtree(folder / BESIDE)
+    for name, text in beside.items():
+        make_folder((folder / BESIDE / name).parent)
+        replace_file(folder / BESIDE / name, text)
+    known = cache_folder(KNOWN) / _hash(content, beside)
     if not known.exists() or known.read_text("utf-8") != f"{file.resolve()}\n":
         replace_file(known, f"{file.resolve()}\n")
+
+
+def _hash(content: bytes, beside: Mapping[str, bytes]) -> str:
+    """The hash of an experiment's file together with the files beside it: name -> content."""
+    whole = hashlib.sha256(content)
+    for name in sorted(beside):
+        whole.update(f"\n{name} {hashlib.sha256(beside[name]).hexdigest()}".encode())
+    return whole.hexdigest()
 
 
 def load_own(folder: Path, described: Mapping[str, Any], file: Path | None) -> None:
@@ -45,15 +64,21 @@ def load_own(folder: Path, described: Mapping[str, Any], file: Path | None) -> N
             raise UserError(f"--experiment {file}: there is no such file.")
         load(file, name=_module(wanted))
     elif not all(map(find_class, wanted)) and (copy := _own_copy(folder)):
-        load(*copy, name=_module(wanted))
+        path, content, beside = copy
+        load(path, content, _module(wanted), beside.get)
 
 
-def _own_copy(folder: Path) -> tuple[Path, bytes] | None:
-    """Original path and content of the run's experiment file; None if this machine does not trust it."""
+def _own_copy(folder: Path) -> tuple[Path, bytes, Mapping[str, bytes]] | None:
+    """Original path and content of the run's experiment file, and name -> content of the files beside it; None if this
+    machine does not trust them."""
+    if not (folder / COPY).is_file():
+        return None
     try:
         content = (folder / COPY).read_bytes()
-        known = cache_folder(KNOWN) / hashlib.sha256(content).hexdigest()
-        return Path(known.read_text("utf-8").rstrip("\n")), content
+        beside = {path.relative_to(folder / BESIDE).as_posix(): path.read_bytes()
+                  for path in (folder / BESIDE).rglob("*.py") if path.is_file()}
+        known = cache_folder(KNOWN) / _hash(content, beside)
+        return Path(known.read_text("utf-8").rstrip("\n")), content, beside
     except (OSError, UnicodeDecodeError):
         return None
 

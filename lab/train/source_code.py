@@ -11,12 +11,13 @@ import hashlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lab.configuration.rebuild import class_paths, module_of, of_a_library
 from lab.experiment import ROOT, Experiment, to_json
+from lab.train.beside import imported, source_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 # Modules that every run uses, in addition to the classes in its experiment.
@@ -37,6 +38,7 @@ WITHOUT_NUMBERS = {
     "lab.train.cost",
     "lab.train.plots",
     "lab.configuration.rebuild",
+    "lab.train.beside",
     "lab.train.run_copy",
     "lab.train.run_folder",
     "lab.parallel.shared_secret",
@@ -72,20 +74,24 @@ def digests(modules: Iterable[str]) -> dict[str, str]:
     while open_:
         seen.add(module := open_.pop())
         if (source := _source(module)) is not None:
-            name, digest, imported = _read(*source)
+            name, digest, names = _read(*source)
             found[name] = digest
-            open_ |= set(imported) - seen - WITHOUT_NUMBERS
+            open_ |= {name for name in names if source_of(name) or _file_of(name)} - seen - WITHOUT_NUMBERS
     return dict(sorted(found.items()))
 
 
-def _source(module: str) -> tuple[str, bytes] | None:
-    """Name and content of the source file of a lab or user module; None for a library."""
+def _source(module: str) -> tuple[str, bytes, str] | None:
+    """Name, content and package of the source file of a lab or user module; None for a library."""
+    if beside := source_of(module):
+        inside = beside.path.is_relative_to(ROOT)
+        name = str(beside.path.relative_to(ROOT)) if inside else beside.name
+        return name, beside.content, module if beside.is_package else module.rpartition(".")[0]
     content = getattr(sys.modules.get(module), "__experiment_source__", None)
     path = _file_of(module)
     if path is None:
         return None
     name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-    return (name, path.read_bytes() if content is None else content) if content or path.exists() else None
+    return (name, path.read_bytes() if content is None else content, "") if content or path.exists() else None
 
 
 def _file_of(module: str) -> Path | None:
@@ -100,22 +106,12 @@ def _file_of(module: str) -> Path | None:
 
 
 @functools.cache
-def _read(name: str, content: bytes) -> tuple[str, str, tuple[str, ...]]:
-    """Name, digest, and all imported modules of a source file."""
+def _read(name: str, content: bytes, package: str = "") -> tuple[str, str, tuple[str, ...]]:
+    """Name, digest, and all names of modules that a source file of `package` may import."""
     tree = ast.parse(content)
     mine = name.startswith("lab/")
     meaning = repr(_meaning(tree if mine else _without_values(tree)))
-    return name, hashlib.sha256(meaning.encode()).hexdigest()[:12], tuple(_imports(tree))
-
-
-def _imports(tree: ast.Module) -> Iterator[str]:
-    """Imported modules that may be lab's or the user's; both a and a.b for ``from a import b``."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield from (name for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
-                        if _file_of(name))
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if _file_of(alias.name))
+    return name, hashlib.sha256(meaning.encode()).hexdigest()[:12], tuple(imported(tree, package))
 
 
 def _without_values(tree: ast.Module) -> ast.Module:
