@@ -10,8 +10,9 @@ import errno
 import logging
 import os
 import secrets
+import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -46,11 +47,25 @@ def _link(path: Path) -> UserError:
 
 
 def no_links(folder: Path) -> None:
-    """Raises UserError if a folder contains a symbolic link at any depth; names it."""
+    """Raises UserError if a folder contains a symbolic link, or what `no_pipes` refuses, at any depth; names it."""
+    for path in _inside(folder):
+        if os.path.islink(path):
+            raise _link(path)
+    no_pipes(folder)
+
+
+def no_pipes(folder: Path) -> None:
+    """Raises UserError if a folder contains, at any depth, what is neither a file nor a folder: a reader of a named
+    pipe waits forever."""
+    for path in _inside(folder):
+        with contextlib.suppress(OSError):  # such as a link to nowhere
+            if not (stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode)):
+                raise UserError(f"{path} is neither a file nor a folder (a pipe, socket or device). Delete it.")
+
+
+def _inside(folder: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            if os.path.islink(path := Path(place, name)):
-                raise _link(path)
+        yield from (Path(place, name) for name in (*folders, *files))
 
 
 def make_folder(path: Path) -> Path:

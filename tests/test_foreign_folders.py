@@ -93,6 +93,31 @@ def test_the_writers_follow_no_link(tmp_path):
     assert (tmp_path / "new").read_bytes() == "éè".encode()
 
 
+@pytest.mark.parametrize("name", ["experiment.json", "result.json", "metrics.jsonl", "fitted.json", "experiment.py",
+                                  "checkpoints/4/manifest/metadata"])
+def test_no_command_waits_at_a_pipe(run, mistake, name):
+    """Whoever opens a named pipe waits for a writer, forever."""
+    import os
+
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    for command in (("small.py", "--run-dir", run), ("eval", run), ("predict", run, "--split", "test")):
+        assert f"{run / name} is neither a file nor a folder" in mistake(*command)
+
+
+def test_checkpoints_go_where_the_user_says(run, tmp_path, mistake, typed):
+    """A run folder that names another place gets nothing written there, unless that place is the run's."""
+    precious = tmp_path / "precious"
+    (precious / "100").mkdir(parents=True)
+    forge(run, checkpoints=str(precious))
+    assert f"the checkpoints are in {precious}, where there is no run" in mistake("small.py", "--run-dir", run)
+    assert [p.name for p in precious.rglob("*")] == ["100"]
+    status, _, err = typed("small.py", "--run-dir", tmp_path / "new", "--checkpoint-dir", tmp_path / "mine")
+    assert status == 0, err
+    (tmp_path / "new/result.json").unlink()
+    assert typed("small.py", "--run-dir", tmp_path / "new")[0] == 0  # negative control: its own
+
+
 # ------------------------------------------------------------------------------------------------------------- code
 
 

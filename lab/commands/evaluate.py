@@ -11,7 +11,7 @@ import tyro
 
 from lab.commands.arguments import call
 from lab.data.pipeline import Arrays
-from lab.errors import UserError
+from lab.errors import UserError, forgiving
 from lab.files import make_folder, no_links
 from lab.tasks.adversarial import Adversarial, generate_images, judge_scores
 from lab.tasks.base import EvalResult
@@ -63,9 +63,10 @@ def evaluate(
     for key, value in row.items():
         print(f"{key:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
     make_folder(folder)
-    for line in found.task.artifacts(outcome):
-        print(line)
-    write_json(run / f"{name}.json", row)
+    write_json(run / f"{name}.json", row)  # first, so that no later failure loses the numbers
+    with forgiving("The pictures and samples"):
+        for line in found.task.artifacts(outcome):
+            print(line)
     print(f"Written to {run / name}.json and {folder}")
 
 

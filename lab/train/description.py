@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lab.errors import UserError
 from lab.experiment import Experiment, differences, digest, from_json, to_json
+from lab.files import no_pipes
 from lab.train.json_files import check_shape, read_json, write_json
 from lab.train.metrics import marked_rows
 from lab.train.own_file import load_own
@@ -30,6 +31,7 @@ DESCRIPTION = {"experiment": dict, "fingerprint": str, "data": str}
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """The result of a finished run, or None. Raises UserError if it is damaged or does not match metrics.jsonl."""
+    no_pipes(folder)
     path = folder / "result.json"
     if not path.exists():
         return None
@@ -169,6 +171,7 @@ def read_folder(folder: Path, file: Path | None = None) -> Experiment:
     if not described.exists():
         near = sorted(str(p.parent) for p in Path("runs").glob("*/experiment.json"))
         raise UserError(f"{folder} is not a run folder" + (f"; there are {', '.join(near)}." if near else "."))
+    no_pipes(folder)
     value = read_description(folder)
     load_own(folder, value, file)
     experiment = from_json(value["experiment"], Experiment)

@@ -62,7 +62,7 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
     data = prepared.data if prepared else load_data(experiment)
     processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
     with lock_run_folder(folder) if processes.first else contextlib.nullcontext():
-        place = checkpoint_folder(folder, checkpoints)
+        place = checkpoint_folder(folder, checkpoints, to_write=True)
         remote = None if place == folder / "checkpoints" else str(place)
         if processes.first:
             if remote:

@@ -84,19 +84,31 @@ def shared(folder: Path) -> None:
         time.sleep(0.2)
 
 
-def checkpoint_folder(folder: Path, wish: str | None = None) -> Any:
+def checkpoint_folder(folder: Path, wish: str | None = None, *, to_write: bool = False) -> Any:
     """The checkpoint folder of a run: `wish`, else the one used before, else a folder in the run folder.
 
     A pathlib.Path, or for a bucket an etils.epath.Path, which has the same methods.
 
     Raises:
-      UserError: the bucket cannot be used.
+      UserError: the bucket cannot be used; or, `to_write`, the one used before holds no run. (A run folder of somebody
+        else may name any folder.)
     """
     described = folder / "experiment.json"
-    if wish is None and described.exists():
+    before = wish is None and described.exists()
+    if before:
         wish = read_description(folder).get("checkpoints")
-    if wish is None or "://" not in wish:
-        return folder / "checkpoints" if wish is None else Path(wish)
+    if wish is None:
+        return folder / "checkpoints"
+    place = _place(wish)
+    if before and to_write and not (place / "experiment.json").exists():
+        raise UserError(f"{described} says that the checkpoints are in {wish}, where there is no run. Bring them back; "
+                        f"or say so, and they are written there: --checkpoint-dir {wish}.")
+    return place
+
+
+def _place(wish: str) -> Any:
+    if "://" not in wish:
+        return Path(wish)
     from etils import epath
 
     try:

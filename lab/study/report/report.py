@@ -83,14 +83,13 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
     replace_file(output / "results.csv", cells_csv(results))
     blocks = build(results, pool)
     _write(output, without_pictures(blocks))  # first, so that no failing picture loses the tables
+    make_folder(output / "pictures")
+    for old in (output / "pictures").glob("*.png"):
+        old.unlink(missing_ok=True)
     blocks = drawn(blocks)
-    with forgiving("The folder of pictures"):  # report.html has them, too
-        make_folder(output / "pictures")
-        for old in (output / "pictures").glob("*.png"):
-            old.unlink(missing_ok=True)
     for item in blocks:
         if isinstance(item, Picture):
-            with forgiving(f"The picture {item.name}"):
+            with forgiving(f"The picture {item.name}"):  # report.html has it, too
                 replace_file(output / "pictures" / f"{item.name}.png", item.png)
     with forgiving("The report with pictures"):
         _write(output, blocks)
