@@ -2,7 +2,7 @@
 
     ./launch.sh experiments/bert_base.py            # no accelerator: the local config
     ./launch.sh prepare wikipedia/20230601.en
-    LAB_EXTRAS=tiktoken ./launch.sh experiments/bert_base.py --full
+    ./launch.sh experiments/bert_base.py --full
 
 The real experiment uses GPT-2's tokenizer (124.7M parameters) and no next-sentence prediction, which does not help
 (RoBERTa, Liu et al. 2019). It has not been trained here, only planned (``--full --dry-run``: 15.8E FLOPs). The local

@@ -1,6 +1,6 @@
 """GPT-2 medium (355M parameters); its local config is gpt_small's.
 
-    LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_medium.py --full     # first: ./launch.sh prepare lm1b
+    ./launch.sh experiments/gpt_medium.py --full     # first: ./launch.sh prepare lm1b
 
 Not trained yet, only planned (``--full --dry-run``); the local config has been run. 10.5G tokens take 16 hours at the
 180,000 tokens/s of one H100 with 32 rows at once (2026-11-26). By ``plan`` (2026-11-23): one H200 needs 19.8 GiB and at

@@ -1,7 +1,7 @@
 """GPT-2 small (124M parameters) on text; the local config trains on the source of Python's standard library.
 
     ./launch.sh experiments/gpt_small.py            # no accelerator: the local config
-    LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_small.py --full     # first: ./launch.sh prepare lm1b
+    ./launch.sh experiments/gpt_small.py --full     # first: ./launch.sh prepare lm1b
 
 Local config, 2-core CPU, 2026-11-23: 1 min 31 s including compilation, 1.585 bits per byte on the validation files
 (untrained 3.45; gzip -9 2.024, xz -9 1.718). The real experiment has not been run: 10.5G tokens (9.0E FLOPs) take

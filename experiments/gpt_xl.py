@@ -1,6 +1,6 @@
 """GPT-2 XL (1.56B parameters), with scan and remat; the local config is gpt_small's, with scan and remat.
 
-    LAB_EXTRAS=tiktoken ./launch.sh experiments/gpt_xl.py --full     # first: ./launch.sh prepare lm1b
+    ./launch.sh experiments/gpt_xl.py --full     # first: ./launch.sh prepare lm1b
     LAB_EXTRAS=plan ./launch.sh plan experiments/gpt_xl.py --on v5e-16
     LAB_EXTRAS=plan ./launch.sh plan experiments/gpt_xl.py --on v5e-256 --mesh.data 4 --grad-accum-steps 2
 

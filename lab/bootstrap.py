@@ -2,7 +2,7 @@
 
 Standard library only, and run by path, so that it works before anything is installed. lab/environment does the work.
 
-Variables: LAB_ACCELERATOR (cpu, cuda12, cuda13, tpu), LAB_EXTRAS (such as tiktoken,tensorboard), LAB_ENVS (folder of
+Variables: LAB_ACCELERATOR (cpu, cuda12, cuda13, tpu), LAB_EXTRAS (such as tensorboard,plan), LAB_ENVS (folder of
 the environments), LAB_UV (a uv executable), PYTHON (the base Python), LAB_PYTHON or LAB_ENV=active (use an existing
 environment, see lab/environment/existing.py).
 """

@@ -47,7 +47,8 @@ _BAD_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 # Packages imported where they are used, so that lab works without them: module -> package name.
 _OPTIONAL = {"grain": "grain", "tensorflow_datasets": "tensorflow-datasets", "matplotlib": "matplotlib",
              "PIL": "pillow", "importlib_resources": "importlib_resources", "psutil": "psutil",
-             "sklearn": "scikit-learn", "tokenizers": "tokenizers", "einops": "einops"}
+             "sklearn": "scikit-learn", "tokenizers": "tokenizers",
+             "huggingface_hub": "huggingface-hub", "einops": "einops"}
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:

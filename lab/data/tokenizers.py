@@ -11,20 +11,16 @@ Fitting it on a corpus gives a `Fitted`:
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from lab.data.gpt2 import alphabet, downloaded, merges_file, read_merges
 from lab.data.word_memory import EncodeBatch, WordMemory
 from lab.errors import UserError
-from lab.files import user_path
 
 EOT = "<|endoftext|>"
 SAMPLE = 50_000_000  # bytes of training text to learn a BPE vocabulary from
@@ -156,13 +152,6 @@ def _codepoints(text: str) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------- byte-level BPE
 
 
-def _alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte value, in GPT-2's order of ids: character -> byte."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
 @dataclass(frozen=True)
 class BPE:
     """Byte-level byte-pair encoding with GPT-2's splitting pattern, cached with the tokens.
@@ -206,17 +195,23 @@ class BPE:
     def restore(self, state: str) -> Fitted:
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_str(state)
-        tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is encoded as text
-        alphabet = _alphabet()
-        names = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-        pieces = [name.encode() if name == EOT else bytes(alphabet[c] for c in name) for name in names]
+        return _byte_level(Tokenizer.from_str(state), state)
 
-        def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
-            found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [np.array(one.ids, np.int32) for one in found]
 
-        return _remembering(Fitted(pieces, encode_batch, tokenizer.token_to_id(EOT), state))
+def _byte_level(tokenizer: Any, state: str) -> Fitted:
+    """`tokenizer`: a byte-level BPE with GPT-2's splitting pattern, of the tokenizers library."""
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is encoded as text
+    byte = alphabet()
+    names = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    pieces = [name.encode() if name == EOT else bytes(byte[c] for c in name) for name in names]
+
+    def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
+        found = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in found]
+
+    fitted = Fitted(pieces, encode_batch, tokenizer.token_to_id(EOT), state)
+    fitted._encode_batch = WordMemory(encode_batch, fitted.byte_counts)  # much faster on long texts
+    return fitted
 
 
 def _bounded(texts: Iterator[str]) -> Iterator[str]:
@@ -232,29 +227,18 @@ def _bounded(texts: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _remembering(fitted: Fitted) -> Fitted:
-    """The same tokenizer, much faster on long texts. It must split as GPT-2's pattern does."""
-    encode_batch = WordMemory(fitted.encode_batch, fitted.byte_counts)
-    return Fitted(fitted.pieces, encode_batch, fitted.eot, fitted.state)
-
-
 # ---------------------------------------------------------------------------------------------------------- GPT-2
-
-
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-_GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-DOWNLOAD_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class GPT2:
-    """GPT-2's 50,257 tokens, through the `tiktoken` extra; `<|endoftext|>` is id 50256.
+    """GPT-2's 50,257 tokens; `<|endoftext|>` is id 50256.
 
-    Without a folder, tiktoken downloads and caches the vocabulary.
+    Without a folder, the list of merges is downloaded once from Hugging Face, into its cache (`HF_HOME`).
     """
 
     folder: str | None = None
-    """A folder with OpenAI's vocab.bpe or Hugging Face's merges.txt, for a machine without network access."""
+    """A folder with GPT-2's merges.txt (OpenAI's name: vocab.bpe) or tokenizer.json."""
 
     @property
     def vocab_size_hint(self) -> int:
@@ -265,83 +249,29 @@ class GPT2:
 
     def identity(self) -> str:
         """Key of the merges in use; UserError if the folder has none."""
-        return "gpt2 " + hashlib.sha256(_merges_file(self.folder).read_bytes()).hexdigest() if self.folder else "gpt2"
+        return "gpt2 " + hashlib.sha256(merges_file(self.folder).read_bytes()).hexdigest() if self.folder else "gpt2"
 
     def fit(self, texts: Texts, size: int) -> Fitted:
         return self.restore("")
 
     def restore(self, state: str) -> Fitted:
-        """UserError if tiktoken or its vocabulary is missing."""
-        try:
-            import tiktoken
-        except ImportError:
-            raise UserError("GPT2() needs tiktoken: LAB_EXTRAS=tiktoken ./launch.sh ...") from None
-        encoding = _gpt2_from(self.folder, tiktoken) if self.folder else _gpt2_downloaded(tiktoken)
-        pieces = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
-        threads = os.cpu_count() or 1
-
-        def encode_batch(texts: Sequence[str]) -> list[np.ndarray]:
-            if len(texts) == 1:  # a prompt: skip the thread pool
-                return [np.array(encoding.encode_ordinary(texts[0]), np.int32)]
-            return [np.array(ids, np.int32) for ids in encoding.encode_ordinary_batch(list(texts), num_threads=threads)]
-
-        return _remembering(Fitted(pieces, encode_batch, encoding.eot_token))
+        """UserError if the list of merges is missing or not GPT-2's."""
+        path = merges_file(self.folder) if self.folder else downloaded()
+        merges = read_merges(path)
+        if (size := len(set(map("".join, merges)) | alphabet().keys())) != 50256:
+            raise UserError(f"{path} gives {size} tokens where GPT-2 has 50256: it is not GPT-2's, or cut short.")
+        return _from_merges(merges)
 
 
-def _merges_file(folder: str) -> Path:
-    where = user_path(folder)
-    for name in ("vocab.bpe", "merges.txt"):
-        if (where / name).is_file():
-            return where / name
-    raise UserError(f"GPT2(folder={folder!r}) finds neither vocab.bpe nor merges.txt in {where.absolute()}.")
+def _from_merges(merges: Sequence[tuple[str, str]]) -> Fitted:
+    """Ids are GPT-2's: 256 bytes in the alphabet's order, one token per merge (as in vocab.json), end-of-text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
-
-def _gpt2_from(folder: str, tiktoken: Any) -> Any:
-    """GPT-2's encoding from its list of merges: 256 bytes in GPT-2's order, then one token per merge."""
-    path, alphabet = _merges_file(folder), _alphabet()
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        # The first line is "#version: ..."; a later "#" is a token.
-        pairs = [line.split() for i, line in enumerate(lines) if line and not (i == 0 and line.startswith("#version"))]
-        merges = [bytes(alphabet[c] for c in left + right) for left, right in pairs]
-    except (ValueError, KeyError):
-        raise UserError(f"{path} is not a list of byte-level BPE merges (one pair a line, UTF-8).") from None
-    ranks = {token: rank for rank, token in enumerate([bytes([b]) for b in alphabet.values()] + merges)}
-    if len(ranks) != 50256:
-        raise UserError(f"{path} gives {len(ranks)} tokens where GPT-2 has 50256: it is not GPT-2's, or cut short.")
-    return tiktoken.Encoding("gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: 50256})
-
-
-def _gpt2_downloaded(tiktoken: Any) -> Any:
-    """tiktoken's own encoding. Its download has no timeout, so one is set here."""
-    result: list[Any] = []
-
-    def get() -> None:
-        try:
-            result.append(tiktoken.get_encoding("gpt2"))
-        except Exception as error:  # raised below as one sentence
-            result.append(error)
-
-    if all(_tiktoken_has(name) for name in ("vocab.bpe", "encoder.json")):
-        get()
-    else:
-        thread = threading.Thread(target=get, daemon=True)
-        thread.start()
-        thread.join(DOWNLOAD_SECONDS)
-    if not result or isinstance(result[0], Exception):
-        reason = type(result[0]).__name__ if result else f"no answer in {DOWNLOAD_SECONDS:.0f} s"
-        raise UserError(
-            f"GPT-2's vocabulary is not on this machine and cannot be downloaded ({reason}): copy vocab.bpe or "
-            f"merges.txt into a folder and give GPT2(folder), or use BPE()."
-        )
-    return result[0]
-
-
-def _tiktoken_has(name: str) -> bool:
-    env = os.environ
-    folder = env.get("TIKTOKEN_CACHE_DIR") or env.get("DATA_GYM_CACHE_DIR")
-    folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    return os.path.exists(os.path.join(folder, hashlib.sha1((_GPT2_FILES + name).encode()).hexdigest()))
+    vocab = {name: i for i, name in enumerate([*alphabet(), *map("".join, merges), EOT])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([EOT])
+    return _byte_level(tokenizer, "")
 
 
 # ----------------------------------------------------------------------------------------------------------- words

@@ -70,8 +70,8 @@ def launch(options: Options, job: Job) -> int:
         disk = "" if job.study else ", or --run-dir with an absolute path on a disk that outlives them"
         raise UserError(f"Machines made by SkyPilot are gone after the run. {job.add_bucket}{disk}.")
     if job.study and found["num_nodes"] > 1:
-        raise UserError("A study runs in one process at a time, and SkyPilot starts one on each of --num-nodes: ask for "
-                        "one node.")
+        raise UserError("A study runs in one process at a time, and SkyPilot starts one on each of --num-nodes: ask "
+                        "for one node.")
     path = job.folder / "sky.yaml"
     # JSON is valid YAML, and quotes every string safely.
     text = json.dumps(found, indent=2) + "\n"

@@ -6,7 +6,7 @@
     PYTHON tests/benchmarks/compare_torch.py gpt_small --full --device cuda --torch OTHER_PYTHON --batch 64 \\
         --grad-accum-steps 2 --timed-steps 20 --ways '{"optimizer": "fused", "attention": "sdpa"}'
 
-`gpt_small --full` needs LAB_EXTRAS=tiktoken. PYTHON is the `$(...)` of the first line, which builds the environment
+PYTHON is the `$(...)` of the first line, which builds the environment
 once (UV_TORCH_BACKEND=cpu: PyTorch without CUDA; leave it out where its own index cannot be reached). OTHER_PYTHON
 needs PyTorch and NumPy only: builds of PyTorch and JAX for CUDA want different NVIDIA packages. First the names of
 experiments (default: the six for a CPU), then options, then flags of the experiment, which hold for both sides.

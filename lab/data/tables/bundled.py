@@ -11,7 +11,6 @@ import functools
 import hashlib
 import io
 import tarfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.data import cache_folder
+from lab.data.network import in_time
 from lab.data.tables.columns import numbers, read_columns
 from lab.errors import Absent, UserError
 from lab.files import replace_file, user_path
@@ -156,21 +156,16 @@ def _unreachable(url: str) -> str | None:
     import urllib.error
     import urllib.request
 
-    result = ["there is no network (no answer from the server)"]
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PATIENCE):
-                result[:] = []
-        except urllib.error.HTTPError:
-            result[:] = []  # the host answered; the download raises any further error
-        except Exception as error:  # no route, unknown host, proxy error, ...
-            result[:] = [f"there is no network ({getattr(error, 'reason', error)})"]
-
-    thread = threading.Thread(target=ask, name="network", daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    return next(iter(result), None)
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        in_time(lambda: urllib.request.urlopen(request, timeout=PATIENCE).close(), PATIENCE)
+    except urllib.error.HTTPError:
+        pass  # the host answered; the download raises any further error
+    except TimeoutError:
+        return "there is no network (no answer from the server)"
+    except Exception as error:  # no route, unknown host, proxy error, ...
+        return f"there is no network ({getattr(error, 'reason', error)})"
+    return None
 
 
 @contextlib.contextmanager
