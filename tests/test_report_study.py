@@ -114,6 +114,14 @@ def test_times_are_of_a_program_and_have_an_interval_and_no_ratio(study):
     assert "not timed in turns" in markdown and "not timed in turns" in page
 
 
+def test_curves_are_over_counts_and_not_over_seconds(study, monkeypatch):
+    """Seconds would show when the arms ran, as a cost of theirs."""
+    drawn, draw = [], pictures.learning_curves
+    monkeypatch.setattr(pictures, "learning_curves", lambda *args: drawn.append(args[1]) or draw(*args))
+    made(study)
+    assert [list(scales) for scales in drawn] == [["step", "tokens", "FLOPs"]]
+
+
 def test_results_csv_has_all_metrics_whole_changes_and_folders(study):
     long = {
         "class": "lab.optim.muon.Muon",

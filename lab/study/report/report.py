@@ -50,7 +50,7 @@ METHODS = (
     "levels. The best of many arms looks better than it is: confirm it with fresh seeds. FLOPs: matrix products and "
     "convolutions of a whole step, with those of the optimizer and those that are computed again.")
 TIMES = ("ms/step: geometric mean, with a 95 % interval, over all runs of the compiled program that an arm uses. The "
-         "runs were not timed in turns, and a machine's speed changes: two arms are compared by ./launch.sh bench.")
+         "runs were not timed in turns, and a machine's speed changes: these figures compare no two arms.")
 HALF = ("An interaction is half the difference between the effects of one factor at the two levels of the other (Box, "
         "Hunter & Hunter): at its higher level an effect is the main effect plus the interaction, at its lower level "
         "the main effect minus it.")
@@ -321,7 +321,7 @@ def _not_controlled(results: Results, section: Section) -> list[Block]:
 
 
 def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
-    curves, scales = {}, {"step": {}}
+    curves, scales = {}, {"step": {}}  # not over seconds: the arms were not timed in turns
     for arm in results.arms:
         cells = list(section.cells[arm.name].values())
         found = [c for c in (cell.curve(results.metric) for cell in cells) if c]
@@ -329,18 +329,15 @@ def _curves(results: Results, section: Section, prefix: str) -> list[Block]:
             continue
         curves[arm.name] = pictures.together(found)
         scales["step"][arm.name] = 1.0
-        seconds = step_seconds(section, arm.name)[0]
         unit = next((name.removesuffix("_per_second") for name, value in cells[0].result.items()
                      if name.endswith("_per_second") and isinstance(value, int | float)), None)
-        if unit and seconds > 0:
+        if unit:
             first = cells[0].result
             made = first[f"{unit}_per_second"] * first.get("seconds_per_step", math.nan)
             if math.isfinite(made):
                 scales.setdefault(unit, {})[arm.name] = round(made)
         if arm.flops:
             scales.setdefault("FLOPs", {})[arm.name] = arm.flops
-        if seconds > 0:
-            scales.setdefault("seconds of training", {})[arm.name] = seconds
     if not curves:
         return []
     return [Picture(f"{prefix}curves", _drawing(pictures.learning_curves, curves, scales, results.metric),
