@@ -137,5 +137,6 @@ def main(args: Sequence[str]) -> int:
 if __name__ == "__main__":
     from lab.study.run.workers import pin
 
-    pin()
+    if pin():
+        signals.install(quiet=True)  # the study that started this process speaks for it
     sys.exit(signals.done(main(sys.argv[1:])))

@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lab.errors import UserError
 from lab.files import user_path
@@ -103,7 +103,7 @@ class Run:
 
         from lab.train.step import prepare
 
-        source = getattr(self.data, split)
+        source = getattr(self.data, _known(split))
         chosen = np.arange(records) if isinstance(records, int) else np.asarray(records, np.int64)
         if source is None or not len(chosen) or chosen.min() < 0 or chosen.max() >= len(source):
             size = "no" if source is None else f"{len(source):,}"
@@ -118,6 +118,7 @@ class Run:
         from lab.train.metrics import read_rows
 
         self.experiment  # noqa: B018 (raises if this is not a run folder)
+        split = split and _known(split)
         rows = [row for row in read_rows(self.folder / "metrics.jsonl") if split in (None, row["split"])]
         with contextlib.suppress(ImportError):
             import pandas
@@ -131,6 +132,12 @@ class Run:
         from lab.train.description import finished
 
         return finished(self.folder)
+
+
+def _known(split: Split) -> Split:
+    if split not in get_args(Split):
+        raise UserError(f"{split!r} is no split; they are called {', '.join(get_args(Split))}.")
+    return split
 
 
 def open_run(folder: str | Path, *, step: int | None = None, best: bool = False,

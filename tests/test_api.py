@@ -56,6 +56,9 @@ def test_apply_is_the_model_and_metrics_are_the_file(place, monkeypatch, tiny, c
     monkeypatch.setitem(sys.modules, "pandas", None)  # not installed
     assert run.metrics() == rows
     assert run.metrics("validation") == [row for row in rows if row["split"] == "validation"] != rows
+    for look in (run.metrics, lambda split: run.batch(1, split)):
+        with pytest.raises(UserError, match="'valid' is no split; they are called train, validation, test"):
+            look("valid")
     before = (Path("tiny") / "metrics.jsonl").stat().st_mtime_ns
     assert lab.fit(replace(tiny, steps=4), "tiny", quiet=True).result == run.result  # only opened
     assert (Path("tiny") / "metrics.jsonl").stat().st_mtime_ns == before

@@ -151,6 +151,22 @@ def test_when_all_is_done_no_signal_changes_the_status():
     assert end(process) == (3, "", "")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not bind processes to cores")
+@pytest.mark.parametrize("worker, said", [(True, ""), (False, "SIGTERM: stopped; nothing had to be saved.\n")])
+def test_a_worker_of_a_study_leaves_the_line_to_it(monkeypatch, worker, said):
+    if worker:
+        monkeypatch.setenv("LAB_STUDY_CORE", str(min(os.sched_getaffinity(0))))
+    process = here(start("""
+        import lab.commands.report, runpy
+        signals.release()
+        lab.commands.report.main = lambda args: forever()
+        sys.argv = ["lab", "report"]
+        runpy.run_module("lab", run_name="__main__", alter_sys=True)
+    """))
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (75, "", said)
+
+
 def test_a_forked_child_does_not_speak_for_its_parent():
     process = here(start("""
         import os
