@@ -1,4 +1,4 @@
-"""The main job needs jax, flax, optax, orbax, numpy, tyro and its tokenizer; the rest is imported where it is used."""
+"""The main job needs jax, flax, optax, orbax, numpy, einops, tyro and its tokenizer; the rest is imported on use."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 """
-OPTIONAL = "grain,tensorflow_datasets,importlib_resources,einops,sklearn,PIL,matplotlib"
+OPTIONAL = "grain,tensorflow_datasets,importlib_resources,sklearn,PIL,matplotlib"
 
 
 def launch(folder: Path, *words: str, absent: str) -> subprocess.CompletedProcess:

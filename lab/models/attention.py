@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
 from lab.errors import UserError
@@ -75,13 +76,16 @@ def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array
 
     `visible`: boolean, broadcastable to (B, L, S). Softmax in float32. Returns (B, L, N, K) in q's type.
     """
-    B, L, N, K = q_BLNK.shape
-    S, G = k_BSGK.shape[1:3]
+    L, K, G = q_BLNK.shape[1], q_BLNK.shape[3], k_BSGK.shape[2]
     # Batch axes first, and the queries of each key as the rows of one matrix: the only form that is fast on CPUs.
-    q_BGMK, k_BGSK, v_BGSK = q_BLNK.swapaxes(1, 2).reshape(B, G, -1, K), k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2)
-    scores_BNLS = product("BGMK,BGSK->BGMS", q_BGMK, k_BGSK, jnp.float32).reshape(B, N, L, S) * K**-0.5
+    q_BNLK, k_BGSK, v_BGSK = (rearrange(x, "B L N K -> B N L K") for x in (q_BLNK, k_BSGK, v_BSGK))
+    q_BGMK = rearrange(q_BNLK, "B (G R) L K -> B G (R L) K", G=G)
+    scores_BGMS = product("BGMK,BGSK->BGMS", q_BGMK, k_BGSK, jnp.float32)
+    scores_BNLS = rearrange(scores_BGMS, "B G (R L) S -> B (G R) L S", L=L) * K**-0.5
     if visible is not None:
         scores_BNLS = jnp.where(visible[:, None], scores_BNLS, jnp.finfo(jnp.float32).min)
-    probabilities_BGMS = drop(softmax(scores_BNLS, q_BLNK.dtype)).reshape(B, G, -1, S)
+    probabilities_BNLS = drop(softmax(scores_BNLS, q_BLNK.dtype))
+    probabilities_BGMS = rearrange(probabilities_BNLS, "B (G R) L S -> B G (R L) S", G=G)
     y_BGMK = product("BGMS,BGSK->BGMK", probabilities_BGMS, v_BGSK, q_BLNK.dtype)
-    return y_BGMK.reshape(B, N, L, K).swapaxes(1, 2)
+    y_BNLK = rearrange(y_BGMK, "B G (R L) K -> B (G R) L K", L=L)
+    return rearrange(y_BNLK, "B N L K -> B L N K")

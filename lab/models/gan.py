@@ -12,6 +12,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
 from lab.errors import UserError
@@ -32,8 +33,7 @@ def stages(height: int, width: int) -> int:
 
 def pixel_shuffle(x_BHWC: Array) -> Array:
     """(B, H, W, 4 C) -> (B, 2 H, 2 W, C): the 4 channel groups of a pixel become a 2x2 square (Shi et al. 2016)."""
-    B, H, W, C = x_BHWC.shape
-    return x_BHWC.reshape(B, H, W, 2, 2, C // 4).transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * H, 2 * W, C // 4)
+    return rearrange(x_BHWC, "B H W (y x C) -> B (H y) (W x) C", y=2, x=2)
 
 
 class Generator(nn.Module):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -201,7 +202,7 @@ class SelfAttention(Transformer):
         K = D // self.heads
 
         def heads(name: str, n: int) -> Array:
-            return Dense(n * K, bias=self.bias, stddev=0.02, name=name)(x_BLD).reshape(B, L, n, K)
+            return rearrange(Dense(n * K, bias=self.bias, stddev=0.02, name=name)(x_BLD), "B L (N K) -> B L N K", K=K)
 
         q_BLNK, k_BSGK, v_BSGK = heads("query", self.heads), heads("key", self.groups), heads("value", self.groups)
         if self.qk_norm:
@@ -215,7 +216,8 @@ class SelfAttention(Transformer):
             y_BLNK = einsum_attention(q_BLNK, k_BSGK, v_BSGK, jnp.broadcast_to(visible, (B, L, self.context)))
         else:
             y_BLNK = self._attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, train)
-        y_BLD = Dense(D, bias=self.bias, stddev=self.residual_stddev, name="out")(y_BLNK.reshape(B, L, D))
+        y_BLD = rearrange(y_BLNK, "B L N K -> B L (N K)")
+        y_BLD = Dense(D, bias=self.bias, stddev=self.residual_stddev, name="out")(y_BLD)
         return dropout(self, y_BLD, self.dropout, train)
 
     def _cached(self, name: str, new_BLGK: Array, positions: Array) -> Array:

@@ -10,6 +10,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
 from lab.errors import UserError
@@ -102,9 +103,9 @@ class Layer(nn.Module):
         recurrents = [self.param(f"{d}_recurrent", orthogonal, (H, 4 * H)) for d in directions]
         biases = [self.param(f"{d}_bias", _forget_bias, (4 * H,)) for d in directions]
 
-        x_LBD = x_BLD.swapaxes(0, 1)  # transpose before the projection enlarges it
+        x_LBD = rearrange(x_BLD, "B L D -> L B D")  # transpose before the projection enlarges it
         z_LBF = add_broadcast(project(x_LBD, jnp.concatenate(inputs, 1), x_BLD.dtype), jnp.concatenate(biases))
-        real_LB1 = real_BL1.swapaxes(0, 1)
+        real_LB1 = rearrange(real_BL1, "B L 1 -> L B 1")
         # The second direction reads inputs and mask reversed; its outputs are reversed back below.
         steps = [(z[::turn], real_LB1[::turn]) for z, turn in zip(jnp.split(z_LBF, len(directions), -1), (1, -1),
                                                                  strict=False)]
@@ -117,7 +118,8 @@ class Layer(nn.Module):
         start = [(jnp.zeros((B, H), x_BLD.dtype), jnp.zeros((B, H), jnp.float32)) for _ in directions]
         states, outputs = jax.lax.scan(step, start, steps)
         turned = [h_LBH[::turn] for h_LBH, turn in zip(outputs, (1, -1), strict=False)]
-        return jnp.concatenate(turned, -1).swapaxes(0, 1), jnp.concatenate([h for h, _ in states], -1)
+        y_BLH = rearrange(jnp.concatenate(turned, -1), "L B H -> B L H")
+        return y_BLH, jnp.concatenate([h for h, _ in states], -1)
 
 
 def _cell(state: State, inputs: tuple[Array, Array], recurrent_HF: Array) -> State:

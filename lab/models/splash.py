@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+from einops import rearrange
 from jax import Array
 
 BLOCKS = (512, 256, 128)  # block sizes of the kernel, in queries and keys
@@ -27,8 +28,9 @@ def splash_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, *, causal: boo
         kernel = splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
             residual_checkpoint_name=save, interpret=interpret)
-    q_BNLK, k_BGSK, v_BGSK = (x.swapaxes(1, 2) for x in (q_BLNK * K**-0.5, k_BSGK, v_BSGK))
-    return jax.vmap(kernel)(q_BNLK, k_BGSK, v_BGSK).swapaxes(1, 2).astype(q_BLNK.dtype)
+    q_BNLK, k_BGSK, v_BGSK = (rearrange(x, "B L N K -> B N L K") for x in (q_BLNK * K**-0.5, k_BSGK, v_BSGK))
+    y_BNLK = jax.vmap(kernel)(q_BNLK, k_BGSK, v_BGSK)
+    return rearrange(y_BNLK, "B N L K -> B L N K").astype(q_BLNK.dtype)
 
 
 class OnDevice(nn.Module):

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax import Array
 
 from lab.errors import UserError
@@ -62,10 +63,9 @@ class ViT(Transformer):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
-        B, H, W, C = images.shape
-        rows, columns, P = H // self.patch, W // self.patch, self.patch * self.patch * C
-        x_BLP = images.reshape(B, rows, self.patch, columns, self.patch, C).swapaxes(2, 3).reshape(B, -1, P)
-        x_BLD = Dense(self.width, bias=True, stddev=P**-0.5, name="patches")(x_BLP)
+        rows, columns = (side // self.patch for side in images.shape[1:3])
+        x_BLP = rearrange(images, "B (rows y) (columns x) C -> B (rows columns) (y x C)", y=self.patch, x=self.patch)
+        x_BLD = Dense(self.width, bias=True, stddev=x_BLP.shape[-1] ** -0.5, name="patches")(x_BLP)
         if self.pool == "token":
             token_D = self.param("token", nn.initializers.zeros, (self.width,))
             x_BLD = jnp.concatenate([add_broadcast(jnp.zeros_like(x_BLD[:, :1]), token_D), x_BLD], axis=1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import Array
 
 Sums = Callable[[Array, Array, Any, Any], tuple[Array, Any]]
@@ -51,8 +52,7 @@ def _forward(sums: Sums, chunk: int, hidden_BLD: Array, kernel: Array, given: An
         return jax.tree.map(jnp.add, carry, own), d_hidden
 
     (total, d_kernel), d_hidden = jax.lax.scan(body, zeros, parts)
-    B, L = hidden_BLD.shape[:2]
-    d_hidden_BLD = jnp.moveaxis(d_hidden, 0, 2).reshape(B, -1, *hidden_BLD.shape[2:])[:, :L]
+    d_hidden_BLD = rearrange(d_hidden, "n B C D -> B (C n) D")[:, : hidden_BLD.shape[1]]
     return total, (d_hidden_BLD, d_kernel.astype(kernel.dtype))
 
 
@@ -66,11 +66,11 @@ over_chunks.defvjp(_forward, _backward)
 def _chunks(chunk: int, tree: Any) -> Any:
     """(B, L, ...) -> (n, B, C, ...) for every array."""
     def cut(x: Array) -> Array:
-        B, L = x.shape[:2]
+        L = x.shape[1]
         n = -(-L // min(chunk, L))
         size = -(-L // n)
         x = jnp.pad(x, [(0, 0), (0, n * size - L)] + [(0, 0)] * (x.ndim - 2)) if n * size > L else x
-        return jnp.moveaxis(x.reshape(B, size, n, *x.shape[2:]), 2, 0)
+        return rearrange(x, "B (C n) ... -> n B C ...", n=n)
 
     return jax.tree.map(cut, tree)
 

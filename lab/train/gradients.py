@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.sharding import PartitionSpec
 
 from lab.errors import UserError
@@ -81,7 +82,7 @@ def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., An
 
     def update(state: State, batch: Any) -> Any:
         n = len(devices)
-        return over_devices(state, jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch))
+        return over_devices(state, jax.tree.map(lambda x: rearrange(x, "(n B) ... -> n B ...", n=n), batch))
 
     return update
 
@@ -110,7 +111,7 @@ def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
         def on_a_device(params: Any, rows: Any, step: Any) -> Any:
             own = parts // devices
             first = jax.lax.axis_index(ROWS) * own
-            cut = jax.tree.map(lambda x: x.reshape(own, x.shape[0] // own, *x.shape[1:]), rows)
+            cut = jax.tree.map(lambda x: rearrange(x, "(n B) ... -> n B ...", n=own), rows)
 
             def one(inputs: Any) -> Any:
                 grads, (weight, metrics, _) = gradient(params, state.model_state, inputs[1], step, inputs[0])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from jax import Array
 
 from lab.configuration.parts import check_loss
@@ -96,7 +97,7 @@ def microbatched(n: int) -> Total:
     def total(gradient: Gradient, state: State, batch: Batch) -> Any:
         if n == 1:
             return gradient(state.params, state.model_state, batch, state.step, 0)
-        parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = jax.tree.map(lambda x: rearrange(x, "(B n) ... -> n B ...", n=n), batch)
 
         def body(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             model_state, sums = carry
