@@ -207,6 +207,24 @@ def ends(processes: list[subprocess.Popen], status: int = 2) -> str:
     return said
 
 
+FAMILY = """
+import subprocess, sys
+from lab.parallel import local_processes as local
+bodies = "import os; os.kill(os.getpid(), 9)", "import sys, time; time.sleep(0.5); sys.exit('why')"
+real = subprocess.Popen
+local.subprocess.Popen = lambda words, env, **how: real(
+    [sys.executable, "-c", bodies[int(env["LAB_PROCESS_ID"])]], env=env, **how)
+sys.exit(local._Family(["x.py"], 2, None).wait())
+"""
+
+
+def test_the_parent_speaks_last():
+    """However late a survivor says why, the parent's own line about the signal comes after it."""
+    ended = subprocess.run([sys.executable, "-c", FAMILY], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+                           capture_output=True)
+    assert (ended.returncode, ended.stderr) == (1, "[1] why\nerror: Process 0 was ended by SIGKILL.\n")
+
+
 def test_different_flags(place):
     begin = time.monotonic()
     said = ends(pair(place, "small.py", second=("--optim.lr.peak", "0.02")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -85,6 +86,8 @@ class _Family:
 
     def __init__(self, args: Sequence[str], processes: int, each: int | None):
         self.signal: int | None = None
+        self.readers: list[threading.Thread] = []
+        self.sentences: list[str] = []
         port, self.children, secret = _free_ports(), [], new_secret()
         environs = [devices_of(k, processes, each, os.environ) for k in range(processes)]
         for k, environ in enumerate(environs):
@@ -96,41 +99,44 @@ class _Family:
                 stderr=subprocess.PIPE if k else None, stdin=subprocess.DEVNULL))
         for k, child in enumerate(self.children):
             if k:
-                threading.Thread(target=_prefix, args=(k, child), daemon=True).start()
+                self.readers.append(threading.Thread(target=_prefix, args=(k, child), daemon=True))
+                self.readers[-1].start()
         for number in signals.HEARD:
             signal.signal(number, self._forward)
         signals.release()
 
     def _forward(self, number: int, frame: Any) -> None:
         self.signal = self.signal or number
-        for child in self.children:
-            if child.poll() is None:
-                child.send_signal(number)  # also a second signal, which the children handle
+        for child in self.children:  # also a second signal, which the children handle
+            child.send_signal(number)  # nothing, if it has ended
 
     def wait(self) -> int:
         """The first nonzero exit status, else 0. Kills processes that outlive the first exit by `ENDING_SECONDS`."""
-        limit, told = None, {}
-        while running := [child for child in self.children if child.poll() is None]:
-            ended = [k for k, child in enumerate(self.children) if child.returncode is not None and k not in told]
-            for k in ended:
-                told[k] = self._status(k)
-                limit = limit or time.monotonic() + ENDING_SECONDS
-            if limit and time.monotonic() > limit:
+        limit, told = math.inf, {}
+        while len(told) < len(self.children):
+            for k, child in enumerate(self.children):
+                if k not in told and child.poll() is not None:
+                    told[k] = self._status(k)
+                    limit = min(limit, time.monotonic() + ENDING_SECONDS)
+            if time.monotonic() > limit:
                 self.signal = self.signal or signal.SIGKILL
-                for child in running:
+                for child in self.children:
                     child.kill()
             time.sleep(0.05)
-        told |= {k: self._status(k) for k in range(len(self.children)) if k not in told}
+        for reader in self.readers:  # the survivors say why; a child of theirs may keep the pipe open
+            reader.join(1.0)
+        for sentence in self.sentences:
+            print(sentence, file=sys.stderr, flush=True)
         return next((status for status in told.values() if status), 0)
 
     def _status(self, k: int) -> int:
-        """The exit status of an ended child. Prints an error if an unexpected signal ended it."""
+        """The exit status of an ended child. Notes an error if an unexpected signal ended it."""
         code = self.children[k].returncode
         if code >= 0:
             return code
         if self.signal is not None:
             return {signal.SIGINT: 130, signal.SIGKILL: 1}.get(self.signal, 75)
-        print(f"error: Process {k} was ended by {signal.Signals(-code).name}.", file=sys.stderr, flush=True)
+        self.sentences.append(f"error: Process {k} was ended by {signal.Signals(-code).name}.")
         return 1
 
 
