@@ -17,17 +17,18 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import answer_challenge, deliver_challenge
 from pathlib import Path
 
 import pytest
 
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Mesh, flat
-from lab.parallel.channel import _servers
-from lab.parallel.hub import Hub
+from lab.parallel.channel import OTHER, ZERO, _Link, _servers
 from lab.parallel.local_processes import devices_of
 from lab.parallel.processes import Launch, find_launch
-from lab.parallel.shared_secret import new_secret, proof, shared_secret
+from lab.parallel.shared_secret import new_secret, shared_secret
 from lab.tasks.language import LanguageModel
 from lab.train import ending, loop
 from lab.train.experiment_file import load
@@ -280,12 +281,9 @@ def test_a_bucket_needs_packages(tmp_path):
 CHANNEL = textwrap.dedent("""
     import signal, sys, time
     from lab.parallel.channel import Channel
-    from lab.parallel.hub import Hub
     from lab.errors import UserError
     port, process, processes, seconds, silence = int(sys.argv[1]), *map(int, sys.argv[2:4]), *map(float, sys.argv[4:6])
     try:
-        if process == 0:
-            Hub("127.0.0.1", port, processes, seconds, silence)
         channel = Channel("127.0.0.1", port, process, processes, seconds, silence)
     except UserError as e:
         sys.exit(f"error: {e}")
@@ -329,6 +327,8 @@ STEPS = """
     signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
     while not channel.stopping(caught[0] if caught else None):
         step += 1
+        if step == 6:
+            print("under way", flush=True)
         time.sleep(0.001 * (process + 1))
         {sync}
     print(step, len(caught), flush=True)
@@ -341,8 +341,7 @@ STEPS = """
 def test_all_stop_at_the_same_call(sync, who):
     processes = talk(STEPS.format(sync=sync))
     for process in processes:
-        assert process.stdout.readline() == "started\n"
-    time.sleep(0.3)
+        assert [process.stdout.readline() for _ in range(2)] == ["started\n", "under way\n"]
     for k in who:
         processes[k].send_signal(signal.SIGTERM)
     found = [finish(process) for process in processes]
@@ -378,6 +377,7 @@ def test_one_that_leaves_takes_the_others_with_it():
     assert re.search(r"^error: Process 1 \(.*, pid \d+\): The disk is full\.$", ends(processes), re.MULTILINE)
     assert time.monotonic() - begin < 10
     assert ends(talk("channel.leave(75) if process == 2 else time.sleep(60)"), 75) == ""
+    assert ends(talk("channel.leave(2, 'Late.', aloud=True) if process == 0 else time.sleep(60)")) == "error: Late.\n"
 
 
 def test_strangers_and_wrong_numbers():
@@ -392,7 +392,8 @@ def test_strangers_and_wrong_numbers():
         except OSError:
             time.sleep(0.05)
     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    assert stranger.recv(100) == b""
+    with contextlib.suppress(ConnectionResetError):
+        assert stranger.recv(100) == b""
     script, words = processes[0].args[2], processes[0].args[4:]
     late = subprocess.Popen([sys.executable, "-c", script, str(port), "1", *words[1:]], text=True,
                             env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -404,47 +405,74 @@ def test_strangers_and_wrong_numbers():
     assert "each with a number of its own" in ends([*processes, twin])
 
 
-def greet(connection: socket.socket, process: int, processes: int, secret: bytes) -> dict:
-    """What the hub answers to a process that says it has this secret."""
-    name, nonce = f"number {process}", "0123"
-    hello = {"kind": "hello", "process": process, "processes": processes, "name": name, "nonce": nonce}
-    connection.sendall(json.dumps(hello).encode() + b"\n")
-    answer = json.loads(connection.makefile("rb", buffering=0).readline())
-    mine = proof(secret, "process", nonce, answer["nonce"], process, processes, name)
-    connection.sendall(json.dumps({"kind": "proof", "proof": mine}).encode() + b"\n")
-    return answer
+def connected(processes: list[subprocess.Popen]) -> _Link:
+    """A connection to process 0, as soon as it listens."""
+    wait_for(lambda: listens(int(processes[0].args[3])), processes[0])
+    return _Link(socket.create_connection(("127.0.0.1", int(processes[0].args[3])), timeout=10), 10)
 
 
-def test_whoever_has_not_the_secret_is_a_stranger():
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def join(link: _Link, process: int, processes: int, secret: bytes) -> None:
+    """What a process says that has this secret."""
+    deliver_challenge(link.connection, ZERO + secret)
+    answer_challenge(link.connection, OTHER + secret)
+    link.send(process=process, processes=processes, name=f"number {process}")
+
+
+def test_whoever_has_not_the_secret_is_a_stranger(monkeypatch):
     """It may say that it is process 1, and what it says is not heard; nor does it learn anything."""
-    port, ours, theirs = free_port(), b"the secret of our run", b"the secret of another"
-    hub = Hub("127.0.0.1", port, 2, 20, 20, ours)
+    ours, theirs = b"the secret of our run", b"the secret of another"
+    monkeypatch.setenv("LAB_SECRET", ours.decode())
+    processes = talk("", count=2, absent=(1,), seconds=4)
+    mute = connected(processes)  # says nothing: nobody waits for it
     for secret in (theirs, b"", ours[:-1]):
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-            answer = greet(connection, 1, 2, secret)
-            connection.sendall(b'{"kind": "end", "status": 0, "sentence": "stop"}\n')
-            with contextlib.suppress(ConnectionResetError):
-                assert connection.recv(100) == b""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:  # one proof is no other one
-        answer = greet(connection, 1, 2, theirs)
-        again = {"kind": "proof", "proof": answer["proof"]}
-        connection.sendall(json.dumps(again).encode() + b"\n")
+        link = connected(processes)
+        with pytest.raises(AuthenticationError):
+            join(link, 1, 2, secret)
+        with contextlib.suppress(OSError, EOFError):
+            link.send(process=1, processes=2, name="a stranger")
+            link.send(kind="end", status=0, sentence="stop")
+            assert not link.connection.recv_bytes()
+    with socket.create_connection(("127.0.0.1", int(processes[0].args[3])), timeout=10) as connection:
+        connection.sendall(b"x" * 10_000)  # more than a challenge may have
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(100) == b""
-    assert not hub._sockets and not hub._over and hub._refused == 4
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(b"x" * 10_000)  # more than a hello may have
-        with contextlib.suppress(ConnectionResetError):
-            assert connection.recv(100) == b""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:  # negative control
-        answer = greet(connection, 1, 2, ours)
-        wait_for(lambda: 1 in hub._sockets)
-        assert ours.decode() not in str(answer) and len(answer["proof"]) == 64
-    wait_for(lambda: hub._over)
+    said = ends(processes)
+    assert "Process 1 of 2 did not arrive" in said and "3 connections had another LAB_SECRET" in said
+    assert ours.decode() not in said
+    mute.connection.close()
+
+    processes = talk("time.sleep(60)", count=2, absent=(1,))  # negative control
+    link = connected(processes)
+    join(link, 1, 2, ours)
+    assert link.receive() == {"kind": "put", "key": "start", "value": True}
+    link.connection.close()
+    assert "error: Process 1 (number 1) ended without a word" in ends(processes, 1)
+
+
+@pytest.mark.parametrize("keys", [(ZERO, OTHER), (ZERO, ZERO)], ids=["two keys", "one key"])
+def test_process_0_does_not_answer_its_own_challenge(keys, monkeypatch):
+    """A stranger hands what it is asked to a second connection. With one key for both sides it would get in."""
+    monkeypatch.setenv("LAB_SECRET", "the secret of our run")
+    script = "import lab.parallel.channel as c; c.ZERO, c.OTHER = {!r}, {!r}\n"
+    monkeypatch.setattr(sys.modules[__name__], "CHANNEL", script.format(*keys) + CHANNEL)
+    processes = talk("time.sleep(60)", count=2, absent=(1,), seconds=4)
+    first, second = connected(processes), connected(processes)
+    first.connection.send_bytes(b"#CHALLENGE#{sha256}" + b"0" * 40)
+    first.connection.recv_bytes(256)
+    first.connection.send_bytes(b"#WELCOME#")
+    second.connection.send_bytes(first.connection.recv_bytes(256))  # what process 0 asks
+    first.connection.send_bytes(second.connection.recv_bytes(256))
+    assert first.connection.recv_bytes(256) == (b"#FAILURE#" if keys == (ZERO, OTHER) else b"#WELCOME#")
+    assert "Process 1 of 2 did not arrive" in ends(processes)
 
 
 def test_another_secret_is_a_sentence(tmp_path):
-    """Machines without a common home folder; and a hub that is not ours learns nothing and is believed nothing."""
+    """Machines without a common home folder; a process 0 that is not ours learns nothing and is believed nothing."""
     start = dict(os.environ)
     processes = []
     for k, secret in enumerate(("a" * 16, "b" * 16)):
@@ -531,6 +559,8 @@ def test_listens_where_the_others_look_only():
         return names
 
     assert addresses("127.0.0.1") == addresses("localhost") == {"127.0.0.1"}
+    if socket.has_ipv6 and Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text() == "0\n":
+        assert addresses("::1") == {"::1"}
     everywhere = {"::"} if socket.has_dualstack_ipv6() else {"0.0.0.0"}
     assert addresses("198.51.100.7") == everywhere  # not here: a router's
     assert addresses("no-such-name.invalid") == everywhere
@@ -543,25 +573,18 @@ def test_listens_where_the_others_look_only():
     assert addresses(here) == {here}
 
 
-def test_process_0_is_told_though_it_comes_last():
-    """The others may end the run before process 0's own connection is there; only it says why."""
-    port = free_port()
-    hub = Hub("127.0.0.1", port, 3, 20, 20)
-
-    def connected(process: int) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-        greet(connection, process, 3, shared_secret())
-        return connection
-
-    connections = [connected(1), connected(1)]
-    wait_for(lambda: hub._over)
-    time.sleep(0.3)  # longer than the hub waits for one connection
-    connections.append(connected(0))
-    for connection in connections:
-        told = json.loads(connection.makefile("rb").readline())
+def test_process_0_says_why_though_not_all_are_there():
+    """Others may end the run while process 0 still waits for one; only it says why."""
+    processes = talk("", absent=(1, 2))
+    links = [connected(processes) for _ in range(2)]
+    for link in links:
+        join(link, 1, 3, shared_secret())
+    for link in links:
+        while (told := link.receive())["kind"] == "ping":
+            pass
         assert (told["kind"], told["status"]) == ("end", 2)
-        connection.close()
-    assert "each with a number of its own" in told["sentence"]
+        link.connection.close()
+    assert "each with a number of its own" in ends(processes)
 
 
 # --------------------------------------------------------------------------------------------------------- launchers

@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 from lab import signals
 from lab.errors import UserError
 from lab.files import make_folder
-from lab.parallel.channel import TOLD, Channel, own_addresses
-from lab.parallel.hub import Hub
+from lab.parallel.channel import TOLD, Channel, place
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0  # LAB_START_SECONDS: time limit for all processes to connect
@@ -258,36 +257,32 @@ def start() -> Processes:
     sys.stdout = signals.Output(open(os.devnull if launch.process else os.dup(1), "wb"), line_buffering=True)  # noqa: SIM115
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     port = launch.port + 1 if launch.port < 65535 else launch.port - 1
-    if launch.process == 0:
-        Hub(launch.host, port, launch.processes, seconds, silence)
     channel = Channel(launch.host, port, launch.process, launch.processes, seconds, silence)
+    _initialize(launch, channel, seconds, silence)
     processes = Processes(launch, channel)
-    _initialize(launch, processes, seconds, silence)
     signals.install(processes.leave, quiet=not processes.first)  # replaces JAX's handler, which only records a SIGTERM
     return processes
 
 
-def _initialize(launch: Launch, processes: Processes, seconds: float, silence: float) -> None:
+def _initialize(launch: Launch, channel: Channel, seconds: float, silence: float) -> None:
     """Starts `jax.distributed`. Its time-outs are longer than ours, because it aborts without naming the process.
 
     The margin is wide: with a heartbeat time-out of 60 s, processes were aborted after 38 and 43 s (measured).
     """
     import jax
 
-    address = f"[{launch.host}]:{launch.port}" if ":" in launch.host else f"{launch.host}:{launch.port}"
-    bind = None  # JAX's default: all addresses of this machine
-    if len(here := own_addresses(launch.host)) == 1:
-        bind = f"[{here[0][1][0]}]:{launch.port}" if ":" in here[0][1][0] else f"{here[0][1][0]}:{launch.port}"
+    address, own = place(launch.host, launch.port), channel.addresses  # of several, JAX takes one or all
     if any("_proxy" in name.lower() for name in os.environ):
         os.environ.setdefault("no_grpc_proxy", launch.host)  # a corporate proxy would not reach it
-    late = threading.Timer(seconds, processes.leave, (2, f"JAX's runtime at {address} was not reached within "
-                                                         f"{seconds:g} s. Is that port open between the machines?"))
+    late = threading.Timer(seconds, channel.leave, (2, f"JAX's runtime at {address} was not reached within "
+                                                       f"{seconds:g} s. Is that port open between the machines?", True))
     late.daemon = True
     late.start()
     try:
         jax.distributed.initialize(
             address, launch.processes, launch.process, local_device_ids=launch.local_devices,
-            cluster_detection_method="deactivate", coordinator_bind_address=bind, shutdown_timeout_seconds=30,
+            cluster_detection_method="deactivate",
+            coordinator_bind_address=place(own[0], launch.port) if len(own) == 1 else None, shutdown_timeout_seconds=30,
             initialization_timeout=int(seconds) + 30, heartbeat_timeout_seconds=int(2 * silence) + 30)
     except RuntimeError as e:
         raise UserError(f"JAX's runtime did not start at {address}: {str(e).splitlines()[0][:200]}.") from e
