@@ -27,7 +27,7 @@ from lab.errors import UserError
 from lab.experiment import Checkpoint, Mesh, flat
 from lab.parallel.channel import OTHER, ZERO, _Link, _servers
 from lab.parallel.local_processes import devices_of
-from lab.parallel.processes import Launch, find_launch
+from lab.parallel.processes import Launch, find_launch, visible_gpus
 from lab.parallel.shared_secret import new_secret, shared_secret
 from lab.tasks.language import LanguageModel
 from lab.train import ending, loop
@@ -669,7 +669,9 @@ def test_variables_that_are_half_there(monkeypatch, half, words):
         find_launch(half)
 
 
-def test_devices_of_local_processes():
+def test_devices_of_local_processes(monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path(f"/dev/nvidia{k}") for k in (0, 10, 2)])
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ["0", "2", "10"]
     force = "--xla_force_host_platform_device_count"
     assert devices_of(1, 2, None, {}) == {"XLA_FLAGS": f"{force}=1"}
     assert devices_of(1, 2, None, {"XLA_FLAGS": f"{force}=8 --x"})["XLA_FLAGS"].split() == ["--x", f"{force}=4"]

@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lab import signals
 from lab.errors import UserError
+from lab.parallel.processes import visible_gpus
 from lab.parallel.shared_secret import new_secret
 
 ENDING_SECONDS = 20.0  # for the remaining processes to exit after the first has ended; then SIGKILL
@@ -52,8 +52,7 @@ def devices_of(process: int, processes: int, each: int | None, environ: Mapping[
       UserError: too few GPUs, or a TPU.
     """
     if environ.get("LAB_PLATFORM") == "gpu":
-        visible = environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else [p.name[6:] for p in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+        gpus = visible_gpus(environ)
         each = each or len(gpus) // processes
         if not each or each * processes > len(gpus):
             raise UserError(f"--processes {processes}x{each or 1} needs {processes * (each or 1)} GPUs; there are "

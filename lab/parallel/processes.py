@@ -7,7 +7,6 @@ text in all processes; without it they must share a home folder (lab/parallel/sh
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import importlib.metadata
 import os
@@ -128,11 +127,17 @@ def _detected(launcher: str) -> Launch | None:
     return Launch(launcher, host, int(port), processes, process, devices)
 
 
+def visible_gpus(environ: Mapping[str, str]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names; without it the numbers of all GPUs of this machine."""
+    if visible := environ.get("CUDA_VISIBLE_DEVICES"):
+        return visible.split(",")
+    return sorted((path.name[6:] for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
+
+
 def _slurm_devices(environ: Mapping[str, str]) -> list[int] | None:
     """JAX assigns GPU i to task i of a node. Here a node's only task gets all GPUs; a task bound to one GPU gets 0."""
     tasks = max(int(n) for n in re.findall(r"(?:^|,)(\d+)", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")))
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    count = len(visible.split(",")) if visible else len(glob.glob("/dev/nvidia[0-9]*"))
+    count = len(visible_gpus(environ))
     if not count:
         return None
     if tasks == 1:
