@@ -186,6 +186,8 @@ class Experiment:
             if hasattr(part, "validate"):  # optional in a user's model
                 part.validate()
         check_model(self.model, self.data.metadata())
+        if hasattr(self.init_from, "check"):
+            self.init_from.check(self.model)
 
     def _validate_parallel(self) -> None:
         self.mesh.validate()

@@ -19,6 +19,7 @@ PARTS = {"data", "models", "tasks", "optim"}  # what an experiment is made of
 ROOMS = {
     "configuration": set(), "environment": set(), "pretrained": set(), "experiment": {"configuration", "pretrained"},
     "data": set(), "models": set(), "optim": {"models"}, "tasks": {"models", "train.plots"},
+    "weights": {"models", "pretrained"},
     "parallel": {"environment"},
     "train": {"configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline", "data.prefetch",
               "models.members", "optim.matrices", "tasks.base"},
@@ -103,7 +104,7 @@ def test_no_file_imports_itself_over_others():
 
 
 def test_experiments_import_parts_only():
-    allowed = PARTS | {"experiment", "pretrained"}
+    allowed = PARTS | {"experiment", "pretrained", "weights"}
     for path in (ROOT / "experiments").glob("*.py"):
         found = imports(path.read_text())
         assert {name.split(".")[0] for name in found if not name.startswith("study.design")} <= allowed, path

@@ -18,7 +18,7 @@ import pytest
 
 from lab.data.pipeline import eval_batches, train_batch
 from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
-from lab.models.layers import dropout
+from lab.models.dropout import dropout
 from lab.optim import SGD, AdamW, Constant, ScheduleFreeAdamW
 from lab.tasks.base import Task, apply
 from lab.train.metrics import means

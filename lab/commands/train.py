@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.commands.arguments import check_run_dir, find_experiment, parse
+from lab.commands.same_everywhere import same_everywhere
 from lab.errors import UserError
-from lab.experiment import Experiment, flat, to_json
 from lab.parallel.backend import start_jax
 from lab.train.experiment_file import load
 
@@ -65,7 +65,7 @@ def train(args: Sequence[str], processes: Processes) -> int:
     from lab.train.progress import describe_result
 
     folder = Path(options.run_dir or f"runs/{path.stem}-{experiment.fingerprint()}")
-    compare(processes, experiment, options, folder, path)
+    same_everywhere(processes, experiment, folder, options.checkpoint_dir, path)
     result = processes.share(finished(folder) if processes.first else None)
     with Screen(quiet=not processes.first) as screen:
         screen.info(f"Run folder: {folder}")
@@ -75,20 +75,3 @@ def train(args: Sequence[str], processes: Processes) -> int:
             return 0
         return loop.train(experiment, folder, screen, path, tensorboard=options.tensorboard, processes=processes,
                           checkpoints=options.checkpoint_dir, on_change=on_change)
-
-
-def compare(processes: Processes, experiment: Experiment, options: TrainOptions, folder: Path, file: Path) -> None:
-    """Barrier that checks that all processes have the same experiment, run folder and code.
-
-    Raises:
-      UserError: this process differs from process 0.
-    """
-    if processes.count > 1:
-        from lab.parallel.processes import code_version
-        from lab.train.beside import versions
-
-        flags = {f"--{name}": value for name, value in flat(to_json(experiment)).items()}
-        processes.check_same(flags, "Start all processes with the same flags.")
-        folders = {"--run-dir": str(folder), "--checkpoint-dir": options.checkpoint_dir}
-        processes.check_same(folders, "Start all processes with the same flags.")
-        processes.check_same(code_version(file) | versions(file), "Bring all machines to the same code and packages.")

@@ -22,7 +22,7 @@ from lab.configuration.field_types import class_fits, describe, element, fields,
 from lab.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("data", "models", "tasks", "optim", "experiment", "pretrained")
+ROOMS = ("data", "models", "tasks", "optim", "weights", "experiment", "pretrained")
 
 
 def from_json(value: Any, kind: Any = Any) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
 from lab.errors import UserError
+from lab.models.cudnn import cudnn_attention
 from lab.models.precision import (
     product,
     softmax,
@@ -21,10 +24,33 @@ Attention = Literal["auto", "einsum", "xla", "cudnn", "splash"]
 log = logging.getLogger(__name__)
 
 
-def rotary(x_BLNK: Array, positions: Array) -> Array:
-    """Rotary position embedding (Su et al. 2021), halves convention, base 10,000. `positions`: (L,) or (B, L)."""
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's scaling of rotary frequencies (Grattafiori et al. 2024): wavelengths above `context / low` become
+    `factor` times longer, those below `context / high` stay, and those between are interpolated."""
+
+    factor: float = 8.0
+    """Factor of the longest wavelengths."""
+    low: float = 1.0
+    """Wavelengths above context / low are scaled."""
+    high: float = 4.0
+    """Wavelengths below context / high are kept."""
+    context: int = 8192
+    """The context of the original pretraining, in tokens."""
+
+    def scaled(self, frequency_K: Array) -> Array:
+        """Angular frequencies (K,), in radians per token, after scaling."""
+        turns = self.context * frequency_K / (2 * jnp.pi)  # in the original context
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return frequency_K * (kept + (1 - kept) / self.factor)
+
+
+def rotary(x_BLNK: Array, positions: Array, base: float = 10_000.0, scaling: RopeScaling | None = None) -> Array:
+    """Rotary position embedding (Su et al. 2021), halves convention. `positions`: (L,) or (B, L)."""
     half = x_BLNK.shape[-1] // 2
-    frequency = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequency = scaling.scaled(frequency)
     angle = jnp.einsum("...,K->...K", positions[..., None].astype(jnp.float32), frequency)
     cos, sin = jnp.tile(jnp.cos(angle), 2), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-1)
     x = x_BLNK.astype(jnp.float32)
@@ -89,3 +115,21 @@ def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array
     y_BGMK = product("BGMS,BGSK->BGMK", probabilities_BGMS, v_BGSK, q_BLNK.dtype)
     y_BNLK = rearrange(y_BGMK, "B G (R L) K -> B (G R) L K", L=L)
     return rearrange(y_BNLK, "B N L K -> B L N K")
+
+
+def attend(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, mask_BS: Array | None, causal: bool, backend: str,
+           drop: Callable[[Array], Array]) -> Array:
+    """Self-attention by a backend of `choose_attention` other than splash. `mask_BS`: 1 where a key is real; `drop`:
+    dropout of the probabilities, which only einsum supports. Returns (B, L, N, K) in q's type.
+    """
+    if backend == "cudnn":
+        return cudnn_attention(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal=causal)
+    if backend == "xla":
+        visible = None if mask_BS is None else mask_BS[:, None, None, :].astype(bool)
+        return jax.nn.dot_product_attention(q_BLNK, k_BSGK, v_BSGK, mask=visible, is_causal=causal)
+    L = q_BLNK.shape[1]
+    visible = jnp.tril(jnp.ones((1, L, L), bool)) if causal else None
+    if mask_BS is not None:
+        padding = mask_BS[:, None, :].astype(bool)
+        visible = padding if visible is None else visible & padding
+    return einsum_attention(q_BLNK, k_BSGK, v_BSGK, visible, drop)

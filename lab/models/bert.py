@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Dense, Embed, Transformer, dropout, norm
+from lab.models.dropout import dropout
+from lab.models.layers import ACTIVATIONS, Dense, Embed, Transformer
 from lab.models.linear import check_classes
 from lab.models.precision import add_broadcast, elementwise, project
 
@@ -24,9 +25,10 @@ class BERT(Transformer):
     The trunk's parameter paths do not depend on the head, so a classifier can start from a masked LM. The heads'
     parameters are named `mlm_*` and `classify`.
 
-    The blocks are pre-norm, like every Transformer here; the original is post-norm. Pre-norm trains stably from scratch
-    at larger learning rates and needs little warmup (Xiong et al. 2020). It adds one norm after the last block. The
-    original's pooler, a dense tanh layer on the first token, is left out: it is trained by next-sentence prediction.
+    The blocks are pre-norm by default; the original is post-norm (`norm_place`, with `mlp="gelu_exact"` and
+    `norm_epsilon=1e-12`). Pre-norm trains stably from scratch at larger learning rates and needs little warmup (Xiong
+    et al. 2020). It adds one norm after the last block. The original's pooler, a dense tanh layer on the first token,
+    is left out: it is trained by next-sentence prediction.
 
     For small budgets use rotary positions. With learned positions a masked LM first only learns token frequencies
     (Tiny Shakespeare as bytes, width 64, 2 blocks: loss 3.3 after 200 steps; rotary 2.2, and 1.9 after 500).
@@ -92,7 +94,7 @@ class BERT(Transformer):
         if self.segments:
             segments = jnp.zeros_like(positions) if segments is None else segments
             x_BLD = add_broadcast(x_BLD, Embed(self.segments, self.width, name="wse")(segments))
-        x_BLD = norm(self.norm, bias=self.bias, name="embedding_norm")(x_BLD)
+        x_BLD = self.normed("embedding_norm", x_BLD)
         x_BLD = dropout(self, x_BLD, self.dropout, train)
         x_BLD = self.stack(x_BLD, positions, mask, causal=False, train=train)
         if self.classes is not None:
@@ -102,8 +104,9 @@ class BERT(Transformer):
         return self._masked_lm(x_BLD, wte.embedding)
 
     def _masked_lm(self, x_BLD: Array, embedding_VD: Array) -> Array:
-        h_BLD = elementwise(nn.gelu, Dense(self.width, bias=self.bias, stddev=0.02, name="mlm_dense")(x_BLD))
-        h_BLD = norm(self.norm, bias=self.bias, name="mlm_norm")(h_BLD)
+        activation = ACTIVATIONS.get(self.mlp, nn.gelu)
+        h_BLD = elementwise(activation, Dense(self.width, bias=self.bias, stddev=0.02, name="mlm_dense")(x_BLD))
+        h_BLD = self.normed("mlm_norm", h_BLD)
         bias_V = self.param("mlm_bias", nn.initializers.zeros, (self.vocab,))
         return project(h_BLD, embedding_VD.T.astype(h_BLD.dtype), jnp.float32) + bias_V.astype(jnp.float32)
 

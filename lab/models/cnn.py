@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Dense, dropout
+from lab.models.dropout import dropout
+from lab.models.layers import Dense
 from lab.models.linear import check_classes, check_rates, check_sizes, output
 
 Norm = Literal["batch", "group"]

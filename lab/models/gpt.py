@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Embed, Transformer, dropout
+from lab.models.dropout import dropout
+from lab.models.layers import Embed, Transformer
 from lab.models.precision import add_broadcast, project
 
 

@@ -11,7 +11,9 @@ computes in the type of its parameters. Norms, softmax and logits are always com
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import functools
+from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -22,8 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lab.errors import UserError
 from lab.models import splash
-from lab.models.attention import Attention, choose_attention, einsum_attention, rotary
-from lab.models.cudnn import cudnn_attention
+from lab.models.attention import Attention, RopeScaling, attend, choose_attention, einsum_attention, rotary
+from lab.models.dropout import dropout, is_zero
 from lab.models.precision import (
     accumulation_dtype,
     add_broadcast,
@@ -35,9 +37,11 @@ from lab.models.precision import (
 )
 
 Norm = Literal["layernorm", "rmsnorm"]
-Mlp = Literal["gelu", "swiglu", "relu2"]
+Mlp = Literal["gelu", "gelu_exact", "swiglu", "relu2"]
 Remat = Literal["none", "dots", "blocks"]
 
+ACTIVATIONS = {"gelu": nn.gelu, "gelu_exact": functools.partial(nn.gelu, approximate=False),
+               "relu2": lambda h: jnp.square(nn.relu(h))}
 SAVED = "product"  # checkpoint name of the values that remat="dots" saves
 
 
@@ -73,24 +77,11 @@ class Embed(nn.Module):
         return self.embedding_lookup(self.embedding, ids)
 
 
-def norm(kind: Norm, *, bias: bool, name: str) -> nn.Module:
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), statistics in float32, epsilon 1e-5."""
+def norm(kind: Norm, *, bias: bool, name: str, epsilon: float = 1e-5) -> nn.Module:
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019), statistics in float32."""
     if kind == "layernorm":
-        return nn.LayerNorm(epsilon=1e-5, use_bias=bias, name=name)
-    return nn.RMSNorm(epsilon=1e-5, name=name)
-
-
-def is_zero(value: Any) -> bool:
-    """True for a Python 0; False for a traced number, whose value must not change the program's structure."""
-    return isinstance(value, int | float) and value == 0
-
-
-def dropout(module: nn.Module, x: Array, rate: float | Array, train: bool) -> Array:
-    """Inverted dropout. `nn.Dropout` branches on the rate, so it cannot take a traced rate (a study's axis)."""
-    if not train or is_zero(rate):
-        return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
+        return nn.LayerNorm(epsilon=epsilon, use_bias=bias, name=name)
+    return nn.RMSNorm(epsilon=epsilon, name=name)
 
 
 class Transformer(nn.Module):
@@ -104,20 +95,39 @@ class Transformer(nn.Module):
     """Attention heads N; must divide the width."""
     kv_heads: int | None = None
     """Key/value heads G (grouped-query attention); must divide the heads. None: as many as heads."""
+    head_width: int | None = None
+    """Width K of an attention head; None: width / heads."""
     hidden_multiple: float = 4.0
     """Hidden width of the MLP as a multiple of the width (swiglu at 8/3 has as many parameters as gelu at 4)."""
     context: int = 1024
     """The longest sequence, in tokens."""
     norm: Norm = "layernorm"
-    """Normalisation before attention, before the MLP, and at the end."""
+    """Kind of normalisation."""
+    norm_place: Literal["pre", "post"] = "pre"
+    """Where blocks normalise. pre: the input of attention and MLP, and once after the last block (GPT-2). post: the sum
+    after each residual connection (Vaswani et al. 2017, BERT)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in norms."""
     position: Literal["learned", "rotary"] = "learned"
     """Position encoding: a learned table added to the input, or rotations of queries and keys."""
+    rope_base: float = 10_000.0
+    """Base of the wavelengths of rotary positions."""
+    rope_scaling: RopeScaling | None = None
+    """Longer wavelengths for a context beyond the pretrained one; None: as pretrained."""
     mlp: Mlp = "gelu"
     """Kind of MLP."""
     qk_norm: bool = False
     """RMSNorm on every query and key head before the scores (Dehghani et al. 2023)."""
     bias: bool = True
     """Biases in projections and LayerNorms."""
+    qkv_bias: bool | None = None
+    """Biases in the projections to queries, keys and values; None: as `bias`."""
+    out_bias: bool | None = None
+    """Bias in the output projection of attention; None: as `bias`."""
+    mlp_bias: bool | None = None
+    """Biases in the MLP; None: as `bias`."""
+    layer_scale: bool = False
+    """Scale the output of attention and MLP by a learned factor per channel, from 1e-5 (Touvron et al. 2021)."""
     dropout: float = 0.0
     """Dropout rate on embeddings, attention probabilities and both residual branches."""
     attention: Attention = "auto"
@@ -131,17 +141,20 @@ class Transformer(nn.Module):
 
     def validate(self) -> None:
         """Raises UserError if the fields contradict each other."""
-        for name in ("depth", "width", "heads", "kv_heads", "context"):
+        for name in ("depth", "width", "heads", "kv_heads", "head_width", "context"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"--model.{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")
         if self.hidden_multiple * self.width < 1:
             raise UserError(f"--model.hidden-multiple {self.hidden_multiple} leaves the MLP no hidden width.")
-        if self.width % self.heads:
+        if self.head_width is None and self.width % self.heads:
             raise UserError(f"--model.width {self.width} is not divisible by --model.heads {self.heads}.")
         if self.heads % self.groups:
             raise UserError(f"--model.heads {self.heads} is not divisible by --model.kv-heads {self.groups}.")
-        if self.position == "rotary" and (self.width // self.heads) % 2:
-            raise UserError(f"Rotary positions need an even head width, not {self.width // self.heads}.")
+        if self.position == "rotary" and self.head % 2:
+            raise UserError(f"Rotary positions need an even head width, not {self.head}.")
+        for name in ("norm_epsilon", "rope_base"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--model.{name.replace('_', '-')} must be above 0, not {getattr(self, name)}.")
         if isinstance(self.dropout, int | float) and not 0 <= self.dropout < 1:
             raise UserError(f"--model.dropout must be in [0, 1), not {self.dropout}.")
 
@@ -149,6 +162,11 @@ class Transformer(nn.Module):
     def groups(self) -> int:
         """Key/value heads G."""
         return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head(self) -> int:
+        """Width K of an attention head."""
+        return self.head_width or self.width // self.heads
 
     @property
     def residual_stddev(self) -> float:
@@ -177,19 +195,30 @@ class Transformer(nn.Module):
         else:
             for i in range(self.depth):
                 x_BLD = self.part(block, f"block_{i}")(x_BLD, positions, mask_BS, *static)
-        return norm(self.norm, bias=self.bias, name="final_norm")(x_BLD)
+        return x_BLD if self.norm_place == "post" else self.normed("final_norm", x_BLD)
+
+    def normed(self, name: str, x_BLD: Array) -> Array:
+        """A norm of this kind, applied."""
+        return norm(self.norm, bias=self.bias, name=name, epsilon=self.norm_epsilon)(x_BLD)
 
 
 class Block(Transformer):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); post-norm: norm(x + attention(x)), then norm(x + mlp(x))."""
 
     @nn.compact
     def __call__(self, x_BLD: Array, positions: Array, mask_BS: Array | None, causal: bool, train: bool,
                  decode: bool) -> Array:
-        h_BLD = norm(self.norm, bias=self.bias, name="attention_norm")(x_BLD)
-        x_BLD = x_BLD + self.part(SelfAttention, "attn")(h_BLD, positions, mask_BS, causal, train, decode)
-        h_BLD = norm(self.norm, bias=self.bias, name="mlp_norm")(x_BLD)
-        return x_BLD + self.part(FeedForward, "ffn")(h_BLD, train)
+        def residual(name: str, part: Callable[[Array], Array], x_BLD: Array) -> Array:
+            if self.norm_place == "post":
+                return self.normed(f"{name}_norm", x_BLD + part(x_BLD))
+            y_BLD = part(self.normed(f"{name}_norm", x_BLD))
+            if self.layer_scale:
+                y_BLD *= self.param(f"{name}_scale", nn.initializers.constant(1e-5), (self.width,))
+            return x_BLD + y_BLD
+
+        attention, mlp = self.part(SelfAttention, "attn"), self.part(FeedForward, "ffn")
+        x_BLD = residual("attention", lambda h: attention(h, positions, mask_BS, causal, train, decode), x_BLD)
+        return residual("mlp", lambda h: mlp(h, train), x_BLD)
 
 
 class SelfAttention(Transformer):
@@ -199,17 +228,19 @@ class SelfAttention(Transformer):
     def __call__(self, x_BLD: Array, positions: Array, mask_BS: Array | None, causal: bool, train: bool,
                  decode: bool) -> Array:
         B, L, D = x_BLD.shape
-        K = D // self.heads
+        K = self.head
+        bias, out_bias = (self.bias if b is None else b for b in (self.qkv_bias, self.out_bias))
 
         def heads(name: str, n: int) -> Array:
-            return rearrange(Dense(n * K, bias=self.bias, stddev=0.02, name=name)(x_BLD), "B L (N K) -> B L N K", K=K)
+            return rearrange(Dense(n * K, bias=bias, stddev=0.02, name=name)(x_BLD), "B L (N K) -> B L N K", K=K)
 
         q_BLNK, k_BSGK, v_BSGK = heads("query", self.heads), heads("key", self.groups), heads("value", self.groups)
         if self.qk_norm:
-            q_BLNK = norm("rmsnorm", bias=False, name="query_norm")(q_BLNK)
-            k_BSGK = norm("rmsnorm", bias=False, name="key_norm")(k_BSGK)
+            q_BLNK = norm("rmsnorm", bias=False, name="query_norm", epsilon=self.norm_epsilon)(q_BLNK)
+            k_BSGK = norm("rmsnorm", bias=False, name="key_norm", epsilon=self.norm_epsilon)(k_BSGK)
         if self.position == "rotary":
-            q_BLNK, k_BSGK = rotary(q_BLNK, positions), rotary(k_BSGK, positions)
+            turned = functools.partial(rotary, base=self.rope_base, scaling=self.rope_scaling)
+            q_BLNK, k_BSGK = turned(q_BLNK, positions), turned(k_BSGK, positions)
         if decode:
             k_BSGK, v_BSGK = self._cached("keys", k_BSGK, positions), self._cached("values", v_BSGK, positions)
             visible = jnp.arange(self.context)[None, None] <= positions[..., None]
@@ -217,7 +248,7 @@ class SelfAttention(Transformer):
         else:
             y_BLNK = self._attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, train)
         y_BLD = rearrange(y_BLNK, "B L N K -> B L (N K)")
-        y_BLD = Dense(D, bias=self.bias, stddev=self.residual_stddev, name="out")(y_BLD)
+        y_BLD = Dense(D, bias=out_bias, stddev=self.residual_stddev, name="out")(y_BLD)
         return dropout(self, y_BLD, self.dropout, train)
 
     def _cached(self, name: str, new_BLGK: Array, positions: Array) -> Array:
@@ -235,29 +266,21 @@ class SelfAttention(Transformer):
                                    sequence_devices() > 1)
         if backend == "splash" and not self.is_initializing():  # init has one record, which no mesh can shard
             return splash.OnDevice(causal, SAVED, name="own")(q_BLNK, k_BSGK, v_BSGK)
-        if backend == "cudnn":
-            return cudnn_attention(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal=causal)
-        if backend == "xla":
-            visible = None if mask_BS is None else mask_BS[:, None, None, :].astype(bool)
-            return jax.nn.dot_product_attention(q_BLNK, k_BSGK, v_BSGK, mask=visible, is_causal=causal)
-        visible = jnp.tril(jnp.ones((1, L, L), bool)) if causal else None
-        if mask_BS is not None:
-            padding = mask_BS[:, None, :].astype(bool)
-            visible = padding if visible is None else visible & padding
-        return einsum_attention(q_BLNK, k_BSGK, v_BSGK, visible, lambda p: dropout(self, p, self.dropout, train))
+        return attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, backend, lambda p: dropout(self, p, self.dropout, train))
 
 
 class FeedForward(Transformer):
-    """Position-wise MLP: gelu (tanh form, as GPT-2), swiglu (Shazeer 2020) or squared relu (So et al. 2021)."""
+    """Position-wise MLP: gelu (tanh form, as GPT-2; or exact), swiglu (Shazeer 2020), squared relu (So et al. 2021)."""
 
     @nn.compact
     def __call__(self, x_BLD: Array, train: bool) -> Array:
         F = round(self.hidden_multiple * self.width)
-        h_BLF = Dense(F, bias=self.bias, stddev=0.02, name="up")(x_BLD)
+        bias = self.bias if self.mlp_bias is None else self.mlp_bias
+        h_BLF = Dense(F, bias=bias, stddev=0.02, name="up")(x_BLD)
         if self.mlp == "swiglu":
-            gate_BLF = Dense(F, bias=self.bias, stddev=0.02, name="gate")(x_BLD)
+            gate_BLF = Dense(F, bias=bias, stddev=0.02, name="gate")(x_BLD)
             h_BLF = elementwise(lambda gate, h: nn.silu(gate) * h, gate_BLF, h_BLF)
         else:
-            h_BLF = elementwise(nn.gelu if self.mlp == "gelu" else lambda h: jnp.square(nn.relu(h)), h_BLF)
-        y_BLD = Dense(self.width, bias=self.bias, stddev=self.residual_stddev, name="down")(h_BLF)
+            h_BLF = elementwise(ACTIVATIONS[self.mlp], h_BLF)
+        y_BLD = Dense(self.width, bias=bias, stddev=self.residual_stddev, name="down")(h_BLF)
         return dropout(self, y_BLD, self.dropout, train)

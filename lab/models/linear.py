@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Dense, dropout
+from lab.models.dropout import dropout
+from lab.models.layers import Dense
 from lab.models.members import Members, Several
 
 

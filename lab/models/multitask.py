@@ -11,7 +11,7 @@ from jax import Array
 
 from lab.errors import UserError
 from lab.models.cnn import conv, max_pool
-from lab.models.layers import dropout
+from lab.models.dropout import dropout
 from lab.models.linear import check_classes, check_rates, check_sizes
 
 

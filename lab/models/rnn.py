@@ -14,7 +14,8 @@ from einops import rearrange
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Embed, dropout
+from lab.models.dropout import dropout
+from lab.models.layers import Embed
 from lab.models.linear import check_classes, check_rates, check_sizes
 from lab.models.precision import add_broadcast, product, project
 

@@ -12,7 +12,8 @@ from einops import rearrange
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.layers import Dense, Embed, Transformer, dropout
+from lab.models.dropout import dropout
+from lab.models.layers import Dense, Embed, Transformer
 from lab.models.linear import check_classes, check_sizes, output
 from lab.models.precision import add_broadcast
 

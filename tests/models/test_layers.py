@@ -12,7 +12,8 @@ import pytest
 
 from lab.errors import UserError
 from lab.models.attention import choose_attention, einsum_attention, rotary
-from lab.models.layers import Dense, FeedForward, SelfAttention, Transformer, dropout, is_zero, norm
+from lab.models.dropout import dropout, is_zero
+from lab.models.layers import Dense, FeedForward, SelfAttention, Transformer, norm
 from lab.models.precision import add_broadcast, elementwise, project, rows_of, softmax
 from lab.models.splash import splash_attention
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)

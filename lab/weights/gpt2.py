@@ -1,0 +1,46 @@
+"""GPT-2 (Radford et al. 2019), in the form of transformers' GPT2LMHeadModel."""
+
+from __future__ import annotations
+
+from lab.models.gpt import GPT
+from lab.weights.rules import Architecture, Config, Rule, Unused
+
+
+def model(config: Config) -> GPT:
+    """Our model of a config.json."""
+    width = config.take("n_embd")
+    config.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False,
+                  add_cross_attention=False, tie_word_embeddings=True)
+    value = GPT(
+        depth=config.take("n_layer"), width=width, heads=config.take("n_head"), context=config.take("n_positions"),
+        vocab=config.take("vocab_size"), hidden_multiple=(config.take("n_inner", None) or 4 * width) / width,
+        mlp=config.choose("activation_function", {"gelu_new": "gelu", "gelu": "gelu_exact"}, "gelu_new"),
+        norm_epsilon=config.take("layer_norm_epsilon", 1e-5),
+    )
+    config.finish("n_ctx", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_activation", "summary_first_dropout",
+                  "summary_proj_to_labels", "summary_type", "summary_use_proj")
+    return value
+
+
+def _both(theirs: str, ours: str, weight: str = "kernel", pattern: str | None = None) -> tuple[Rule, Rule]:
+    return Rule(f"{theirs}.weight", f"{ours}/{weight}", pattern), Rule(f"{theirs}.bias", f"{ours}/bias")
+
+
+QKV = ("query", "key", "value")
+BLOCK = "transformer.h.{i}"
+
+GPT2 = Architecture("gpt2", "transformer.", model, (
+    Rule("transformer.wte.weight", "wte/embedding"),
+    Rule("transformer.wpe.weight", "wpe/embedding"),
+    *_both(f"{BLOCK}.ln_1", "block_{i}/attention_norm", "scale"),
+    # Conv1D: kernels are (inputs, outputs), as ours.
+    Rule(f"{BLOCK}.attn.c_attn.weight", tuple(f"block_{{i}}/attn/{x}/kernel" for x in QKV), "D (parts F) -> parts D F"),
+    Rule(f"{BLOCK}.attn.c_attn.bias", tuple(f"block_{{i}}/attn/{x}/bias" for x in QKV), "(parts F) -> parts F"),
+    *_both(f"{BLOCK}.attn.c_proj", "block_{i}/attn/out"),
+    *_both(f"{BLOCK}.ln_2", "block_{i}/mlp_norm", "scale"),
+    *_both(f"{BLOCK}.mlp.c_fc", "block_{i}/ffn/up"),
+    *_both(f"{BLOCK}.mlp.c_proj", "block_{i}/ffn/down"),
+    *_both("transformer.ln_f", "final_norm", "scale"),
+    Unused(r"transformer\.h\.\d+\.attn\.(masked_)?bias", "the causal mask"),
+    Unused(r"lm_head\.weight", "tied to the token embedding", same="transformer.wte.weight"),
+))

@@ -1,0 +1,75 @@
+"""The Llama family (Touvron et al. 2023): Llama, SmolLM2, Qwen2.5, Qwen3 and Mistral, as transformers writes them."""
+
+from __future__ import annotations
+
+from lab.errors import UserError
+from lab.models.attention import RopeScaling
+from lab.models.gpt import GPT
+from lab.weights.rules import Architecture, Config, Rule, Unused
+
+
+def model(config: Config) -> GPT:
+    """Our model of a config.json."""
+    kind, width, heads = config["model_type"], config.take("hidden_size"), config.take("num_attention_heads")
+    config.expect(hidden_act="silu", use_sliding_window=False, rope_interleaved=False)
+    if kind == "mistral":
+        config.expect(sliding_window=None)
+    elif kind.startswith("qwen"):
+        config.take("sliding_window", None)  # not used: see use_sliding_window
+        config.expect(layer_types=["full_attention"] * config.take("num_hidden_layers"))
+    base, scaling = _rope(config)
+    attention_bias = config.take("attention_bias", False)
+    value = GPT(
+        depth=config.take("num_hidden_layers"), width=width, heads=heads,
+        kv_heads=config.take("num_key_value_heads", heads), head_width=config.take("head_dim", None),
+        hidden_multiple=config.take("intermediate_size") / width, context=config.take("max_position_embeddings"),
+        vocab=config.take("vocab_size"), norm="rmsnorm", norm_epsilon=config.take("rms_norm_eps"), position="rotary",
+        rope_base=base, rope_scaling=scaling, mlp="swiglu", bias=False, qk_norm=kind == "qwen3",
+        qkv_bias=kind == "qwen2" or attention_bias,  # Qwen2.5 has no field that says so
+        out_bias=attention_bias, mlp_bias=config.take("mlp_bias", False),
+        tied=config.take("tie_word_embeddings", False),
+    )
+    config.finish("attention_dropout", "pretraining_tp", "is_llama_config", "transformers.js_config",
+                  "max_window_layers")
+    return value
+
+
+def _rope(config: Config) -> tuple[float, RopeScaling | None]:
+    """(base, scaling). transformers 5 writes both in rope_parameters, earlier versions in two fields."""
+    inside = config.take("rope_parameters", None) or {}
+    base = inside.get("rope_theta", config.take("rope_theta", 10_000.0))
+    scaling = {k: v for k, v in inside.items() if k != "rope_theta"} or config.take("rope_scaling", None) or {}
+    config.take("rope_scaling", None)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return float(base), None
+    if kind != "llama3":
+        raise UserError(f"{config.title}: rotary scaling {kind!r} is not known here; only 'llama3' is.")
+    return float(base), RopeScaling(float(scaling["factor"]), float(scaling["low_freq_factor"]),
+                                    float(scaling["high_freq_factor"]),
+                                    int(scaling["original_max_position_embeddings"]))
+
+
+def _dense(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    return Rule(f"{theirs}.weight", f"{ours}/kernel", "F D -> D F"), Rule(f"{theirs}.bias", f"{ours}/bias")
+
+
+BLOCK = "model.layers.{i}"
+RULES = (
+    Rule("model.embed_tokens.weight", "wte/embedding"),
+    Rule(f"{BLOCK}.input_layernorm.weight", "block_{i}/attention_norm/scale"),
+    *_dense(f"{BLOCK}.self_attn.q_proj", "block_{i}/attn/query"),
+    *_dense(f"{BLOCK}.self_attn.k_proj", "block_{i}/attn/key"),
+    *_dense(f"{BLOCK}.self_attn.v_proj", "block_{i}/attn/value"),
+    *_dense(f"{BLOCK}.self_attn.o_proj", "block_{i}/attn/out"),
+    Rule(f"{BLOCK}.self_attn.q_norm.weight", "block_{i}/attn/query_norm/scale"),
+    Rule(f"{BLOCK}.self_attn.k_norm.weight", "block_{i}/attn/key_norm/scale"),
+    Rule(f"{BLOCK}.post_attention_layernorm.weight", "block_{i}/mlp_norm/scale"),
+    *_dense(f"{BLOCK}.mlp.gate_proj", "block_{i}/ffn/gate"),
+    *_dense(f"{BLOCK}.mlp.up_proj", "block_{i}/ffn/up"),
+    *_dense(f"{BLOCK}.mlp.down_proj", "block_{i}/ffn/down"),
+    Rule("model.norm.weight", "final_norm/scale"),
+    Rule("lm_head.weight", "head", "V D -> D V"),
+    Unused(r"lm_head\.weight", "tied to the token embedding", same="model.embed_tokens.weight"),
+)
+LLAMA = tuple(Architecture(name, "model.", model, RULES) for name in ("llama", "mistral", "qwen2", "qwen3"))

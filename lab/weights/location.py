@@ -1,0 +1,63 @@
+"""Where weights are: a folder, a repository of the Hugging Face Hub, or a file of an installed Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from lab.errors import UserError
+from lab.files import user_path
+
+# Nothing that could hold a pickle is downloaded.
+PATTERNS = ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.jinja"]
+
+
+def locate(location: str) -> Path:
+    """The folder with config.json, or the .gguf file, of a location.
+
+    `location`: a folder or file; "hf:ORG/NAME" or "hf:ORG/NAME@REVISION", from huggingface_hub's cache or downloaded;
+    "package:NAME/PATH", inside an installed Python package, which is not imported.
+
+    Raises:
+      UserError: there is no such place, or it cannot be downloaded.
+    """
+    kind, colon, rest = location.partition(":")
+    if colon and kind == "hf":
+        return _from_hub(rest)
+    path = _in_package(rest) if colon and kind == "package" else user_path(location)
+    if not path.exists():
+        raise UserError(f"There is no {path}. Weights are a folder, a .gguf file, hf:ORG/NAME or package:NAME/PATH.")
+    return path
+
+
+def _from_hub(name: str) -> Path:
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if not found:
+        raise UserError(f"hf:{name} is not hf:ORG/NAME or hf:ORG/NAME@REVISION.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repository, revision = found[1], found[2]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, OSError, HfHubHTTPError) as e:
+        at = f" --revision {revision}" if revision else ""
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
+        raise UserError(f"hf:{name} is neither in the cache nor can it be downloaded{offline}: {reason}. On a machine "
+                        f"with a network: hf download {repository}{at} --local-dir {repository.split('/')[1]}; then "
+                        f"give that folder.") from None
+
+
+def _in_package(rest: str) -> Path:
+    name, _, inside = rest.partition("/")
+    parts = PurePosixPath(inside).parts
+    if not re.fullmatch(r"\w+", name) or not parts or ".." in parts or inside.startswith("/"):
+        raise UserError(f"package:{rest} is not package:NAME/PATH.")
+    spec = importlib.util.find_spec(name)  # of a top-level name: runs no code of the package
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"The Python package {name} is not installed in this environment: "
+                        f"LAB_EXTRAS={name.replace('_', '-')} if pyproject.toml has that extra, else pip install it.")
+    return Path(next(iter(spec.submodule_search_locations)), *parts)

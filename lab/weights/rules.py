@@ -1,0 +1,159 @@
+"""Mapping between other people's tensors and our parameters: rules as data, read in both directions, strictly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from lab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One of their tensors, and one or several of our parameters."""
+
+    theirs: str
+    """Their name; {i} stands for every block."""
+    ours: str | tuple[str, ...]
+    """Our path, or the paths of the parts along the first axis after `pattern`, called `parts` there."""
+    pattern: str | None = None
+    """einops pattern from their axes to ours, such as "F D -> D F"; None: the same axes. Reversed for writing."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Our paths."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    def at(self, block: int) -> Rule:
+        """The rule for one block."""
+        return Rule(self.theirs.replace("{i}", str(block)), tuple(p.replace("{i}", str(block)) for p in self.paths),
+                    self.pattern)
+
+    def read(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> list[np.ndarray]:
+        """Our arrays, in the order of `paths`. `sizes`: lengths of the axes that the pattern names."""
+        if self.pattern is not None:
+            tensor = rearrange(tensor, self.pattern, **self._sizes(sizes))
+        return list(tensor) if len(self.paths) > 1 else [tensor]
+
+    def write(self, arrays: list[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
+        """Their tensor, of our arrays in the order of `paths`."""
+        tensor = np.stack(arrays) if len(self.paths) > 1 else arrays[0]
+        if self.pattern is None:
+            return tensor
+        return rearrange(tensor, " -> ".join(reversed(self.pattern.split(" -> "))), **self._sizes(sizes))
+
+    def _sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        known = {**sizes, "parts": len(self.paths)}
+        return {name: known[name] for name in re.findall(r"\w+", self.pattern.split(" -> ")[0]) if name in known}
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A tensor of theirs that our model does not need."""
+
+    theirs: str
+    """Regular expression of the whole name."""
+    why: str
+    """The reason, for pretrained.json."""
+    same: str | None = None
+    """The tensor that it must equal."""
+
+
+Rules = tuple[Rule | Unused, ...]
+
+
+def matched(rules: Rules, depth: int, theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]],
+            sizes: Mapping[str, int], title: str) -> list[Rule]:
+    """The rules for the parameters that the model has. `theirs`, `ours`: name -> shape.
+
+    Raises:
+      UserError: a tensor that no rule uses, a parameter that no tensor fills, or shapes that differ; the first five of
+        each kind.
+    """
+    found: list[Rule] = []
+    for rule in rules:
+        if isinstance(rule, Rule):
+            blocks = range(depth) if "{i}" in rule.theirs else (0,)
+            found += [one for i in blocks if set((one := rule.at(i)).paths) <= ours.keys()]
+    spare = [rule.theirs for rule in rules if isinstance(rule, Unused)]
+    used = {rule.theirs for rule in found}
+    unknown = [n for n in theirs if n not in used and not any(re.fullmatch(pattern, n) for pattern in spare)]
+    filled = {path for rule in found if rule.theirs in theirs for path in rule.paths}
+    problems = {"tensors without a place in the model": unknown,
+                "parameters without a tensor": [path for path in ours if path not in filled]}
+    if not any(problems.values()):
+        problems["shapes that differ"] = list(_misfits(found, theirs, ours, sizes))
+    said = [f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+            for what, names in problems.items() if names]
+    if said:
+        raise UserError(f"{title} does not fit its own config: {'; '.join(said)}.")
+    return found
+
+
+def _misfits(rules: Iterable[Rule], theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]],
+             sizes: Mapping[str, int]) -> Iterable[str]:
+    for rule in rules:
+        empty = np.broadcast_to(np.float32(0), theirs[rule.theirs])  # takes no memory
+        try:
+            shapes = [x.shape for x in rule.read(empty, sizes)]
+        except Exception as e:  # einops raises an EinopsError for a wrong rank or size
+            yield f"{rule.theirs} {theirs[rule.theirs]}: {str(e).splitlines()[-1].strip()[:80]}"
+            continue
+        for path, shape in zip(rule.paths, shapes, strict=True):
+            if shape != ours[path]:
+                yield f"{rule.theirs} gives {path} {shape}, the model has {ours[path]}"
+
+
+class Config(dict):
+    """A config.json of which every field is read, has an expected value, or is known to make no difference."""
+
+    def __init__(self, values: Mapping[str, Any], title: str):
+        super().__init__(values)
+        self.title, self._seen = title, set()
+
+    def take(self, name: str, *default: Any) -> Any:
+        """A field's value, or the default. UserError if it is missing without a default."""
+        self._seen.add(name)
+        if name not in self and not default:
+            raise UserError(f"{self.title} has no {name!r}.")
+        return self.get(name, *default)
+
+    def expect(self, **values: Any) -> None:
+        """UserError if a field is there with another value."""
+        for name, value in values.items():
+            if self.take(name, value) != value:
+                raise UserError(f"{self.title}: {name} is {self[name]!r}; only {value!r} can be read.")
+
+    def choose(self, name: str, choices: Mapping[Any, Any], *default: Any) -> Any:
+        """Our value for a field's value. UserError for a value that `choices` lacks."""
+        if (value := self.take(name, *default)) not in choices:
+            raise UserError(f"{self.title}: {name} is {value!r}; only {', '.join(map(repr, choices))} can be read.")
+        return choices[value]
+
+    def finish(self, *ignored: str) -> None:
+        """UserError for a field that was not read, and is not known to make no difference in evaluation."""
+        if unknown := sorted(self.keys() - self._seen - IGNORED - set(ignored)):
+            raise UserError(f"{self.title} has {unknown[0]!r}, which is not known here; it may change the model.")
+
+
+# Fields of every config.json that do not change what the model computes in evaluation.
+IGNORED = {"_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache",
+           "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one family of models is read and written."""
+
+    name: str
+    """`model_type` in config.json."""
+    prefix: str
+    """First part of the names of the trunk's tensors, which some files leave out."""
+    model: Callable[[Config], Any]
+    """config.json -> our model."""
+    rules: Rules

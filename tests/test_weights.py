@@ -1,0 +1,322 @@
+"""Other people's weights: each family against a forward pass in NumPy, and against transformers if installed."""
+
+import json
+import math
+import os
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lab.data.text import Text, TextFiles
+from lab.data.tokenizers import Bytes
+from lab.errors import UserError
+from lab.experiment import Experiment, from_json, to_json
+from lab.models.gpt import GPT
+from lab.optim import AdamW
+from lab.tasks.language import LanguageModel
+from lab.weights import Weights, find, model_of, read
+from lab.weights.location import locate
+
+V, D, N, G, L, DEPTH, F = 300, 32, 4, 2, 24, 2, 80
+GPT2_CONFIG = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": D, "n_layer": DEPTH, "n_head": N,
+               "n_positions": L, "n_ctx": L, "vocab_size": V, "activation_function": "gelu_new",
+               "layer_norm_epsilon": 1e-3, "resid_pdrop": 0.1}
+LLAMA_CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": D, "vocab_size": V,
+                "num_hidden_layers": DEPTH, "num_attention_heads": N, "num_key_value_heads": G, "intermediate_size": F,
+                "max_position_embeddings": L, "rms_norm_eps": 1e-3, "rope_theta": 500_000.0, "hidden_act": "silu",
+                "tie_word_embeddings": False,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                 "original_max_position_embeddings": 8}}
+
+
+def random(*shape: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.3, shape).astype(np.float32)
+
+
+def gpt2_tensors() -> dict[str, np.ndarray]:
+    shapes = {"wte.weight": (V, D), "wpe.weight": (L, D), "ln_f.weight": (D,), "ln_f.bias": (D,)}
+    for i in range(DEPTH):
+        block = {"ln_1": (D,), "ln_2": (D,), "attn.c_attn": (D, 3 * D), "attn.c_proj": (D, D), "mlp.c_fc": (D, 4 * D),
+                 "mlp.c_proj": (4 * D, D)}
+        shapes |= {f"h.{i}.{name}.weight": shape for name, shape in block.items()}
+        shapes |= {f"h.{i}.{name}.bias": shape[-1:] for name, shape in block.items()}
+    return {name: random(*shape, seed=k) for k, (name, shape) in enumerate(shapes.items())}
+
+
+def llama_tensors() -> dict[str, np.ndarray]:
+    K = D // N
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    for i in range(DEPTH):
+        block = {"input_layernorm": (D,), "post_attention_layernorm": (D,), "self_attn.q_proj": (D, D),
+                 "self_attn.k_proj": (G * K, D), "self_attn.v_proj": (G * K, D), "self_attn.o_proj": (D, D),
+                 "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in block.items()}
+    return {name: random(*shape, seed=100 + k) for k, (name, shape) in enumerate(shapes.items())}
+
+
+def written(folder, config: dict, tensors: dict[str, np.ndarray]) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / "model.safetensors")
+    return str(folder)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def attention(q, k, v):
+    """Causal attention in float64 of (L, heads, K) arrays."""
+    scores = np.einsum("lnk,snk->nls", q, k) / math.sqrt(q.shape[-1])
+    scores = np.where(np.tril(np.ones(scores.shape[1:], bool)), scores, -np.inf)
+    return np.einsum("nls,snk->lnk", softmax(scores), v).reshape(len(q), -1)
+
+
+def gpt2(w: dict[str, np.ndarray], ids: np.ndarray, epsilon: float = 1e-3) -> np.ndarray:
+    """Logits (L, V) of one text, in float64, from Radford et al. 2019."""
+    w = {name: x.astype(np.float64) for name, x in w.items()}
+
+    def dense(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][: len(ids)]
+    for i in range(DEPTH):
+        q, k, v = np.split(dense(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn"), 3, axis=-1)
+        y = attention(*(t.reshape(len(ids), N, D // N) for t in (q, k, v)))
+        x = x + dense(y, f"h.{i}.attn.c_proj")
+        h = dense(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        x = x + dense(h, f"h.{i}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+def frequencies(width: int) -> np.ndarray:
+    """Llama 3.1's rotary frequencies, one at a time, as its paper's code has them."""
+    found = []
+    for j in range(width // 2):
+        f = 500_000.0 ** (-2 * j / width)
+        length = 2 * math.pi / f
+        if length > 8 / 1.0:
+            f /= 8.0
+        elif length > 8 / 4.0:
+            smooth = (8 / length - 1.0) / (4.0 - 1.0)
+            f = (1 - smooth) * f / 8.0 + smooth * f
+        found.append(f)
+    return np.array(found)
+
+
+def llama(w: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """Logits (L, V) of one text, in float64, from Touvron et al. 2023; rotations as complex numbers."""
+    w = {name: x.astype(np.float64) for name, x in w.items()}
+    K = D // N
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * w[f"{name}.weight"]
+
+    def turned(x):
+        angle = np.outer(np.arange(len(x)), frequencies(K))[:, None]
+        z = (x[..., : K // 2] + 1j * x[..., K // 2:]) * np.exp(1j * angle)
+        return np.concatenate([z.real, z.imag], -1)
+
+    x = w["model.embed_tokens.weight"][ids]
+    for i in range(DEPTH):
+        at = f"model.layers.{i}"
+        h = norm(x, f"{at}.input_layernorm")
+        q, k, v = (h @ w[f"{at}.self_attn.{p}_proj.weight"].T for p in "qkv")
+        q, k, v = (t.reshape(len(ids), -1, K) for t in (q, k, v))
+        y = attention(turned(q), np.repeat(turned(k), N // G, 1), np.repeat(v, N // G, 1))
+        x = x + y @ w[f"{at}.self_attn.o_proj.weight"].T
+        h = norm(x, f"{at}.post_attention_layernorm")
+        gate, up = (h @ w[f"{at}.mlp.{p}_proj.weight"].T for p in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ w[f"{at}.mlp.down_proj.weight"].T
+    return norm(x, "model.norm") @ w["lm_head.weight"].T
+
+
+FAMILIES = {"gpt2": (GPT2_CONFIG, gpt2_tensors, gpt2), "llama": (LLAMA_CONFIG, llama_tensors, llama)}
+IDS = np.random.default_rng(1).integers(0, V, L)
+
+
+def difference(location: str, reference: np.ndarray) -> float:
+    model, params = read(location)
+    ours = model.apply({"params": params}, jnp.asarray(IDS[None]), train=False)[0]
+    return float(np.abs(np.asarray(ours) - reference).max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_a_forward_pass_in_numpy(family, tmp_path):
+    config, tensors, forward = FAMILIES[family]
+    w = tensors()
+    reference = forward(w, IDS)
+    assert difference(written(tmp_path / "good", config, w), reference) < 1e-4 * np.abs(reference).max()
+    # Negative controls: a transposed kernel, another epsilon, interleaved rotary halves, another base.
+    square = next(name for name in w if name.endswith(("attn.c_proj.weight", "o_proj.weight")))
+    assert difference(written(tmp_path / "turned", config, w | {square: w[square].T}), reference) > 0.01
+    epsilon = "layer_norm_epsilon" if family == "gpt2" else "rms_norm_eps"
+    assert difference(written(tmp_path / "epsilon", config | {epsilon: 1e-5}, w), reference) > 0.001
+    if family == "llama":
+        q = "model.layers.0.self_attn.q_proj.weight"
+        mixed = w[q].reshape(N, 2, D // N // 2, D).swapaxes(1, 2).reshape(D, D)
+        assert difference(written(tmp_path / "rotary", config, w | {q: mixed}), reference) > 0.01
+        plain = {name: value for name, value in config.items() if name != "rope_scaling"}
+        assert difference(written(tmp_path / "scaling", plain, w), reference) > 0.01
+
+
+def test_files_in_half_precision_and_in_shards(tmp_path):
+    import ml_dtypes
+
+    w = llama_tensors()
+    half = {name: x.astype(ml_dtypes.bfloat16) for name, x in w.items()}
+    whole = find(written(tmp_path / "half", LLAMA_CONFIG, half)).arrays()
+    assert all(x.dtype == np.float32 for x in whole.values())
+    assert np.array_equal(whole["wte/embedding"], half["model.embed_tokens.weight"].astype(np.float32))
+
+    folder = tmp_path / "shards"
+    written(folder, LLAMA_CONFIG, w)
+    (folder / "model.safetensors").unlink()
+    names = sorted(w)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_file({name: w[name] for name in held}, folder / file)
+    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert np.array_equal(find(str(folder)).arrays()["head"], w["lm_head.weight"].T)
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks 1 of 2 shards.*model-2"):
+        find(str(folder))
+
+
+def spoiled(folder, kind: str) -> str:
+    """A folder of weights with one fault."""
+    w, config = llama_tensors(), dict(LLAMA_CONFIG)
+    match kind:
+        case "a tensor too many":
+            w["model.layers.0.self_attn.extra.weight"] = random(2, seed=0)
+        case "a tensor too few":
+            del w["model.layers.1.mlp.up_proj.weight"]
+        case "a shape":
+            w["model.norm.weight"] = random(D + 1, seed=0)
+        case "a type":
+            w["model.norm.weight"] = np.arange(D)
+        case "architecture":
+            config["model_type"] = "mamba"
+        case "field":
+            config["new_trick"] = True
+        case "value":
+            config["hidden_act"] = "relu"
+        case "scaling":
+            config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    written(folder, config, w)
+    file = folder / "model.safetensors"
+    match kind:
+        case "truncated":
+            file.write_bytes(file.read_bytes()[:-100])
+        case "no weights":
+            file.unlink()
+        case "pickled":
+            file.rename(folder / "pytorch_model.bin")
+        case "no config":
+            (folder / "config.json").unlink()
+        case "not JSON":
+            (folder / "config.json").write_text("{")
+        case "outside":
+            file.unlink()
+            index = {"weight_map": {"x": "../secret.safetensors"}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind, said", {
+    "a tensor too many": "1 tensors without a place .*self_attn.extra", "a tensor too few": "without a tensor .*ffn/up",
+    "a shape": r"model.norm.weight .*\(33,\).*\(32,\)", "a type": "model.norm.weight is I64", "architecture": "'mamba'",
+    "field": "'new_trick'", "value": "hidden_act is 'relu'", "scaling": "'yarn'", "truncated": "model.safetensors",
+    "no weights": "no model.safetensors", "pickled": "pickle.*save", "no config": "no config.json",
+    "not JSON": "config.json is not JSON", "outside": "outside its folder"}.items())
+def test_bad_files_are_a_sentence(kind, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        find(spoiled(tmp_path / "w", kind))
+
+
+def test_a_copy_that_is_none_is_noticed(tmp_path):
+    w = llama_tensors()
+    config = LLAMA_CONFIG | {"tie_word_embeddings": True}
+    good = find(written(tmp_path / "good", config, w | {"lm_head.weight": w["model.embed_tokens.weight"]}))
+    assert good.model.tied and good.arrays() and "lm_head.weight" in good.report()["unused"]
+    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens"):
+        find(written(tmp_path / "bad", config, w)).arrays()
+
+
+def test_locations(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "marked").mkdir()
+    (tmp_path / "marked" / "__init__.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "marked" / "x.gguf").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert locate("package:marked/x.gguf") == tmp_path / "marked" / "x.gguf"  # without importing it
+    for bad, said in (("nowhere", "There is no .*nowhere"), ("package:marked/../x", "is not package:NAME/PATH"),
+                      ("package:no_such_package/x", "not installed"), ("hf:gpt2", "is not hf:ORG/NAME"),
+                      ("package:marked/y.gguf", "There is no")):
+        with pytest.raises(UserError, match=said):
+            locate(bad)
+
+
+def experiment(location: str, corpus: str) -> Experiment:
+    return Experiment(data=Text(TextFiles(corpus), Bytes(), length=16), model=model_of(location), task=LanguageModel(),
+                      optim=AdamW(lr=1e-3), steps=2, batch=8, init_from=Weights(location))
+
+
+def test_a_run_starts_from_weights(tmp_path):
+    from lab.train.initial import initial_arrays
+    from lab.train.program import Program
+
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    location = written(tmp_path / "w", GPT2_CONFIG, gpt2_tensors())
+    value = experiment(location, str(tmp_path / "a.txt"))
+    value.validate()
+    assert from_json(to_json(value)) == value
+    data = value.data.load()
+    program = Program(replace(value, mesh=replace(value.mesh, data=2, fsdp=4)))
+    given, report = initial_arrays(value.init_from, program.abstract, data)
+    state = program.init(given)
+    _, params = read(location)
+    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), b), state.params, params)
+    assert all(jax.tree.leaves(same)) and not report["random"] and "model.safetensors" in report["files"]
+    assert len(state.params["wte"]["embedding"].sharding.device_set) == 8
+    with pytest.raises(UserError, match="norm_epsilon=1e-05.*0.001.*model_of"):
+        replace(value, model=GPT(depth=DEPTH, width=D, heads=N, vocab=V, context=L)).validate()
+    other = replace(value, model=value.model.clone(vocab=V + 4), init_from=Weights(location, random=("wte",)))
+    with pytest.raises(UserError, match="vocab"):
+        other.validate()
+
+
+@pytest.mark.skipif("LAB_TRANSFORMERS" not in os.environ, reason="needs torch and transformers: LAB_TRANSFORMERS=1")
+def test_logits_equal_those_of_transformers(tmp_path):
+    torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    base = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 160, "vocab_size": V, "max_position_embeddings": L}
+    scaling = LLAMA_CONFIG["rope_scaling"]
+    models = {
+        "gpt2": hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=V, n_positions=L)),
+        "smollm": hf.LlamaForCausalLM(hf.LlamaConfig(**base, tie_word_embeddings=True)),
+        "llama": hf.LlamaForCausalLM(hf.LlamaConfig(**base, rope_theta=5e5, rope_scaling=scaling)),
+        "biases": hf.LlamaForCausalLM(hf.LlamaConfig(**base, attention_bias=True, mlp_bias=True)),
+        "mistral": hf.MistralForCausalLM(hf.MistralConfig(**base, sliding_window=None)),
+        "qwen2": hf.Qwen2ForCausalLM(hf.Qwen2Config(**base)),
+        "qwen3": hf.Qwen3ForCausalLM(hf.Qwen3Config(**base, head_dim=24)),
+    }
+    for name, theirs in models.items():
+        theirs.eval()
+        with torch.no_grad():
+            for p in theirs.parameters():
+                p.add_(torch.randn_like(p) * 0.05)
+            theirs.save_pretrained(tmp_path / name)
+            reference = theirs(torch.tensor(IDS[None])).logits[0].numpy()
+        assert difference(str(tmp_path / name), reference) < 1e-4, name
