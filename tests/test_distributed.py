@@ -313,6 +313,20 @@ def test_no_process_0():
     assert re.search(r"Process 1 did not reach process 0 at 127.0.0.1:\d+ within 1 s \(Connection refused\)", err)
 
 
+@pytest.mark.parametrize("says, words", [
+    (b"", r"did not reach process 0 at 127.0.0.1:\d+ within 1 s .it does not answer"),
+    (b"SSH-2.0-x\r\n", "is not process 0 of this run, or has another secret"),
+])
+def test_what_is_not_process_0(says, words, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(sys.modules[__name__], "free_port", lambda: server.getsockname()[1])
+        process, = talk("", count=2, absent=(0,), seconds=1, silence=1)
+        connection = server.accept()[0]
+        connection.sendall(says)
+        assert re.search(words, finish(process)[2])
+        connection.close()
+
+
 def test_gather():
     processes = talk("""
         print(channel.gather({'k': process}), channel.gather(process == 0), flush=True)

@@ -117,6 +117,8 @@ class Channel:
                           name=f"{socket.gethostname()}, pid {os.getpid()}")
                 link.name = self.place
                 return link
+            except BlockingIOError:
+                reason = "it does not answer"
             except (AuthenticationError, OSError, EOFError) as e:
                 reason = getattr(e, "strerror", None) or str(e) or "it closed the connection"
                 if isinstance(e, AuthenticationError) or reason == "bad message length":
