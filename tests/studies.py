@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lab.study.run.engine import CellScreen
+from lab.study.run.cell_files import CellScreen
 
 BASE = {"class": "lab.experiment.Experiment", "seed": 0,
         "model": {"class": "lab.models.gpt.GPT", "norm": "layernorm", "position": "learned", "width": 64},

@@ -18,7 +18,7 @@ from PIL import Image
 from lab.data.dataset import Dataset
 from lab.data.pipeline import Arrays
 from lab.data.tables.bundled import Sklearn
-from lab.data.tables.tables import TableData
+from lab.data.tables.table_data import TableData
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.tasks.base import EvalResult
 from lab.train import ending, loop, restore

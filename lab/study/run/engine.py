@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-import jax
-
-from lab.errors import CannotWrite, UserError
+from lab.errors import UserError
 from lab.files import make_folder, no_links
 from lab.parallel.processes import ALONE
 from lab.signals import EXIT, Stop
 from lab.study.design.arms import BASE
 from lab.study.run import leases, workers
+from lab.study.run.cell_files import CellScreen, begin, begun, end, failing
 from lab.study.run.cells import Cell, changed, finished_elsewhere, link, read_cell
 from lab.study.run.forks import take_over
 from lab.study.run.grouping import Group
-from lab.study.run.outcomes import _final, _ways
+from lab.study.run.outcomes import _ways
 from lab.study.run.preflight import Arm
 from lab.study.run.shared import Bench
 from lab.study.run.together import run_together
@@ -40,30 +38,12 @@ from lab.study.run.units import (
 )
 from lab.train import loop
 from lab.train.console import Screen, clock
-from lab.train.json_files import read_json, write_json
+from lab.train.json_files import write_json
 from lab.train.program import Program
 from lab.train.step import State
 
 STOPPED = set(EXIT.values())
 WAIT_SECONDS = 0.5
-
-
-class CellScreen(Screen):
-    """The screen of one cell: logs to a file in the cell's folder, shows progress on the study's screen."""
-
-    def __init__(self, outer: Screen, label: str, folder: Path):
-        super().__init__(quiet=True)
-        self._outer, self._label = outer, label
-        make_folder(folder / "logs")
-        self.record(folder / "logs" / "screen.txt")
-
-    def record(self, path: Path | None) -> None:
-        """Keeps logging to the cell's file if `path` is None."""
-        super().record(path or self._record)
-
-    def progress(self, line: str) -> None:
-        """Shows a line that the next progress line overwrites."""
-        self._outer.progress(f"{self._label}  {line}" if line else "")
 
 
 class Engine:
@@ -272,14 +252,14 @@ class Engine:
         if base := self._base_of(cell):
             arm = self.arms[cell.arm]
 
-            def begin(program: Program, own: Path) -> State | None:
+            def from_base(program: Program, own: Path) -> State | None:
                 state = take_over(base.folder(self.folder), arm.after, cell.experiment, base.experiment, program, own)
                 if state is None and arm.stated:
                     raise UserError(f"The base has no state after step {arm.after} with seed {cell.seed}: it "
                                     f"diverged or failed before.")
                 return state
 
-            return replace(found, begin=begin)
+            return replace(found, begin=from_base)
         return found
 
     def _compile_next(self, later: Sequence[Unit], cells: Mapping[str, Cell]) -> None:
@@ -293,34 +273,35 @@ class Engine:
         """Runs or resumes the single cell of a unit and writes its cell.json; returns the loop's status."""
         (cell,) = cells
         folder, start = cell.folder(self.folder), time.monotonic()
-        again = self._begin(cell, folder)
+        again = begin(cell, folder)
         errors, status = [], 0
         if not (folder / "result.json").exists():  # else only cell.json is missing
             screen = CellScreen(self.screen, f"cell {self._number()}/{len(self.cells)}  {cell.arm} {cell.seed}", folder)
-            with _failing(errors):
+            with failing(errors):
                 status = loop.train(cell.experiment, folder, screen, self.file, prepared=self._prepared(unit, cell))
         if status not in STOPPED:
             seconds = time.monotonic() - start
-            self._end(cell, "diverged" if status == 1 else "done", errors, None if again else seconds, clock(seconds))
+            self.screen.info(end(cell, folder, "diverged" if status == 1 else "done", errors,
+                                 None if again else seconds, clock(seconds)))
         return status
 
     def _run_together(self, unit: Unit, cells: Sequence[Cell]) -> int:
         """Runs or resumes the cells of a unit as one program and writes their cell.json; returns the status."""
         home, start = self.folder / "together" / unit.name, time.monotonic()
-        begun = _begun(home)
+        started = begun(home)
         members = {c.name: c for c in self.cells}
-        if begun and all(n in members and members[n].fingerprint == f for n, f in begun.items()):
-            cells = [members[name] for name in begun]  # includes cells whose cell.json is already written
+        if started and all(n in members and members[n].fingerprint == f for n, f in started.items()):
+            cells = [members[name] for name in started]  # includes cells whose cell.json is already written
         else:
             shutil.rmtree(home, ignore_errors=True)
             home.mkdir(parents=True)
             for cell in cells:
-                self._begin(cell, cell.folder(self.folder), anew=True)
+                begin(cell, cell.folder(self.folder), anew=True)
             write_json(home / "begun.json", {c.name: c.fingerprint for c in cells})
-        again, errors, lives, status = bool(begun), [], [False] * len(cells), 0
+        again, errors, lives, status = bool(started), [], [False] * len(cells), 0
         label = f"cells {self._number()} to {self._number() + len(cells) - 1} of {len(self.cells)}"
         screen = CellScreen(self.screen, label, home)
-        with _failing(errors):
+        with failing(errors):
             stacked = self.bench.stacked([c.experiment for c in cells], unit.numbers, self.plan.steps_per_call)
             status, lives = run_together(stacked, cells, [c.folder(self.folder) for c in cells], home,
                                          self.bench.data(cells[0].experiment), screen, self.file, Stop(ALONE))
@@ -328,31 +309,14 @@ class Engine:
             seconds = (time.monotonic() - start) / len(cells)
             for cell, alive in zip(cells, lives, strict=True):
                 if not self._finished(cell):
-                    self._end(cell, "done" if alive else "diverged", errors,
-                              None if again else seconds, f"{clock(seconds * len(cells))} for {len(cells)} together")
+                    self.screen.info(end(cell, cell.folder(self.folder), "done" if alive else "diverged", errors,
+                                         None if again else seconds,
+                                         f"{clock(seconds * len(cells))} for {len(cells)} together"))
             shutil.rmtree(home, ignore_errors=True)
         return status
 
     def _number(self) -> int:
         return 1 + sum(self._finished(cell) for cell in self.cells)
-
-    def _begin(self, cell: Cell, folder: Path, anew: bool = False) -> bool:
-        """Whether an earlier process began this cell. Deletes files from other code or data."""
-        if not anew and _begun(folder).get("fingerprint") == cell.fingerprint:
-            return True
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(folder / "begun.json", cell.identity)
-        return False
-
-    def _end(self, cell: Cell, said: str, errors: Sequence[str], seconds: float | None, shown: str) -> None:
-        """Writes cell.json, which marks the cell finished, or failed if there are errors."""
-        folder, error = cell.folder(self.folder), next(iter(errors), None)
-        said = "failed" if error else said
-        write_json(folder / "cell.json", cell.identity | {
-            "status": said, "seconds": seconds and round(seconds, 3), "error": error})
-        result = error or ("" if said == "diverged" else _final(folder, cell.experiment.evaluate.metric))
-        self.screen.info(f"{cell.arm} seed {cell.seed}: {said} {result} ({shown})")
 
     def summary(self) -> dict[str, int]:
         """Counts of done, diverged and failed cells; they add up to all planned cells.
@@ -366,23 +330,3 @@ class Engine:
         found = Counter(cell["status"] for c in self.cells if (cell := read_cell(c.folder(self.folder))))
         assert sum(found.values()) == len(self.cells), (found, len(self.cells))
         return {status: found[status] for status in ("done", "diverged", "failed")}
-
-
-def _begun(folder: Path) -> dict[str, str]:
-    """Contents of begun.json; empty if missing or damaged, so that the cell starts over."""
-    try:
-        found = read_json(folder / "begun.json") if (folder / "begun.json").exists() else {}
-    except UserError:
-        found = {}
-    return found if isinstance(found, dict) else {}
-
-
-@contextlib.contextmanager
-def _failing(errors: list[str]) -> Iterator[None]:
-    """Collects errors that fail only this unit, mainly out-of-memory. A full disk still fails the whole study."""
-    try:
-        yield
-    except CannotWrite:
-        raise
-    except (UserError, jax.errors.JaxRuntimeError) as e:
-        errors.append(str(e) if isinstance(e, UserError) else str(e).partition("\n")[0])
