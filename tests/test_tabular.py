@@ -106,6 +106,39 @@ def test_features_of_california_equal_those_of_scikit_learn(shared):
     assert data.summary["imputed total_bedrooms"].startswith("207 of 20,640 missing, set to the training median")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_random_tables_are_encoded_as_by_scikit_learn(tmp_path, seed):
+    draw, n = np.random.default_rng(seed), 200
+    scales, sizes = 10.0 ** draw.integers(-4, 7, 5), draw.integers(2, 9, 3)
+    rows = [{f"n{i}": repr(float(draw.normal(draw.integers(3), 1) * scale)) for i, scale in enumerate(scales)}
+            | {f"t{i}": f"word {draw.integers(size)}" for i, size in enumerate(sizes)}
+            | {"y": repr(float(draw.normal()))} for _ in range(n)]
+    for name in [name for name in rows[0] if name != "y"]:
+        for row in draw.choice(n, draw.integers(1, 60), replace=False):
+            rows[row][name] = draw.choice(["", "NA", "?", "nan"])
+    path, at = write(tmp_path / "t.csv", rows), split(n, 0.2, 0.1)["train"]
+    features = Table(Csv(path, target="y")).load().features
+    found = np.concatenate([feature.encode(read_columns(path)) for feature in features], 1)  # float64
+
+    def wanted(fit_on: np.ndarray) -> np.ndarray:
+        return by_scikit_learn(rows, np.arange(n), fit_on, [f"n{i}" for i in range(5)], [f"t{i}" for i in range(3)])
+
+    np.testing.assert_allclose(found, wanted(at), rtol=1e-6, atol=1e-6)
+    assert np.abs(found - wanted(np.arange(n))).max() > 1e-3  # negative control: fitted on all rows
+
+
+@pytest.mark.parametrize("name", ["wine", "breast_cancer", "iris"])
+def test_the_sets_of_scikit_learn_are_encoded_as_by_it(name):
+    from sklearn import datasets
+    from sklearn.preprocessing import StandardScaler
+
+    raw, data = getattr(datasets, f"load_{name}")().data, Table(Sklearn(name)).load()
+    parts = split(len(raw), 0.2, 0.1)
+    for fit_on, right in ((parts["train"], True), (np.arange(len(raw)), False)):
+        wanted = StandardScaler().fit(raw[fit_on]).transform(raw[parts["test"]])
+        assert np.allclose(data.test.arrays["inputs"], wanted, rtol=1e-6, atol=1e-6) == right
+
+
 def test_the_target_comes_back_in_its_units_and_is_standardised_with_the_training_rows(houses):
     data, parts = Table(houses).load(), split(N, 0.2, 0.1)
     price = np.array([float(row["price"]) for row in mixed_rows()])
