@@ -205,6 +205,21 @@ def test_any_flipped_byte_is_seen(folder, interrupted):
     assert passed_over > 3  # they did hit something
 
 
+def test_orbax_alone_returns_wrong_numbers(tmp_path, monkeypatch):
+    """Why arrays have checksums. Should this fail with a later Orbax, they may go."""
+    state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(512, 1024)), jnp.float32)}
+    checkpoints = Checkpoints(tmp_path, Checkpoint())
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    flip(tmp_path / "1")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoints.restore(state)
+    monkeypatch.setattr("lab.train.checkpoint.manifest", lambda state: {})
+    found = checkpoints.restore(state)["w"]
+    assert found.shape == (512, 1024) and not np.array_equal(found, state["w"])
+    checkpoints.close()
+
+
 @pytest.mark.parametrize("old, new", [("params/out/kernel", "params/out/kernem"), ('[8, 4]', '[8, 5]')])
 def test_a_flipped_bit_in_the_manifest_is_damage_and_no_other_model(folder, reference, old, new):  # noqa: F811
     path = folder / "checkpoints" / "10" / "manifest" / "metadata"

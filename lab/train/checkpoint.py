@@ -26,6 +26,8 @@ from lab.parallel.sharding import path_of
 log = logging.getLogger(__name__)
 
 
+# Orbax 0.12.8 alone, one bit flipped at 24 places of each file: OCDBT notices all in its index, and none in the file of
+# the arrays (98 % of the bytes), of which it returns wrong numbers.
 def checksum(x: Array) -> Array:
     """uint32: the sum over elements of a hash of (bits, index), modulo 2^32.
 
