@@ -253,7 +253,7 @@ def test_artifacts_are_texts_and_a_comparison_with_compressors(tmp_path):
     raw = Validation.raw
     for name, packed in (("gzip -9", gzip.compress(raw, 9)), ("xz -9", lzma.compress(raw, preset=9))):
         assert f"{name} {8 * len(packed) / len(raw):.3f}" in lines[0]
-    assert "this model 1.250" in lines[0]
+    assert "this model 1.250 on the records evaluated; gzip" in lines[0] and f"on {len(raw) / 1e3:,.0f} kB" in lines[0]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["0.txt", "1.txt"]
     text = (tmp_path / "samples" / "0.txt").read_text()
     assert text == f"--- prompt\n01\n--- continuation\n{'7' * 10}\n"

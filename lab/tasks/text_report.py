@@ -21,8 +21,8 @@ def text_report(outcome: EvalResult, samples: int) -> list[str]:
         raw = outcome.data.validation_bytes(COMPRESSED)
         others = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}
         beside = ", ".join(f"{name} {8 * len(packed) / len(raw):.3f}" for name, packed in others.items())
-        lines.append(f"Validation text in bits per byte: this model {outcome.means['bits_per_byte']:.3f}; {beside} "
-                     f"(of {len(raw) / 1e3:,.0f} kB)")
+        lines.append(f"Validation text in bits per byte: this model {outcome.means['bits_per_byte']:.3f} on the "
+                     f"records evaluated; {beside} on {len(raw) / 1e3:,.0f} kB")
     with forgiving("The samples"):
         lines += _samples(outcome, samples)
     return lines
