@@ -511,6 +511,11 @@ def test_bench(typed):
     assert found["device"].startswith("8 x ")
 
 
+def test_the_help_of_bench_is_its_own(typed):
+    status, _, err = typed("bench", "small.py", "--timed-step", "4")
+    assert status == 2 and re.search(r"run ./launch.sh bench \S*small.py --help", " ".join(re.findall(r"[^\s│]+", err)))
+
+
 def test_a_closed_pipe_is_no_traceback(place):
     process = start(place, "small.py", "--help")
     process.stdout.close()

@@ -70,10 +70,11 @@ def choose_config(module: Any, args: Sequence[str]) -> tuple[Experiment | Study,
     return real, ""
 
 
-def parse(path: Path, args: Sequence[str], options: type, module: Any = None) -> tuple[Experiment, Any, Path]:
+def parse(path: Path, args: Sequence[str], options: type, module: Any = None,
+          verb: str = "") -> tuple[Experiment, Any, Path]:
     """The experiment with overrides (or the base experiment of a study), the command's options, and the file.
 
-    `module`: the file's module, if already loaded.
+    `module`: the file's module, if already loaded. `verb`: the word before the file on the command line.
     """
     import tyro
 
@@ -89,9 +90,10 @@ def parse(path: Path, args: Sequence[str], options: type, module: Any = None) ->
     flat = tyro.conf.arg(name="")
     command_type = make_dataclass("Command", [("experiment", Annotated[type(default), flat]),
                                               ("options", Annotated[options, flat])])
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     with warnings.catch_warnings(action="ignore"):  # validate() reports fields of the wrong type
         command = tyro.cli(command_type, args=list(args), default=command_type(default, options()),
-                           prog=f"./launch.sh {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}",
+                           prog=" ".join(["./launch.sh", *filter(None, [verb]), str(shown)]),
                            description=module.__doc__, config=(tyro.conf.AvoidSubcommands,))
     for flag, value in unchanged(args, default, command.experiment):
         print(f"Note: {flag} is already {value}: no effect.", flush=True)

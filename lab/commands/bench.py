@@ -58,7 +58,7 @@ def main(args: Sequence[str]) -> int:
     if not args:
         raise UserError("Say which experiment to measure: ./launch.sh bench experiments/gpt_small.py")
     flags = ["--timed-steps" + a.removeprefix("--steps") if a.partition("=")[0] == "--steps" else a for a in args[1:]]
-    experiment, options, _ = parse(find_experiment(args[0]), flags, BenchOptions)
+    experiment, options, _ = parse(find_experiment(args[0]), flags, BenchOptions, verb="bench")
     start_jax()
     if options.timed_steps < 1:
         raise UserError(f"--timed-steps must be at least 1, not {options.timed_steps}.")

@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> int:
         raise UserError(f"Say where it would run: --on NAME, which is one of {topologies.names()}.")
     os.environ.update(topologies.environment(topologies.find(where or "cpu:1")))  # before JAX starts
     real = args if {"--full", "--local"} & set(args) else [*args, "--full"]
-    experiment, options, _ = parse(find_experiment(args[0]), real[1:], PlanOptions)
+    experiment, options, _ = parse(find_experiment(args[0]), real[1:], PlanOptions, verb="plan")
     from lab.planning.tables import show
 
     show(experiment, options.on)
