@@ -113,4 +113,5 @@ if __name__ == "__main__":
         say(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
+        say("stopped.")
         sys.exit(130)

@@ -142,6 +142,7 @@ def heed() -> None:
 
 
 def _exit(number: int, frame: Any) -> None:
+    _process.say(f"{signal.Signals(number).name}: stopped.")
     sys.exit(EXIT[number])
 
 

@@ -282,13 +282,15 @@ def test_a_full_disk_is_no_missing_network(checkout):
     assert "registry" not in result.stderr and checkout.environments() == []
 
 
-def test_control_c_during_a_build_is_quiet(checkout):
+@pytest.mark.parametrize("number, status, said", [(signal.SIGINT, 130, "lab: stopped."),
+                                                  (signal.SIGTERM, 75, "SIGTERM: stopped.")])
+def test_a_signal_during_a_build_is_one_line(checkout, number, status, said):
     process = checkout.start(FAKE_SECONDS="30")
     checkout.wait_for_install()
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "Traceback" not in err
+    assert process.returncode == status
+    assert "Traceback" not in err and err.splitlines()[-1] == said and err.count("stopped") == 1
     assert checkout.environments() == []
 
 
