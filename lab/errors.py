@@ -5,6 +5,7 @@ import errno
 import inspect
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,9 @@ _REFUSED = {
 
 # Out-of-memory messages of libraries: while loading, starting threads, or running in C++.
 _NO_MEMORY = ("failed to map segment", "can't start new thread", "Cannot allocate memory", "std::bad_alloc")
+
+# Where an exception's text stops to be about the author's code: JAX goes on with a place in ours.
+_OURS = re.compile(r"\n\n|\nThe error occurred while tracing|\nThis concrete value|\nSee https://")
 
 # Errors caused by the path that the user typed.
 _BAD_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
@@ -101,7 +105,7 @@ def authors_line(error: BaseException) -> str | None:
         if frame.filename.startswith("<") or "site-packages" in file.parts or any(
                 str(path).startswith(tuple(libraries)) for path in (file, file.resolve())):
             continue
-        text = str(error).strip().partition("\n\n")[0]
+        text = _OURS.split(str(error).strip())[0]
         return f"{frame.filename}, line {frame.lineno}: {type(error).__name__}{': ' if text else ''}{text}"
     return None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,7 @@ class Mine({}):
         {}
 experiment = replace(e, task=Mine())
 '''
+LOSS = "total, *rest = Classify.loss(self, model, variables, batch, rngs, train); return {}, *rest"
 # What is wrong, the line after HEAD that is named (None: none), and what is said.
 WRONG = {
     "model None": ("experiment = replace(e, model=None)", 1, "model is None; give a dataclass such as"),
@@ -74,6 +76,16 @@ WRONG = {
     "loss of two arguments": ("@dataclass(frozen=True)\nclass Mine(Classify):\n    def loss(self, model, batch):\n"
                               "        return 0\nexperiment = replace(e, task=Mine())", 3,
                               "Mine.loss cannot be called as loss(self, model, variables, batch, rngs, train=...)"),
+    "loss of int32": (TASK.format("Classify", LOSS.format("total.astype(int)")), 3, "the sum of losses is int32, which"),
+    "loss a number": (TASK.format("Task", 'return 1.0, 1.0, {"loss": (1.0, 1.0)}, {}'), 3, "is the number 1.0, which"),
+    "loss NaN": (TASK.format("Classify", LOSS.format("total * jnp.nan")), 3, "Mine.loss is nan for the first 8 records"),
+    "loss async": (TASK.format("Classify", "return 1").replace("def", "async def"), 3, "Mine.loss is async"),
+    "loss yields": (TASK.format("Classify", "yield 1"), 3, "Mine.loss is async or has yield in it"),
+    "model of int32": (MODEL.format('return nn.Dense(2, name="out")(inputs).astype(int)'), 1, "Mine returns int32"),
+    "model branches": (MODEL.format("return inputs if inputs.sum() > 0 else -inputs"), 4, "bool[]."),
+    "model of initializers": ("experiment = replace(e, model=nn.Sequential([nn.Dense(2)]))", 1, "--model.layers.0."),
+    "metric": ('experiment = replace(e, evaluate=Evaluate(metric="acuracy"))', None, "acuracy is not computed; there"),
+    "not frozen": (DATA.format("dataset()").replace("(frozen=True)", ""), 1, "@dataclass(frozen=True)"),
     "steps 1e3": ("experiment = replace(e, steps=1e3)", 1, "--steps must be int, not 1000.0"),
     "loss raises": (TASK.format("Task", 'raise KeyError("nothing here")'), 4, "KeyError: 'nothing here'"),
     "GPT, table": ("experiment = replace(e, model=GPT(depth=1, width=8, heads=2, vocab=9))", None,
@@ -132,6 +144,16 @@ def test_a_mistake_is_a_sentence_with_its_line(place: Path, mistake: Callable, n
         assert any(f"{file}, line {n}: " in found for n in lines), found
     assert str(file) in found or line is None
     assert "/lab/" not in found.replace(str(file), "")  # nothing of ours
+
+
+@pytest.mark.parametrize(("gap", "status"), [("X[30, 2] = np.nan", 0), ("X[3, 1] = np.inf", 2)])
+def test_numbers_that_are_not_finite_are_said(place: Path, typed: Callable, caplog: Any, gap: str, status: int):
+    """A model may know what to do with them, so that only a loss that is NaN is refused."""
+    (place / "mine.py").write_text(HEAD + f"{gap}\n" + DATA.format("dataset()"))
+    found, out, err = typed(place / "mine.py", "--dry-run")
+    record = gap[2:].partition(",")[0]
+    assert found == status and ("loss is nan" in err) == (status == 2), (out, err)
+    assert f"Mine.load(): the train split: 'inputs' of record {record} is not finite" in caplog.text
 
 
 def test_what_is_right_is_not_refused(place: Path, typed: Callable):

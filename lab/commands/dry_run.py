@@ -14,25 +14,29 @@ from rich.table import Table
 from lab.errors import Absent
 from lab.experiment import Experiment
 from lab.parallel.sharding import AXES, describe_state, mesh_sizes, state_shardings
-from lab.train.check import load_data, model_outputs
+from lab.train.check import LOOKS, load_data, model_outputs, try_out
 from lab.train.console import facts, human
 from lab.train.cost import Cost, make_plan, optimizer_flops, size_of
 from lab.train.shapes import batch_spec
 from lab.train.step import State
 
+SMALL, QUICK = 10**7, 10**10  # parameters, and FLOPs of a few records, of models that are tried out
 RECORDS = [f"validation {unit}" for unit in ("rows", "windows", "images", "messages", "images, as stored")]
 
 
 def show(experiment: Experiment) -> None:
-    """Prints parameters per module, FLOPs, tokens and bytes. Runs nothing on a device, and reads data only if that is
-    fast. Checks that model, task and data fit, as before a run.
+    """Prints parameters per module, FLOPs, tokens and bytes. Reads data only if that is fast. Checks that model, task
+    and data fit, as before a run, and computes the loss of a few records if that is quick.
     """
     console = Console(highlight=False)
     model_outputs(experiment)
+    data = None
     with contextlib.suppress(Absent):  # reported below
         if not getattr(experiment.data, "slow", False):
-            load_data(experiment)
+            data = load_data(experiment)
     plan = make_plan(experiment)
+    if data and plan.parameters < SMALL and plan.flops * LOOKS < QUICK * experiment.batch:
+        try_out(experiment, data)
     units = experiment.batch * experiment.data.units_per_record
 
     modules = Table("module", "parameters", "arrays", title="Parameters", title_justify="left")

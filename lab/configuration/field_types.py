@@ -168,7 +168,7 @@ def _describe(option: Any) -> str:
     if origin is tuple:
         return f"({', '.join(map(describe, args))})"
     if _is_protocol(option):
-        what = option.__doc__.partition(". ")[0].rstrip(".")
+        what = (option.__doc__ or option.__name__).partition(". ")[0].rstrip(".")
         return f"{what[0].lower()}{what[1:]} with {' and '.join(f'{m}()' for m in sorted(_methods(option)))}"
     if option is types.NoneType:
         return "None"

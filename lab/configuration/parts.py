@@ -50,6 +50,9 @@ def check_parts(experiment: Any) -> None:
         if not dataclasses.is_dataclass(part):
             what = "None" if part is None else f"{part!r:.40}, a {type(part).__name__}"
             raise UserError(f"{name} is {what}; give a dataclass such as {name}={example}.")
+        if type(part).__hash__ is None:
+            raise UserError(f"{where(type(part))}{type(part).__name__}, the {name}, can be changed: write "
+                            f"@dataclass(frozen=True).")
         if missing := [attribute for attribute in needed if not hasattr(part, attribute)]:
             some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise UserError(f"{where(type(part))}{type(part).__name__} cannot be the {name}: it has no {some}. Derive "
@@ -59,7 +62,10 @@ def check_parts(experiment: Any) -> None:
 
 
 def _check_call(part: Any, method: str, places: tuple[str, ...], names: tuple[str, ...]) -> None:
-    """Raises UserError if `part.method` cannot be called with these arguments."""
+    """Raises UserError if `part.method` cannot be called with these arguments, or only later returns its result."""
+    if inspect.iscoroutinefunction(getattr(part, method)) or inspect.isgeneratorfunction(getattr(part, method)):
+        raise UserError(f"{where(getattr(type(part), method))}{type(part).__name__}.{method} is async or has yield in "
+                        f"it; it must return its result.")
     try:
         inspect.signature(getattr(part, method)).bind(*places, **dict.fromkeys(names))
     except TypeError as e:
@@ -84,6 +90,9 @@ def check_loss(task: Any, result: Any, train: bool) -> tuple[Any, Any, dict[str,
     for name, x in (("sum of losses", total), ("sum of weights", weight)):
         if getattr(x, "shape", ()) != () or isinstance(x, str) or x is None:
             raise UserError(f"{here}: the {name} must be one number, not {getattr(x, 'shape', x)}.")
+    if train and "float" not in str(getattr(total, "dtype", "")):
+        raise UserError(f"{here}: the sum of losses is {getattr(total, 'dtype', f'the number {total}')}, which has no "
+                        f"gradient; compute it from the model's output, as a floating-point array.")
     if not isinstance(metrics, Mapping) or "loss" not in metrics:
         raise UserError(f"{here}: the metrics must be a dict, with at least \"loss\": (sum, weight).")
     for name, value in metrics.items():

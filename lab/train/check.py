@@ -1,8 +1,10 @@
-"""Checks that model, task and data fit together, before any computation."""
+"""Checks that model, task and data fit together, before training."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,9 +14,14 @@ import numpy as np
 from lab.errors import UserError, authors_line, where
 from lab.experiment import Experiment, check_model
 from lab.optim.matrices import outputs
+from lab.train import metrics
 from lab.train.shapes import batch_spec
+from lab.train.step import init_state, make_eval_step, make_loss, prepare
+
+log = logging.getLogger(__name__)
 
 LOOKS = 8  # records per split to read one by one, to check that their shapes agree
+MANY = 10**8  # numbers per array to look through for NaN
 
 
 def load_data(experiment: Experiment) -> Any:
@@ -55,6 +62,8 @@ def _check_records(what: str, records: Any, spec: Mapping[str, Any]) -> None:
         raise UserError(f"{what} has arrays of unequal lengths: {each}.")
     if not len(records):
         raise UserError(f"{what} has no record.")
+    for name, array in arrays.items():
+        _warn_of_gaps(what, name, array[: max(1, MANY * len(array) // max(array.size, 1))])
     for i in np.unique(np.linspace(0, len(records) - 1, LOOKS).astype(int)):
         found = records[np.array([i])]
         if not isinstance(found, Mapping):
@@ -72,6 +81,49 @@ def _check_records(what: str, records: Any, spec: Mapping[str, Any]) -> None:
             if x.shape != (1, *wanted.shape[1:]) or kind != wanted.dtype:
                 raise UserError(f"{what}: {name!r} of record {i} is {kind} {x.shape[1:]}, and record_spec() says "
                                 f"{wanted.dtype} {wanted.shape[1:]}.")
+            if name not in arrays:
+                _warn_of_gaps(what, name, x, i)
+
+
+def _warn_of_gaps(what: str, name: str, array: Any, first: int = 0) -> None:
+    """Logs a line if these records, numbered from `first`, have numbers that are not finite."""
+    array = np.asarray(array)
+    if array.dtype.kind == "f":
+        bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1))
+        if len(bad):
+            log.warning("warning: %s: %r of record %d is not finite (NaN or infinity)%s; a loss of it is not, either.",
+                        what, name, first + bad[0], f", and of {len(bad) - 1} more" if len(bad) > 1 else "")
+
+
+def check_metric(name: str, means: Mapping[str, float]) -> None:
+    """Raises UserError if the metric of `Evaluate` is not among those computed."""
+    if name not in means:
+        raise UserError(f"--evaluate.metric {name} is not computed; there are {', '.join(means)}.")
+
+
+def try_out(experiment: Experiment, data: Any) -> None:
+    """Computes loss and metrics of a few records with the initial parameters.
+
+    Raises:
+      UserError: the loss is not finite, or the metric of `Evaluate` is not computed.
+    """
+    batch, held_out = (_few(experiment, records) for records in (data.train, data.validation))
+    state = jax.jit(functools.partial(init_state, experiment))(batch)
+    loss = jax.jit(lambda state, rows: make_loss(experiment)(
+        state.params, state.model_state, prepare(experiment, rows, True, 0), 0, 0)[0])(state, batch)
+    if not np.isfinite(loss):
+        raise UserError(f"{where(type(experiment.task).loss)}{type(experiment.task).__name__}.loss is {loss} for the "
+                        f"first {len(batch['weight'])} records, with the initial parameters.")
+    found = metrics.add(None, jax.jit(make_eval_step(experiment))(state, held_out))
+    means, counts = metrics.means(found), metrics.counts(found)
+    check_metric(experiment.evaluate.metric, means | experiment.task.summary(means, counts))
+
+
+def _few(experiment: Experiment, records: Any) -> dict[str, np.ndarray]:
+    """A batch of the first few records."""
+    n = min(len(records), experiment.batch, LOOKS)
+    numbered = {"weight": np.ones(n, np.float32), "index": np.arange(n, dtype=np.int32)}
+    return {name: np.asarray(x) for name, x in records[np.arange(n)].items()} | numbered
 
 
 def model_outputs(experiment: Experiment) -> list[Any]:
@@ -92,6 +144,10 @@ def model_outputs(experiment: Experiment) -> list[Any]:
     for output in found:
         if output is None:
             raise UserError(f"{where(type(experiment.model))}{model} returns None; it must return its output.")
+        kinds = {str(x.dtype) for x in jax.tree.leaves(output)}
+        if kinds and not any("float" in kind for kind in kinds):
+            raise UserError(f"{where(type(experiment.model))}{model} returns {', '.join(sorted(kinds))}, which has no "
+                            f"gradient; its output must be floating-point.")
     return found
 
 

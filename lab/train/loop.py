@@ -20,7 +20,7 @@ from lab.signals import Stop
 from lab.tasks.base import EvalResult
 from lab.train import metrics
 from lab.train.beginning import first_state, open_rows, open_tensorboard
-from lab.train.check import load_data
+from lab.train.check import check_metric, load_data
 from lab.train.checkpoint import Checkpoints
 from lab.train.console import Screen, facts
 from lab.train.ending import Diverged, diverged, finish, interrupted
@@ -184,8 +184,7 @@ class TrainingRun:
         if evaluated is None:
             return
         means, counts = evaluated
-        if settings.metric not in means:
-            raise UserError(f"--evaluate.metric {settings.metric} is not computed; there are {', '.join(means)}.")
+        check_metric(settings.metric, means)
         means = {settings.metric: means[settings.metric], **means}
         self.evaluations.append({"step": self.step, "split": "validation", **means})
         self.write(self.evaluations[-1])

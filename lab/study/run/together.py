@@ -15,12 +15,12 @@ import numpy as np
 
 from lab.data.pipeline import eval_batches, train_indices
 from lab.data.prefetch import Prefetch
-from lab.errors import UserError
 from lab.experiment import Checkpoint
 from lab.signals import EXIT, Stop
 from lab.study.run.cells import Cell
 from lab.study.run.stacked import FINITE, Stacked, apart
 from lab.train import metrics
+from lab.train.check import check_metric
 from lab.train.checkpoint import Checkpoints
 from lab.train.console import Screen, clock
 from lab.train.fitted import write_fitted
@@ -155,8 +155,7 @@ class _Together:
             return
         improved = []
         for c, means in enumerate(found):
-            if settings.metric not in means:
-                raise UserError(f"--evaluate.metric {settings.metric} is not computed; there are {', '.join(means)}.")
+            check_metric(settings.metric, means)
             if self.lives[c] and missing[c]:
                 self.rows[c].append({"step": self.step, "split": "validation",
                                      settings.metric: means[settings.metric], **means})
