@@ -76,9 +76,9 @@ WRONG = {
     "loss of two arguments": ("@dataclass(frozen=True)\nclass Mine(Classify):\n    def loss(self, model, batch):\n"
                               "        return 0\nexperiment = replace(e, task=Mine())", 3,
                               "Mine.loss cannot be called as loss(self, model, variables, batch, rngs, train=...)"),
-    "loss of int32": (TASK.format("Classify", LOSS.format("total.astype(int)")), 3, "the sum of losses is int32, which"),
+    "loss of int32": (TASK.format("Classify", LOSS.format("total.astype(int)")), 3, "the sum of losses is int32"),
     "loss a number": (TASK.format("Task", 'return 1.0, 1.0, {"loss": (1.0, 1.0)}, {}'), 3, "is the number 1.0, which"),
-    "loss NaN": (TASK.format("Classify", LOSS.format("total * jnp.nan")), 3, "Mine.loss is nan for the first 8 records"),
+    "loss NaN": (TASK.format("Classify", LOSS.format("total * jnp.nan")), 3, "Mine.loss is nan for the first 8"),
     "loss async": (TASK.format("Classify", "return 1").replace("def", "async def"), 3, "Mine.loss is async"),
     "loss yields": (TASK.format("Classify", "yield 1"), 3, "Mine.loss is async or has yield in it"),
     "model of int32": (MODEL.format('return nn.Dense(2, name="out")(inputs).astype(int)'), 1, "Mine returns int32"),
