@@ -420,3 +420,17 @@ def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
         assert apart(checkpoints.restore(program.abstract, step), saved[step]) == 0
     assert apart(saved[0], saved[2]) > 1e-3
     checkpoints.close()
+
+
+def test_too_many_open_files_are_named(tmp_path):
+    """Tensorstore says it after several paths, which would fill the line."""
+    where = f"{tmp_path}/checkpoints/5.orbax-checkpoint-tmp/" * 4
+    saves = Checkpoints(tmp_path / "checkpoints", Checkpoint())
+
+    def save():
+        raise ValueError(f"RESOURCE_EXHAUSTED: Error writing \"{where}\": Failed to open: \"{where}\": Too many open "
+                         f"files [os_error_code='24']")
+
+    with pytest.raises(UserError, match=r"checkpoints: Too many open files; raise the limit .*ulimit -n.*\. Earlier"):
+        saves._guard(save)
+    saves.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -172,7 +174,9 @@ class Checkpoints:
             signs = ("No space left", "RESOURCE_EXHAUSTED", "Permission denied", "Read-only", "File too large",
                      "Too many open files", "Disk quota")
             if any(sign in str(e) for sign in signs):
-                reason = str(e).splitlines()[0][:200]
+                cause = re.search(r"os_error_code='(\d+)'", str(e))  # tensorstore's, after several paths
+                reason = os.strerror(int(cause[1])) if cause else str(e).splitlines()[0][:200]
+                reason += "; raise the limit on them (ulimit -n)" if reason == os.strerror(errno.EMFILE) else ""
                 raise CannotWrite(f"A checkpoint could not be written to {self.folder}: {reason}. Earlier checkpoints "
                                   f"are intact; run the same command to go on.") from e
             raise
