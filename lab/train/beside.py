@@ -1,7 +1,7 @@
 """The Python files beside an experiment's file that it imports: `from my_model import Net` reads my_model.py there.
 
 Only names in import statements, followed from file to file, become importable, and only if Python, an installed package
-or lab has no such name. Their content is read once: what is executed is what is digested and what is copied.
+or lab has no such name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,8 @@ class Beside:
     """Its file, relative to the experiment's folder; for a package without __init__.py the folder."""
     path: Path
     content: bytes = b""
+    copied: bool = False
+    """Whether the content is that of a copy, not of the file at `path`."""
 
     @property
     def is_package(self) -> bool:
@@ -55,7 +57,7 @@ def find(file: Path, content: bytes, read: Callable[[str], bytes | None] | None 
     Raises:
       SyntaxError: in the experiment's file or in one of these modules.
     """
-    folder, found = file.resolve().parent, {}
+    folder, found, copied = file.resolve().parent, {}, read is not None
     read = read or (lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None)
     open_ = set(imported(ast.parse(content, str(file))))
     while open_:
@@ -65,7 +67,7 @@ def find(file: Path, content: bytes, read: Callable[[str], bytes | None] | None 
         inner = module.replace(".", "/")
         for name in (f"{inner}/__init__.py", f"{inner}.py"):
             if folder / name != file.resolve() and (text := read(name)) is not None:
-                found[module] = beside = Beside(name, folder / name, text)
+                found[module] = beside = Beside(name, folder / name, text, copied)
                 package = module if beside.is_package else module.rpartition(".")[0]
                 open_ |= set(imported(ast.parse(text, str(beside.path)), package))
                 open_ |= {above for above in _above(module) if above not in found}
@@ -132,10 +134,13 @@ def make_importable(modules: Mapping[str, Beside]) -> None:
 
 
 def source_of(module: str) -> Beside | None:
-    """The module beside the experiment that has this name, if it is (or would be) imported from there."""
+    """The module beside the experiment that has this name, if it is (or would be) imported from there, as its file is
+    now."""
     beside, loaded = FINDER.known.get(module), sys.modules.get(module)
     mine = loaded is None or getattr(loaded, "__experiment_source__", None) is not None
-    return beside if mine and beside is not None and beside.name.endswith(".py") else None
+    if not mine or beside is None or not beside.name.endswith(".py"):
+        return None
+    return beside if beside.copied or not beside.path.is_file() else replace(beside, content=beside.path.read_bytes())
 
 
 def versions(file: Path) -> dict[str, str]:
