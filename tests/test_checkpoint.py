@@ -19,6 +19,7 @@ from lab.parallel.sharding import make_mesh
 from lab.train.checkpoint import Checkpoints, checksum, manifest
 from lab.train.description import finished
 from lab.train.program import Program
+from lab.train.restore import _best_step
 from tests.test_loop import (  # noqa: F401 (fixtures)
     final,
     go,
@@ -340,6 +341,17 @@ def test_rows_after_the_checkpoint_are_computed_again(folder, reference):  # noq
     assert same(folder, reference)
 
 
+def test_a_row_that_was_appended_is_not_the_best(folder):
+    """`eval --best` rests on the rows that belong to the checkpoints."""
+    kept = Checkpoints(folder / "checkpoints")
+    best = _best_step(folder, toy(), kept)
+    other = next(step for step in (4, 8) if step != best)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": other, "split": "validation", "loss": -9.0}) + "\n")
+    assert _best_step(folder, toy(), kept) == best
+    kept.close()
+
+
 def test_rows_that_are_gone(folder):
     (folder / "metrics.jsonl").unlink()
     status, said = go(toy(), folder)
@@ -361,6 +373,9 @@ def test_the_result_of_a_finished_run_is_what_was_written(reference, tmp_path): 
     rows = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(another_digit(rows)))
     with pytest.raises(UserError, match="metrics.jsonl was changed"):
+        finished(folder)
+    (folder / "metrics.jsonl").write_text("".join([*rows, rows[-1]]))
+    with pytest.raises(UserError, match="metrics.jsonl was changed: 1 row came after the run was finished"):
         finished(folder)
     path.unlink()  # the advice of the first sentence
     (folder / "metrics.jsonl").write_text("".join(rows))

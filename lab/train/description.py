@@ -46,7 +46,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
             raise ValueError("it was edited")
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}). Restore it, or delete it: the same command writes it anew.") from e
-    marked_rows(folder / "metrics.jsonl", result.get("metrics"))
+    marked_rows(folder / "metrics.jsonl", result.get("metrics"), finished=True)
     return result
 
 

@@ -85,15 +85,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def marked_rows(path: Path, saved: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def marked_rows(path: Path, saved: Mapping[str, Any] | None, *, finished: bool = False) -> list[dict[str, Any]]:
     """The rows covered by the mark `saved` (see `Rows.mark`); all rows if it is None; none if the file is missing.
 
     Raises:
-      UserError: the rows are damaged or do not match the mark.
+      UserError: the rows are damaged or do not match the mark; or, `finished`, there are more.
     """
     rows = read_rows(path)
     if saved is None:
         return rows
+    if finished and (more := len(rows) - saved["rows"]) > 0:
+        raise UserError(f"{path} was changed: {more} row{'s' * (more > 1)} came after the run was finished. Delete "
+                        f"{'them' if more > 1 else 'it'}, the last of {len(rows)}.")
     rows = rows[: saved["rows"]]
     found = hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()
     if found == saved["digest"] or not path.exists():

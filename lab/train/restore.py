@@ -15,7 +15,7 @@ from lab.parallel.sharding import path_of
 from lab.train.checkpoint import Checkpoints
 from lab.train.description import read_folder
 from lab.train.fitted import without_data
-from lab.train.metrics import best_row, marked_rows, read_rows
+from lab.train.metrics import best_row, marked_rows
 from lab.train.program import Program
 from lab.train.run_folder import checkpoint_folder
 from lab.train.step import State
@@ -62,8 +62,8 @@ def open_run(run: Path, step: int | None = None, best: bool = False, experiment:
 def _best_step(run: Path, experiment: Experiment, checkpoints: Checkpoints) -> int:
     """The step with the best validation metric. Raises UserError if there is none or the rows were changed."""
     path = run / "metrics.jsonl"
-    marked_rows(path, checkpoints.beside())
-    rows = [row for row in read_rows(path) if row["split"] == "validation" and row["step"]]
+    rows = marked_rows(path, checkpoints.beside())  # rows after the last checkpoint have none
+    rows = [row for row in rows if row["split"] == "validation" and row["step"]]
     step = best_row(rows, experiment.evaluate.metric, experiment.evaluate.mode)["step"]
     if step is None:
         raise UserError(f"{run} has no evaluation after a step yet, so no checkpoint is its best.")
