@@ -34,7 +34,7 @@ from lab.environment.build import (
     plan_environment,
     say,
 )
-from lab.environment.variables import built_environ, process_environ
+from lab.environment.variables import built_environ, check_flags, process_environ
 
 QUICK = "not (slow or processes or clusters or tpu_compile)"    # the marks of tests/conftest.py
 LAUNCHERS = ("--slurm", "--hosts", "--tpu", "--sky")    # handled by lab/launch
@@ -102,6 +102,8 @@ def main(arguments: list[str]) -> None:
     elif verb == "ruff":
         words = [python, "-P", "-m", "ruff", *rest]
     else:
+        if os.environ.get("XLA_FLAGS"):
+            check_flags(python, environ)
         signals.hold()    # until lab handles them
     os.execve(words[0], words, environ)
 

@@ -340,6 +340,20 @@ def test_it_starts_lab_in_the_users_folder_with_the_users_arguments(checkout, tm
         assert f"PYTHONPATH={checkout.folder}" in result.stdout.splitlines()
 
 
+@pytest.mark.parametrize(("flags", "said"), [
+    ("--xla_cpu_enable_fast_math=false --xla_no_such=1", "XLA does not take these flags: Unknown flag in XLA_FLAGS: "
+     "--xla_no_such=1. Correct"), ("--xla_cpu_enable_fast_math=maybe", "Couldn't interpret value maybe for flag"),
+    ("--xla_cpu_enable_fast_math=false", None)])
+def test_flags_that_xla_does_not_take(flags, said):
+    """XLA itself ends the process at one, with its list of all flags or one line of C++."""
+    environ = os.environ | {"XLA_FLAGS": flags}
+    if said is None:  # negative control
+        return variables.check_flags(sys.executable, environ)
+    with pytest.raises(SetupError) as found:
+        variables.check_flags(sys.executable, environ)
+    assert said in str(found.value) and "\n" not in str(found.value)
+
+
 def test_variables_are_set_and_those_of_the_user_are_kept(checkout):
     plain = checkout.run("x").stdout.splitlines()
     assert {"LAB_PLATFORM=cpu", "JAX_PLATFORMS=cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0"} <= set(plain)

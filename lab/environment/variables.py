@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from lab.environment.accelerator import CACHE, PLATFORMS, digest
+from lab.environment.accelerator import CACHE, PLATFORMS, SetupError, digest
 from lab.environment.build import ROOT
 
 
@@ -74,3 +76,16 @@ def process_environ(environ: Mapping[str, str], accelerator: str) -> dict[str, s
             "MALLOC_TOP_PAD_": "268435456",    # the heap grows by 256 MiB at a time
         } | result
     return result
+
+
+def check_flags(python: str, environ: Mapping[str, str]) -> None:
+    """Lets XLA read its flags in a process of its own: at a wrong one it ends the process.
+
+    Raises:
+      SetupError: a flag that XLA does not know, or a value that it cannot read.
+    """
+    code = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    done = subprocess.run([python, "-P", "-c", code], env=dict(environ), capture_output=True, text=True)
+    wrong = r"(?:Unknown flags? in XLA_FLAGS|Couldn't interpret value).*"
+    if done.returncode and (found := re.search(wrong, done.stderr)):
+        raise SetupError(f"XLA does not take these flags: {found[0].rstrip('. ')}. Correct or unset XLA_FLAGS.")
