@@ -228,11 +228,15 @@ def each(output: Any) -> Array:
     """A model's output with the members as second axis, float32 (B, M, ...); M = 1 for a single model.
 
     Raises:
-      UserError: the output is not an array.
+      UserError: the output is not an array of real numbers with an axis of records.
     """
     values = output.values if isinstance(output, Members) else output
     if not hasattr(values, "shape"):
         raise UserError(f"The model's output must be an array, and is {described(output)}.")
+    if not values.ndim:
+        raise UserError("The model's output must have an axis of records, and is one number.")
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise UserError(f"The model's output is {values.dtype}, which has no gradient: it must be floating-point.")
     return (values if isinstance(output, Members) else values[:, None]).astype(jnp.float32)
 
 
