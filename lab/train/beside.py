@@ -127,7 +127,7 @@ def make_importable(modules: Mapping[str, Beside]) -> None:
     """From here on, these modules can be imported, before any other of the same names."""
     if FINDER not in sys.meta_path:
         sys.meta_path.insert(0, FINDER)
-    if any(FINDER.known.get(name, beside) != beside for name, beside in modules.items()):  # moved or edited
+    if any(FINDER.known.get(name, beside) != beside for name, beside in modules.items()):  # another folder, or edited
         for name in modules.keys() & FINDER.known.keys():
             sys.modules.pop(name, None)
     FINDER.known.update(modules)
