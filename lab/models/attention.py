@@ -15,10 +15,7 @@ from jax import Array
 
 from lab.errors import UserError
 from lab.models.cudnn import cudnn_attention
-from lab.models.precision import (
-    product,
-    softmax,
-)
+from lab.models.precision import product, softmax
 
 Attention = Literal["auto", "einsum", "xla", "cudnn", "splash"]
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from lab.errors import UserError
 from lab.models.dropout import dropout
 from lab.models.layers import ACTIVATIONS, Dense, Embed, Transformer
 from lab.models.linear import check_classes
-from lab.models.precision import add_broadcast, elementwise, project
+from lab.models.precision import elementwise, project
 
 
 class BERT(Transformer):
@@ -90,10 +90,10 @@ class BERT(Transformer):
         wte = Embed(self.vocab, self.width, name="wte")
         x_BLD = wte(tokens_BL)
         if self.position == "learned":
-            x_BLD = add_broadcast(x_BLD, Embed(self.context, self.width, name="wpe")(positions))
+            x_BLD = elementwise(jnp.add, x_BLD, Embed(self.context, self.width, name="wpe")(positions))
         if self.segments:
             segments = jnp.zeros_like(positions) if segments is None else segments
-            x_BLD = add_broadcast(x_BLD, Embed(self.segments, self.width, name="wse")(segments))
+            x_BLD = elementwise(jnp.add, x_BLD, Embed(self.segments, self.width, name="wse")(segments))
         x_BLD = self.normed("embedding_norm", x_BLD)
         x_BLD = dropout(self, x_BLD, self.dropout, train)
         x_BLD = self.stack(x_BLD, positions, mask, causal=False, train=train)
@@ -108,7 +108,7 @@ class BERT(Transformer):
         h_BLD = elementwise(activation, Dense(self.width, bias=self.bias, stddev=0.02, name="mlm_dense")(x_BLD))
         h_BLD = self.normed("mlm_norm", h_BLD)
         bias_V = self.param("mlm_bias", nn.initializers.zeros, (self.vocab,))
-        return project(h_BLD, embedding_VD.T.astype(h_BLD.dtype), jnp.float32) + bias_V.astype(jnp.float32)
+        return project(h_BLD, embedding_VD.T.astype(h_BLD.dtype), bias_V, jnp.float32)
 
     def _classify(self, x_BLD: Array, mask: Array | None, train: bool) -> Array:
         """Class logits. A text without a real token is pooled to zeros, so its result does not depend on padding."""

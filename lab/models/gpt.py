@@ -13,7 +13,7 @@ from jax import Array
 from lab.errors import UserError
 from lab.models.dropout import dropout
 from lab.models.layers import Embed, Transformer
-from lab.models.precision import add_broadcast, project
+from lab.models.precision import elementwise, project
 
 
 class GPT(Transformer):
@@ -56,7 +56,7 @@ class GPT(Transformer):
         wte = Embed(self.vocab, self.width, name="wte")
         x_BLD = wte(tokens_BL)
         if self.position == "learned":
-            x_BLD = add_broadcast(x_BLD, Embed(self.context, self.width, name="wpe")(positions))
+            x_BLD = elementwise(jnp.add, x_BLD, Embed(self.context, self.width, name="wpe")(positions))
         x_BLD = dropout(self, x_BLD, self.dropout, train)
         x_BLD = self.stack(x_BLD, positions, mask, causal=True, train=train, decode=decode)
         if self.tied:
@@ -67,5 +67,5 @@ class GPT(Transformer):
 
     def logits(self, x_BLD: Array, kernel_DV: Array) -> Array:
         """Float32 logits (B, L, V) of hidden states, which may be those of some positions only."""
-        logits_BLV = project(x_BLD, kernel_DV, jnp.float32)
+        logits_BLV = project(x_BLD, kernel_DV, None, jnp.float32)
         return logits_BLV if self.softcap is None else self.softcap * jnp.tanh(logits_BLV / self.softcap)

@@ -27,12 +27,9 @@ from lab.models import splash
 from lab.models.attention import Attention, RopeScaling, attend, choose_attention, einsum_attention, rotary
 from lab.models.dropout import dropout, is_zero
 from lab.models.precision import (
-    accumulation_dtype,
-    add_broadcast,
     elementwise,
     platform,
     project,
-    rows_of,
     sequence_devices,
 )
 
@@ -55,11 +52,16 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.features))
-        y = project(x, kernel, accumulation_dtype(x.dtype))
-        if self.bias:
-            y = add_broadcast(y, self.param("bias", nn.initializers.zeros, (self.features,)))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else None
         # Named, because a `jax.checkpoint` policy does not see matmuls inside a custom derivative.
-        return checkpoint_name(y.astype(x.dtype), SAVED)
+        return checkpoint_name(project(x, kernel, bias, x.dtype), SAVED)
+
+
+def rows_of(table: Array, ids: Array) -> Array:
+    """``table[ids]``. In float32 inside, so that the gradient is summed in float32: a bfloat16 sum soon stops growing,
+    and a token may occur hundreds of times in a batch.
+    """
+    return jnp.take(table.astype(jnp.float32), ids, axis=0).astype(table.dtype)
 
 
 class Embed(nn.Module):

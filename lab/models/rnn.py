@@ -17,7 +17,7 @@ from lab.errors import UserError
 from lab.models.dropout import dropout
 from lab.models.layers import Embed
 from lab.models.linear import check_classes, check_rates, check_sizes
-from lab.models.precision import add_broadcast, product, project
+from lab.models.precision import product, project
 
 State = tuple[Array, Array]
 """(h, c) of one direction, each (B, H); h in the compute type, c in float32."""
@@ -105,7 +105,7 @@ class Layer(nn.Module):
         biases = [self.param(f"{d}_bias", _forget_bias, (4 * H,)) for d in directions]
 
         x_LBD = rearrange(x_BLD, "B L D -> L B D")  # transpose before the projection enlarges it
-        z_LBF = add_broadcast(project(x_LBD, jnp.concatenate(inputs, 1), x_BLD.dtype), jnp.concatenate(biases))
+        z_LBF = project(x_LBD, jnp.concatenate(inputs, 1), jnp.concatenate(biases), x_BLD.dtype)
         real_LB1 = rearrange(real_BL1, "B L 1 -> L B 1")
         # The second direction reads inputs and mask reversed; its outputs are reversed back below.
         steps = [(z[::turn], real_LB1[::turn]) for z, turn in zip(jnp.split(z_LBF, len(directions), -1), (1, -1),

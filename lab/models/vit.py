@@ -15,7 +15,7 @@ from lab.errors import UserError
 from lab.models.dropout import dropout
 from lab.models.layers import Dense, Embed, Transformer
 from lab.models.linear import check_classes, check_sizes, output
-from lab.models.precision import add_broadcast
+from lab.models.precision import elementwise
 
 
 def sincos(rows: int, columns: int, width: int) -> np.ndarray:
@@ -69,11 +69,12 @@ class ViT(Transformer):
         x_BLD = Dense(self.width, bias=True, stddev=x_BLP.shape[-1] ** -0.5, name="patches")(x_BLP)
         if self.pool == "token":
             token_D = self.param("token", nn.initializers.zeros, (self.width,))
-            x_BLD = jnp.concatenate([add_broadcast(jnp.zeros_like(x_BLD[:, :1]), token_D), x_BLD], axis=1)
+            token_BLD = elementwise(jnp.add, jnp.zeros_like(x_BLD[:, :1]), token_D)
+            x_BLD = jnp.concatenate([token_BLD, x_BLD], axis=1)
         L = x_BLD.shape[1]
         if self.position == "learned":
             # An embedding of 0..L-1 named like GPT's, so that weight-decay rules treat it as an embedding.
-            x_BLD = add_broadcast(x_BLD, Embed(L, self.width, name="wpe")(jnp.arange(L)[None]))
+            x_BLD = elementwise(jnp.add, x_BLD, Embed(L, self.width, name="wpe")(jnp.arange(L)[None]))
         elif self.position == "sincos":
             table_LD = np.pad(sincos(rows, columns, self.width), ((L - rows * columns, 0), (0, 0)))  # 0 for the token
             x_BLD = x_BLD + jnp.asarray(table_LD, x_BLD.dtype)[None]

@@ -13,8 +13,8 @@ import pytest
 from lab.errors import UserError
 from lab.models.attention import choose_attention, einsum_attention, rotary
 from lab.models.dropout import dropout, is_zero
-from lab.models.layers import Dense, FeedForward, SelfAttention, Transformer, norm
-from lab.models.precision import add_broadcast, elementwise, project, rows_of, softmax
+from lab.models.layers import Dense, FeedForward, SelfAttention, Transformer, norm, rows_of
+from lab.models.precision import elementwise, project, softmax
 from lab.models.splash import splash_attention
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -418,7 +418,7 @@ def assert_one_rounding(got, want, magnitude):
 
 def test_project_in_bfloat16_is_rounded_once():
     x, kernel, g = rounded(2, 3, 300), rounded(300, 5, seed=1), rounded(2, 3, 5, seed=2)
-    y, back = jax.vjp(lambda x, k: project(x, k, BF16), x, kernel)
+    y, back = jax.vjp(lambda x, k: project(x, k, None, BF16), x, kernel)
     dx, dkernel = back(g)
     X, W, G = map(wide, (x, kernel, g))
     assert_one_rounding(y, X @ W, np.abs(X) @ np.abs(W))
@@ -435,7 +435,7 @@ def test_project_in_bfloat16_is_rounded_once():
 def test_project_to_float32_keeps_the_sum_unrounded():
     """As for the logits: bfloat16 operands, float32 result; the cotangent is rounded once before its products."""
     x, kernel, g = rounded(3, 300), rounded(300, 5, seed=1), jnp.asarray(normal(3, 5, seed=2))
-    y, back = jax.vjp(lambda x, k: project(x, k, jnp.float32), x, kernel)
+    y, back = jax.vjp(lambda x, k: project(x, k, None, jnp.float32), x, kernel)
     X, W = wide(x), wide(kernel)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, X @ W, atol=1e-4)
@@ -448,7 +448,7 @@ def test_project_to_float32_keeps_the_sum_unrounded():
 
 def test_project_in_float32_has_the_gradients_of_a_matrix_product():
     x, kernel, g = jnp.asarray(normal(2, 3, 4)), jnp.asarray(normal(4, 5)), jnp.asarray(normal(2, 3, 5))
-    ours = jax.vjp(lambda x, k: project(x, k, jnp.float32), x, kernel)
+    ours = jax.vjp(lambda x, k: project(x, k, None, jnp.float32), x, kernel)
     theirs = jax.vjp(jnp.matmul, x, kernel)
     for a, b in zip((ours[0], *ours[1](g)), (theirs[0], *theirs[1](g)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -463,7 +463,7 @@ def test_project_makes_only_products_of_two_bfloat16(out):
 
     numbers = (((2,), (0,)), ((), ()))
     plain = lambda x, k: jax.lax.dot_general(x, k, numbers, preferred_element_type=jnp.float32).astype(out)
-    assert types(lambda x, k: project(x, k, out)) == [("bfloat16", "bfloat16")] * 4
+    assert types(lambda x, k: project(x, k, None, out)) == [("bfloat16", "bfloat16")] * 4
     assert ("float32", "bfloat16") in types(plain)  # negative control: what autodiff makes of the same product
 
 
@@ -672,7 +672,7 @@ def test_rows_and_broadcast_gradients_are_summed_in_float32():
     np.testing.assert_array_equal(found.astype(jnp.float32), [[0, 0], [4096, 4096], [0, 0]])
     plain = jax.grad(lambda t: t[ids].astype(jnp.float32).sum())(table)
     assert plain[1, 0] < 4096  # negative control
-    rows, back = jax.vjp(add_broadcast, y, jnp.ones((1, 5, 2), BF16))
+    rows, back = jax.vjp(functools.partial(elementwise, jnp.add), y, jnp.ones((1, 5, 2), BF16))
     assert rows.dtype == BF16 and (rows == 1).all()
     np.testing.assert_array_equal(back(jnp.ones_like(rows))[1].astype(jnp.float32), np.full((1, 5, 2), 4096.0))
 
