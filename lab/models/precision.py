@@ -21,8 +21,8 @@ autodiff of the same forward pass instead (2026-11-26, jax 0.10.2, bfloat16):
 
 GPU: the train step compiled for one H200, as by `plan`, two blocks deep (64 rows of 1,024 tokens; 32 of 512; 256
 images). CPU: processor time of the gradient of gpt_char, one block, on one core of an Intel Xeon with AVX-512 and
-neither bfloat16 nor AMX instructions, on a busy machine: medians of 61 alternated pairs, +-2 %. Gradient error: greatest
-error / greatest gradient against float64, 16,384 rows, on the CPU.
+neither bfloat16 nor AMX instructions, on a busy machine: medians of 61 alternated pairs, +-2 %. Gradient error: the
+greatest error / greatest gradient against float64, 16,384 rows, on the CPU.
 """
 
 from __future__ import annotations
