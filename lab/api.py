@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+
 from lab.errors import UserError
 from lab.files import user_path
 
@@ -78,11 +80,17 @@ class Run:
         """Model outputs for `inputs` (B, ...), in evaluation mode (no dropout).
 
         With a `batch()`, pass `batch["inputs"]`, or for language models `batch["tokens"][:, :-1]`. `params`: replaces
-        the run's parameters. `named`: further arguments of the model, such as `mask`.
+        the run's parameters. `named`: further arguments of the model, such as `mask`. Compiled for the run's mesh, as
+        evaluation is; can be differentiated by `params` and `inputs`.
         """
-        model_state = self.experiment.optim.eval_model_state(self.state.opt_state, self.state.model_state)
-        variables = {"params": self.params if params is None else params, **model_state}
-        return self.experiment.model.apply(variables, inputs, train=False, **named)
+        import jax
+
+        program, state = self._opened
+        traced = {name: x for name, x in named.items() if isinstance(x, np.ndarray | jax.Array)}
+        static = {name: x for name, x in named.items() if name not in traced}
+        out = program.computing(_apply, **static)(state, (inputs, params, traced), program.given)
+        # On several CPU devices the next compilation waits for the threads that this computation waits with: forever.
+        return jax.block_until_ready(out)
 
     @functools.cached_property
     def data(self) -> Any:
@@ -99,8 +107,6 @@ class Run:
 
         Returns name -> (B, ...). Raises UserError if the split does not exist or is too short.
         """
-        import numpy as np
-
         from lab.train.step import prepare
 
         source = getattr(self.data, _known(split))
@@ -138,6 +144,11 @@ def _known(split: Split) -> Split:
     if split not in get_args(Split):
         raise UserError(f"{split!r} is no split; they are called {', '.join(get_args(Split))}.")
     return split
+
+
+def _apply(model: Any, variables: Any, inputs: Any, params: Any, named: Any, **static: Any) -> Any:
+    variables = variables if params is None else {**variables, "params": params}
+    return model.apply(variables, inputs, train=False, **named, **static)
 
 
 def open_run(folder: str | Path, *, step: int | None = None, best: bool = False,

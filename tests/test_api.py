@@ -9,11 +9,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import lab
 from lab.errors import UserError
-from lab.train.step import eval_variables
+from lab.experiment import Evaluate, Mesh
+from lab.train.program import Program
 from tests.conftest import ROOT
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -39,6 +41,10 @@ def test_the_examples_of_the_readme(place, monkeypatch, capsys, compiled_in_hast
     assert "Finished after 200 steps" in capsys.readouterr().out
 
 
+def apply_model(model, variables, tokens):
+    return model.apply(variables, tokens, train=False)
+
+
 def test_apply_is_the_model_and_metrics_are_the_file(place, monkeypatch, tiny, compiled_in_haste):  # noqa: F811
     monkeypatch.chdir(place)
     run = lab.fit(replace(tiny, steps=4), "tiny", quiet=True)
@@ -46,7 +52,7 @@ def test_apply_is_the_model_and_metrics_are_the_file(place, monkeypatch, tiny, c
     assert (run.step, again.step) == (4, 2) and again.experiment == run.experiment
     tokens = run.batch(8)["tokens"][:, :-1]
     logits = run.apply(tokens)
-    wanted = run.experiment.model.apply(eval_variables(run.experiment, run.state), tokens, train=False)
+    wanted = Program(run.experiment).compute(run.state, apply_model, tokens)
     np.testing.assert_array_equal(logits, wanted)
     assert np.abs(again.apply(tokens) - logits).max() > 1e-6  # another checkpoint, other parameters
     np.testing.assert_array_equal(run.apply(tokens, params=again.params), again.apply(tokens))
@@ -68,6 +74,19 @@ def test_apply_is_the_model_and_metrics_are_the_file(place, monkeypatch, tiny, c
             run.batch(wrong)
     with pytest.raises(UserError, match="is the run of another experiment"):
         lab.fit(replace(tiny, steps=4, seed=1), "tiny", quiet=True)
+
+
+@pytest.mark.parametrize("mesh", [Mesh(data=2, fsdp=2, tensor=2), Mesh(fsdp=4, sequence=2)], ids=["tensor", "sequence"])
+def test_apply_of_a_sharded_run_is_its_evaluation(tmp_path, tiny, mesh, compiled_in_haste):  # noqa: F811
+    """Also of a number of rows that the devices do not divide. (Outside the mesh, the first call hung.)"""
+    sharded = replace(tiny, model=tiny.model.clone(width=64), steps=4, mesh=mesh, evaluate=Evaluate(every=0))
+    run = lab.fit(sharded, tmp_path / "run", quiet=True)
+    assert any(run.params["wte"]["embedding"].sharding.spec)
+    last = len(run.data.validation)
+    tokens = np.concatenate([run.batch(range(i, min(i + 64, last)))["tokens"] for i in range(0, last, 64)])
+    logits = np.concatenate([run.apply(tokens[i : i + 51, :-1]) for i in range(0, last, 51)])
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    assert run.result["final"]["loss"] == pytest.approx(float(nats.mean()), rel=1e-5)
 
 
 def test_metrics_are_a_data_frame_where_pandas_is(place, monkeypatch):
