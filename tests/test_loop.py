@@ -445,6 +445,12 @@ def test_a_signal_while_pictures_are_drawn(tmp_path, monkeypatch, reference, num
     assert finished(tmp_path / "run")["final"] == finished(reference)["final"]
 
 
+def test_a_signal_while_the_report_is_written_leaves_nothing_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(toy().task), "artifacts", lambda *args: [str(signal.raise_signal(signal.SIGTERM))])
+    status, said = go(toy(), tmp_path / "run")
+    assert status == 75 and said.splitlines()[-1] == "SIGTERM: the run is finished."
+
+
 def _draw(figure: Any, folder: Path) -> Path:
     folder.mkdir()
     figure(figsize=(1, 1), dpi=20).savefig(folder / "loss.png")

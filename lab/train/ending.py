@@ -65,33 +65,35 @@ def finish(run: Any) -> int:
         if run.rows.rows[-1]["split"] != "test":
             run.write(result["test"])
     write_result(run.folder, result, run.rows.mark())  # first, so that no later failure loses the result
-    if run.pictures:
-        _show(run, outcome)
+    whole = not run.pictures or _show(run, outcome)
     run.screen.info(describe_result(result))
     pictures = sorted((run.folder / "plots").glob("*.png"))
     run.screen.info(f"Pictures: {', '.join(str(p.relative_to(run.folder)) for p in pictures)}")
     run.screen.info(f"Everything is in {run.folder}")
     if run.stop():
-        run.screen.info(f"{signal.Signals(run.stop.signal).name}: the run is finished; ./launch.sh eval "
-                        f"{run.folder} writes the report that was left out.")
+        rest = "" if whole else f"; ./launch.sh eval {run.folder} writes the report that was left out"
+        run.screen.info(f"{signal.Signals(run.stop.signal).name}: the run is finished{rest}.")
         return EXIT[run.stop.signal]
     return 0
 
 
-def _show(run: Any, outcome: EvalResult) -> None:
-    """Writes pictures, samples and comparisons. If one process fails, all end, because the rest would block in a
-    collective."""
+def _show(run: Any, outcome: EvalResult) -> bool:
+    """Writes pictures, samples and comparisons; returns False if a signal left the report out.
+
+    If one process fails, all end, because the rest would block in a collective.
+    """
     task, complete = run.experiment.task, False
     with forgiving("The pictures of the run"):
         plots.curves(run.rows.rows, run.folder / "plots", task.curves)
     if run.stop():
-        return
+        return False
     with forgiving(f"The report of the run (./launch.sh eval {run.folder} writes it again)"):
         for line in task.artifacts(outcome):
             run.screen.info(line)
         complete = True
     if not complete:
         run.stop.processes.leave(0)
+    return True
 
 
 def _state_to_report(run: Any) -> State:
