@@ -57,20 +57,17 @@ class Dense(nn.Module):
         return checkpoint_name(project(x, kernel, bias, x.dtype), SAVED)
 
 
-def rows_of(table: Array, ids: Array) -> Array:
-    """``table[ids]``. In float32 inside, so that the gradient is summed in float32: a bfloat16 sum soon stops growing,
-    and a token may occur hundreds of times in a batch.
-    """
-    return jnp.take(table.astype(jnp.float32), ids, axis=0).astype(table.dtype)
-
-
 class Embed(nn.Module):
     """`nn.Embed` (normal(0, stddev)) in the type of its parameters; the gradient is summed in float32."""
 
     rows: int
     features: int
     stddev: float = 0.02
-    embedding_lookup = staticmethod(rows_of)  # lab/parallel/sharding.py looks for this attribute
+
+    @staticmethod
+    def embedding_lookup(table: Array, ids: Array) -> Array:  # lab/parallel/sharding.py looks for this attribute
+        """``table[ids]``, in float32 inside: a bfloat16 gradient would stop growing when a token occurs often."""
+        return jnp.take(table.astype(jnp.float32), ids, axis=0).astype(table.dtype)
 
     def setup(self) -> None:
         self.embedding = self.param("embedding", nn.initializers.normal(self.stddev), (self.rows, self.features))

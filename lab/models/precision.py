@@ -10,19 +10,20 @@ autodiff of the same forward pass instead (2026-11-26, jax 0.10.2, bfloat16):
 
 | custom derivative | GPU bytes | CPU time | gradient error, with and without | verdict |
 |---|---|---|---|---|
-| matmul (`product`) | gpt_small +24.8 % | +10 % | 0.3, 0.3 % | kept |
-| `elementwise` | gpt_small +6.2 % | +1 % | 0.3, 0.3 % | kept |
-| its barriers alone | gpt_small +6.2 % | not used | 0.3, 0.3 % | kept |
-| `elementwise` by `jax.checkpoint` instead | imagenet_vit_s16 +7.5 % | +1 % | 0.3, 0.3 % | not taken |
-| `softmax` | bert_base +3.8 % | +5 % | < 0.001 % | kept |
-| `softmax` by `jax.checkpoint` instead | bert_base +11.2 % | -1 % | < 0.001 % | not taken |
-| bias, broadcast in float32 instead | gpt_small 0 | +1 % | 0.3, 0.3 % (a bfloat16 sum: 1.2 %) | removed |
-| embedding, looked up in float32 instead | gpt_small +0.5 % | +1 % | 0.2, 0.2 % (a bfloat16 sum: 41 %) | removed |
+| matmul (`product`) | gpt_small +24.8 % | +10, +52 % | 0.3, 0.3 % | kept |
+| `elementwise` | gpt_small +6.2 % | +1, 0 % | 0.3, 0.3 % | kept |
+| its barriers alone | gpt_small +6.2 % | GPUs only | 0.3, 0.3 % | kept |
+| `jax.checkpoint` in place of `elementwise` | imagenet_vit_s16 +7.5 % | +1, +1 % | 0.3, 0.3 % | not taken |
+| `softmax` | bert_base +3.8 % | +5, +3 % | < 0.001 % | kept |
+| `jax.checkpoint` in place of `softmax` | bert_base +11.2 % | -, -1 % | not measured | not taken |
+| bias, broadcast in float32 | gpt_small 0.0 % | +1, +3 % | 0.3, 0.3 % (a bfloat16 sum: 1.2 %) | removed |
+| embedding, looked up in float32 | gpt_small +0.5 % | +1, +2 % | 0.2, 0.2 % (a bfloat16 sum: 41 %) | removed |
 
-GPU: the train step compiled for one H200, as by `plan`, two blocks deep (64 rows of 1,024 tokens; 32 of 512; 256
-images). CPU: processor time of the gradient of gpt_char, one block, on one core of an Intel Xeon with AVX-512 and
-neither bfloat16 nor AMX instructions, on a busy machine: medians of 61 alternated pairs, +-2 %. Gradient error: the
-greatest error / greatest gradient against float64, 16,384 rows, on the CPU.
+GPU: bytes of the train step compiled for one H200, as by `plan`, two blocks deep (64 rows of 1,024 tokens; 32 of 512;
+256 images). CPU: processor time of the gradient of the local configs gpt_char and gpt_small, one block deep, on one
+core of an Intel Xeon with AVX-512 and neither bfloat16 nor AMX instructions; medians of alternated pairs on a busy
+machine. Their noise is 3 %: without `elementwise` and the bias's derivative, the compiled program is the same there.
+Gradient error: greatest error / greatest gradient against float64, 16,384 rows, on the CPU.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Layer(nn.Module):
 
         x_LBD = rearrange(x_BLD, "B L D -> L B D")  # transpose before the projection enlarges it
         z_LBF = project(x_LBD, jnp.concatenate(inputs, 1), jnp.concatenate(biases), x_BLD.dtype)
-        real_LB1 = rearrange(real_BL1, "B L 1 -> L B 1")
+        real_LB1 = rearrange(real_BL1, "B L one -> L B one")
         # The second direction reads inputs and mask reversed; its outputs are reversed back below.
         steps = [(z[::turn], real_LB1[::turn]) for z, turn in zip(jnp.split(z_LBF, len(directions), -1), (1, -1),
                                                                  strict=False)]

@@ -13,7 +13,7 @@ import pytest
 from lab.errors import UserError
 from lab.models.attention import choose_attention, einsum_attention, rotary
 from lab.models.dropout import dropout, is_zero
-from lab.models.layers import Dense, FeedForward, SelfAttention, Transformer, norm, rows_of
+from lab.models.layers import Dense, Embed, FeedForward, SelfAttention, Transformer, norm
 from lab.models.precision import elementwise, project, softmax
 from lab.models.splash import splash_attention
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
@@ -668,7 +668,7 @@ def test_bias_gradients_are_summed_in_float32(place, monkeypatch):
 def test_rows_and_broadcast_gradients_are_summed_in_float32():
     """As above: a token 4,096 times in a batch, and a position of 4,096 records."""
     table, ids, y = jnp.zeros((3, 2), BF16), jnp.ones((4096, 1), int), jnp.zeros((4096, 5, 2), BF16)
-    found = jax.grad(lambda t: rows_of(t, ids).astype(jnp.float32).sum())(table)
+    found = jax.grad(lambda t: Embed.embedding_lookup(t, ids).astype(jnp.float32).sum())(table)
     np.testing.assert_array_equal(found.astype(jnp.float32), [[0, 0], [4096, 4096], [0, 0]])
     plain = jax.grad(lambda t: t[ids].astype(jnp.float32).sum())(table)
     assert plain[1, 0] < 4096  # negative control
