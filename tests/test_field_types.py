@@ -16,7 +16,7 @@ from lab.data.images.augment import Augment
 from lab.data.images.images import Images
 from lab.data.saved import Saved
 from lab.data.tables.bundled import Sklearn
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.tokenizers import Bytes
 from lab.errors import UserError
 from lab.experiment import Experiment, Mesh, check_types

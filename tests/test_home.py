@@ -12,7 +12,7 @@ from lab.data.images.sources import ImageFolder
 from lab.data.messages.sources import TextFolder
 from lab.data.saved import Saved
 from lab.data.tables.bundled import Sklearn
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.tables.tables import Table
 from lab.data.text.sources import TextFiles, TfdsText
 from lab.data.tokenizers import GPT2

@@ -17,7 +17,7 @@ from lab.data.messages.messages import Messages, encode_rows, put_aside
 from lab.data.messages.sources import PACKAGES, PythonPackages, TextFolder, TfdsMessages, cut_code, load
 from lab.data.saved import Saved, saved_form
 from lab.data.tables.bundled import Sklearn
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.text.sources import PythonStdlib, TextFiles
 from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, Bytes, Chars, with_padding

@@ -13,7 +13,7 @@ from PIL import Image
 from lab.data.images.images import Images
 from lab.data.images.sources import ImageFolder
 from lab.data.messages.messages import Messages
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.tables.tables import Table, split
 from lab.data.text.sources import TextFiles
 from lab.data.text.text import Text
@@ -24,7 +24,7 @@ from lab.tasks.reports import column_names
 
 N = 60
 HEAD = """import os
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.text.sources import TextFiles
 from lab.data.tables.tables import Table
 from lab.data.text.text import Text

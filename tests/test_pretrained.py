@@ -16,7 +16,7 @@ import pytest
 
 from lab.data.messages.messages import Messages
 from lab.data.pipeline import Arrays, eval_batches, reader, train_batch
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.word_tokenizer import Words
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh

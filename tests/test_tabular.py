@@ -20,7 +20,8 @@ import pytest
 
 from lab.data.tables import bundled
 from lab.data.tables.bundled import HOUSING, Sklearn
-from lab.data.tables.columns import class_targets, numbers, read_columns
+from lab.data.tables.columns import class_targets, numbers
+from lab.data.tables.csv_files import read_columns
 from lab.data.tables.tables import Csv, Table, split
 from lab.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 
 from lab.data.messages.messages import Messages
 from lab.data.tables.bundled import Sklearn
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.tables.tables import Table
 from lab.data.text.sources import TextFiles
 from lab.data.text.text import Text

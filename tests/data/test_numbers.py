@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.tables.numbers import PLAIN, NumberFormat, doubt, flags
 from lab.data.tables.tables import Table
 from lab.errors import UserError

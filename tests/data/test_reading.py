@@ -10,7 +10,7 @@ import pytest
 
 from lab.data.messages.sources import TextFolder, load
 from lab.data.reading import check_encoding, lines_of, read_text
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.text.sources import TextFiles
 from lab.data.text.text import Text
 from lab.data.tokenizers import Bytes

@@ -26,7 +26,7 @@ from lab.data.images.images import Images
 from lab.data.images.sources import ImageFolder
 from lab.data.messages.messages import Messages
 from lab.data.messages.sources import TextFolder
-from lab.data.tables.columns import Csv
+from lab.data.tables.csv_files import Csv
 from lab.data.tables.tables import Table
 from lab.data.text.sources import TextFiles
 from lab.data.text.text import Text

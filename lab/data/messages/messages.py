@@ -16,7 +16,8 @@ from lab.data.pipeline import Arrays
 from lab.data.reading import lines_of, read_text
 from lab.data.saved import Saved, revived, saved_form
 from lab.data.tables.bundled import Sklearn
-from lab.data.tables.columns import Csv, labels, read_columns
+from lab.data.tables.columns import labels
+from lab.data.tables.csv_files import Csv, read_columns
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, with_padding
 from lab.data.word_tokenizer import FittedWords, Words
 from lab.errors import UserError

@@ -20,7 +20,8 @@ from lab.data.dataset import Origin
 from lab.data.folders import Splits, below, labelled, printable, split_folders, tree
 from lab.data.reading import check_encoding, encoding_of, lines_of, read_text
 from lab.data.tables.bundled import Sklearn
-from lab.data.tables.columns import Csv, class_targets
+from lab.data.tables.columns import class_targets
+from lab.data.tables.csv_files import Csv
 from lab.data.text import sources
 from lab.data.text.sources import PythonStdlib
 from lab.errors import UserError

@@ -19,7 +19,8 @@ import numpy as np
 
 from lab.data import cache_folder
 from lab.data.network import in_time
-from lab.data.tables.columns import numbers, read_columns
+from lab.data.tables.columns import numbers
+from lab.data.tables.csv_files import read_columns
 from lab.errors import Absent, UserError
 from lab.files import replace_file, user_path
 

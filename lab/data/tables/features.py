@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from lab.data.pipeline import Batch
-from lab.data.tables.columns import Columns, is_numeric, numbers
+from lab.data.tables.columns import Columns, is_numeric, numbers, some
 from lab.errors import UserError
 
 # Why not scikit-learn's imputer, scaler and encoder (1.9.1): tried, they need 22 lines more, because a run's JSON must
@@ -144,11 +144,6 @@ def moments(values: np.ndarray) -> tuple[float, float]:
     """Mean and standard deviation of numbers (n,); the latter is 1 if all are equal."""
     constant = values.min() == values.max()
     return float(values[0] if constant else values.mean()), 1.0 if constant else float(values.std())
-
-
-def some(values: Sequence[str]) -> str:
-    """The first few values, to print."""
-    return ", ".join(repr(value) for value in values[:5]) + (", ..." if len(values) > 5 else "")
 
 
 # ------------------------------------------------------------------------------------------------------- target

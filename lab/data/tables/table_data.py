@@ -9,7 +9,8 @@ import numpy as np
 from lab.data import log
 from lab.data.dataset import Dataset, Incoming, without_blanks
 from lab.data.pipeline import Arrays
-from lab.data.tables.columns import Columns, labels, read_columns
+from lab.data.tables.columns import Columns, labels
+from lab.data.tables.csv_files import read_columns
 from lab.data.tables.features import Category, Feature, Target, encode, gaps
 from lab.data.tables.numbers import NumberFormat
 

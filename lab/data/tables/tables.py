@@ -15,8 +15,9 @@ from lab.data.dataset import Origin, class_names, restored
 from lab.data.order import fixed_order
 from lab.data.pipeline import Arrays
 from lab.data.tables.bundled import Sklearn
-from lab.data.tables.columns import Columns, Csv, class_targets, is_numeric, refuse_doubts
-from lab.data.tables.features import Category, Feature, Number, Target, encode, fit, gaps, known_numbers, moments, some
+from lab.data.tables.columns import Columns, class_targets, is_numeric, refuse_doubts, some
+from lab.data.tables.csv_files import Csv
+from lab.data.tables.features import Category, Feature, Number, Target, encode, fit, gaps, known_numbers, moments
 from lab.data.tables.numbers import NumberFormat
 from lab.data.tables.table_data import TableData
 from lab.errors import UserError
