@@ -663,6 +663,9 @@ def test_bias_gradients_are_summed_in_float32(place, monkeypatch):
     got = jax.grad(lambda p: layer.apply({"params": p}, x).astype(jnp.float32).sum())(params)["bias"]
     np.testing.assert_array_equal(got.astype(jnp.float32), np.full(3, 4096.0))
     assert jax.lax.fori_loop(0, 4096, lambda i, total: total + jnp.ones((), BF16), jnp.zeros((), BF16)) == 256
+    weights = rounded(4096, 3)  # rounded more than once, these sums are wrong by 1 %
+    got = jax.grad(lambda p: (layer.apply({"params": p}, x) * weights).astype(jnp.float32).sum())(params)["bias"]
+    assert_one_rounding(got, wide(weights).sum(0), np.abs(wide(weights)).sum(0))
 
 
 def test_rows_and_broadcast_gradients_are_summed_in_float32():
