@@ -22,8 +22,7 @@ autodiff of the same forward pass instead (2026-11-26, jax 0.10.2, bfloat16):
 GPU: bytes of the train step compiled for one H200, as by `plan`, two blocks deep (64 rows of 1,024 tokens; 32 of 512;
 256 images). CPU: processor time of the gradient of the local configs gpt_char and gpt_small, one block deep, on one
 core of an Intel Xeon with AVX-512 and neither bfloat16 nor AMX instructions; medians of alternated pairs on a busy
-machine. Their noise is 3 %: without `elementwise` and the bias's derivative, the compiled program is the same there.
-Gradient error: greatest error / greatest gradient against float64, 16,384 rows, on the CPU.
+machine, whose noise is 3 %. Gradient error: greatest error / greatest gradient against float64, 16,384 rows, CPU.
 """
 
 from __future__ import annotations
