@@ -72,7 +72,11 @@ class Clock:
 def shown(row: dict[str, Any], most: int = 6) -> str:
     """The first few metrics of a row; metrics.jsonl has all of them."""
     values = [(name, value) for name, value in row.items() if name not in ("step", "split")]
-    return "  ".join([f"{name} {value:.4f}" for name, value in values[:most]] + ["..."] * (len(values) > most))
+    return "  ".join([f"{name} {_short(value)}" for name, value in values[:most]] + ["..."] * (len(values) > most))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def describe_result(result: dict[str, Any]) -> str:

@@ -329,6 +329,17 @@ def test_what_a_file_is(tmp_path, head, rows, words):
             data.load()
 
 
+def test_numbers_that_may_be_codes_or_missing_are_said(tmp_path):
+    said = table(tmp_path, [f"0{n}" if n < 10 else str(n) for n in range(60)]).load().summary
+    assert "--data.source.categorical" in said["numbers with leading zeros"]
+    for mark in ("-999", "99999", "-1"):
+        said = table(tmp_path, [str(n % 40) for n in range(55)] + [mark] * 5).load().summary
+        assert f"--data.source.missing {mark}" in said["numbers that may mean a missing value"]
+    for good in (["0", "0.5", "10"] * 20, ["-1", "0", "-7"] * 20, ["97", "98", "99"] * 20):  # negative controls
+        assert not {"numbers with leading zeros", "numbers that may mean a missing value"} & table(
+            tmp_path, good).load().summary.keys()
+
+
 def test_categories_that_look_alike_are_said(tmp_path):
     data = table(tmp_path, [("Yes", "yes", "no")[i % 3] for i in range(N)]).load()
     assert data.summary["categories that look alike"] == "'Yes', 'yes'"

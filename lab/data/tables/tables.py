@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -239,6 +240,7 @@ def _summary(parts: list[_Part], features: tuple[Feature, ...], target: Target, 
     lines |= parts[0].table.notes | ({"read as missing": missing} if (missing := _marks(parts[0].table)) else {})
     alike = _alike([target.names, *(f.values for f in texts)])
     lines |= {"categories that look alike": alike} if alike else {}
+    lines |= _doubtful_numbers(parts[0].table, [f.name for f in features if not isinstance(f, Category)])
     numeric = [f.name for f in features if not isinstance(f, Category)]
     lines |= {"features": sum(f.width for f in features), "columns of numbers": len(numeric)}
     lines |= {"numbers": ", ".join(numeric[:FEW]) + (", ..." if len(numeric) > FEW else "")} if numeric else {}
@@ -259,6 +261,29 @@ def _alike(columns: list[tuple[str, ...]]) -> str:
             same.setdefault(unicodedata.normalize("NFKC", value).casefold(), []).append(value)
         found += [some(group) for group in same.values() if len(group) > 1]
     return "; ".join(found[:3])
+
+
+def _doubtful_numbers(table: Columns, numeric: list[str]) -> dict[str, str]:
+    """Columns of numbers that may be codes (leading zeros), or whose extreme value may stand for a missing one."""
+    codes, marks = [], []
+    for name in numeric:
+        cells = table.column(name)
+        if isinstance(cells, np.ndarray):
+            continue
+        if any(re.fullmatch(r"0\d+", cell.strip()) for cell in cells):
+            codes.append(name)
+        values = table.form.parse(cells)[0]
+        values = values[~np.isnan(values)]
+        for end in {values.min(), values.max()} if len(values) else ():
+            rest = values[values != end]
+            times = len(values) - len(rest)
+            if times < 2 or len(rest) < 2:
+                continue
+            far = re.fullmatch(r"-?9{2,}", f"{end:g}") and abs(end - rest.mean()) > 6 * rest.std()
+            if far or end == -1 and rest.min() >= 0:
+                marks.append(f"{name} has {end:.0f} {times:,} times (--data.source.missing {end:.0f})")
+    return ({"numbers with leading zeros": f"{some(codes)}; codes: --data.source.categorical {' '.join(codes[:5])}"}
+            if codes else {}) | ({"numbers that may mean a missing value": "; ".join(marks[:5])} if marks else {})
 
 
 def _marks(table: Columns) -> str:
