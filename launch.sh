@@ -7,7 +7,7 @@
 #   ./launch.sh prepare NAME [--data-dir D]         download and prepare a TensorFlow Datasets data set
 #   ./launch.sh env [--python]                      say which environment is used (or only its Python)
 set -euo pipefail
-trap 'exit 130' INT    # until Python hears them, which they must not interrupt while it starts
+trap 'exit 130' INT    # until Python installs its own handlers; signals must not interrupt its start
 trap 'exit 75' TERM USR1 USR2 XCPU HUP
 hold=
 if env --block-signal=INT true 2>/dev/null; then hold='env --block-signal=INT,TERM,USR1,USR2,XCPU,HUP'; fi    # GNU's
@@ -25,7 +25,7 @@ root=$(CDPATH='' cd -- "$(dirname -- "$self")" && pwd -P)
 suitable() {    # by running it: a pyenv shim can be on PATH for a version that is not switched on
   "$1" -ISc 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1
 }
-start() {       # -I, -S: whatever PYTHONPATH, the current folder or this Python's packages hold is not looked at
+start() {       # -I, -S: ignore PYTHONPATH, the current folder and site-packages
   python=$1; shift
   exec $hold "$python" -IS "$root/lab/bootstrap.py" "$@"
 }

@@ -8,9 +8,10 @@ if __name__ == "__main__":
     signals.listen()  # before anything slow is imported
 
 import difflib
+import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lab.commands.arguments import experiments
@@ -23,13 +24,14 @@ if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
 
 def overview() -> str:
     """The help text: commands and experiments."""
-    rows = [("EXPERIMENT.py [--flags]", "train it, or go on; --help lists every knob, --dry-run only plans"),
+    rows = [("EXPERIMENT.py [--flags]", "train or resume it; --help lists all flags, --dry-run prints size and cost"),
             ("EXPERIMENT.py --vary FIELD=a,b", "a study: arms x seeds, then a report; files ablate_* and sweep_*, too"),
             *[(f"{name} ...", summary) for name, (_, summary) in COMMANDS.items()],
             ("--processes N EXPERIMENT.py ...", "train with N processes on this machine (2x4: with 4 devices each)"),
             ("tests [--all] [pytest arguments]", "run the quick tests, or all of them"),
             ("prepare NAME [--data-dir D]", "download and prepare a TensorFlow Dataset"),
             ("env", "print the environment's folder, accelerator and versions"),
+            ("ruff check .", "run the linter"),
             ("--slurm|--hosts|--tpu|--sky ...", "start any of this elsewhere; ./launch.sh --slurm --help lists all")]
     width = max(len(name) for name, _ in rows + list(experiments().items())) + 2
     lines = ["lab: a functional research codebase in JAX", "", "usage: ./launch.sh ..."]
@@ -38,49 +40,14 @@ def overview() -> str:
     return "\n".join(lines + [f"  {name:<{width}}{what}" for name, what in experiments().items()])
 
 
-def _sample(args: Sequence[str]) -> int:
-    from lab.commands.sample import main
-
-    return main(args)
-
-
-def _evaluate(args: Sequence[str]) -> int:
-    from lab.commands.evaluate import main
-
-    return main(args)
-
-
-def _predict(args: Sequence[str]) -> int:
-    from lab.commands.predict import main
-
-    return main(args)
-
-
-def _report(args: Sequence[str]) -> int:
-    from lab.commands.report import main
-
-    return main(args)
-
-
-def _plan(args: Sequence[str]) -> int:
-    from lab.commands.plan import main
-
-    return main(args)
-
-
-def _bench(args: Sequence[str]) -> int:
-    from lab.commands.bench import main
-
-    return main(args)
-
-
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "sample": (_sample, "RUN --prompt TEXT: continue a text with a trained model"),
-    "eval": (_evaluate, "RUN: evaluate a checkpoint and write the full report of its task"),
-    "predict": (_predict, "RUN --input FILE: predictions for new records, as CSV"),
-    "report": (_report, "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
-    "plan": (_plan, "EXPERIMENT.py --on v5e-256: compile for a machine that is not here; memory, bound on time"),
-    "bench": (_bench, "EXPERIMENT.py: measure compilation, a step, its parts, throughput, memory"),
+# Command -> its module in lab/commands, and a line for the overview.
+COMMANDS = {
+    "sample": ("sample", "RUN --prompt TEXT: continue a text with a trained model"),
+    "eval": ("evaluate", "RUN: evaluate a checkpoint and write the full report of its task"),
+    "predict": ("predict", "RUN --input FILE: predictions for new records, as CSV"),
+    "report": ("report", "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
+    "plan": ("plan", "EXPERIMENT.py --on v5e-256: compile for a machine that is not here; memory, bound on time"),
+    "bench": ("bench", "EXPERIMENT.py: measure compilation, a step, its parts, throughput, memory"),
 }
 
 
@@ -96,7 +63,7 @@ def run(args: Sequence[str], processes: Processes) -> int:
 
         return train(args, processes)
     if args[0] in COMMANDS:
-        return COMMANDS[args[0]][0](args[1:])
+        return importlib.import_module(f"lab.commands.{COMMANDS[args[0]][0]}").main(args[1:])
     names = [*COMMANDS, "tests", "prepare", "env", *experiments()]
     near = difflib.get_close_matches(args[0], names, n=1) or [n for n in names if args[0] in n][:1]
     raise UserError(f"There is no command {args[0]!r}." + (f" Perhaps you meant {near[0]}." if near else

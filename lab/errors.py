@@ -32,7 +32,7 @@ class CannotWrite(UserError):
 _REFUSED = {
     errno.ENOSPC: "Free some space", errno.EDQUOT: "Free some space, or ask for a larger quota",
     errno.EROFS: "Choose a place that can be written", errno.EACCES: "Unlock it", errno.EPERM: "Unlock it",
-    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)", errno.EIO: "Look after the disk",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f)", errno.EIO: "Check the disk for errors",
     errno.EMFILE: "Raise the limit on open files (ulimit -n)", errno.ENFILE: "Raise the limit on open files",
     errno.EISDIR: "Delete or rename what is there", errno.ENOTDIR: "Delete or rename what is there",
     errno.EEXIST: "Delete or rename what is there", errno.ENOTEMPTY: "Delete or rename what is there",
@@ -42,7 +42,7 @@ _REFUSED = {
 # Out-of-memory messages of libraries: while loading, starting threads, or running in C++.
 _NO_MEMORY = ("failed to map segment", "can't start new thread", "Cannot allocate memory", "std::bad_alloc")
 
-# Where an exception's text stops to be about the author's code: JAX goes on with a place in ours.
+# JAX appends places in lab's code to its messages; the text is cut there.
 _OURS = re.compile(r"\n\n|\nThe error occurred while tracing|\nThis concrete value|\nSee https://")
 
 # Errors caused by the path that the user typed.

@@ -108,8 +108,8 @@ class Experiment:
     """Records per step, over all devices and microbatches."""
     grad_accum_steps: int = 1
     """Microbatches per step, computed in sequence to save memory. Does not change the result (up to rounding), and may
-    change when a run resumes. Exception: dropout and BatchNorm act per microbatch, so with either, another number is
-    another experiment."""
+    change when a run resumes. Exception: dropout and BatchNorm act per microbatch, so with either, this number changes
+    the result and is part of the fingerprint."""
     steps_per_call: int = field(default=1, metadata=HOW)
     """Steps per compiled call (a scan). Above 1 speeds up small models by saving dispatch time."""
     seed: int = 0
@@ -130,7 +130,7 @@ class Experiment:
     virtual_shards: int = 8
     """Parts of the batch computed separately with `exact`; unused without it."""
     deterministic: bool = field(default=False, metadata=HOW)
-    """Bitwise reproducible runs on GPUs, at some cost in speed; CPUs and TPUs are always reproducible."""
+    """Bitwise reproducible runs on GPUs (fails on an H100 with jax 0.11.2); CPUs and TPUs are always reproducible."""
     data_on_device: Literal["auto", "always", "never"] = field(default="auto", metadata=HOW)
     """Keep the training records on the devices and gather batches there; auto: on accelerators, if they fit."""
 

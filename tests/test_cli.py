@@ -374,10 +374,10 @@ def test_the_platform_must_be_the_chosen_one(mistake, monkeypatch):
 def test_a_dry_run_prices_the_evaluations(typed):
     """3 times 16 records, a third of an update's work for as many: 2 updates beside 20."""
     out = typed("small.py", "--dry-run")[1]
-    assert re.search(r"Evaluation: 3 times 16 records of the validation split, .* 10% of the training's time", out)
+    assert re.search(r"Evaluation: 3 times 16 records of the validation split, .* 10% of those of training", out)
     assert "--evaluate.records N" not in out
     out = typed("small.py", "--dry-run", "--evaluate.every", "1")[1]
-    assert "Evaluation: 21 times 16 records" in out and ": 70% of the training's time" in out
+    assert "Evaluation: 21 times 16 records" in out and ", 70% of those of training" in out
     assert "Less: --evaluate.records N, or a larger --evaluate.every." in out
 
 

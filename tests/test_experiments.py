@@ -66,7 +66,8 @@ def test_the_twin_trains(path, tmp_path):
     pictures = {f"plots/{metric}.png" for metric in experiment.task.curves} | {"plots/norms.png", "environment.json"}
     if isinstance(experiment.task, LanguageModel):
         assert 2 < result["final"]["bits_per_byte"] < 9  # an untrained byte model has 8
-        pictures.add("samples/0.txt")
+        if hasattr(experiment.data.load(), "decode"):
+            pictures.add("samples/0.txt")
     for name in pictures:
         assert (tmp_path / "run" / name).stat().st_size
 

@@ -100,8 +100,6 @@ WRONG = {
     "(B, 1, 7)": (MODEL.format('return nn.Dense(7, name="out")(inputs)[:, None]'), 1,
                   "Classify needs logits of shape (records, classes), and the model's output is of shape (1, 1, 7)"),
     "one number": (MODEL.format('return nn.Dense(2, name="out")(inputs).sum()'), 1, "output must have an axis of "),
-    "int output": (MODEL.format('return nn.Dense(2, name="out")(inputs).astype(int)'), 1, "output is int32, which has "
-                   "no gradient"),
     "7 of 2 classes": (MODEL.format('return nn.Dense(7, name="out")(inputs)'), 1, "The data has 2 classes and"),
     "regress (B, 3)": (MODEL.format('return nn.Dense(3, name="out")(inputs)') + "experiment = replace(experiment, "
                        "task=Regress())", 1, "Regress needs an output of the targets' shape, (records), and the "

@@ -23,7 +23,7 @@ from lab.experiment import Checkpoint, Evaluate, Experiment, Log, Mesh
 from lab.optim import SGD, AdamW, Constant, ScheduleFreeAdamW
 from lab.pretrained import Pretrained, WordVectors
 from lab.tasks.supervised import Classify
-from lab.train import ending, loop, restore
+from lab.train import beginning, ending, loop, restore
 from lab.train.frozen import frozen_statistics
 from lab.train.initial import initial_arrays
 from lab.train.metrics import means, read_rows
@@ -364,7 +364,7 @@ def test_resuming_does_not_need_the_other_run(source, tuned, tmp_path, monkeypat
     experiment = frozen(moved)
     assert go(experiment, tmp_path / "run", 3, interrupt())[0] == 75
     moved.unlink()
-    monkeypatch.setattr(loop, "initial_arrays", lambda *args: pytest.fail("it was read again"))
+    monkeypatch.setattr(beginning, "initial_arrays", lambda *args: pytest.fail("it was read again"))
     status, said = go(experiment, tmp_path / "run")
     assert status == 0 and "Resuming from step" in said and "Parameters from" not in said
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (tuned[0] / "metrics.jsonl").read_bytes()

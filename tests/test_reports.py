@@ -174,7 +174,7 @@ def test_the_best_state_on_validation_or_not_kept(tmp_path, quick, aimed):
     assert (outcome.step, outcome.split, len(outcome.records)) == (4, "validation", 13)
     assert outcome.means["loss"] == pytest.approx(rows_of(tmp_path / "a", "validation")[1]["loss"], abs=1e-6)
     status, said = go(replace(experiment, checkpoint=Checkpoint(every=4, keep=1, best=False)), tmp_path / "b")
-    assert status == 0 and "The best state, of step 4, cannot be had: reporting the last." in said
+    assert status == 0 and "best step, 4, cannot be loaded: reporting the last state" in said
     assert Aimed.reported[-1].step == 8
     assert go(experiment, tmp_path / "c", 3, interrupt())[0] == 75 and len(Aimed.reported) == 2  # no end, no report
     assert go(experiment, tmp_path / "c")[0] == 0

@@ -21,7 +21,7 @@ from lab.train.shapes import batch_spec
 from lab.train.step import State
 
 SMALL, QUICK = 10**7, 10**10  # parameters, and FLOPs of a few records, of models that are tried out
-RECORDS = [f"validation {unit}" for unit in ("rows", "windows", "images", "messages", "images, as stored")]
+RECORDS = [f"validation {unit}" for unit in ("records", "rows", "windows", "images", "messages", "images, as stored")]
 
 
 def show(experiment: Experiment) -> None:
@@ -86,13 +86,13 @@ def _evaluation(experiment: Experiment, plan: Cost, described: Mapping[str, Any]
     counts = [count for name, count in described.items() if name in RECORDS and isinstance(count, int)]
     records = min((n for n in (*counts[:1], settings.records) if n is not None), default=None)
     if records is None:
-        return (f"Evaluation: {times} times, on all records of the validation split, whose number is known once they "
-                f"are read; 1,000 of them cost as much as {1000 / 3 / experiment.batch:.3g} steps.")
+        return (f"Evaluation: {times} times on the whole validation split (size unknown until the data is loaded); "
+                f"1,000 records cost as much as {1000 / 3 / experiment.batch:.3g} steps.")
     steps = times * records / 3 / experiment.batch
     share = steps / experiment.steps
     advice = " Less: --evaluate.records N, or a larger --evaluate.every." if share > 0.25 else ""
     return (f"Evaluation: {times} times {records:,} records of the validation split, "
-            f"{human(plan.flops * steps)} FLOPs: {share:.0%} of the training's time, if those took as long.{advice}")
+            f"{human(plan.flops * steps)} FLOPs, {share:.0%} of those of training.{advice}")
 
 
 def _placement(console: Console, experiment: Experiment, state: State) -> None:

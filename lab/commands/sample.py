@@ -57,7 +57,7 @@ def sample(
     found, program, state = open_run(run, step, best, file=experiment)
     data = data_of(run, found)
     if not hasattr(data, "decode"):
-        raise UserError(f"{run} is not a language model: there is no text to sample.")
+        raise UserError(f"The data of {run} cannot decode tokens to text: there is nothing to sample.")
     prompt = prompt or ("",)
     compute = functools.partial(program.compute, state)
     texts = sample_texts(compute, found.model.context, data, list(prompt), seed=seed, new_tokens=new_tokens,

@@ -1,4 +1,4 @@
-"""The methods that the parts of an experiment must have. Optional ones: see lab/data/messages/messages.py."""
+"""The methods that the parts of an experiment must have. Optional ones: see lab/data/dataset.py."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Dataset:
         if self.classes and "classes" not in self.metadata:
             self.metadata = {**self.metadata, "classes": len(self.classes)}
         if not self.summary:
-            self.summary = {f"{name} {self.unit}": len(records) for name, records in splits.items() if records}
+            self.summary = {f"{name} records": len(records) for name, records in splits.items() if records}
 
     def reference(self) -> list[str]:
         """Lines to print: the result of a standard baseline on the same split."""

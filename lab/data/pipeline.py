@@ -23,7 +23,7 @@ ALL = slice(None)
 
 
 class Records(Protocol):
-    """See the module's text."""
+    """Records of a data set; the top of this file says what they must have."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, indices: np.ndarray) -> Batch: ...

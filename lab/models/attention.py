@@ -76,7 +76,7 @@ def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: i
     if length % 128:
         against["splash"].append(f"needs a length that is a multiple of 128, not {length}")
     if padded:
-        against["splash"].append("knows no padding")
+        against["splash"].append("does not support padding")
     if needs_probabilities:
         for reasons in against.values():
             reasons.append("cannot drop out attention probabilities")

@@ -1,4 +1,4 @@
-"""Operations in reduced precision, with gradients that round at the same places.
+"""Operations in reduced precision, whose gradients round where the forward pass rounds.
 
 `project`: a matmul of reduced operands, accumulated in float32, and its bias; `product` is its general form, for
 attention and recurrences. `elementwise`: what stands between two matmuls, computed in float32 and rounded once. Both

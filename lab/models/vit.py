@@ -69,7 +69,7 @@ class ViT(Transformer):
         x_BLD = Dense(self.width, bias=True, stddev=x_BLP.shape[-1] ** -0.5, name="patches")(x_BLP)
         if self.pool == "token":
             token_D = self.param("token", nn.initializers.zeros, (self.width,))
-            token_BLD = elementwise(jnp.add, jnp.zeros_like(x_BLD[:, :1]), token_D)
+            token_BLD = elementwise(jnp.add, jnp.zeros_like(x_BLD[:, :1]), token_D[None, None])
             x_BLD = jnp.concatenate([token_BLD, x_BLD], axis=1)
         L = x_BLD.shape[1]
         if self.position == "learned":

@@ -235,8 +235,6 @@ def each(output: Any) -> Array:
         raise UserError(f"The model's output must be an array, and is {described(output)}.")
     if not values.ndim:
         raise UserError("The model's output must have an axis of records, and is one number.")
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        raise UserError(f"The model's output is {values.dtype}, which has no gradient: it must be floating-point.")
     return (values if isinstance(output, Members) else values[:, None]).astype(jnp.float32)
 
 

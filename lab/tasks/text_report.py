@@ -15,7 +15,9 @@ COMPRESSED = 4_000_000  # bytes of validation text compressed with gzip and xz
 
 
 def text_report(outcome: EvalResult, samples: int) -> list[str]:
-    """Writes `samples` texts to samples/; returns lines to print."""
+    """Writes `samples` texts to samples/; returns lines to print. Nothing for data that cannot decode its tokens."""
+    if not hasattr(outcome.data, "decode"):  # tokens that are no text
+        return []
     lines = []
     with forgiving("The comparison with gzip and xz"):
         raw = outcome.data.validation_bytes(COMPRESSED)

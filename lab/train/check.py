@@ -91,7 +91,7 @@ def _warn_of_gaps(what: str, name: str, array: Any, first: int = 0) -> None:
     if array.dtype.kind == "f":
         bad = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1))
         if len(bad):
-            log.warning("warning: %s: %r of record %d is not finite (NaN or infinity)%s; a loss of it is not, either.",
+            log.warning("warning: %s: %r of record %d is not finite (NaN or infinity)%s; the loss will not be, either.",
                         what, name, first + bad[0], f", and of {len(bad) - 1} more" if len(bad) > 1 else "")
 
 

@@ -104,7 +104,7 @@ def _state_to_report(run: Any) -> State:
     try:
         state = run.checkpoints.restore(run.program.abstract, best)
     except UserError as e:  # not saved (--checkpoint.best), or damaged
-        run.screen.info(f"The best state, of step {best}, cannot be had: reporting the last. {e}")
+        run.screen.info(f"The checkpoint of the best step, {best}, cannot be loaded: reporting the last state. {e}")
         return run.state
     run.screen.info(f"Reporting the best state, of step {best}.")
     return state

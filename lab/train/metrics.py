@@ -102,9 +102,9 @@ def marked_rows(path: Path, saved: Mapping[str, Any] | None, *, finished: bool =
     if found == saved["digest"] or not path.exists():
         return rows
     what = (f"{saved['rows'] - len(rows)} of the {saved['rows']} rows are gone" if len(rows) < saved["rows"] else
-            f"its first {saved['rows']} rows are other ones")
-    raise UserError(f"{path} was changed: {what}, on which the best state, patience and the result rest. Restore it; "
-                    f"or delete it, and an unfinished run goes on and counts from there.")
+            f"its first {saved['rows']} rows are not those that were written")
+    raise UserError(f"{path} was changed: {what}. The best state, early stopping and the result depend on them. "
+                    f"Restore it; or delete it, and an unfinished run resumes and counts from there.")
 
 
 class Rows:

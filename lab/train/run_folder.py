@@ -79,8 +79,8 @@ def shared(folder: Path) -> None:
     limit = time.monotonic() + 10  # a network file system may show new files late
     while not (folder / "experiment.json").exists():
         if time.monotonic() > limit:
-            raise UserError(f"It does not see {folder.absolute()}, which process 0 has made. The run folder must be on "
-                            f"a disk that all machines share: --run-dir.")
+            raise UserError(f"This process cannot see {folder.absolute()}, the run folder that process 0 created. It "
+                            f"must be on a disk that all machines share: --run-dir.")
         time.sleep(0.2)
 
 
@@ -101,8 +101,8 @@ def checkpoint_folder(folder: Path, wish: str | None = None, *, to_write: bool =
         return folder / "checkpoints"
     place = _place(wish)
     if before and to_write and not (place / "experiment.json").exists():
-        raise UserError(f"{described} says that the checkpoints are in {wish}, where there is no run. Bring them back; "
-                        f"or say so, and they are written there: --checkpoint-dir {wish}.")
+        raise UserError(f"{described} says that the checkpoints are in {wish}, where there is no run. Restore them, "
+                        f"or pass --checkpoint-dir {wish} to start new ones there.")
     return place
 
 
