@@ -189,8 +189,8 @@ def test_a_wrong_accelerator_is_one_sentence(checkout):
 def test_a_wrong_extra_is_one_sentence(checkout):
     result = checkout.run(LAB_EXTRAS="tensorboard,nonesuch")
     assert result.returncode == 2
-    assert result.stderr == ("lab: LAB_EXTRAS names nonesuch, which is not one of benchmark, bucket, plan, "
-                             "tensorboard, test.\n")
+    assert result.stderr == ("lab: LAB_EXTRAS names nonesuch, which is not one of benchmark, bucket, gguf, "
+                             "plan, tensorboard, test.\n")
 
 
 # --- the environment ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from lab.tasks.language import LanguageModel
 from lab.weights import Weights, find, model_of, read
 from lab.weights.location import locate
 
-V, D, N, G, L, DEPTH, F = 300, 32, 4, 2, 24, 2, 80
+V, D, N, G, L, DEPTH, F = 300, 32, 4, 2, 24, 2, 96
 GPT2_CONFIG = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": D, "n_layer": DEPTH, "n_head": N,
                "n_positions": L, "n_ctx": L, "vocab_size": V, "activation_function": "gelu_new",
                "layer_norm_epsilon": 1e-3, "resid_pdrop": 0.1}
@@ -192,6 +192,57 @@ def test_files_in_half_precision_and_in_shards(tmp_path):
     (folder / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match="lacks 1 of 2 shards.*model-2"):
         find(str(folder))
+
+
+def gguf_file(path, tensors: dict[str, np.ndarray], quantised: bool = False, permuted: bool = True) -> str:
+    """The Llama of `llama_tensors` without rotary scaling, as llama.cpp's converter writes it."""
+    gguf = pytest.importorskip("gguf", reason="LAB_EXTRAS=gguf")
+    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+             "lm_head.weight": "output.weight"}
+    parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    names |= {f"model.layers.{i}.{hf}.weight": f"blk.{i}.{own}.weight" for i in range(DEPTH)
+              for hf, own in parts.items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(DEPTH), writer.add_embedding_length(D), writer.add_context_length(L)
+    writer.add_head_count(N), writer.add_head_count_kv(G), writer.add_feed_forward_length(F)
+    writer.add_layer_norm_rms_eps(1e-3), writer.add_rope_freq_base(500_000.0), writer.add_rope_dimension_count(D // N)
+    writer.add_token_list([str(n) for n in range(V)])
+    for name, x in tensors.items():
+        for part, heads in (("q_proj", N), ("k_proj", G)):
+            if part in name and permuted:
+                x = x.reshape(heads, 2, -1, D).swapaxes(1, 2).reshape(x.shape)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        if quantised and x.ndim == 2:
+            writer.add_tensor(names[name], gguf.quants.quantize(x, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(names[name], np.ascontiguousarray(x))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    return str(path)
+
+
+def test_gguf(tmp_path, monkeypatch):
+    w = llama_tensors()
+    plain = {name: value for name, value in LLAMA_CONFIG.items() if name != "rope_scaling"}
+    same, params = read(written(tmp_path / "hf", plain, w))
+    model, ours = read(gguf_file(tmp_path / "w.gguf", w))
+    assert model == same.clone(hidden_multiple=model.hidden_multiple)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, params)))
+    q = ("block_0", "attn", "query", "kernel")
+    _, wrong = read(gguf_file(tmp_path / "rows.gguf", w, permuted=False))  # negative control
+    assert not np.array_equal(wrong[q[0]][q[1]][q[2]][q[3]], params[q[0]][q[1]][q[2]][q[3]])
+    _, rough = read(gguf_file(tmp_path / "q8.gguf", w, quantised=True))
+    error = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), rough, params)
+    assert 0 < max(jax.tree.leaves(error)) < 0.02
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "w.gguf").read_bytes()[:-2000])
+    (tmp_path / "none.gguf").write_bytes(b"PK")
+    for bad in ("cut.gguf", "none.gguf"):
+        with pytest.raises(UserError, match=f"{bad} is not a complete GGUF file"):
+            find(str(tmp_path / bad))
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(UserError, match="LAB_EXTRAS=gguf"):
+        find(str(tmp_path / "w.gguf"))
 
 
 def spoiled(folder, kind: str) -> str:

@@ -72,4 +72,49 @@ RULES = (
     Rule("lm_head.weight", "head", "V D -> D V"),
     Unused(r"lm_head\.weight", "tied to the token embedding", same="model.embed_tokens.weight"),
 )
+
+
+def gguf_model(config: Config) -> GPT:
+    """Our model of a GGUF file's metadata."""
+    width, heads = config.take("embedding_length"), config.take("attention.head_count")
+    head = config.take("attention.key_length", width // heads)
+    config.expect(**{"attention.value_length": head, "rope.dimension_count": head, "rope.scaling.type": "none"})
+    qwen3, qwen2 = (config["model_type"] == f"{kind} (GGUF)" for kind in ("qwen3", "qwen2"))
+    value = GPT(
+        depth=config.take("block_count"), width=width, heads=heads, head_width=None if head * heads == width else head,
+        kv_heads=config.take("attention.head_count_kv", heads), context=config.take("context_length"),
+        hidden_multiple=config.take("feed_forward_length") / width, vocab=config.take("vocab"), norm="rmsnorm",
+        norm_epsilon=config.take("attention.layer_norm_rms_epsilon"), position="rotary", mlp="swiglu",
+        rope_base=config.take("rope.freq_base", 10_000.0), bias=False, qkv_bias=qwen2, out_bias=False, mlp_bias=False,
+        qk_norm=qwen3, tied=config.take("tied"),
+    )
+    config.finish("vocab_size")
+    return value
+
+
+def _gguf_rules(query: str | None, key: str | None) -> tuple[Rule | Unused, ...]:
+    at = "blk.{i}"
+
+    def dense(theirs: str, ours: str, kernel: str | None = None, bias: str | None = None) -> tuple[Rule, Rule]:
+        return (Rule(f"{at}.{theirs}.weight", f"block_{{i}}/{ours}/kernel", kernel or "F D -> D F"),
+                Rule(f"{at}.{theirs}.bias", f"block_{{i}}/{ours}/bias", bias))
+
+    return (
+        Rule("token_embd.weight", "wte/embedding"),
+        Rule(f"{at}.attn_norm.weight", "block_{i}/attention_norm/scale"),
+        *dense("attn_q", "attn/query", query), *dense("attn_k", "attn/key", key), *dense("attn_v", "attn/value"),
+        *dense("attn_output", "attn/out"),
+        Rule(f"{at}.attn_q_norm.weight", "block_{i}/attn/query_norm/scale"),
+        Rule(f"{at}.attn_k_norm.weight", "block_{i}/attn/key_norm/scale"),
+        Rule(f"{at}.ffn_norm.weight", "block_{i}/mlp_norm/scale"),
+        *dense("ffn_gate", "ffn/gate"), *dense("ffn_up", "ffn/up"), *dense("ffn_down", "ffn/down"),
+        Rule("output_norm.weight", "final_norm/scale"),
+        Rule("output.weight", "head", "V D -> D V"),
+    )
+
+
+# llama.cpp's rotary turns neighbours, not halves, so its converter interleaves the rows of queries and keys.
+PERMUTED = _gguf_rules("(N half two) D -> D (N two half)", "(G half two) D -> D (G two half)")
+LLAMA_GGUF = (Architecture("llama (GGUF)", "", gguf_model, PERMUTED),
+              *(Architecture(f"{name} (GGUF)", "", gguf_model, _gguf_rules(None, None)) for name in ("qwen2", "qwen3")))
 LLAMA = tuple(Architecture(name, "model.", model, RULES) for name in ("llama", "mistral", "qwen2", "qwen3"))

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 
 from lab.errors import UserError
+from lab.weights.gguf_files import GGUF, config_of
 from lab.weights.gpt2 import GPT2
-from lab.weights.llama import LLAMA
+from lab.weights.llama import LLAMA, LLAMA_GGUF
 from lab.weights.location import locate
 from lab.weights.rules import Architecture, Config, Rule, Unused, matched
 from lab.weights.tensors import SafeTensors, Tensors
 
-ARCHITECTURES = {a.name: a for a in (GPT2, *LLAMA)}
+ARCHITECTURES = {a.name: a for a in (GPT2, *LLAMA, *LLAMA_GGUF)}
 CHUNK = 1 << 24
 
 
@@ -72,7 +73,7 @@ class Found:
 
 def sizes(model: Any) -> dict[str, int]:
     """Lengths of the axes that patterns name: heads N, key/value heads G, head width K."""
-    return {"N": model.heads, "G": model.groups, "K": model.head}
+    return {"N": model.heads, "G": model.groups, "K": model.head, "two": 2}
 
 
 def find(location: str) -> Found:
@@ -81,14 +82,18 @@ def find(location: str) -> Found:
     Raises:
       UserError: no such place; an architecture, field or tensor that is not known; shapes that do not fit.
     """
-    folder = locate(location)
-    config = _config(folder / "config.json")
+    place = locate(location)
+    if place.is_dir():
+        config, tensors = _config(place / "config.json"), None
+    else:
+        tensors = GGUF(place)
+        config = Config(config_of(tensors.metadata) | {"tied": "output.weight" not in tensors.shapes}, str(place))
     name = config.get("model_type")
     if name not in ARCHITECTURES:
         raise UserError(f"{config.title}: model_type {name!r} is not known here; known are "
                         f"{', '.join(ARCHITECTURES)}.")
     architecture = ARCHITECTURES[name]
-    model, tensors = architecture.model(config), SafeTensors(folder)
+    model, tensors = architecture.model(config), tensors or SafeTensors(place)
     whole = any(n.startswith(architecture.prefix) for n in tensors.shapes)
     prefix = "" if whole else architecture.prefix
     theirs = {prefix + n: shape for n, shape in tensors.shapes.items()}

@@ -1,0 +1,50 @@
+"""Tensors and metadata of .gguf files, dequantised by the `gguf` library one tensor at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lab.errors import UserError
+
+
+class GGUF:
+    """The tensors of a .gguf file, memory-mapped; axes in NumPy's order, the outputs of a matrix first.
+
+    Raises:
+      UserError: the `gguf` package is missing, or the file is none of this format or damaged.
+    """
+
+    def __init__(self, file: Path):
+        try:
+            import gguf
+        except ImportError:
+            raise UserError(f"{file} needs the package gguf: LAB_EXTRAS=gguf ./launch.sh ...") from None
+        self.files, self._quants = (file,), gguf.quants
+        try:
+            reader = gguf.GGUFReader(file)
+            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        except Exception as e:  # the library raises many kinds, also from NumPy
+            raise UserError(f"{file} is not a complete GGUF file ({(str(e).splitlines() or [''])[0][:120]}).") from None
+        self._tensors = {t.name: t for t in reader.tensors}
+        self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, float32. UserError for a quantisation that the library cannot undo."""
+        tensor = self._tensors[name]
+        try:
+            return self._quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
+        except (NotImplementedError, KeyError, ValueError) as e:
+            raise UserError(f"{self.files[0]}: {name} is {tensor.tensor_type.name}, which the gguf library does not "
+                            f"dequantise ({str(e).splitlines()[0][:80]}).") from None
+
+
+def config_of(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The model's fields without the architecture's name in front, and "model_type"."""
+    kind = metadata.get("general.architecture", "?")
+    fields = {name.removeprefix(f"{kind}."): value for name, value in metadata.items() if name.startswith(f"{kind}.")}
+    # Numbers are float32 in the file: 9.999999747378752e-06 is 1e-05.
+    fields = {name: float(str(np.float32(x))) if isinstance(x, float) else x for name, x in fields.items()}
+    return fields | {"model_type": f"{kind} (GGUF)", "vocab": len(metadata.get("tokenizer.ggml.tokens", ()))}
