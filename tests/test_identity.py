@@ -106,7 +106,7 @@ def test_a_docstring_of_the_loop_changes_nothing(monkeypatch):
 
     assert with_((b'"""The training loop', b'"""Another docstring of the training loop')) == []
     assert with_((b"import math\n", b"import math  # a comment\n\n")) == []
-    assert with_((b"import signal\n", b"import signal\nX = 1\n")) == ["lab/train/loop.py"]
+    assert with_((b"import math\n", b"import math\nX = 1\n")) == ["lab/train/loop.py"]
     assert with_((b"class GPT(", b"X = 1\n\n\nclass GPT(")) == ["lab/models/gpt.py"]
 
 
