@@ -14,7 +14,7 @@ import pytest
 
 from lab.errors import UserError, explain, forgiving, naming
 from lab.files import replace_file
-from lab.tasks import language
+from lab.tasks import text_report
 from lab.tasks.language import LanguageModel
 from lab.train import plots
 from tests.conftest import ROOT
@@ -112,7 +112,7 @@ def test_samples_and_comparisons_fail_alone(tmp_path, monkeypatch, caplog):
 
     with caplog.at_level(logging.WARNING, "lab"):
         with monkeypatch.context() as patch:
-            patch.setattr(language.lzma, "compress", fail)
+            patch.setattr(text_report.lzma, "compress", fail)
             assert LanguageModel(samples=1).artifacts(outcome) == whole[1:]
         monkeypatch.setattr("lab.models.generate.sample_texts", fail)
         assert LanguageModel(samples=1).artifacts(outcome) == whole[:1]
