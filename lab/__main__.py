@@ -45,6 +45,7 @@ COMMANDS = {
     "sample": ("sample", "RUN --prompt TEXT: continue a text with a trained model"),
     "eval": ("evaluate", "RUN: evaluate a checkpoint and write the full report of its task"),
     "predict": ("predict", "RUN --input FILE: predictions for new records, as CSV"),
+    "export": ("export", "RUN --to FOLDER: a trained GPT for Hugging Face's transformers"),
     "report": ("report", "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
     "plan": ("plan", "EXPERIMENT.py --on v5e-256: compile for a machine that is not here; memory, bound on time"),
     "bench": ("bench", "EXPERIMENT.py: measure compilation, a step, its parts, throughput, memory"),

@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lab.api import open_run
 from lab.data.text import Text, TextFiles
 from lab.data.tokenizers import Bytes
 from lab.errors import UserError
 from lab.experiment import Experiment, from_json, to_json
+from lab.models.attention import RopeScaling
 from lab.models.gpt import GPT
 from lab.optim import AdamW
 from lab.tasks.language import LanguageModel
 from lab.weights import Weights, find, model_of, read
 from lab.weights.location import locate
+from lab.weights.read import nested, parameter_shapes, path_of
+from lab.weights.write import architecture_of, write
 
 V, D, N, G, L, DEPTH, F = 300, 32, 4, 2, 24, 2, 96
 GPT2_CONFIG = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": D, "n_layer": DEPTH, "n_head": N,
@@ -346,6 +350,61 @@ def test_a_run_starts_from_weights(tmp_path):
     other = replace(value, model=value.model.clone(vocab=V + 4), init_from=Weights(location, random=("wte",)))
     with pytest.raises(UserError, match="vocab"):
         other.validate()
+
+
+WRITTEN = {
+    "gpt2": {}, "gpt_neox": {"position": "rotary"}, "gpt_neox untied": {"position": "rotary", "tied": False},
+    "llama": {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "kv_heads": 2,
+              "rope_scaling": RopeScaling(context=16), "tied": False},
+    "llama wide": {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "head_width": 24}}
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_what_is_written_reads_back_bit_by_bit(kind, tmp_path):
+    model = GPT(depth=2, width=64, heads=4, vocab=V, context=L, **WRITTEN[kind])
+    params = {path: random(*shape, seed=i) for i, (path, shape) in enumerate(parameter_shapes(model).items())}
+    config = write(model, params, tmp_path / "out")
+    found = find(str(tmp_path / "out"))
+    assert config["model_type"] == kind.partition(" ")[0]
+    back = found.arrays()
+    assert back.keys() == params.keys() and all(np.array_equal(back[path], params[path]) for path in params)
+    ids = jnp.asarray(IDS[None])
+    assert np.array_equal(found.model.apply({"params": nested(back)}, ids, train=False),
+                          model.apply({"params": nested(params)}, ids, train=False))
+    if "LAB_TRANSFORMERS" in os.environ:
+        torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
+        theirs, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True,
+                                                               dtype=torch.float32)
+        assert not any(info.values())
+        reference = theirs(torch.tensor(IDS[None])).logits[0].detach().numpy()
+        assert difference(str(tmp_path / "out"), reference) < 1e-4
+
+
+def test_a_model_that_no_format_holds_is_a_sentence():
+    for fields, said in (({"softcap": 30.0}, "softcap=None"), ({"qk_norm": True}, "qk_norm=False"),
+                         ({"position": "rotary", "norm": "rmsnorm"}, "norm='layernorm'"), ({"mlp": "relu2"}, "gelu")):
+        with pytest.raises(UserError, match=said):
+            architecture_of(GPT(vocab=V, **fields))
+
+
+def test_a_run_is_exported(tmp_path, monkeypatch, capsys):
+    from lab.__main__ import main
+    from tests.test_cli import furnished
+
+    monkeypatch.chdir(furnished(tmp_path))
+    assert main(["small.py", "--run-dir", "run", "--model.bias"]) == 0
+    assert main(["export", "run", "--to", "out"]) == 0
+    assert {"config.json", "model.safetensors", "generation_config.json", "README.md"} <= {
+        p.name for p in (tmp_path / "out").iterdir()}
+    assert "| loss |" in (tmp_path / "out" / "README.md").read_text()
+    model, params = read("out")
+    run = open_run("run")
+    there = {path_of(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(run.params)}
+    here = {path_of(p): x for p, x in jax.tree.leaves_with_path(params)}
+    assert here.keys() == there.keys() and all(np.array_equal(here[path], there[path]) for path in here)
+    capsys.readouterr()
+    assert main(["export", "run", "--to", "out"]) == 2
+    assert "out is there already" in capsys.readouterr().err
 
 
 @pytest.mark.skipif("LAB_TRANSFORMERS" not in os.environ, reason="needs torch and transformers: LAB_TRANSFORMERS=1")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lab.models.gpt import GPT
 from lab.weights.rules import Architecture, Config, Rule, Unused
+
+ACTIVATIONS = {"gelu_new": "gelu", "gelu": "gelu_exact"}
 
 
 def model(config: Config) -> GPT:
@@ -14,12 +18,21 @@ def model(config: Config) -> GPT:
     value = GPT(
         depth=config.take("n_layer"), width=width, heads=config.take("n_head"), context=config.take("n_positions"),
         vocab=config.take("vocab_size"), hidden_multiple=(config.take("n_inner", None) or 4 * width) / width,
-        mlp=config.choose("activation_function", {"gelu_new": "gelu", "gelu": "gelu_exact"}, "gelu_new"),
+        mlp=config.choose("activation_function", ACTIVATIONS, "gelu_new"),
         norm_epsilon=config.take("layer_norm_epsilon", 1e-5),
     )
     config.finish("n_ctx", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_activation", "summary_first_dropout",
                   "summary_proj_to_labels", "summary_type", "summary_use_proj")
     return value
+
+
+def config(model: GPT) -> dict[str, Any]:
+    """The config.json of a model that fits."""
+    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": model.depth, "n_embd": model.width,
+            "n_head": model.heads, "n_positions": model.context, "vocab_size": model.vocab,
+            "n_inner": round(model.hidden_multiple * model.width), "layer_norm_epsilon": model.norm_epsilon,
+            "activation_function": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[model.mlp],
+            "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def _both(theirs: str, ours: str, weight: str = "kernel", pattern: str | None = None) -> tuple[Rule, Rule]:
@@ -43,4 +56,4 @@ GPT2 = Architecture("gpt2", "transformer.", model, (
     *_both("transformer.ln_f", "final_norm", "scale"),
     Unused(r"transformer\.h\.\d+\.attn\.(masked_)?bias", "the causal mask"),
     Unused(r"lm_head\.weight", "tied to the token embedding", same="transformer.wte.weight"),
-))
+), GPT(), config)

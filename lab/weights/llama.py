@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lab.errors import UserError
 from lab.models.attention import RopeScaling
 from lab.models.gpt import GPT
@@ -32,6 +34,22 @@ def model(config: Config) -> GPT:
     config.finish("attention_dropout", "pretraining_tp", "is_llama_config", "transformers.js_config",
                   "max_window_layers")
     return value
+
+
+def config(model: GPT) -> dict[str, Any]:
+    """The config.json of a model that fits."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_scaling is not None:
+        scaling = model.rope_scaling
+        rope = {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low,
+                "high_freq_factor": scaling.high, "original_max_position_embeddings": scaling.context}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": model.depth,
+            "hidden_size": model.width, "num_attention_heads": model.heads, "num_key_value_heads": model.groups,
+            "head_dim": model.head, "intermediate_size": round(model.hidden_multiple * model.width),
+            "max_position_embeddings": model.context, "vocab_size": model.vocab, "hidden_act": "silu",
+            "rms_norm_eps": model.norm_epsilon, "rope_theta": model.rope_base,
+            "rope_parameters": rope | {"rope_theta": model.rope_base}, "attention_bias": False, "mlp_bias": False,
+            "tie_word_embeddings": model.tied} | ({"rope_scaling": rope} if model.rope_scaling else {})
 
 
 def _rope(config: Config) -> tuple[float, RopeScaling | None]:
@@ -117,4 +135,6 @@ def _gguf_rules(query: str | None, key: str | None) -> tuple[Rule | Unused, ...]
 PERMUTED = _gguf_rules("(N half two) D -> D (N two half)", "(G half two) D -> D (G two half)")
 LLAMA_GGUF = (Architecture("llama (GGUF)", "", gguf_model, PERMUTED),
               *(Architecture(f"{name} (GGUF)", "", gguf_model, _gguf_rules(None, None)) for name in ("qwen2", "qwen3")))
-LLAMA = tuple(Architecture(name, "model.", model, RULES) for name in ("llama", "mistral", "qwen2", "qwen3"))
+LIKE = GPT(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False)
+LLAMA = (Architecture("llama", "model.", model, RULES, LIKE, config),
+         *(Architecture(name, "model.", model, RULES) for name in ("mistral", "qwen2", "qwen3")))

@@ -16,12 +16,13 @@ import numpy as np
 from lab.errors import UserError
 from lab.weights.gguf_files import GGUF, config_of
 from lab.weights.gpt2 import GPT2
+from lab.weights.gpt_neox import GPT_NEOX
 from lab.weights.llama import LLAMA, LLAMA_GGUF
 from lab.weights.location import locate
 from lab.weights.rules import Architecture, Config, Rule, Unused, matched
 from lab.weights.tensors import SafeTensors, Tensors
 
-ARCHITECTURES = {a.name: a for a in (GPT2, *LLAMA, *LLAMA_GGUF)}
+ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF)}
 CHUNK = 1 << 24
 
 

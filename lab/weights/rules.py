@@ -157,3 +157,7 @@ class Architecture:
     model: Callable[[Config], Any]
     """config.json -> our model."""
     rules: Rules
+    like: Any = None
+    """A model that the format holds; write.py says in which fields others may differ."""
+    config: Callable[[Any], dict[str, Any]] | None = None
+    """Our model -> config.json; None: reading only."""

@@ -1,0 +1,77 @@
+"""`./launch.sh export RUN --to FOLDER`: a trained language model for Hugging Face's transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lab.commands.arguments import call
+from lab.errors import UserError
+
+
+def main(args: Sequence[str]) -> int:
+    """RUN --to FOLDER"""
+    return call("export", export, args)
+
+
+def export(run: Annotated[Path, tyro.conf.Positional], to: Path, step: int | None = None, best: bool = False,
+           experiment: Path | None = None) -> None:
+    """Writes config.json, model.safetensors, tokenizer.json, generation_config.json and a model card.
+
+    Args:
+      run: the run folder of a GPT.
+      to: the folder to write, new or empty.
+      step: use the checkpoint of this step; by default the latest.
+      best: use the checkpoint with the best validation metric.
+      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
+    """
+    import jax
+    import numpy as np
+
+    from lab.files import replace_file
+    from lab.train.description import finished
+    from lab.train.restore import leaves, open_run
+    from lab.train.step import eval_variables
+    from lab.weights.write import architecture_of, write
+
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to} is there already; --to names a new or empty folder.")
+    found, _, state = open_run(run, step, best, file=experiment)
+    architecture_of(found.model)  # before anything is written
+    params = eval_variables(found, state)["params"]
+    config = write(found.model, {path: np.asarray(jax.device_get(x)) for path, x in leaves(params).items()}, to)
+    tokenizer, end = _tokenizer(run)
+    replace_file(to / "generation_config.json", json.dumps({"eos_token_id": end, "bos_token_id": end}) + "\n")
+    if tokenizer:
+        replace_file(to / "tokenizer.json", tokenizer)
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
+                 "bos_token": "<|endoftext|>", "model_max_length": found.model.context}
+        replace_file(to / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
+    replace_file(to / "README.md", _card(run, config, finished(run), int(state.step), found.fingerprint()))
+    print(f"{to}: {config['architectures'][0]}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters, step "
+          f"{int(state.step)}" + ("" if tokenizer else "; no tokenizer.json: this run's tokenizer has no such form"))
+
+
+def _tokenizer(run: Path) -> tuple[str | None, int | None]:
+    """(tokenizer.json, id of the end of a text) of a run with byte-level BPE; (None, None) for other tokenizers."""
+    try:
+        saved = json.loads((run / "tokenizer.json").read_text("utf-8"))
+        state = json.loads(saved["state"]) if saved["kind"] == "BPE" else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
+    ends = [token["id"] for token in state.get("added_tokens", []) if token["content"] == "<|endoftext|>"]
+    return (saved["state"], ends[0]) if ends else (None, None)
+
+
+def _card(run: Path, config: dict[str, Any], result: dict[str, Any] | None, step: int, fingerprint: str) -> str:
+    """The model card: how it was trained and what was measured."""
+    rows = {name: value for name, value in (result or {}).get("final", {}).items() if isinstance(value, float)}
+    table = "\n".join(f"| {name} | {value:.6g} |" for name, value in rows.items())
+    measured = f"\n| validation, step {result['final']['step']} | |\n|---|---|\n{table}\n" if result else ""
+    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {run.name}\n\n"
+            f"{config['architectures'][0]}, trained from the experiment {fingerprint}; weights of step {step}.\n"
+            f"{measured}")
