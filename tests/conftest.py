@@ -52,6 +52,9 @@ MARKS = {
     "test_cudnn": "tpu_compile",
 }
 KEPT = ("gpt_small", "mnist_cnn", "linear_regression")
+# The longest files start first, so that no process is left alone with one of them at the end.
+FIRST = ("test_run", "test_distributed", "test_cli", "test_study", "test_experiments", "test_launch_slurm",
+         "test_launch_hosts", "test_command_line", "test_together", "test_parallel", "test_cudnn", "test_optim")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,12 +66,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks whole files."""
+    """Marks whole files, and puts the longest first."""
     for item in items:
         mark = MARKS.get(item.path.stem)
         kept = item.path.stem == "test_experiments" and any(f"[{name}]" in item.nodeid for name in KEPT)
         if mark and not kept:
             item.add_marker(mark)
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 def computing(model: Any, variables: Any) -> Callable[..., Any]:

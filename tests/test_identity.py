@@ -105,8 +105,9 @@ def test_a_docstring_of_the_loop_changes_nothing(monkeypatch):
         return source_code.changed(before, found)
 
     assert with_((b'"""The training loop', b'"""Another docstring of the training loop')) == []
-    assert with_((b"import math\n", b"import math  # a comment\n\n")) == []
-    assert with_((b"import math\n", b"import math\nX = 1\n")) == ["lab/train/loop.py"]
+    line = b"from lab.data.prefetch import Prefetch\n"
+    assert with_((line, line[:-1] + b"  # a comment\n\n")) == []
+    assert with_((line, line + b"X = 1\n")) == ["lab/train/loop.py"]
     assert with_((b"class GPT(", b"X = 1\n\n\nclass GPT(")) == ["lab/models/gpt.py"]
 
 

@@ -524,7 +524,7 @@ TPU = ("tpu", "float32", 20, 128, False, False)
 
 @pytest.mark.parametrize("place,reason", [
     (("cpu", *TPU[1:]), "runs on TPUs only, and this is cpu"), ((*TPU[:3], 100, False, False),
-     "needs a length that is a multiple of 128, not 100"), ((*TPU[:4], True, False), "knows no padding"),
+     "needs a length that is a multiple of 128, not 100"), ((*TPU[:4], True, False), "does not support padding"),
     ((*TPU[:4], False, True), "cannot drop out attention probabilities"),
 ], ids=str)
 def test_where_splash_cannot_run_it_is_an_error_and_auto_falls_to_einsum(choose, caplog, place, reason):
