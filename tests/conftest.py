@@ -44,6 +44,7 @@ MARKS = {
     "test_launch": "slow",
     "test_api": "slow",
     "test_chunks": "slow",
+    "test_forks": "slow",
     "test_distributed": "processes",
     "test_launch_slurm": "clusters",
     "test_launch_hosts": "clusters",
