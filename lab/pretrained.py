@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from lab.errors import UserError
 
 
-def _check_rules(**rules: tuple[str, ...]) -> None:
+def check_rules(**rules: tuple[str, ...]) -> None:
+    """Raises UserError for a rule of these fields that is no regular expression."""
     for name, expressions in rules.items():
         for rule in expressions:
             try:
@@ -53,7 +54,7 @@ class Pretrained(Start):
 
     def validate(self) -> None:
         """Raises UserError for an invalid regular expression."""
-        _check_rules(include=self.include, exclude=self.exclude, freeze=self.freeze)
+        check_rules(include=self.include, exclude=self.exclude, freeze=self.freeze)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Continue(Start):
         """Raises UserError for a step below 1 or an invalid regular expression."""
         if self.step is not None and self.step < 1:
             raise UserError(f"--init-from.step must be at least 1, not {self.step}.")
-        _check_rules(freeze=self.freeze)
+        check_rules(freeze=self.freeze)
 
 
 @dataclass(frozen=True)
@@ -99,4 +100,4 @@ class WordVectors(Start):
 
     def validate(self) -> None:
         """Raises UserError for an invalid regular expression."""
-        _check_rules(freeze=self.freeze)
+        check_rules(freeze=self.freeze)

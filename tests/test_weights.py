@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from lab.api import open_run
@@ -22,7 +23,7 @@ from lab.optim import AdamW
 from lab.tasks.language import LanguageModel
 from lab.weights import Weights, find, model_of, read
 from lab.weights.location import locate
-from lab.weights.read import nested, parameter_shapes, path_of
+from lab.weights.read import parameter_shapes
 from lab.weights.write import architecture_of, write
 
 V, D, N, G, L, DEPTH, F = 300, 32, 4, 2, 24, 2, 96
@@ -369,8 +370,8 @@ def test_what_is_written_reads_back_bit_by_bit(kind, tmp_path):
     back = found.arrays()
     assert back.keys() == params.keys() and all(np.array_equal(back[path], params[path]) for path in params)
     ids = jnp.asarray(IDS[None])
-    assert np.array_equal(found.model.apply({"params": nested(back)}, ids, train=False),
-                          model.apply({"params": nested(params)}, ids, train=False))
+    assert np.array_equal(found.model.apply({"params": unflatten_dict(back, sep="/")}, ids, train=False),
+                          model.apply({"params": unflatten_dict(params, sep="/")}, ids, train=False))
     if "LAB_TRANSFORMERS" in os.environ:
         torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
         theirs, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True,
@@ -399,8 +400,7 @@ def test_a_run_is_exported(tmp_path, monkeypatch, capsys):
     assert "| loss |" in (tmp_path / "out" / "README.md").read_text()
     model, params = read("out")
     run = open_run("run")
-    there = {path_of(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(run.params)}
-    here = {path_of(p): x for p, x in jax.tree.leaves_with_path(params)}
+    there, here = flatten_dict(run.params, sep="/"), flatten_dict(params, sep="/")
     assert here.keys() == there.keys() and all(np.array_equal(here[path], there[path]) for path in here)
     capsys.readouterr()
     assert main(["export", "run", "--to", "out"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from lab.errors import UserError
@@ -68,30 +69,6 @@ def _rope(config: Config) -> tuple[float, RopeScaling | None]:
                                     int(scaling["original_max_position_embeddings"]))
 
 
-def _dense(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{theirs}.weight", f"{ours}/kernel", "F D -> D F"), Rule(f"{theirs}.bias", f"{ours}/bias")
-
-
-BLOCK = "model.layers.{i}"
-RULES = (
-    Rule("model.embed_tokens.weight", "wte/embedding"),
-    Rule(f"{BLOCK}.input_layernorm.weight", "block_{i}/attention_norm/scale"),
-    *_dense(f"{BLOCK}.self_attn.q_proj", "block_{i}/attn/query"),
-    *_dense(f"{BLOCK}.self_attn.k_proj", "block_{i}/attn/key"),
-    *_dense(f"{BLOCK}.self_attn.v_proj", "block_{i}/attn/value"),
-    *_dense(f"{BLOCK}.self_attn.o_proj", "block_{i}/attn/out"),
-    Rule(f"{BLOCK}.self_attn.q_norm.weight", "block_{i}/attn/query_norm/scale"),
-    Rule(f"{BLOCK}.self_attn.k_norm.weight", "block_{i}/attn/key_norm/scale"),
-    Rule(f"{BLOCK}.post_attention_layernorm.weight", "block_{i}/mlp_norm/scale"),
-    *_dense(f"{BLOCK}.mlp.gate_proj", "block_{i}/ffn/gate"),
-    *_dense(f"{BLOCK}.mlp.up_proj", "block_{i}/ffn/up"),
-    *_dense(f"{BLOCK}.mlp.down_proj", "block_{i}/ffn/down"),
-    Rule("model.norm.weight", "final_norm/scale"),
-    Rule("lm_head.weight", "head", "V D -> D V"),
-    Unused(r"lm_head\.weight", "tied to the token embedding", same="model.embed_tokens.weight"),
-)
-
-
 def gguf_model(config: Config) -> GPT:
     """Our model of a GGUF file's metadata."""
     width, heads = config.take("embedding_length"), config.take("attention.head_count")
@@ -110,31 +87,43 @@ def gguf_model(config: Config) -> GPT:
     return value
 
 
-def _gguf_rules(query: str | None, key: str | None) -> tuple[Rule | Unused, ...]:
-    at = "blk.{i}"
+HF = {"embedding": "model.embed_tokens", "block": "model.layers.{i}.", "attention_norm": "input_layernorm",
+      "query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "out": "self_attn.o_proj",
+      "query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm", "mlp_norm": "post_attention_layernorm",
+      "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj", "final_norm": "model.norm",
+      "head": "lm_head"}
+IN_GGUF = {"embedding": "token_embd", "block": "blk.{i}.", "attention_norm": "attn_norm", "query": "attn_q",
+           "key": "attn_k", "value": "attn_v", "out": "attn_output", "query_norm": "attn_q_norm",
+           "key_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+           "final_norm": "output_norm", "head": "output"}
 
-    def dense(theirs: str, ours: str, kernel: str | None = None, bias: str | None = None) -> tuple[Rule, Rule]:
-        return (Rule(f"{at}.{theirs}.weight", f"block_{{i}}/{ours}/kernel", kernel or "F D -> D F"),
-                Rule(f"{at}.{theirs}.bias", f"block_{{i}}/{ours}/bias", bias))
+
+def _rules(names: dict[str, str], query: str = "F D -> D F", key: str = "F D -> D F") -> tuple[Rule | Unused, ...]:
+    """`names`: of our layers in their files; `query`, `key`: patterns of these kernels."""
+    def scale(name: str, room: str = "") -> Rule:
+        return Rule(f"{names['block']}{names[name]}.weight", f"block_{{i}}/{room}{name}/scale")
+
+    def dense(name: str, room: str, pattern: str = "F D -> D F") -> tuple[Rule, Rule]:
+        theirs, ours = f"{names['block']}{names[name]}", f"block_{{i}}/{room}/{name}"
+        return Rule(f"{theirs}.weight", f"{ours}/kernel", pattern), Rule(f"{theirs}.bias", f"{ours}/bias")
 
     return (
-        Rule("token_embd.weight", "wte/embedding"),
-        Rule(f"{at}.attn_norm.weight", "block_{i}/attention_norm/scale"),
-        *dense("attn_q", "attn/query", query), *dense("attn_k", "attn/key", key), *dense("attn_v", "attn/value"),
-        *dense("attn_output", "attn/out"),
-        Rule(f"{at}.attn_q_norm.weight", "block_{i}/attn/query_norm/scale"),
-        Rule(f"{at}.attn_k_norm.weight", "block_{i}/attn/key_norm/scale"),
-        Rule(f"{at}.ffn_norm.weight", "block_{i}/mlp_norm/scale"),
-        *dense("ffn_gate", "ffn/gate"), *dense("ffn_up", "ffn/up"), *dense("ffn_down", "ffn/down"),
-        Rule("output_norm.weight", "final_norm/scale"),
-        Rule("output.weight", "head", "V D -> D V"),
+        Rule(f"{names['embedding']}.weight", "wte/embedding"),
+        scale("attention_norm"), *dense("query", "attn", query), *dense("key", "attn", key), *dense("value", "attn"),
+        *dense("out", "attn"), scale("query_norm", "attn/"), scale("key_norm", "attn/"),
+        scale("mlp_norm"), *dense("gate", "ffn"), *dense("up", "ffn"), *dense("down", "ffn"),
+        Rule(f"{names['final_norm']}.weight", "final_norm/scale"),
+        Rule(f"{names['head']}.weight", "head", "V D -> D V"),
+        Unused(re.escape(f"{names['head']}.weight"), "tied to the token embedding",
+               same=f"{names['embedding']}.weight"),
     )
 
 
+RULES = _rules(HF)
 # llama.cpp's rotary turns neighbours, not halves, so its converter interleaves the rows of queries and keys.
-PERMUTED = _gguf_rules("(N half two) D -> D (N two half)", "(G half two) D -> D (G two half)")
+PERMUTED = _rules(IN_GGUF, "(N half two) D -> D (N two half)", "(G half two) D -> D (G two half)")
 LLAMA_GGUF = (Architecture("llama (GGUF)", "", gguf_model, PERMUTED),
-              *(Architecture(f"{name} (GGUF)", "", gguf_model, _gguf_rules(None, None)) for name in ("qwen2", "qwen3")))
+              *(Architecture(f"{name} (GGUF)", "", gguf_model, _rules(IN_GGUF)) for name in ("qwen2", "qwen3")))
 LIKE = GPT(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False)
 LLAMA = (Architecture("llama", "model.", model, RULES, LIKE, config),
          *(Architecture(name, "model.", model, RULES) for name in ("mistral", "qwen2", "qwen3")))

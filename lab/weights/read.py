@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lab.errors import UserError
 from lab.weights.gguf_files import GGUF, config_of
@@ -23,7 +24,6 @@ from lab.weights.rules import Architecture, Config, Rule, Unused, matched
 from lab.weights.tensors import SafeTensors, Tensors
 
 ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF)}
-CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -110,31 +110,13 @@ def model_of(location: str) -> Any:
 def read(location: str) -> tuple[Any, dict[str, Any]]:
     """(model, parameters): ``model.apply({"params": parameters}, ids, train=False)``. Raises as `find`."""
     found = find(location)
-    return found.model, nested(found.arrays())
+    return found.model, unflatten_dict(found.arrays(), sep="/")
 
 
 def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape of the model's parameters; computes nothing."""
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32), train=False))
-    leaves = jax.tree.leaves_with_path(variables["params"])
-    return {path_of(path): x.shape for path, x in leaves}
-
-
-def path_of(path: tuple[Any, ...]) -> str:
-    """The names of a tree's path, joined by "/"."""
-    return "/".join(str(key.key) for key in path)
-
-
-def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of parameters from arrays by path."""
-    tree: dict[str, Any] = {}
-    for path, x in arrays.items():
-        *parents, name = path.split("/")
-        at = tree
-        for parent in parents:
-            at = at.setdefault(parent, {})
-        at[name] = x
-    return tree
+    return {path: x.shape for path, x in flatten_dict(variables["params"], sep="/").items()}
 
 
 def _config(path: Path) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,16 @@ class Unused:
 Rules = tuple[Rule | Unused, ...]
 
 
+def applicable(rules: Rules, depth: int, ours: Collection[str]) -> list[Rule]:
+    """The rules for the parameters `ours`, by path, of a model with `depth` blocks."""
+    found: list[Rule] = []
+    for rule in rules:
+        if isinstance(rule, Rule):
+            blocks = range(depth) if "{i}" in rule.theirs else (0,)
+            found += [one for i in blocks if set((one := rule.at(i)).paths) <= set(ours)]
+    return found
+
+
 def matched(rules: Rules, depth: int, theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]],
             sizes: Mapping[str, int], title: str) -> list[Rule]:
     """The rules for the parameters that the model has. `theirs`, `ours`: name -> shape.
@@ -75,11 +85,7 @@ def matched(rules: Rules, depth: int, theirs: Mapping[str, tuple[int, ...]], our
       UserError: a tensor that no rule uses, a parameter that no tensor fills, or shapes that differ; the first five of
         each kind.
     """
-    found: list[Rule] = []
-    for rule in rules:
-        if isinstance(rule, Rule):
-            blocks = range(depth) if "{i}" in rule.theirs else (0,)
-            found += [one for i in blocks if set((one := rule.at(i)).paths) <= ours.keys()]
+    found = applicable(rules, depth, ours)
     spare = [rule.theirs for rule in rules if isinstance(rule, Unused)]
     used = {rule.theirs for rule in found}
     unknown = [n for n in theirs if n not in used and not any(re.fullmatch(pattern, n) for pattern in spare)]

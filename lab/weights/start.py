@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from lab.errors import UserError
-from lab.pretrained import Start
-from lab.weights.read import find, path_of
+from lab.pretrained import Start, check_rules
+from lab.weights.read import find
 
 # Fields of a model that may differ from the pretrained one's: they change no parameter's meaning.
 FREE = {"dropout", "attention", "remat", "scan", "context", "parent", "name"}
@@ -35,11 +36,7 @@ class Weights(Start):
 
     def validate(self) -> None:
         """Raises UserError for an invalid regular expression."""
-        for rule in (*self.random, *self.freeze):
-            try:
-                re.compile(rule)
-            except re.error as e:
-                raise UserError(f"init_from=Weights(...): {rule!r} is not a regular expression ({e}).") from None
+        check_rules(random=self.random, freeze=self.freeze)
 
     def check(self, model: Any) -> None:
         """Raises UserError for a model with another value of a field that the weights decide."""
@@ -59,7 +56,7 @@ class Weights(Start):
         Raises:
           UserError: weights that do not fit.
         """
-        found, wanted = find(self.location), {path_of(p): x for p, x in jax.tree.leaves_with_path(state.params)}
+        found, wanted = find(self.location), flatten_dict(state.params, sep="/")
         new = [path for path in wanted if any(re.search(rule, path) for rule in self.random)]
 
         def put(path: str, x: np.ndarray) -> Any:

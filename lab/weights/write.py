@@ -17,7 +17,7 @@ from lab.weights.gpt2 import GPT2
 from lab.weights.gpt_neox import GPT_NEOX
 from lab.weights.llama import LLAMA
 from lab.weights.read import parameter_shapes, sizes
-from lab.weights.rules import Architecture, Rule, matched
+from lab.weights.rules import Architecture, applicable, matched
 
 WRITTEN = (GPT2, GPT_NEOX, LLAMA[0])
 # Fields that every one of these formats holds, or that do not matter to a finished model.
@@ -68,13 +68,9 @@ def write(model: GPT, params: Mapping[str, Any], folder: Path) -> dict[str, Any]
     ours, tensors = parameter_shapes(model), {}
     if missing := sorted(ours.keys() - params.keys()):  # scanned layers have other paths
         raise UserError(f"The run has no parameter {missing[0]}: train with --model.scan False to export.")
-    for rule in architecture.rules:
-        if isinstance(rule, Rule):
-            for i in range(model.depth) if "{i}" in rule.theirs else (0,):
-                one = rule.at(i)
-                if set(one.paths) <= ours.keys():
-                    arrays = [np.asarray(params[path], np.float32) for path in one.paths]
-                    tensors[one.theirs] = np.ascontiguousarray(one.write(arrays, sizes(model)))
+    for rule in applicable(architecture.rules, model.depth, ours):
+        arrays = [np.asarray(params[path], np.float32) for path in rule.paths]
+        tensors[rule.theirs] = np.ascontiguousarray(rule.write(arrays, sizes(model)))
     shapes = {name: x.shape for name, x in tensors.items()}
     matched(architecture.rules, model.depth, shapes, ours, sizes(model), str(folder))  # complete, and reads back
     config = architecture.config(model) | {"torch_dtype": "float32"}
