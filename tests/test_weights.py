@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from lab.api import open_run
@@ -23,7 +23,7 @@ from lab.optim import AdamW
 from lab.tasks.language import LanguageModel
 from lab.weights import Weights, find, model_of, read
 from lab.weights.location import locate
-from lab.weights.read import parameter_shapes
+from lab.weights.read import parameter_shapes, variables_of
 from lab.weights.write import architecture_of, write
 
 V, D, N, G, L, DEPTH, F = 300, 32, 4, 2, 24, 2, 96
@@ -151,8 +151,8 @@ IDS = np.random.default_rng(1).integers(0, V, L)
 
 
 def difference(location: str, reference: np.ndarray) -> float:
-    model, params = read(location)
-    ours = model.apply({"params": params}, jnp.asarray(IDS[None]), train=False)[0]
+    model, variables = read(location)
+    ours = model.apply(variables, jnp.asarray(IDS[None]), train=False)[0]
     return float(np.abs(np.asarray(ours) - reference).max())
 
 
@@ -236,7 +236,8 @@ def test_gguf(tmp_path, monkeypatch):
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, params)))
     q = ("block_0", "attn", "query", "kernel")
     _, wrong = read(gguf_file(tmp_path / "rows.gguf", w, permuted=False))  # negative control
-    assert not np.array_equal(wrong[q[0]][q[1]][q[2]][q[3]], params[q[0]][q[1]][q[2]][q[3]])
+    assert not np.array_equal(wrong["params"][q[0]][q[1]][q[2]][q[3]],
+                              params["params"][q[0]][q[1]][q[2]][q[3]])
     _, rough = read(gguf_file(tmp_path / "q8.gguf", w, quantised=True))
     error = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), rough, params)
     assert 0 < max(jax.tree.leaves(error)) < 0.02
@@ -343,7 +344,7 @@ def test_a_run_starts_from_weights(tmp_path):
     given, report = initial_arrays(value.init_from, program.abstract, data)
     state = program.init(given)
     _, params = read(location)
-    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), b), state.params, params)
+    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), b), state.params, params["params"])
     assert all(jax.tree.leaves(same)) and not report["random"] and "model.safetensors" in report["files"]
     assert len(state.params["wte"]["embedding"].sharding.device_set) == 8
     with pytest.raises(UserError, match="norm_epsilon=1e-05.*0.001.*model_of"):
@@ -370,8 +371,8 @@ def test_what_is_written_reads_back_bit_by_bit(kind, tmp_path):
     back = found.arrays()
     assert back.keys() == params.keys() and all(np.array_equal(back[path], params[path]) for path in params)
     ids = jnp.asarray(IDS[None])
-    assert np.array_equal(found.model.apply({"params": unflatten_dict(back, sep="/")}, ids, train=False),
-                          model.apply({"params": unflatten_dict(params, sep="/")}, ids, train=False))
+    assert np.array_equal(found.model.apply(variables_of(back), ids, train=False),
+                          model.apply(variables_of(params), ids, train=False))
     if "LAB_TRANSFORMERS" in os.environ:
         torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
         theirs, info = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True,
@@ -400,7 +401,7 @@ def test_a_run_is_exported(tmp_path, monkeypatch, capsys):
     assert "| loss |" in (tmp_path / "out" / "README.md").read_text()
     model, params = read("out")
     run = open_run("run")
-    there, here = flatten_dict(run.params, sep="/"), flatten_dict(params, sep="/")
+    there, here = flatten_dict(run.params, sep="/"), flatten_dict(params["params"], sep="/")
     assert here.keys() == there.keys() and all(np.array_equal(here[path], there[path]) for path in here)
     capsys.readouterr()
     assert main(["export", "run", "--to", "out"]) == 2

@@ -42,8 +42,9 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, step: int | Non
         raise UserError(f"{to} is there already; --to names a new or empty folder.")
     found, _, state = open_run(run, step, best, file=experiment)
     architecture_of(found.model)  # before anything is written
-    params = eval_variables(found, state)["params"]
-    config = write(found.model, {path: np.asarray(jax.device_get(x)) for path, x in leaves(params).items()}, to)
+    arrays = {path.removeprefix("params/"): np.asarray(jax.device_get(x))
+              for path, x in leaves(eval_variables(found, state)).items()}
+    config = write(found.model, arrays, to)
     tokenizer, end = _tokenizer(run)
     replace_file(to / "generation_config.json", json.dumps({"eos_token_id": end, "bos_token_id": end}) + "\n")
     if tokenizer:
@@ -52,7 +53,7 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, step: int | Non
                  "bos_token": "<|endoftext|>", "model_max_length": found.model.context}
         replace_file(to / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
     replace_file(to / "README.md", _card(run, config, finished(run), int(state.step), found.fingerprint()))
-    print(f"{to}: {config['architectures'][0]}, {sum(x.size for x in jax.tree.leaves(params)):,} parameters, step "
+    print(f"{to}: {config['architectures'][0]}, {sum(x.size for x in arrays.values()):,} parameters, step "
           f"{int(state.step)}" + ("" if tokenizer else "; no tokenizer.json: this run's tokenizer has no such form"))
 
 

@@ -27,9 +27,9 @@ class MaskedLM(Task):
     """Masked language modelling (Devlin et al. 2019): cross-entropy in nats per hidden token.
 
     A share `rate` of a text's real tokens is chosen, rounded up to at least one: 80 % become [MASK], 10 % a random
-    token, 10 % stay. [MASK] is the last id of the model's vocabulary, so the vocabulary is at least one larger than the
-    tokenizer's. Random tokens are uniform over all other ids except 0 (padding). The choice depends only on the
-    record's key: (seed, step, record) in training, (seed, record) in evaluation.
+    token, 10 % stay. [MASK] is the model's `mask_id`, or the last id of its vocabulary, which is then at least one
+    larger than the tokenizer's. Random tokens are uniform over all other ids except 0 (padding). The choice depends
+    only on the record's key: (seed, step, record) in training, (seed, record) in evaluation.
 
     Batches: "inputs" int (B, L), "mask" (B, L), 1 where a token is real, and optionally "segments" (B, L); or language
     model windows, "tokens" int (B, L+1), without their last token. Metrics: loss, accuracy, masked_share (chosen
@@ -65,7 +65,8 @@ class MaskedLM(Task):
         tokens_BL, fields = _texts(batch)
         real_BL = fields["mask"] if "mask" in fields else jnp.ones_like(tokens_BL)
         known = batch["vocab"][0] if "vocab" in batch else None
-        inputs_BL, chosen_BM, weight_BM = self.hide(tokens_BL, real_BL, batch["key"], model.vocab, known)
+        inputs_BL, chosen_BM, weight_BM = self.hide(tokens_BL, real_BL, batch["key"], model.vocab, known,
+                                                    mask_id(model))
         logits_BMV, model_state = apply(model, variables, inputs_BL, rngs=rngs, train=train, select=chosen_BM, **fields)
         weight_BM = weight_BM * batch["weight"][:, None]
         targets_BM = jnp.take_along_axis(tokens_BL, chosen_BM, axis=1)
@@ -77,15 +78,17 @@ class MaskedLM(Task):
         return nll, weight, metrics, model_state
 
     def hide(self, tokens_BL: Array, real_BL: Array, keys_B: Array, vocab: int,
-             known: Array | None = None) -> tuple[Array, Array, Array]:
+             known: Array | None = None, mask_id: int | None = None) -> tuple[Array, Array, Array]:
         """Chooses and hides tokens, each record with its own key. `vocab`: the model's; `known`: the tokenizer's number
-        of ids. Ids between `known` and [MASK] only pad the vocabulary and are never drawn.
+        of ids. Ids between `known` and the last only pad the vocabulary and are never drawn. `mask_id` None: the last
+        id is [MASK].
 
         Returns:
           Inputs (B, L); chosen positions int (B, M), M = rate * L rounded up; and their weights float32 (B, M), 0 for
           surplus positions of records with fewer than L real tokens.
         """
         count_L = _rounded_up(self.rate, tokens_BL.shape[1])
+        hidden = vocab - 1 if mask_id is None else mask_id
         most = vocab - 1 if known is None else jnp.minimum(known, vocab - 1)
 
         def one(tokens_L: Array, real_L: Array, key: Array) -> tuple[Array, Array, Array]:
@@ -96,7 +99,7 @@ class MaskedLM(Task):
             count = jnp.asarray(count_L)[(real_L > 0).sum()]
             old_M, kind_M = tokens_L[chosen_M], jax.random.uniform(kind, chosen_M.shape)
             new_M = jnp.where(kind_M < HIDDEN + RANDOM, jax.random.randint(other, chosen_M.shape, 1, most), old_M)
-            new_M = jnp.where(kind_M < HIDDEN, vocab - 1, new_M).astype(tokens_L.dtype)
+            new_M = jnp.where(kind_M < HIDDEN, hidden, new_M).astype(tokens_L.dtype)
             weight_M = jnp.arange(chosen_M.shape[0]) < count
             return tokens_L.at[chosen_M].set(jnp.where(weight_M, new_M, old_M)), chosen_M, weight_M.astype(jnp.float32)
 
@@ -118,15 +121,21 @@ class MaskedLM(Task):
         rows = zip(tokens_BL, real_BL > 0, *found, strict=True)
         path = outcome.folder / "samples" / "masked.txt"
         make_folder(path.parent)
-        replace_file(path, "\n".join(_example(outcome.data.decode, outcome.model.vocab - 1, *row) for row in rows))
+        replace_file(path, "\n".join(_example(outcome.data.decode, mask_id(outcome.model), *row) for row in rows))
         return [f"Texts with hidden tokens and what the model guessed: {path}"]
+
+
+def mask_id(model: Any) -> int:
+    """The id of [MASK]: the model's `mask_id`, or the last of its vocabulary."""
+    own = getattr(model, "mask_id", None)
+    return model.vocab - 1 if own is None else own
 
 
 def _guesses(model: nn.Module, variables: Mapping[str, Any], tokens_BL: Array, real_BL: Array, records_B: Array,
              fields: Mapping[str, Array], seed: Array, *, task: MaskedLM) -> tuple[Array, Array, Array, Array]:
     """The result of `hide` for some records, and the most likely tokens (B, M) at the chosen positions."""
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(records_B)
-    inputs_BL, chosen_BM, weight_BM = task.hide(tokens_BL, real_BL, keys_B, model.vocab)
+    inputs_BL, chosen_BM, weight_BM = task.hide(tokens_BL, real_BL, keys_B, model.vocab, mask_id=mask_id(model))
     logits_BMV, _ = apply(model, variables, inputs_BL, rngs={}, train=False, select=chosen_BM, **fields)
     return inputs_BL, chosen_BM, weight_BM, logits_BMV.argmax(-1)
 

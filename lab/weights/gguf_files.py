@@ -31,14 +31,21 @@ class GGUF:
         self._tensors = {t.name: t for t in reader.tensors}
         self.shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
 
+    def check(self, name: str) -> None:
+        """UserError for a quantisation that the library cannot undo."""
+        self._dequantised(name, self._tensors[name].data[:1])
+
     def read(self, name: str) -> np.ndarray:
-        """One tensor, float32. UserError for a quantisation that the library cannot undo."""
-        tensor = self._tensors[name]
+        """One tensor, float32. UserError as `check`."""
+        return self._dequantised(name, self._tensors[name].data).reshape(self.shapes[name])
+
+    def _dequantised(self, name: str, data: np.ndarray) -> np.ndarray:
+        kind = self._tensors[name].tensor_type
         try:
-            return self._quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
+            return self._quants.dequantize(data, kind)
         except (NotImplementedError, KeyError, ValueError) as e:
-            raise UserError(f"{self.files[0]}: {name} is {tensor.tensor_type.name}, which the gguf library does not "
-                            f"dequantise ({str(e).splitlines()[0][:80]}).") from None
+            raise UserError(f"{self.files[0]}: {name} is {kind.name}, which the gguf library does not dequantise "
+                            f"({str(e).splitlines()[0][:80]}).") from None
 
 
 def config_of(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -56,4 +56,4 @@ GPT2 = Architecture("gpt2", "transformer.", model, (
     *_both("transformer.ln_f", "final_norm", "scale"),
     Unused(r"transformer\.h\.\d+\.attn\.(masked_)?bias", "the causal mask"),
     Unused(r"lm_head\.weight", "tied to the token embedding", same="transformer.wte.weight"),
-), GPT(), config)
+), GPT(), {"mlp": ACTIVATIONS.values()}, config)

@@ -64,4 +64,5 @@ GPT_NEOX = Architecture("gpt_neox", "gpt_neox.", model, (
     Rule("embed_out.weight", "head", "V D -> D V"),
     Unused(r"embed_out\.weight", "tied to the token embedding", same="gpt_neox.embed_in.weight"),
     Unused(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)", "buffers"),
-), GPT(norm="layernorm", position="rotary"), config)
+), GPT(norm="layernorm", position="rotary"),
+   {"mlp": ACTIVATIONS.values(), "rope_base": None, "tied": None}, config)

@@ -125,5 +125,6 @@ PERMUTED = _rules(IN_GGUF, "(N half two) D -> D (N two half)", "(G half two) D -
 LLAMA_GGUF = (Architecture("llama (GGUF)", "", gguf_model, PERMUTED),
               *(Architecture(f"{name} (GGUF)", "", gguf_model, _rules(IN_GGUF)) for name in ("qwen2", "qwen3")))
 LIKE = GPT(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False)
-LLAMA = (Architecture("llama", "model.", model, RULES, LIKE, config),
+HOLDS = {"kv_heads": None, "head_width": None, "rope_base": None, "rope_scaling": None, "tied": None}
+LLAMA = (Architecture("llama", "model.", model, RULES, LIKE, HOLDS, config),
          *(Architecture(name, "model.", model, RULES) for name in ("mistral", "qwen2", "qwen3")))

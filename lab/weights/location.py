@@ -32,6 +32,11 @@ def locate(location: str) -> Path:
     return path
 
 
+def revision_of(place: Path) -> str | None:
+    """The commit of a folder in huggingface_hub's cache; None elsewhere."""
+    return place.name if place.parent.name == "snapshots" else None
+
+
 def _from_hub(name: str) -> Path:
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if not found:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lab.errors import UserError
+from lab.weights.bert import BERT_FAMILY
 from lab.weights.gguf_files import GGUF, config_of
 from lab.weights.gpt2 import GPT2
 from lab.weights.gpt_neox import GPT_NEOX
 from lab.weights.llama import LLAMA, LLAMA_GGUF
-from lab.weights.location import locate
-from lab.weights.rules import Architecture, Config, Rule, Unused, matched
+from lab.weights.location import locate, revision_of
+from lab.weights.rules import TOKENS, Architecture, Config, Rule, Unused, matched
 from lab.weights.tensors import SafeTensors, Tensors
 
-ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF)}
+ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF, *BERT_FAMILY)}
+STATE = "batch_stats"  # the only collection of our models beside their parameters
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,22 @@ class Found:
     """A pretrained model whose tensors fit; nothing is read yet but names and shapes."""
 
     location: str
+    place: Path
+    """The folder or file at the location."""
     model: Any
     architecture: Architecture
     tensors: Tensors
     rules: tuple[Rule, ...]
-    prefix: str
-    """What their names lack in front of those of the rules."""
+    names: Mapping[str, str]
+    """The name in the rules of every tensor -> its name in the file."""
 
     def arrays(self, put: Callable[[str, np.ndarray], Any] = lambda path, x: x) -> dict[str, Any]:
-        """Our parameters by path, float32. One tensor at a time is in memory, and `put` moves it to its devices."""
+        """Our parameters by path, float32; those of other collections as batch_stats/... One tensor at a time is in
+        memory, and `put` moves it to its devices."""
         found = {}
         self._check_copies()
         for rule in self.rules:
-            tensor = self.tensors.read(self._in_file(rule.theirs))
+            tensor = self.tensors.read(self.names[rule.theirs])
             for path, x in zip(rule.paths, rule.read(tensor, sizes(self.model)), strict=True):
                 found[path] = put(path, np.ascontiguousarray(x, np.float32))
         return found
@@ -53,28 +59,28 @@ class Found:
         for rule in self.architecture.rules:
             if isinstance(rule, Unused) and rule.same:
                 for name in self._unused(rule):
-                    if not np.array_equal(self.tensors.read(name), self.tensors.read(self._in_file(rule.same))):
+                    one, other = (self.tensors.read(self.names[n]) for n in (name, rule.same))
+                    if not np.array_equal(one, other):
                         raise UserError(f"{self.location}: {name} differs from {rule.same}, which it should equal "
                                         f"({rule.why}).")
 
-    def _in_file(self, name: str) -> str:
-        return name.removeprefix(self.prefix)
-
     def _unused(self, rule: Unused) -> list[str]:
         taken = {r.theirs for r in self.rules}
-        return [n for n in self.tensors.shapes
-                if re.fullmatch(rule.theirs, self.prefix + n) and self.prefix + n not in taken]
+        return [n for n in self.names if n not in taken and re.fullmatch(rule.theirs, n)]
 
     def report(self) -> dict[str, Any]:
         """For pretrained.json: where the weights came from, and which tensor became which parameter."""
-        unused = {n: r.why for r in self.architecture.rules if isinstance(r, Unused) for n in self._unused(r)}
-        return {"from": self.location, "files": {file.name: _sha256(file) for file in self.tensors.files},
-                "mapping": {self._in_file(r.theirs): list(r.paths) for r in self.rules}, "unused": unused}
+        unused = {self.names[n]: r.why for r in self.architecture.rules if isinstance(r, Unused)
+                  for n in self._unused(r)}
+        return {"from": self.location, "revision": revision_of(self.place),
+                "files": {file.name: _sha256(file) for file in self.tensors.files},
+                "mapping": {self.names[r.theirs]: list(r.paths) for r in self.rules}, "unused": unused}
 
 
 def sizes(model: Any) -> dict[str, int]:
-    """Lengths of the axes that patterns name: heads N, key/value heads G, head width K."""
-    return {"N": model.heads, "G": model.groups, "K": model.head, "two": 2}
+    """Lengths of the axes that patterns name: heads N, key/value heads G, head width K; y and x of a patch."""
+    named = {"N": "heads", "G": "groups", "K": "head", "y": "patch", "x": "patch"}
+    return {axis: getattr(model, name) for axis, name in named.items() if hasattr(model, name)} | {"two": 2}
 
 
 def find(location: str) -> Found:
@@ -89,17 +95,31 @@ def find(location: str) -> Found:
     else:
         tensors = GGUF(place)
         config = Config(config_of(tensors.metadata) | {"tied": "output.weight" not in tensors.shapes}, str(place))
-    name = config.get("model_type")
+    name = config.get("model_type", config.get("architecture"))
     if name not in ARCHITECTURES:
         raise UserError(f"{config.title}: model_type {name!r} is not known here; known are "
                         f"{', '.join(ARCHITECTURES)}.")
     architecture = ARCHITECTURES[name]
     model, tensors = architecture.model(config), tensors or SafeTensors(place)
+    names = _present_names(architecture, tensors)
+    theirs = {present: tensors.shapes[name] for present, name in names.items()}
+    ours = parameter_shapes(model, architecture.inputs(config))
+    rules = matched(architecture.rules, getattr(model, "depth", 1), theirs, ours, sizes(model), location)
+    for rule in rules:
+        tensors.check(names[rule.theirs])
+    return Found(location, place, model, architecture, tensors, tuple(rules), names)
+
+
+def _present_names(architecture: Architecture, tensors: Tensors) -> dict[str, str]:
+    """Name in the rules -> name in the file, which may lack the prefix or have an early form."""
     whole = any(n.startswith(architecture.prefix) for n in tensors.shapes)
-    prefix = "" if whole else architecture.prefix
-    theirs = {prefix + n: shape for n, shape in tensors.shapes.items()}
-    rules = matched(architecture.rules, model.depth, theirs, parameter_shapes(model), sizes(model), location)
-    return Found(location, model, architecture, tensors, tuple(rules), prefix)
+
+    def present(name: str) -> str:
+        for early, now in architecture.former:
+            name = name.removesuffix(early) + now if name.endswith(early) else name
+        return name if whole else architecture.prefix + name
+
+    return {present(name): name for name in tensors.shapes}
 
 
 def model_of(location: str) -> Any:
@@ -108,15 +128,21 @@ def model_of(location: str) -> Any:
 
 
 def read(location: str) -> tuple[Any, dict[str, Any]]:
-    """(model, parameters): ``model.apply({"params": parameters}, ids, train=False)``. Raises as `find`."""
+    """(model, variables): ``model.apply(variables, ids, train=False)``. Raises as `find`."""
     found = find(location)
-    return found.model, unflatten_dict(found.arrays(), sep="/")
+    return found.model, variables_of(found.arrays())
 
 
-def parameter_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the model's parameters; computes nothing."""
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32), train=False))
-    return {path: x.shape for path, x in flatten_dict(variables["params"], sep="/").items()}
+def variables_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's variables, collection by collection, of arrays by path (see `Found.arrays`)."""
+    split = {path if path.startswith(f"{STATE}/") else f"params/{path}": x for path, x in arrays.items()}
+    return unflatten_dict(split, sep="/")
+
+
+def parameter_shapes(model: Any, inputs: jax.ShapeDtypeStruct = TOKENS) -> dict[str, tuple[int, ...]]:
+    """Path (see `Found.arrays`) -> shape of the model's variables for an example of its inputs; computes nothing."""
+    variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), inputs)
+    return {path.removeprefix("params/"): x.shape for path, x in flatten_dict(variables, sep="/").items()}
 
 
 def _config(path: Path) -> Config:

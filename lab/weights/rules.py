@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from einops import rearrange
 
 from lab.errors import UserError
+
+TOKENS = jax.ShapeDtypeStruct((1, 1), np.int32)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Rule:
     """Our path, or the paths of the parts along the first axis after `pattern`, called `parts` there."""
     pattern: str | None = None
     """einops pattern from their axes to ours, such as "F D -> D F"; None: the same axes. Reversed for writing."""
+    skip: int = 0
+    """Leading rows of theirs that no input reaches; written as zeros."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -32,10 +37,11 @@ class Rule:
     def at(self, block: int) -> Rule:
         """The rule for one block."""
         return Rule(self.theirs.replace("{i}", str(block)), tuple(p.replace("{i}", str(block)) for p in self.paths),
-                    self.pattern)
+                    self.pattern, self.skip)
 
     def read(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> list[np.ndarray]:
         """Our arrays, in the order of `paths`. `sizes`: lengths of the axes that the pattern names."""
+        tensor = tensor[self.skip:] if self.skip else tensor
         if self.pattern is not None:
             tensor = rearrange(tensor, self.pattern, **self._sizes(sizes))
         return list(tensor) if len(self.paths) > 1 else [tensor]
@@ -43,9 +49,9 @@ class Rule:
     def write(self, arrays: list[np.ndarray], sizes: Mapping[str, int]) -> np.ndarray:
         """Their tensor, of our arrays in the order of `paths`."""
         tensor = np.stack(arrays) if len(self.paths) > 1 else arrays[0]
-        if self.pattern is None:
-            return tensor
-        return rearrange(tensor, " -> ".join(reversed(self.pattern.split(" -> "))), **self._sizes(sizes))
+        if self.pattern is not None:
+            tensor = rearrange(tensor, " -> ".join(reversed(self.pattern.split(" -> "))), **self._sizes(sizes))
+        return np.pad(tensor, [(self.skip, 0)] + [(0, 0)] * (tensor.ndim - 1)) if self.skip else tensor
 
     def _sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         known = {**sizes, "parts": len(self.paths)}
@@ -164,6 +170,12 @@ class Architecture:
     """config.json -> our model."""
     rules: Rules
     like: Any = None
-    """A model that the format holds; write.py says in which fields others may differ."""
+    """A model that the format holds; others may differ in `holds` and in write.FREE. None: reading only."""
+    holds: Mapping[str, Collection[Any] | None] = field(default_factory=dict)
+    """Fields of our model that the format holds -> the values that it can have; None: any value."""
     config: Callable[[Any], dict[str, Any]] | None = None
-    """Our model -> config.json; None: reading only."""
+    """Our model -> config.json."""
+    former: tuple[tuple[str, str], ...] = ()
+    """Endings of names in early files -> their present form."""
+    inputs: Callable[[Config], jax.ShapeDtypeStruct] = lambda config: TOKENS
+    """config.json -> an example of the model's inputs."""

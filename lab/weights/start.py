@@ -16,7 +16,8 @@ from lab.pretrained import Start, check_rules
 from lab.weights.read import find
 
 # Fields of a model that may differ from the pretrained one's: they change no parameter's meaning.
-FREE = {"dropout", "attention", "remat", "scan", "context", "parent", "name"}
+FREE = {"dropout", "attention", "remat", "parent", "name",
+        "classes", "pool", "output", "mask_id"}  # these decide which parameters are on top of the same trunk
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Weights(Start):
                             f"{type(model).__name__}.")
         for field in dataclasses.fields(theirs):
             here, there = getattr(model, field.name), getattr(theirs, field.name)
-            if field.name not in FREE and here != there:
+            shorter = field.name == "context" and (model.position == "rotary" or here < there)
+            if field.name not in FREE and not shorter and here != there:
                 raise UserError(f"The model has {field.name}={here!r}, and {self.location} {there!r}. Use "
                                 f"model=model_of({self.location!r}), from lab.weights.")
 
@@ -56,12 +58,15 @@ class Weights(Start):
         Raises:
           UserError: weights that do not fit.
         """
-        found, wanted = find(self.location), flatten_dict(state.params, sep="/")
+        found, wanted = find(self.location), {
+            path: x for part in (state.params, state.model_state) for path, x in flatten_dict(part, sep="/").items()}
         new = [path for path in wanted if any(re.search(rule, path) for rule in self.random)]
 
         def put(path: str, x: np.ndarray) -> Any:
             if path not in wanted or path in new:
                 return None
+            if path == "wpe/embedding":
+                x = x[:len(wanted[path])]  # a shorter context
             if x.shape != wanted[path].shape:
                 raise UserError(f"{path} is {x.shape} in {self.location} and {wanted[path].shape} here.")
             return jax.make_array_from_callback(x.shape, wanted[path].sharding, lambda index: x[index])

@@ -22,6 +22,9 @@ class Tensors(Protocol):
     shapes: Mapping[str, tuple[int, ...]]
     files: tuple[Path, ...]
 
+    def check(self, name: str) -> None:
+        """UserError if a tensor has a type that no weight has."""
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, float32, float16 or bfloat16."""
 
@@ -37,13 +40,18 @@ class SafeTensors:
         self.files = _shards(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._holder: dict[str, Any] = {}
+        self._types: dict[str, str] = {}
         for file in self.files:
             handle = _opened(file)
             for name in handle.keys():  # noqa: SIM118 (a handle is not iterable)
                 part = handle.get_slice(name)
-                if (dtype := part.get_dtype()) not in DTYPES:
-                    raise UserError(f"{file}: the tensor {name} is {dtype}; weights are {', '.join(DTYPES)}.")
-                self.shapes[name], self._holder[name] = tuple(part.get_shape()), handle
+                self.shapes[name], self._types[name] = tuple(part.get_shape()), part.get_dtype()
+                self._holder[name] = handle
+
+    def check(self, name: str) -> None:
+        """UserError if the tensor is not F32, F16 or BF16."""
+        if (dtype := self._types[name]) not in DTYPES:
+            raise UserError(f"{self.files[0].parent}: the tensor {name} is {dtype}; weights are {', '.join(DTYPES)}.")
 
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
