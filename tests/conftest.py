@@ -45,6 +45,7 @@ MARKS = {
     "test_api": "slow",
     "test_chunks": "slow",
     "test_forks": "slow",
+    "test_weights_real": "slow",
     "test_distributed": "processes",
     "test_launch_slurm": "clusters",
     "test_launch_hosts": "clusters",
