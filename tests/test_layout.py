@@ -18,8 +18,9 @@ PARTS = {"data", "models", "tasks", "optim"}  # what an experiment is made of
 # Room -> the rooms that it may import. `errors`, `files` and `signals` import nothing and serve all.
 ROOMS = {
     "configuration": set(), "environment": set(), "pretrained": set(), "experiment": {"configuration", "pretrained"},
-    "data": set(), "models": set(), "optim": {"models"}, "tasks": {"models", "train.plots"},
-    "weights": {"models", "pretrained"},
+    "data": {"weights.location", "weights.gguf_files"},
+    "models": set(), "optim": {"models"}, "tasks": {"models", "train.plots"},
+    "weights": {"models", "pretrained", "data.hugging_face"},
     "parallel": {"environment"},
     "train": {"configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline", "data.prefetch",
               "models.members", "optim.matrices", "tasks.base"},

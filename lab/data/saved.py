@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
+from lab.data.hugging_face import HuggingFaceTokenizer
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, Texts, Tokenizer, with_padding
 from lab.data.word_tokenizer import Words
 from lab.errors import UserError
@@ -62,7 +63,7 @@ class Saved:
 
 def revived(state: str, where: str) -> Fitted:
     """Loads the result of `saved_form`. UserError, naming `where`, for anything else."""
-    kinds = {cls.__name__: cls for cls in (Bytes, Chars, BPE, GPT2, Words)}
+    kinds = {cls.__name__: cls for cls in (Bytes, Chars, BPE, GPT2, Words, HuggingFaceTokenizer)}
     try:
         found = json.loads(state)
         fitted = kinds[found["kind"]](**found["fields"]).restore(found["state"])

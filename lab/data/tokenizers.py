@@ -1,7 +1,7 @@
 """Text to token ids and back. All tokenizers except `Words` are lossless.
 
-A *tokenizer* is part of an experiment's config (`Bytes`, `Chars`, `BPE`, `GPT2`, `Words`, or saved.py's `Saved`).
-Fitting it on a corpus gives a `Fitted`:
+A *tokenizer* is part of an experiment's config (`Bytes`, `Chars`, `BPE`, `GPT2`, `Words`, saved.py's `Saved`, or
+hugging_face.py's `HuggingFaceTokenizer`). Fitting it on a corpus gives a `Fitted`:
 
     fit(texts, size) -> Fitted     texts("train"), texts("validation") stream pieces of text; size: about their bytes
     restore(state) -> Fitted       the result of `fit`, from the string Fitted.state
@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -34,6 +34,9 @@ class Fitted:
     `size`: number of ids. `byte_counts`: int32 (size,), UTF-8 bytes per id, 0 for end-of-text, so that bits per byte
     can be compared across tokenizers. `eot`: the end-of-text id or None. `state`: the argument of `restore`.
     """
+
+    pad = 0
+    """The id of padding, which a mask hides."""
 
     def __init__(self, pieces: Sequence[bytes], encode_batch: EncodeBatch, eot: int | None = None, state: str = ""):
         self.pieces, self.eot, self.state = list(pieces), eot, state
@@ -57,6 +60,10 @@ class Fitted:
         except UnicodeEncodeError as error:
             raise UserError(f"The text has no UTF-8 form: character {error.start} is a lone surrogate.") from None
         return self.encode_batch([text])[0]
+
+    def cut(self, ids: np.ndarray, length: int, side: Literal["end", "start"]) -> np.ndarray:
+        """At most `length` of a text's ids, cut at a side."""
+        return ids[:length] if side == "end" else ids[-length:]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes of the ids. An id beyond the vocabulary (of a padded model) becomes U+FFFD."""

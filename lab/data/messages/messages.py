@@ -10,6 +10,7 @@ import numpy as np
 
 from lab.data import digest, log
 from lab.data.dataset import Dataset, Incoming, Origin, class_names, no_ids, restored, without_blanks
+from lab.data.hugging_face import HuggingFaceTokenizer
 from lab.data.messages.sources import SPLITS, Labelled, PythonPackages, TextFolder, TfdsMessages, check_classes, load
 from lab.data.order import fixed_order
 from lab.data.pipeline import Arrays
@@ -23,7 +24,7 @@ from lab.data.word_tokenizer import FittedWords, Words
 from lab.errors import UserError
 
 Source = PythonPackages | TextFolder | Csv | Sklearn | TfdsMessages
-Tokenizer = Words | Saved | BPE | GPT2 | Bytes | Chars
+Tokenizer = Words | Saved | BPE | GPT2 | Bytes | Chars | HuggingFaceTokenizer
 
 Lines = dict[str, str | int | float]
 
@@ -37,9 +38,9 @@ class Messages:
     """Messages and their classes.
 
     A record is one message: `inputs` int32 (length,), the token ids, padded with id 0; `mask` uint8 (length,), 1 for
-    tokens; `targets` int32 (), the class. If the tokenizer can produce id 0, all its ids are shifted up by one. A
-    message without tokens becomes one unknown word with `Words`, and one padding token with mask 1 with other
-    tokenizers, so that a mean over tokens is always defined.
+    tokens; `targets` int32 (), the class. If the tokenizer can produce id 0, all its ids are shifted up by one, except
+    those of a `HuggingFaceTokenizer`, which has its own padding. A message without tokens becomes one unknown word with
+    `Words`, and one padding token with mask 1 with other tokenizers, so that a mean over tokens is always defined.
 
     The tokenizer learns from the training split only. If the source has no validation split, a fixed part of each
     class's training messages is held out; copies of a text stay in one split.
@@ -79,7 +80,7 @@ class Messages:
     def metadata(self) -> dict[str, Any]:
         """The metadata known without reading data; a small corpus may have fewer ids than this vocab."""
         vocab = self.tokenizer.vocab_size_hint
-        moved = not isinstance(self.tokenizer, Words | BPE | Saved)
+        moved = not isinstance(self.tokenizer, Words | BPE | Saved | HuggingFaceTokenizer)
         return {"length": self.length} | ({} if vocab is None else {"vocab": vocab + moved})
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
@@ -138,7 +139,7 @@ class Messages:
                            truncate=self.truncate, **{name: saved[name] for name in ("column", "target", "encoding")})
 
     def _fit(self, title: str, texts: list[str]) -> Fitted:
-        """The tokenizer, fitted on the training texts only, with id 0 reserved for padding."""
+        """The tokenizer, fitted on the training texts only, with an id for padding."""
         size = sum(map(len, texts))
         fitted = self.tokenizer.fit(lambda split: iter(texts if split == "train" else []), size)
         if isinstance(self.tokenizer, Saved) and not fitted.pads:
@@ -150,16 +151,16 @@ class Messages:
 def encode_rows(fitted: Fitted, texts: list[str], length: int, truncate: str) -> tuple[dict[str, np.ndarray], Lines]:
     """Texts -> {"inputs" int32 (n, length), "mask" uint8 (n, length)}, and lines to print.
 
-    `fitted` must reserve id 0 for padding. Errors of the tokenizer (`Chars`) propagate.
+    `fitted` must have an id for padding (`pads`). Errors of the tokenizer (`Chars`) propagate.
     """
-    inputs, mask = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.uint8)
+    inputs, mask = np.full((len(texts), length), fitted.pad, np.int32), np.zeros((len(texts), length), np.uint8)
     by_words = isinstance(fitted, FittedWords)
     tokens = unknown = cut = empty = 0
     for row, ids in enumerate(_encoded(fitted, texts)):
         tokens, cut, empty = tokens + len(ids), cut + (len(ids) > length), empty + (not len(ids))
         unknown += int((ids == 1).sum()) if by_words else 0
-        kept = ids[:length] if truncate == "end" else ids[-length:]
-        kept = kept if len(kept) else [int(by_words)]
+        kept = fitted.cut(ids, length, truncate)
+        kept = kept if len(kept) else [1 if by_words else fitted.pad]
         inputs[row, : len(kept)] = kept
         mask[row, : len(kept)] = 1
     lines: Lines = {"messages": len(texts), "tokens per message": round(tokens / max(len(texts), 1), 1)}
@@ -242,7 +243,7 @@ class MessageData(Dataset):
     texts: dict[str, list[str]]
     """Split -> messages, in the order of the records."""
     fitted: Fitted
-    """The tokenizer; its id 0 is padding."""
+    """The tokenizer; its id `pad` is padding."""
     tokenizer_state: str
     """The tokenizer as JSON, for `Saved`."""
     column: str
@@ -261,7 +262,7 @@ class MessageData(Dataset):
     def decode(self, ids: np.ndarray) -> str:
         """Ids -> readable text, without padding; `Words` gives lower-case words joined by spaces."""
         ids = np.asarray(ids)
-        return self.fitted.decode(ids[ids != 0])
+        return self.fitted.decode(ids[ids != self.fitted.pad])
 
     @property
     def vocabulary(self) -> list[str]:

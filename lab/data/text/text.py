@@ -11,6 +11,7 @@ import numpy as np
 
 from lab.data import digest
 from lab.data.dataset import Dataset, restored
+from lab.data.hugging_face import HuggingFaceTokenizer
 from lab.data.pipeline import epoch_offsets
 from lab.data.saved import Saved, revived, saved_form
 from lab.data.text.sources import PythonStdlib, TextFiles, TfdsText
@@ -19,7 +20,7 @@ from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted
 from lab.errors import UserError
 
 Source = PythonStdlib | TextFiles | TfdsText
-Tokenizer = Bytes | Chars | BPE | GPT2 | Saved
+Tokenizer = Bytes | Chars | BPE | GPT2 | Saved | HuggingFaceTokenizer
 
 SURVEYED = 64 << 20  # `describe` reads texts of up to this many bytes, to find their tokens (0.2 s)
 
@@ -47,6 +48,9 @@ class Text:
         """UserError for invalid fields; reads nothing."""
         if self.length < 1:
             raise UserError(f"Text(length={self.length}) must be at least 1 token.")
+        if getattr(self.tokenizer, "special_tokens", False):
+            raise UserError("Text has no place for special tokens inside a document: --data.tokenizer.special-tokens "
+                            "False.")
         self.source.validate()
         self.tokenizer.validate()
 
