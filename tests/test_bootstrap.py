@@ -189,7 +189,7 @@ def test_a_wrong_accelerator_is_one_sentence(checkout):
 def test_a_wrong_extra_is_one_sentence(checkout):
     result = checkout.run(LAB_EXTRAS="tensorboard,nonesuch")
     assert result.returncode == 2
-    assert result.stderr == ("lab: LAB_EXTRAS names nonesuch, which is not one of benchmark, bucket, gguf, "
+    assert result.stderr == ("lab: LAB_EXTRAS names nonesuch, which is not one of benchmark, bucket, chat, gguf, "
                              "plan, tensorboard, test.\n")
 
 
