@@ -1,7 +1,7 @@
 """The experiment: one frozen dataclass that, with a seed and a step, determines everything a run computes.
 
 An experiment holds objects, not names: ``Experiment(data=Text(...), model=GPT(...), task=LanguageModel(), ...)``.
-This file has the dataclass, the checks that need no device, the fingerprint and the JSON form.
+This file has the dataclass, the checks that need no device, and the fingerprint; lab/configuration has the JSON form.
 """
 
 from __future__ import annotations
@@ -9,20 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from lab.configuration.field_types import check_types, fields
+from lab.configuration.field_types import check_types
 from lab.configuration.limits import check_devices, check_numbers
 from lab.configuration.protocols import DataPart, ModelPart, OptimPart, StartPart, TaskPart
-from lab.configuration.rebuild import from_json
-from lab.configuration.values import differences, digest, flat, override, to_json, value_at
+from lab.configuration.values import digest, flat, to_json
 from lab.errors import UserError
 from lab.pretrained import Pretrained
 
-__all__ = ["Checkpoint", "Evaluate", "Experiment", "Log", "Mesh", "check_types", "differences", "digest", "fields",
-           "flat", "from_json", "override", "to_json", "value_at"]
-ROOT = Path(__file__).resolve().parent.parent
 HOW = {"fingerprint": False}  # marks fields that change how a run executes, not what it computes
 
 

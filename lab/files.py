@@ -19,6 +19,8 @@ from typing import IO
 from lab.errors import UserError, naming
 
 log = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout: the folder of `launch.sh`, `lab/` and `experiments/`."""
 
 
 def user_path(text: str | Path) -> Path:

@@ -148,7 +148,7 @@ def test_what_is_not_written_in_torch_is_refused(experiments):
 
 
 def test_every_experiment_under_comparison_can_be_compared():
-    from lab.experiment import ROOT
+    from lab.files import ROOT
     from lab.train.experiment_file import load
 
     for name in compare_torch.NAMES:

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import pytest
 
+from lab.configuration.values import flat
 from lab.errors import UserError
-from lab.experiment import Checkpoint, Mesh, flat
+from lab.experiment import Checkpoint, Mesh
 from lab.parallel.channel import OTHER, ZERO, _Link, _servers
 from lab.parallel.local_processes import devices_of
 from lab.parallel.processes import Launch, find_launch, visible_gpus

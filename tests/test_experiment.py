@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from lab.configuration.rebuild import from_json
+from lab.configuration.values import differences, to_json
 from lab.errors import UserError
-from lab.experiment import Checkpoint, Evaluate, Log, Mesh, differences, from_json, to_json
+from lab.experiment import Checkpoint, Evaluate, Log, Mesh
 from lab.models.gpt import GPT
 from lab.train.experiment_file import load
 from tests.conftest import ROOT

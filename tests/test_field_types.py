@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lab.configuration.field_types import class_fits, fields, fits, hints_of
+from lab.configuration.field_types import check_types, class_fits, fields, fits, hints_of
 from lab.data.images.augment import Augment
 from lab.data.images.images import Images
 from lab.data.saved import Saved
@@ -19,7 +19,7 @@ from lab.data.tables.bundled import Sklearn
 from lab.data.tables.csv_files import Csv
 from lab.data.tokenizers import Bytes
 from lab.errors import UserError
-from lab.experiment import Experiment, Mesh, check_types
+from lab.experiment import Experiment, Mesh
 from lab.models.cnn import ConvNet
 from lab.optim import AdamW, Cosine
 from lab.pretrained import Pretrained, WordVectors

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from lab.configuration.values import override
 from lab.errors import UserError
-from lab.experiment import Evaluate, Experiment, Mesh, override
+from lab.experiment import Evaluate, Experiment, Mesh
 from lab.optim import SGD, AdamW, Constant, Cosine, WarmupStableDecay
 from lab.study.design.arms import Fork, Study
 from lab.study.report.results import merge, read_study

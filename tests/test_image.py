@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 
 from lab.data.images.augment import Augment
 from lab.data.images.idx import Idx, read_idx
-from lab.data.images.images import ImageFolder, Images, TfdsImages
+from lab.data.images.images import Images
 from lab.data.images.records import Lazy
-from lab.data.images.sources import Shards
+from lab.data.images.sources import ImageFolder, Shards, TfdsImages
 from lab.data.pipeline import Arrays
 from lab.data.tables.bundled import Sklearn
 from lab.errors import UserError

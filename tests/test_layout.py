@@ -70,7 +70,7 @@ def forbidden(module: str, source: str) -> set[str]:
     """The imports of lab that the design does not allow in this module."""
     room = module.split(".")[0]
     if module == "study.design.arms":  # experiments import it: a value, without JAX
-        return imports(source) - {"errors", "experiment"}
+        return imports(source) - {"errors", "experiment", "configuration.field_types", "configuration.values"}
     if room in EVERY:
         return set()
     allowed = ROOMS.get(room, set()) | {room, "errors", "files", "signals"}
@@ -87,6 +87,28 @@ def test_the_import_rule_sees_a_violation():
     assert forbidden("models.gpt", "def f():\n    from lab.train.step import State") == {"train.step"}
     assert forbidden("train.step", "from lab.models.gpt import GPT") == {"models.gpt"}
     assert forbidden("tasks.language", "import lab.data.text") == {"data.text"}
+
+
+def defined(path: Path) -> set[str]:
+    """The names that a file defines itself, not by an import."""
+    return {getattr(node, "name", getattr(node, "id", "")) for node in ast.walk(parsed(path))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            or isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def borrowed(source: str) -> set[str]:
+    """The names that a source imports from a file of lab that itself imports them."""
+    found = [(node.module, alias.name) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)
+             for alias in node.names if (ROOT / f"{(node.module or '').replace('.', '/')}.py").is_file()]
+    return {f"{module}.{name}" for module, name in found
+            if module.startswith("lab.") and name not in defined(ROOT / f"{module.replace('.', '/')}.py")}
+
+
+def test_a_name_is_imported_from_the_file_that_defines_it():
+    """Only packages (`lab.optim`) pass names on."""
+    paths = [path for room in ("lab", "tests", "experiments") for path in (ROOT / room).rglob("*.py")]
+    assert not {path.name: found for path in paths if (found := borrowed(path.read_text()))}
+    assert borrowed("from lab.experiment import Experiment, to_json") == {"lab.experiment.to_json"}
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

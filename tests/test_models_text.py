@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lab.configuration.values import to_json
 from lab.errors import UserError
-from lab.experiment import to_json
 from lab.models.bert import BERT
 from lab.models.rnn import LSTM
 from lab.train.restore import leaves

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lab.configuration.field_types import check_types
+from lab.configuration.rebuild import from_json
+from lab.configuration.values import to_json
 from lab.errors import UserError
-from lab.experiment import check_types, from_json, to_json
 from lab.models.cnn import BLOCKS, ConvNet, ResidualBlock, ResNet, conv, image_norm, max_pool
 from lab.models.linear import MLP, Ensemble, Linear
 from lab.models.vit import ViT, sincos

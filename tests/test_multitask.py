@@ -228,7 +228,9 @@ def test_outputs_that_do_not_fit(parts, text):
 def test_flags_and_json_reach_into_the_parts():
     import tyro
 
-    from lab.experiment import check_types, from_json, to_json
+    from lab.configuration.field_types import check_types
+    from lab.configuration.rebuild import from_json
+    from lab.configuration.values import to_json
 
     changed = tyro.cli(MultiTask, default=TASK, args=["--parts.1.weight", "7", "--parts.0.task.label-smoothing", "0.3"],
                        config=(tyro.conf.AvoidSubcommands,))

@@ -16,20 +16,22 @@ import jax
 import numpy as np
 import pytest
 
+from lab.configuration.values import override
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
 from lab.experiment import Mesh
 from lab.optim import SGD, Cosine, Muon
 from lab.parallel.sharding import path_of
-from lab.study.design.arms import Study, factorial, grid, leave_one_out, one_at_a_time, override
+from lab.study.design.arms import Study, factorial, grid, leave_one_out, one_at_a_time
 from lab.study.run import leases
-from lab.study.run.cells import changed, code_of
+from lab.study.run.cells import code_of
 from lab.study.run.preflight import preflight
 from lab.train import loop
 from lab.train.cost import optimizer_flops
 from lab.train.experiment_file import load
 from lab.train.program import Program
 from lab.train.shapes import abstract_state
+from lab.train.source_code import changed
 from tests.conftest import ROOT
 from tests.studies import told_to_stop
 from tests.test_cli import EXPERIMENT, WORDS, finish, start, wait_for

@@ -21,8 +21,8 @@ import pytest
 from lab.data.tables import bundled
 from lab.data.tables.bundled import HOUSING, Sklearn
 from lab.data.tables.columns import class_targets, numbers
-from lab.data.tables.csv_files import read_columns
-from lab.data.tables.tables import Csv, Table, split
+from lab.data.tables.csv_files import Csv, read_columns
+from lab.data.tables.tables import Table, split
 from lab.errors import UserError
 
 N = 60
@@ -250,7 +250,9 @@ def test_a_second_file_is_the_test_split(tmp_path):
 
 
 def test_what_the_ingredient_says_of_itself(houses):
-    from lab.experiment import check_types, from_json, to_json
+    from lab.configuration.field_types import check_types
+    from lab.configuration.rebuild import from_json
+    from lab.configuration.values import to_json
 
     table = Table(houses, unseen="zeros")
     check_types(table)

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 
+from lab.configuration.values import override
 from lab.data.text.sources import TextFiles
 from lab.data.text.text import Text
 from lab.data.tokenizers import Bytes
-from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh, override
+from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
 from lab.models.gpt import GPT
 from lab.optim import SGD, AdamW, Cosine
 from lab.parallel.processes import ALONE

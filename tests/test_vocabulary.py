@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lab.configuration.rebuild import from_json
+from lab.configuration.values import to_json
 from lab.data.messages.messages import Messages
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.csv_files import Csv
@@ -14,7 +16,7 @@ from lab.data.text.text import Text
 from lab.data.tokenizers import BPE, Bytes, Chars
 from lab.data.word_tokenizer import Words
 from lab.errors import UserError
-from lab.experiment import Experiment, from_json, to_json
+from lab.experiment import Experiment
 from lab.models.bert import BERT
 from lab.models.gpt import GPT
 from lab.models.rnn import LSTM

@@ -13,10 +13,12 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from lab.api import open_run
+from lab.configuration.rebuild import from_json
+from lab.configuration.values import to_json
 from lab.data.text import Text, TextFiles
 from lab.data.tokenizers import Bytes
 from lab.errors import UserError
-from lab.experiment import Experiment, from_json, to_json
+from lab.experiment import Experiment
 from lab.models.attention import RopeScaling
 from lab.models.gpt import GPT
 from lab.optim import AdamW

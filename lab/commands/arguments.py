@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lab.errors import UserError
+from lab.files import ROOT
 from lab.parallel.backend import start_jax
 
 if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
     from lab.experiment import Experiment
     from lab.study.design.arms import Study
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def experiments() -> dict[str, str]:
@@ -78,7 +77,7 @@ def parse(path: Path, args: Sequence[str], options: type, module: Any = None,
     """
     import tyro
 
-    from lab.experiment import check_types
+    from lab.configuration.field_types import check_types
     from lab.train.experiment_file import load
 
     module = module or load(path)

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lab.commands.arguments import find_experiment, parse
+from lab.configuration.values import override
 from lab.data.pipeline import reader
 from lab.data.prefetch import Prefetch
 from lab.errors import UserError
-from lab.experiment import Experiment, override
+from lab.experiment import Experiment
 from lab.parallel.backend import start_jax
 from lab.parallel.sharding import constrained
 from lab.train import metrics

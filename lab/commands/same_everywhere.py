@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lab.experiment import Experiment, flat, to_json
+from lab.configuration.values import flat, to_json
+from lab.experiment import Experiment
 
 if TYPE_CHECKING:
     from lab.parallel.processes import Processes

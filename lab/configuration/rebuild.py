@@ -20,8 +20,8 @@ from typing import Any
 
 from lab.configuration.field_types import class_fits, describe, element, fields, fits, hints_of
 from lab.errors import UserError
+from lab.files import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("data", "models", "tasks", "optim", "weights", "experiment", "pretrained")
 
 

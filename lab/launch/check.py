@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.launch.job import ROOT, Job, forwarded
+from lab.files import ROOT
+from lab.launch.job import Job, forwarded
 
 
 def python(job: Job) -> Path | None:

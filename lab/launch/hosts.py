@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import UserError
-from lab.launch.job import ROOT, Job, commit, exports, pack, say, show, tool
+from lab.files import ROOT
+from lab.launch.job import Job, commit, exports, pack, say, show, tool
 from lab.parallel.shared_secret import new_secret
 
 if TYPE_CHECKING:

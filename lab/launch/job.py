@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import UserError
-from lab.files import make_folder, no_links
+from lab.files import ROOT, make_folder, no_links
 
-ROOT = Path(__file__).resolve().parents[2]
 FORWARDED = ("LAB_ACCELERATOR", "LAB_EXTRAS", "JAX_PLATFORMS", "XLA_FLAGS")
 # TPU VM images have only Python 3.10; `uv python install` puts python3.12 where launch.sh finds it. For bash.
 BIN = 'export PATH="$HOME/.local/bin:$PATH"'

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab.errors import UserError
-from lab.files import replace_file
-from lab.launch.job import BIN, PREPARE, ROOT, Job, forwarded, show, split, tool
+from lab.files import ROOT, replace_file
+from lab.launch.job import BIN, PREPARE, Job, forwarded, show, split, tool
 from lab.parallel.shared_secret import new_secret
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.errors import UserError
-from lab.files import replace_file
+from lab.files import ROOT, replace_file
 from lab.launch.check import check_flags
-from lab.launch.job import ROOT, Job, exports, forwarded, say, show, split, tool
+from lab.launch.job import Job, exports, forwarded, say, show, split, tool
 
 if TYPE_CHECKING:
     from lab.launch.options import Options

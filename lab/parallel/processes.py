@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 from lab import signals
 from lab.errors import UserError
-from lab.files import make_folder
+from lab.files import ROOT, make_folder
 from lab.parallel.channel import TOLD, Channel, place
 
-ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0  # LAB_START_SECONDS: time limit for all processes to connect
 SILENCE_SECONDS = 45.0  # LAB_SILENCE_SECONDS: time-out for a lost machine; a dead process is noticed at once
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lab.experiment import ROOT
+from lab.files import ROOT
 
 
 @dataclass(frozen=True)

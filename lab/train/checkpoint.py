@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lab.configuration.values import digest
 from lab.errors import CannotWrite, UserError
-from lab.experiment import Checkpoint, digest
+from lab.experiment import Checkpoint
 from lab.parallel.processes import ALONE, Processes
 from lab.parallel.sharding import path_of
 

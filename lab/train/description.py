@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lab.configuration.rebuild import from_json
+from lab.configuration.values import differences, digest, to_json
 from lab.errors import UserError
-from lab.experiment import Experiment, differences, digest, from_json, to_json
+from lab.experiment import Experiment
 from lab.files import no_pipes
 from lab.train.json_files import check_shape, read_json, write_json
 from lab.train.metrics import marked_rows

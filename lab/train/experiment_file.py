@@ -14,7 +14,8 @@ from types import ModuleType
 from lab.configuration.field_types import check_types
 from lab.configuration.parts import check_parts
 from lab.errors import UserError
-from lab.experiment import ROOT, Experiment
+from lab.experiment import Experiment
+from lab.files import ROOT
 from lab.train.beside import find, make_importable
 
 

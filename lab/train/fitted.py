@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lab.configuration.values import digest
 from lab.errors import UserError
-from lab.experiment import Experiment, digest
+from lab.experiment import Experiment
 from lab.files import replace_file
 from lab.train.description import check_same
 from lab.train.json_files import read_json, write_json

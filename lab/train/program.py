@@ -13,8 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lab.configuration.values import override, value_at
 from lab.errors import UserError
-from lab.experiment import Experiment, override, value_at
+from lab.experiment import Experiment
 from lab.parallel.backend import EXACT, compiler_options
 from lab.parallel.sharding import batch_sharding, constrained, make_mesh, process_rows, put, state_shardings
 from lab.train import metrics

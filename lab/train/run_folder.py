@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from lab.configuration.values import digest, to_json
 from lab.errors import UserError
-from lab.experiment import ROOT, Experiment, digest, to_json
-from lab.files import make_folder, no_links, open_file, replace_file
+from lab.experiment import Experiment
+from lab.files import ROOT, make_folder, no_links, open_file, replace_file
 from lab.train.description import (
     OURS,
     OnChange,

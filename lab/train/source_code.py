@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lab.configuration.rebuild import class_paths, module_of, of_a_library
-from lab.experiment import ROOT, Experiment, to_json
+from lab.configuration.values import to_json
+from lab.experiment import Experiment
+from lab.files import ROOT
 from lab.train.beside import imported, source_of
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")

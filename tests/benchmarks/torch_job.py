@@ -22,9 +22,10 @@ import jax
 import numpy as np
 
 from lab.commands.arguments import find_experiment, parse
+from lab.configuration.values import to_json
 from lab.data.pipeline import eval_batches, train_batch
 from lab.errors import UserError
-from lab.experiment import Experiment, to_json
+from lab.experiment import Experiment
 from lab.optim.matrices import matrices
 from lab.train import metrics
 from lab.train.cost import make_plan

@@ -19,8 +19,9 @@ from unittest import mock
 
 import pytest
 
+from lab.configuration.values import flat, to_json
 from lab.errors import UserError
-from lab.experiment import Experiment, flat, to_json
+from lab.experiment import Experiment
 from lab.train.experiment_file import load
 from tests.conftest import ROOT
 from tests.fuzz.lines import Lines, World

@@ -108,7 +108,7 @@ def bench(name: str, experiment: Any, updates: int, xla: Sequence[str] = ()) -> 
 
 def gpt(name: str, **fields: Any) -> Any:
     """An experiment of a GPT on the standard library's text, with 50,304 rows of vocabulary."""
-    from lab.experiment import override
+    from lab.configuration.values import override
     from lab.train.experiment_file import load
     from tests.gpu import gpt_stdlib
 
@@ -329,7 +329,7 @@ def gpt_medium() -> None:
 
 def image_job(name: str, batch: int) -> Job:
     """An image model on noise that stays on the device."""
-    from lab.experiment import override
+    from lab.configuration.values import override
     from lab.train.experiment_file import load
     from tests.gpu.data import Noise
 
@@ -355,8 +355,8 @@ def bert_job(dropout: float) -> Job:
 
 def fashion_job() -> Job:
     """fashion_cnn whose records stay on the device; 92 updates a call, five calls an epoch."""
+    from lab.configuration.values import override
     from lab.data.images import Idx
-    from lab.experiment import override
     from lab.train.experiment_file import load
     from tests.gpu.data import write_idx
 

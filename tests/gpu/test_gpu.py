@@ -252,7 +252,7 @@ from dataclasses import replace
 from lab.commands.bench import BenchOptions, measure
 from lab.planning.compiled import compile_plan
 from lab.planning import topologies
-from lab.experiment import override
+from lab.configuration.values import override
 from tests.gpu.gpt_stdlib import experiment
 experiment = override(experiment, {{"model.depth": 4, "batch": 16, "grad_accum_steps": 1, "steps": 1000}})
 import jax

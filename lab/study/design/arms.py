@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from lab.configuration.field_types import fields
+from lab.configuration.values import digest, override, to_json, value_at
 from lab.errors import UserError
-from lab.experiment import Experiment, digest, fields, override, to_json, value_at
+from lab.experiment import Experiment
 
 BASE = "base"
 MOST_SEEDS = 10_000

@@ -10,20 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lab.configuration.values import digest
 from lab.errors import UserError
-from lab.experiment import Experiment, digest
+from lab.experiment import Experiment
 from lab.files import no_links
 from lab.study.run.preflight import Arm
 from lab.train import source_code
 from lab.train.json_files import read_json, write_json
-from lab.train.source_code import changed
 
-STUDY = (
-    "lab.study.run.stacked",
-    "lab.study.run.together",
-    "lab.study.run.forks",
-)  # code that cells depend on, besides the training loop
-__all__ = ["Cell", "cells_of", "changed", "code_of", "finished_elsewhere", "finished_folders", "link", "read_cell"]
+# Code that cells depend on, besides the training loop.
+STUDY = ("lab.study.run.stacked", "lab.study.run.together", "lab.study.run.forks")
 FINISHED = ("done", "diverged", "failed")
 
 

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lab.configuration.values import digest
 from lab.errors import UserError, forgiving
-from lab.experiment import Experiment, digest
+from lab.experiment import Experiment
 from lab.study.design.arms import BASE, Design, Study, grid, one_at_a_time
 from lab.study.run import leases
 from lab.study.run.cells import Cell, cells_of, code_of, finished_folders

@@ -17,7 +17,7 @@ from lab.signals import EXIT, Stop
 from lab.study.design.arms import BASE
 from lab.study.run import leases, workers
 from lab.study.run.cell_files import CellScreen, begin, begun, end, failing
-from lab.study.run.cells import Cell, changed, finished_elsewhere, link, read_cell
+from lab.study.run.cells import Cell, finished_elsewhere, link, read_cell
 from lab.study.run.forks import take_over
 from lab.study.run.grouping import Group
 from lab.study.run.outcomes import _ways
@@ -40,6 +40,7 @@ from lab.train import loop
 from lab.train.console import Screen, clock
 from lab.train.json_files import write_json
 from lab.train.program import Program
+from lab.train.source_code import changed
 from lab.train.step import State
 
 STOPPED = set(EXIT.values())

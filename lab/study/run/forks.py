@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lab.configuration.values import to_json
 from lab.errors import UserError
-from lab.experiment import Experiment, to_json
+from lab.experiment import Experiment
 from lab.files import replace_file
 from lab.models.members import Several
 from lab.train.checkpoint import Checkpoints

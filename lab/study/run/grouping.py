@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from flax.errors import FlaxError
 
+from lab.configuration.values import digest, flat, override, to_json
 from lab.errors import UserError
-from lab.experiment import Checkpoint, Experiment, Log, digest, flat, override, to_json
+from lab.experiment import Checkpoint, Experiment, Log
 from lab.train.shapes import abstract_state, batch_spec, one_record
 from lab.train.step import init_state, make_train_step
 

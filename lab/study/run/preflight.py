@@ -15,9 +15,10 @@ import numpy as np
 from flax.errors import FlaxError
 from rich.table import Table
 
+from lab.configuration.values import flat, to_json
 from lab.data.pipeline import eval_batches, reader
 from lab.errors import UserError
-from lab.experiment import Experiment, flat, to_json
+from lab.experiment import Experiment
 from lab.study.design.arms import BASE, Changes, Study
 from lab.study.run.forks import WORTH, acts_from, check_fork
 from lab.train.console import clock, human

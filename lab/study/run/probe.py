@@ -11,7 +11,7 @@ from lab.study.run.workers import pin
 
 def probe() -> None:
     """Prints seconds per step of the cell described on stdin."""
-    from lab.experiment import from_json
+    from lab.configuration.rebuild import from_json
     from lab.parallel.backend import start_jax
     from lab.study.run.shared import Bench
     from lab.study.run.units import time_alone

@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from lab.experiment import Experiment, digest, to_json
+from lab.configuration.values import digest, to_json
+from lab.experiment import Experiment
 from lab.study.run.grouping import program_key
 from lab.study.run.stacked import Stacked, common_dispatch
 from lab.train import loop

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lab.configuration.values import override
 from lab.data.pipeline import train_batches
-from lab.experiment import Experiment, override
+from lab.experiment import Experiment
 from lab.parallel.backend import compiler_options
 from lab.train import metrics
 from lab.train.program import numbers_of

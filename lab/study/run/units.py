@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
+from lab.configuration.values import to_json
 from lab.data.pipeline import reader
 from lab.errors import UserError
-from lab.experiment import Experiment, to_json
+from lab.experiment import Experiment
 from lab.study.run import workers
 from lab.study.run.cells import Cell
 from lab.study.run.grouping import Group
