@@ -16,7 +16,8 @@ def _mix(x: int) -> int:
     return x ^ x >> 16
 
 
-def _keys(seed: int, epoch: int, rounds: int) -> list[np.uint32]:
+def epoch_keys(seed: int, epoch: int, rounds: int) -> list[np.uint32]:
+    """`rounds` hashes of (seed, epoch)."""
     key = 0
     for part in (seed, seed >> 32, epoch, epoch >> 32):
         key = _mix(key ^ (part & 0xFFFFFFFF)) + 1 & 0xFFFFFFFF
@@ -37,7 +38,7 @@ def shuffled(position: Any, epoch: int, seed: int, size: int, xp: ModuleType = n
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
     sides = np.uint32(a), np.uint32(b)
-    keys = _keys(seed, epoch, 12 if size < FEW else 8)
+    keys = epoch_keys(seed, epoch, 12 if size < FEW else 8)
     one, half, last = np.uint32(1), np.uint32(16), np.uint32(size - 1)
     first, second = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 

@@ -10,14 +10,13 @@ For comparison, one H200 at 55 % MFU consumes 0.63 Mtok/s (6 N + 12 * layers * w
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
-from lab.data.order import _keys, shuffled
+from lab.data.order import epoch_keys, shuffled
 from lab.errors import UserError
 
-T = TypeVar("T")
 Batch = dict[str, np.ndarray]
 ALL = slice(None)
 
@@ -70,7 +69,7 @@ def _train_places(step: int, batch: int, size: int, seed: int) -> tuple[np.ndarr
 
 def epoch_offsets(epochs: np.ndarray, seed: int, length: int) -> np.ndarray:
     """An offset in [0, length) per epoch, int64 (n,): 0 in the first, then drawn from (seed, epoch)."""
-    drawn = {epoch: int(_keys(seed ^ 0x57494E44, epoch, 1)[0]) % length if epoch else 0
+    drawn = {epoch: int(epoch_keys(seed ^ 0x57494E44, epoch, 1)[0]) % length if epoch else 0
              for epoch in np.unique(epochs).tolist()}
     return np.array([drawn[epoch] for epoch in epochs.tolist()], np.int64)
 

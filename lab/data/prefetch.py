@@ -5,9 +5,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Generic
+from typing import Generic, TypeVar
 
-from lab.data.pipeline import T
+T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):

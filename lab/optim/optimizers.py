@@ -119,16 +119,16 @@ class Optimizer:
                              updates)
 
         rate = self.rate(steps)
-        step = [self.directions(matrices)]
+        chain = [self.directions(matrices)]
         if not off(self.weight_decay):
-            step += [optax.add_decayed_weights(self.weight_decay, mask=lambda params: self.decays(params, matrices))]
-        step += [optax.scale_by_learning_rate(rate), optax.stateless(multiply)]
+            chain += [optax.add_decayed_weights(self.weight_decay, mask=lambda params: self.decays(params, matrices))]
+        chain += [optax.scale_by_learning_rate(rate), optax.stateless(multiply)]
         tx = []
         if not (off(self.l1) and off(self.l2)):
             tx += [optax.stateless(penalise)]
         if self.grad_clip_norm is not None:
             tx += [optax.clip_by_global_norm(self.grad_clip_norm)]
-        tx = optax.chain(*tx, self.wrap(optax.chain(*step), rate))
+        tx = optax.chain(*tx, self.wrap(optax.chain(*chain), rate))
         if any(off(multiplier) for _, multiplier in self.lr_multipliers):  # no state for frozen parameters
             tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, self._labels)
         tx = with_ema(tx, self.ema, self.ema_from)

@@ -130,7 +130,7 @@ class Task:
         """Writes plots after each evaluation of a run."""
 
 
-def prepared(data: Any, batch: Mapping[str, Array], keys: Array, train: bool) -> Mapping[str, Array]:
+def transform_batch(data: Any, batch: Mapping[str, Array], keys: Array, train: bool) -> Mapping[str, Array]:
     """Applies the data's transform to a batch. `keys` (B,): a random key for each record."""
     vocab = data.metadata().get("vocab")  # the tokenizer's; the model's may be padded
     known = {"vocab": jnp.full(keys.shape, vocab, jnp.int32)} if vocab else {}
@@ -165,7 +165,7 @@ def _mixes_rows(task: Any, model: Any, data: Any, precision: str) -> bool:
         return task.loss(model, {"params": params, **model_state}, batch, {"dropout": jax.random.key(0)}, train=True)[0]
 
     def ready(batch: Any, train: bool) -> Any:
-        return prepared(data, batch, jax.random.split(jax.random.key(0), 2), train)
+        return transform_batch(data, batch, jax.random.split(jax.random.key(0), 2), train)
 
     try:
         batch = {name: jax.ShapeDtypeStruct((2, *shape), dtype) for name, (shape, dtype) in data.record_spec().items()}

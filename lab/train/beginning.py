@@ -25,13 +25,13 @@ def first_state(run: Any) -> tuple[State, int]:
         run.checkpoints.discard_after(int(state.step))
         run.screen.info(f"Resuming from step {int(state.step)} of {run.experiment.steps}.")
         return state, 0
-    if state := run.prepared.begin(run.program, run.folder):
+    if state := run.shared.begin(run.program, run.folder):
         return state, 0
     if metrics.read_rows(run.folder / "metrics.jsonl"):
         run.screen.info(f"There is no checkpoint in {run.folder} yet: starting again from step 0.")
-    given, report = initial_arrays(run.experiment.init_from, run.program.abstract, run.data)
+    arrays, report = initial_arrays(run.experiment.init_from, run.program.abstract, run.data)
     _say_pretrained(run, report)
-    state = run.program.init(given)
+    state = run.program.init(arrays)
     if (begun := int(state.step)) >= run.experiment.steps:
         raise UserError(f"--steps {run.experiment.steps} counts all steps, and {report['from']} made {begun} of them: "
                         f"give more.")

@@ -1,6 +1,7 @@
 """Gradient sums over many devices: by the compiler, by `jax.pmap`, or in a fixed order.
 
-Each gives the training step a `Total` (see lab/train/step.py); the rest of the step does not change.
+`by_compiler` and `in_fixed_order` return a `SumGradients` (lab/train/step.py) for the training step, which is otherwise
+unchanged; `pmapped` returns the whole step, with its own `SumGradients` inside.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.parallel.sharding import ROWS
 from lab.tasks.base import draws
-from lab.train.step import Gradient, State, Total, make_train_step, microbatched
+from lab.train.step import Gradient, State, SumGradients, make_train_step, microbatched
 
 
-def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) -> Total:
+def by_compiler(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) -> SumGradients:
     """The compiler partitions the computation. Gradients are constrained to the shardings of their parameters
     (`shardings`); unconstrained, XLA all-reduces whole gradients along "fsdp" and keeps a shard of each.
 
@@ -35,7 +36,7 @@ def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) ->
 
         return gradient_placed
 
-    def total(gradient: Gradient, state: State, batch: Any) -> Any:
+    def sum_gradients(gradient: Gradient, state: State, batch: Any) -> Any:
         sums = microbatched(experiment.grad_accum_steps)
         if mesh.size != mesh.shape["data"] or mesh.size == 1 or jax.tree.leaves(state.model_state) or draws(
                 gradient, state.params, state.model_state, batch, state.step, 0):
@@ -50,7 +51,7 @@ def compiled(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any) ->
         grads, weight, metrics = spread(state._replace(opt_state=()), batch)
         return grads, (weight, metrics, state.model_state)
 
-    return total
+    return sum_gradients
 
 
 def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
@@ -67,7 +68,7 @@ def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., An
                         '--parallel jit.')
     devices = list(mesh.devices.flat)
 
-    def total(gradient: Gradient, state: State, batch: Any) -> Any:
+    def sum_gradients(gradient: Gradient, state: State, batch: Any) -> Any:
         first = jax.lax.axis_index("data") * experiment.grad_accum_steps
 
         def own(params: Any, model_state: Any, rows: Any, step: Any, part: Any) -> Any:
@@ -77,7 +78,7 @@ def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., An
         grads, weight, metrics = jax.lax.psum((grads, weight, metrics), "data")
         return grads, (weight, metrics, jax.lax.pmean(model_state, "data"))
 
-    step = make_train_step(experiment, total)
+    step = make_train_step(experiment, sum_gradients)
     over_devices = jax.pmap(step, axis_name="data", in_axes=(None, 0), out_axes=None, devices=devices)
 
     def update(state: State, batch: Any) -> Any:
@@ -87,7 +88,7 @@ def pmapped(experiment: Experiment, mesh: jax.sharding.Mesh) -> Callable[..., An
     return update
 
 
-def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
+def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> SumGradients:
     """Sums that are bitwise equal on any number of devices.
 
     Splits the batch into V = `virtual_shards` parts. Each device computes its parts in sequence, so that the program
@@ -104,7 +105,7 @@ def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
         raise UserError(f"--exact with --virtual-shards {parts} runs on a number of devices that divides it, not on "
                         f"{devices}. Use --mesh.data.")
 
-    def total(gradient: Gradient, state: State, batch: Any) -> Any:
+    def sum_gradients(gradient: Gradient, state: State, batch: Any) -> Any:
         if jax.tree.leaves(state.model_state):
             raise UserError("--exact is not for models with batch statistics: every part would have its own.")
 
@@ -128,7 +129,7 @@ def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> Total:
         grads, weight, metrics = spread(state.params, batch, state.step)
         return grads, (weight, metrics, state.model_state)
 
-    return total
+    return sum_gradients
 
 
 def _pairwise(x: jax.Array) -> jax.Array:

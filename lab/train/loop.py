@@ -29,7 +29,7 @@ from lab.train.fitted import write_fitted
 from lab.train.program import Program
 from lab.train.progress import Clock, shown
 from lab.train.run_copy import bring_back, copied
-from lab.train.run_folder import checkpoint_folder, lock_run_folder, open_folder, shared
+from lab.train.run_folder import check_shared_disk, checkpoint_folder, lock_run_folder, open_folder
 from lab.train.step import State
 
 
@@ -49,7 +49,7 @@ class Shared:
 
 def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | None = None, *,
           tensorboard: bool = False, processes: Processes = ALONE, checkpoints: str | None = None,
-          prepared: Shared | None = None, on_change: str = "refuse") -> int:
+          shared: Shared | None = None, on_change: str = "refuse") -> int:
     """Runs `experiment` in `folder` to its end, resuming if possible; returns the exit status in every process.
 
     `checkpoints`: a location outside the run folder, see `checkpoint_folder`. `on_change`: see `open_folder`.
@@ -59,7 +59,7 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
     Raises:
       UserError: a problem with the data, folder, checkpoint, devices or disk.
     """
-    data = prepared.data if prepared else load_data(experiment)
+    data = shared.data if shared else load_data(experiment)
     processes.check_same({"the data's fingerprint": data.fingerprint}, "Give every machine the same data files.")
     with lock_run_folder(folder) if processes.first else contextlib.nullcontext():
         place = checkpoint_folder(folder, checkpoints, to_write=True)
@@ -72,20 +72,20 @@ def train(experiment: Experiment, folder: Path, screen: Screen, file: Path | Non
             write_fitted(folder, experiment, data)
         processes.gather(None)  # barrier: the folder exists from here on
         if checkpoints is None:
-            shared(folder)
+            check_shared_disk(folder)
         screen.record(processes.log(folder))
         with copied(folder, place) if remote and processes.first else contextlib.nullcontext():
-            return _train(experiment, folder, place, screen, data, tensorboard, processes, prepared)
+            return _train(experiment, folder, place, screen, data, tensorboard, processes, shared)
 
 
 def _train(experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, tensorboard: bool,
-           processes: Processes, prepared: Shared | None) -> int:
+           processes: Processes, shared: Shared | None) -> int:
     for line in facts(data.summary):
         screen.info(line)
     among = f" in {processes.count} processes" if processes.count > 1 else ""
     screen.info(f"Devices: {jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()}){among}, "
                f"compute in {experiment.precision}")
-    run = TrainingRun(experiment, folder, checkpoints, screen, data, Stop(processes), tensorboard, prepared)
+    run = TrainingRun(experiment, folder, checkpoints, screen, data, Stop(processes), tensorboard, shared)
     try:
         return run.go()
     except Diverged as e:
@@ -99,11 +99,11 @@ class TrainingRun:
     """One run: the pure program with its metric rows, checkpoints and clock."""
 
     def __init__(self, experiment: Experiment, folder: Path, checkpoints: Any, screen: Screen, data: Any, stop: Stop,
-                 tensorboard: bool, prepared: Shared | None):
+                 tensorboard: bool, shared: Shared | None):
         self.experiment, self.screen, self.data, self.stop = experiment, screen, data, stop
         self.folder = stop.processes.own_folder(folder)
-        self.prepared, self.pictures = prepared or Shared(data, Program(experiment, data.train)), prepared is None
-        self.program, keep = self.prepared.program, self.prepared.keep
+        self.shared, self.pictures = shared or Shared(data, Program(experiment, data.train)), shared is None
+        self.program, keep = self.shared.program, self.shared.keep
         self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes, keep)
         self.state, self.begun_at = first_state(self)
         self.step = int(self.state.step)
@@ -216,7 +216,7 @@ class TrainingRun:
         settings = self.experiment.checkpoint
         periods = [p for p in (settings.every, settings.permanent) if p]
         best = settings.best and self.best_step == self.step and self.experiment.evaluate.every
-        if self.step and (done or best or self.step in self.prepared.keep or any(self.step % p == 0 for p in periods)):
+        if self.step and (done or best or self.step in self.shared.keep or any(self.step % p == 0 for p in periods)):
             self.save()
 
     def save(self) -> None:

@@ -19,7 +19,7 @@ from lab.experiment import Experiment
 from lab.parallel.backend import EXACT, compiler_options
 from lab.parallel.sharding import batch_sharding, constrained, make_mesh, process_rows, put, state_shardings
 from lab.train import metrics
-from lab.train.gradients import compiled, in_fixed_order, pmapped
+from lab.train.gradients import by_compiler, in_fixed_order, pmapped
 from lab.train.records_on_device import OnlyNumbered, fits
 from lab.train.shapes import abstract_state, batch_spec, numbered, one_record
 from lab.train.step import State, eval_variables, init_state, make_eval_step, make_predict_step, make_train_step
@@ -99,7 +99,7 @@ class Program:
         return jax.jit(init, out_shardings=self.shardings, compiler_options=self.options)
 
     def init(self, arrays: dict[str, Any] | None = None) -> State:
-        """The state before the first step, created sharded. `arrays`: see `given` of `init_state`."""
+        """The state before the first step, created sharded. `arrays`: see `init_state`."""
         return self._init(one_record(self.spec), self.given, arrays)
 
     def lower(self) -> jax.stages.Lowered:
@@ -110,14 +110,14 @@ class Program:
             seeded = override(experiment, given)
             if experiment.parallel == "pmap":
                 return pmapped(seeded, self.mesh)(state, batch)
-            total = (in_fixed_order(seeded, self.mesh) if experiment.exact else
-                     compiled(seeded, self.mesh, self.shardings.params))
-            make = make_train_step(seeded, total)
+            sums = (in_fixed_order(seeded, self.mesh) if experiment.exact else
+                    by_compiler(seeded, self.mesh, self.shardings.params))
+            train_step = make_train_step(seeded, sums)
 
             def step(state: State, batch: Any) -> tuple[State, Any]:
                 rows = jax.tree.map(lambda x: x[batch["index"]], resident or {})
                 rows = jax.lax.with_sharding_constraint(rows, rows_sharding)
-                return make(state, {**batch, **rows})
+                return train_step(state, {**batch, **rows})
 
             with constrained(self.mesh) if not experiment.exact else contextlib.nullcontext(set()) as axes:
                 result = jax.lax.scan(step, state, batch) if self.stacked else step(state, batch)

@@ -71,7 +71,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def shared(folder: Path) -> None:
+def check_shared_disk(folder: Path) -> None:
     """Waits until this process sees the run folder that process 0 created.
 
     Raises:

@@ -17,7 +17,7 @@ from lab.experiment import Experiment
 from lab.models.members import Several, per_member
 from lab.optim.matrices import matrices
 from lab.parallel.sharding import path_of
-from lab.tasks.base import prepared
+from lab.tasks.base import transform_batch
 from lab.train.frozen import frozen_statistics
 
 Batch = Mapping[str, Array]
@@ -59,22 +59,22 @@ def prepare(experiment: Experiment, batch: Batch, train: bool, *counts: int | Ar
     """
     key = key_for(experiment.seed, "records", *counts)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["index"])
-    return prepared(experiment.data, batch, keys, train)
+    return transform_batch(experiment.data, batch, keys, train)
 
 
-def init_state(experiment: Experiment, batch: Batch, given: Mapping[str, Array] | None = None) -> State:
+def init_state(experiment: Experiment, batch: Batch, arrays: Mapping[str, Array] | None = None) -> State:
     """The state before the first step, for batches shaped like `batch`.
 
-    `given`: pretrained arrays that replace the random ones, by path in `params` or `model_state`. To continue another
+    `arrays`: pretrained arrays that replace the random ones, by path in `params` or `model_state`. To continue another
     run it also holds that run's optimizer state and step, as "state/opt_state/..." and "state/step".
     """
     raw, batch = batch, prepare(experiment, batch, False)
     variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), batch)
     model_state = {name: value for name, value in variables.items() if name != "params"}
     fresh = State(jnp.zeros((), jnp.int32), variables["params"], model_state, ())
-    state = jax.tree.map_with_path(lambda path, x: (given or {}).get(path_of(path[1:]), x), fresh)
+    state = jax.tree.map_with_path(lambda path, x: (arrays or {}).get(path_of(path[1:]), x), fresh)
     state = state._replace(opt_state=make_optimizer(experiment, raw).init(state.params, state.model_state))
-    return jax.tree.map_with_path(lambda path, x: (given or {}).get(f"state/{path_of(path)}", x), state)
+    return jax.tree.map_with_path(lambda path, x: (arrays or {}).get(f"state/{path_of(path)}", x), state)
 
 
 def make_optimizer(experiment: Experiment, batch: Batch) -> optax.GradientTransformationExtraArgs:
@@ -88,13 +88,13 @@ def make_optimizer(experiment: Experiment, batch: Batch) -> optax.GradientTransf
 
 Gradient = Callable[..., Any]
 """(params, model_state, rows, step, part) -> (grads, (weight, metrics, model_state)): sums over microbatch `part`."""
-Total = Callable[[Gradient, State, Batch], Any]
+SumGradients = Callable[[Gradient, State, Batch], Any]
 """(gradient, state, batch) -> (grads, (weight, metrics, model_state)): sums over the whole batch."""
 
 
-def microbatched(n: int) -> Total:
+def microbatched(n: int) -> SumGradients:
     """Gradient accumulation over n microbatches. Microbatch j is rows j::n, so that each spans all devices."""
-    def total(gradient: Gradient, state: State, batch: Batch) -> Any:
+    def sum_gradients(gradient: Gradient, state: State, batch: Batch) -> Any:
         if n == 1:
             return gradient(state.params, state.model_state, batch, state.step, 0)
         parts = jax.tree.map(lambda x: rearrange(x, "(B n) ... -> n B ...", n=n), batch)
@@ -113,7 +113,7 @@ def microbatched(n: int) -> Total:
         )
         return grads, (weight, metrics, model_state)
 
-    return total
+    return sum_gradients
 
 
 def make_loss(experiment: Experiment) -> Callable[..., tuple[Array, tuple]]:
@@ -130,21 +130,21 @@ def make_loss(experiment: Experiment) -> Callable[..., tuple[Array, tuple]]:
     return loss
 
 
-def make_train_step(experiment: Experiment, total: Total | None = None) -> Callable[[State, Batch],
-                                                                                    tuple[State, Metrics]]:
+def make_train_step(experiment: Experiment, sum_gradients: SumGradients | None = None
+                    ) -> Callable[[State, Batch], tuple[State, Metrics]]:
     """One training step as a pure function. Numbers in the experiment may be traced scalars.
 
     The loss is (sum of losses) / (sum of weights) over the whole batch, for any number of microbatches. Every metric is
-    (sum, weight). `total` computes the sums; by default it accumulates over `experiment.grad_accum_steps`.
+    (sum, weight). `sum_gradients` computes the sums; by default it accumulates over `experiment.grad_accum_steps`.
     """
     rate = experiment.optim.rate(experiment.steps)
     gradient = jax.grad(make_loss(experiment), has_aux=True)
-    total = total or microbatched(experiment.grad_accum_steps)
+    sum_gradients = sum_gradients or microbatched(experiment.grad_accum_steps)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         optimizer = make_optimizer(experiment, batch)
         batch = prepare(experiment, batch, True, state.step)
-        grads, (weight, metrics, model_state) = total(gradient, state, batch)
+        grads, (weight, metrics, model_state) = sum_gradients(gradient, state, batch)
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         with jax.named_scope("optimizer"):  # the name its operations have in a profile
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, model_state=model_state)

@@ -246,7 +246,7 @@ class Engine:
         base = self._base_of(cell)
         return base is None or self._finished(base)
 
-    def _prepared(self, unit: Unit, cell: Cell) -> loop.Shared:
+    def _shared(self, unit: Unit, cell: Cell) -> loop.Shared:
         found = self.bench.prepared(cell.experiment, unit.numbers, self.plan.steps_per_call)
         if cell.arm == BASE:
             return replace(found, keep=tuple(sorted({arm.after for arm in self.arms.values() if arm.after})))
@@ -279,7 +279,7 @@ class Engine:
         if not (folder / "result.json").exists():  # else only cell.json is missing
             screen = CellScreen(self.screen, f"cell {self._number()}/{len(self.cells)}  {cell.arm} {cell.seed}", folder)
             with failing(errors):
-                status = loop.train(cell.experiment, folder, screen, self.file, prepared=self._prepared(unit, cell))
+                status = loop.train(cell.experiment, folder, screen, self.file, shared=self._shared(unit, cell))
         if status not in STOPPED:
             seconds = time.monotonic() - start
             self.screen.info(end(cell, folder, "diverged" if status == 1 else "done", errors,
