@@ -125,6 +125,10 @@ class Files:
     def stored_bytes(self) -> int:
         return sum(s.st_size for s in self._stats())
 
+    def read(self, path: Path) -> Iterator[str]:
+        """The text of one file, in pieces."""
+        return read_text(path, self.encoding)
+
     def identity(self) -> str:
         stats = [(s.st_size, s.st_mtime_ns) for s in self._stats()]
         encoding = () if self.encoding == "UTF-8" else (self.encoding,)
@@ -139,7 +143,7 @@ class Files:
             content, length, count = hashlib.sha256(), 0, 0
             try:
                 encodings[encoding_of(path, self.encoding)] += 1
-                for text in read_text(path, self.encoding):
+                for text in self.read(path):
                     raw = text.encode()
                     content.update(raw)
                     length, count = length + len(raw), count + len(text)
@@ -167,12 +171,11 @@ class Files:
         skipped = set(survey.skipped)
         names = [name for name in self.paths if name not in skipped]
         if survey.documents < MANY:
-            everything = (read_text(self.paths[name], self.encoding) for name in names)
+            everything = (self.read(self.paths[name]) for name in names)
             cut = survey.characters * 9 // 10
             return between(everything, 0, cut) if split == "train" else between(everything, cut, survey.characters)
         held = held_out(names)
-        return (read_text(self.paths[name], self.encoding) for name in names
-                if (name in held) == (split == "validation"))
+        return (self.read(self.paths[name]) for name in names if (name in held) == (split == "validation"))
 
 
 def held_out(names: list[str]) -> set[str]:

@@ -1,6 +1,7 @@
 """Sources of text. Documents are streamed in pieces, so a corpus may be larger than memory.
 
-A *source* is part of an experiment's config. `open()` reads names and sizes only and returns a *corpus*:
+A *source* is a frozen dataclass in an experiment. `validate()` raises UserError for wrong fields. `open()` reads names
+and sizes only and returns a *corpus* (`Corpus` in files.py):
 
     title                 display name
     stored_bytes()        size of the files on disk
@@ -8,6 +9,10 @@ A *source* is part of an experiment's config. `open()` reads names and sizes onl
     survey()              one pass over the content: fingerprint and data for the split; cached by `identity`
     rule(survey)          a sentence about how train and validation are split
     documents(split, survey)   documents in a fixed order, each an iterator of pieces of text
+
+For a source of files, return a `Files`; where their text is changed, derive from `Files` and override `read` and
+`identity`. A new source here also joins `Source` in text.py and the package's `__init__.py`; one in your experiment's
+file needs neither.
 
 If a source has no splits: with 20 documents or more, a hash of each document's *name* puts about 10 % of them into
 validation; with fewer, the last 10 % of all characters are validation (on tiny Shakespeare, nanoGPT's split).
@@ -22,28 +27,14 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lab.data import digest
 from lab.data.prepared import described
 from lab.data.reading import check_encoding
-from lab.data.text.files import MANY, Corpus, Documents, Files, Survey, between, cached_survey
+from lab.data.text.files import MANY, Documents, Files, Survey, between, cached_survey
 from lab.errors import Absent, UserError
 from lab.files import user_path
-
-
-class Source(Protocol):
-    """A frozen dataclass in an experiment's config: `PythonStdlib`, `TextFiles`, `TfdsText`, or your own."""
-
-    def validate(self) -> None: ...
-    def open(self) -> Corpus: ...
-
-
-# ---------------------------------------------------------------------------------------------------- streaming
-
-
-# -------------------------------------------------------------------------------------------------------- files
-
 
 # Left out of PythonStdlib: installed packages; test suites (60 % of all bytes, many of them tables of cases);
 # `encodings`, 120 similar generated tables, which would leak from training into validation; and `pydoc_data`, one
