@@ -68,19 +68,19 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in _REFUSED:
         place = error.filename or "A file"
         done = "opened" if error.errno in (errno.EMFILE, errno.ENFILE) else "written"
-        return 2, (f"{place} cannot be {done}: {error.strerror}. {_REFUSED[error.errno]} and run the same command: a "
-                   f"run goes on from its last checkpoint.")
+        return 2, (f"{place} cannot be {done}: {error.strerror}. {_REFUSED[error.errno]} and run the same "
+                   f"command: a run resumes from its last checkpoint.")
     if isinstance(error, OSError) and error.errno in _BAD_PATHS:
         place = str(error.filename or "A path")
         return 2, f"{place if len(place) <= 200 else f'{place[:200]}...'}: {error.strerror}. Give another path."
     text = str(error)
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:  # raised by JAX for device memory
-        return 2, (f"The memory of the device does not hold this ({text.splitlines()[0][:200]}). A larger "
-                   f"--grad-accum-steps or a smaller --batch needs less.")
+        return 2, (f"The device is out of memory ({text.splitlines()[0][:200]}). Use a larger "
+                   f"--grad-accum-steps or a smaller --batch.")
     if isinstance(error, MemoryError) or (isinstance(error, ImportError | RuntimeError)
                                           and any(sign in text for sign in _NO_MEMORY)):
         return 2, ("There is not enough memory, or the limit on it is too low (ulimit -v). Raise it and run the same "
-                   "command: a run goes on from its last checkpoint.")
+                   "command: a run resumes from its last checkpoint.")
     if isinstance(error, Exception) and (line := authors_line(error)):
         return 2, line
     return None

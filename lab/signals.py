@@ -78,7 +78,7 @@ class _Process:
                 self.leave(EXIT[number])
             self.say(f"{name}: stopping after this step; again to stop at once.")
         elif number in URGENT and now - self.answered > TWICE:
-            self.say(f"{name} again: stopped at once. The same command goes on from the last checkpoint.")
+            self.say(f"{name} again: stopped at once. Run the same command to resume from the last checkpoint.")
             self.leave(EXIT[number])
 
     def say(self, line: str) -> None:

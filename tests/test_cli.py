@@ -203,7 +203,7 @@ def test_sigterm_saves_and_another_machine_goes_on(place, reference):
     process.terminate()
     status, out, err = finish(process)
     assert status == 75, err
-    assert re.search(r"SIGTERM: saved after step \d+ of 20. The same command goes on from there.", out)
+    assert re.search(r"SIGTERM: saved after step \d+ of 20. Run the same command to resume.", out)
     assert "Traceback" not in err and not (place / "stopped" / "result.json").exists()
     status, out, err = finish(start(place, "small.py", "--run-dir", "stopped", devices=4))
     assert status == 0 and "Resuming from step" in out, err

@@ -115,7 +115,7 @@ def test_stopped_and_gone_on(base, tmp_path):
     ({"init_from": Continue("RUN/checkpoints/2", 4)}, "name two checkpoints"),
     ({"init_from": Continue("gone")}, "is not a run folder"),
     ({"init_from": Continue("RUN", freeze="head")}, "--init-from.freeze must be a tuple of str"),
-    ({"steps_per_call": 3, "steps": 9}, "after step 4, which is no multiple of --steps-per-call 3"),
+    ({"steps_per_call": 3, "steps": 9}, "at step 4, which is not a multiple of --steps-per-call 3"),
 ])
 def test_mistakes(base, tmp_path, change, message):
     experiment, run = base

@@ -196,7 +196,7 @@ def test_process_0_is_killed(place):
     assert status == 1
     assert err.count("\n") == 2, err
     survivor, own = err.splitlines()
-    assert re.match(r"\[1\] error: Process 0 \(.*\) ended without a word .* goes on from the last checkpoint", survivor)
+    assert re.match(r"\[1\] error: Process 0 \(.*\) ended without a word .* resumes from the last checkpoint", survivor)
     assert own == "error: Process 0 was ended by SIGKILL."
 
 

@@ -162,7 +162,7 @@ def test_edited_code_of_an_unfinished_run(place, run, typed, mistake):
         edited(place, FACTOR)
         assert "own.py changed since" in mistake(*words)
         status, out, _ = typed(*words, "--accept")
-        assert status == 0 and "Going on though own.py changed" in out and "Resuming from step 2 of 4" in out
+        assert status == 0 and "Continuing although own.py changed" in out and "Resuming from step 2 of 4" in out
         found = json.loads((run / "environment-2.json").read_text())
         assert found["accepted"] == ["own.py"] and found["how"]["grad_accum_steps"] == 1
         assert "already complete" in typed(*words)[1]
@@ -288,7 +288,7 @@ def test_a_run_goes_on_in_another_way(lone, tmp_path, first, then):
     assert [row[2] for row in rows] == pytest.approx([row[2] for row in wanted], abs=1e-6)
     found = json.loads((tmp_path / "run/environment-2.json").read_text())["how"]
     assert all(found[name] == value for name, value in then.items())
-    told = any("Going on with --grad-accum-steps" in line for line in screen.lines)
+    told = any("Continuing with --grad-accum-steps" in line for line in screen.lines)
     assert told == (first.get("grad_accum_steps", 1) != then.get("grad_accum_steps", 1))
 
 
@@ -314,7 +314,7 @@ def test_a_step_between_two_calls(lone, tmp_path):
     for path in (tmp_path / "run/checkpoints").iterdir():
         if path.name.isdigit() and int(path.name) > 3:
             shutil.rmtree(path)
-    with Quiet() as screen, pytest.raises(UserError, match="after step 3, .* go on with --steps-per-call 1"):
+    with Quiet() as screen, pytest.raises(UserError, match="at step 3, .* resume with --steps-per-call 1"):
         loop.train(replace(every, steps_per_call=2, checkpoint=Checkpoint(every=2)), tmp_path / "run", screen)
 
 

@@ -249,8 +249,8 @@ def test_hosts_commands(checkout, environ):
 
 
 def test_hosts_mistakes(checkout, environ):
-    assert "is no host name" in fails(checkout, environ, "--hosts", "a,", "experiments/tiny.py")
-    assert "is no host name" in fails(checkout, environ, "--hosts", "-oProxyCommand=x", "experiments/tiny.py")
+    assert "is not a host name" in fails(checkout, environ, "--hosts", "a,", "experiments/tiny.py")
+    assert "is not a host name" in fails(checkout, environ, "--hosts", "-oProxyCommand=x", "experiments/tiny.py")
     assert "names a host twice" in fails(checkout, environ, "--hosts", "a,b,a", "experiments/tiny.py")
 
 
@@ -458,7 +458,7 @@ def test_tpu_is_created_preempted_created_again(checkout, cloud):
     finally:
         process.kill()
     assert process.returncode == 0, (out, err)
-    assert "was taken away" in err and "costs money" in err and "restored" in out
+    assert "was preempted" in err and "costs money" in err and "restored" in out
     assert not list(cloud.folder.glob("worker-*/.cache/lab/checkouts/*/runs/spot/up-*")), "the first disks are lost"
     assert (checkout / "runs/spot/ran-0").exists() and not (checkout / "runs/spot/ran-1").exists()
     assert not (checkout / "runs/spot/saved-0").exists(), "it is in the bucket"
@@ -491,7 +491,7 @@ def test_tpu_ctrl_c_leaves_the_run_and_the_same_command_follows_it(checkout, clo
     wait_for(lambda: "tail" in (cloud.folder / "calls").read_text(), 20, "the following")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "the run goes on" in err and "kill -TERM" in err, err
+    assert process.returncode == 130 and "the run continues" in err and "kill -TERM" in err, err
     pid = int(next(cloud.folder.glob(f"{pattern}/launch/pid")).read_text())
     os.kill(pid, 0)
     again = start(checkout, cloud.environ, *words)
@@ -507,7 +507,7 @@ def test_tpu_mistakes(checkout, cloud):
 
     bucket = ("experiments/tiny.py", "--checkpoint-dir", "gs://b/x")
     assert "does not exist" in said("--tpu", "pod", *bucket)
-    assert "no TPU type" in said("--tpu", "pod", "--create", "h100", *bucket)
+    assert "not a TPU type" in said("--tpu", "pod", "--create", "h100", *bucket)
     assert "gcluster" in said("--tpu", "pod", "--create", "tpu7x-8", *bucket)
     assert "no name of a TPU VM" in said("--tpu", "Pod!", *bucket)
     assert "share no disk" in said("--tpu", "pod", "--create", "v5e-16", "experiments/tiny.py")

@@ -141,7 +141,7 @@ def test_slurm_ctrl_c_stops_following_and_not_the_job(checkout, environ, slurm):
     wait_for(lambda: len(list(folder.glob("up-*"))) == 2, 30, "the start of both processes")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "goes on" in err and "scancel" in err
+    assert process.returncode == 130 and "continues" in err and "scancel" in err
     number = err.rpartition("scancel ")[2].strip()
     state = subprocess.run(["squeue", "-h", "-j", number, "-o", "%T"], env=slurm, capture_output=True, text=True)
     assert state.stdout.strip() == "RUNNING"

@@ -330,7 +330,7 @@ def test_no_state_that_overflowed_is_saved(tmp_path):
 @pytest.mark.parametrize("at", [1, 4, 7, 11])
 def test_interrupted_by_a_signal(tmp_path, reference, at):
     status, said = go(toy(), tmp_path / "run", at, interrupt())
-    assert status == 75 and "SIGTERM: saved after step" in said and "The same command goes on" in said
+    assert status == 75 and "SIGTERM: saved after step" in said and "Run the same command to resume" in said
     assert not (tmp_path / "run" / "result.json").exists()
     status, said = go(toy(), tmp_path / "run")
     assert status == 0 and "Resuming from step" in said

@@ -100,7 +100,7 @@ def test_a_second_one(first, second, ends):
     name = signal.Signals(second).name
     if ends:
         assert (status, out) == (EXIT[second], "") and time.monotonic() - begin < 2
-        assert err == f"{name} again: stopped at once. The same command goes on from the last checkpoint.\n"
+        assert err == f"{name} again: stopped at once. Run the same command to resume from the last checkpoint.\n"
     else:  # a closed terminal and a cluster's warning come twice by themselves
         assert (status, out, err) == (0, "went on\n", "")
 

@@ -482,7 +482,7 @@ def test_told_to_stop_and_going_on(typed, place, monkeypatch):
     told_to_stop(monkeypatch, "step      3/4")
     command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "1", "--studies", "stopped")
     status, out, _ = typed(*command)
-    assert status == 75 and "2 cells are left. The same command goes on." in out and not ran(out)
+    assert status == 75 and "2 cells are left. Run the same command to resume." in out and not ran(out)
     assert not list((place / "stopped").glob("*/leases/*"))
     status, out, _ = typed(*command)
     assert status == 0 and ran(out) == ["base seed 0", "peak=0.03 seed 0"]

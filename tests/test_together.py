@@ -287,7 +287,7 @@ def test_told_to_stop_together(typed, place, monkeypatch):
     command = ("small.py", "--vary", "optim.lr.peak=1e-2,3e-2", "--seeds", "2", "--execution", "vmap", "--studies",
                "told")
     status, out, _ = typed(*command)
-    assert status == 75 and "4 cells are left. The same command goes on." in out
+    assert status == 75 and "4 cells are left. Run the same command to resume." in out
     status, out, _ = typed(*command)
     assert status == 0 and "4 cells planned = 4 done" in out
     assert "ran as" not in out and typed(*command)[1].count("done loss") == 0
@@ -331,7 +331,7 @@ def test_workers_end_with_the_study(place):
         study.send_signal(number)
         status, out, err = finish(study)
         assert status == expected, err
-        assert ("4 cells are left. The same command goes on." in out) == (expected == 75)
+        assert ("4 cells are left. Run the same command to resume." in out) == (expected == 75)
         end = time.monotonic() + 20
         while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
             time.sleep(0.1)

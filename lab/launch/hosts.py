@@ -34,7 +34,7 @@ def parse_hosts(text: str) -> list[str]:
     hosts = [host.strip() for host in text.split(",")]
     for host in hosts:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*", host):
-            raise UserError(f"--hosts {text!r}: {host!r} is no host name. Write them as h1,h2 or user@h1,user@h2.")
+            raise UserError(f"--hosts {text!r}: {host!r} is not a host name. Write them as h1,h2 or user@h1,user@h2.")
     if len(set(hosts)) < len(hosts):
         raise UserError(f"--hosts {text} names a host twice; there is one process per host.")
     return hosts

@@ -170,7 +170,7 @@ def tracked_files(job: Job) -> list[str]:
     except OSError:
         raise UserError("git was not found; it says which files the other machine needs. Install git.") from None
     if listed.returncode:
-        raise UserError(f"{ROOT} is no git checkout, so which files to copy is unknown. Clone the project with git.")
+        raise UserError(f"{ROOT} is not a git checkout, which lists the files to copy. Clone the project with git.")
     names = set(filter(None, listed.stdout.split("\0")))
     if job.file is not None:
         names.add(str(job.file.relative_to(ROOT)))

@@ -25,7 +25,7 @@ usage: ./launch.sh --slurm "SBATCH OPTIONS" [--detach] [--dry-run] experiments/x
   --tpu NAME        one process per worker of the Cloud TPU VM of that name, by gcloud
     --zone ZONE     its zone (default: that of `gcloud config`)
     --create TYPE   request it first where it does not exist: v2-8, v3-8, v4-32, v5p-16, v5e-16, v6e-256, ...
-    --spot          as a spot VM: cheaper, may be taken away; then it is requested again and the run goes on
+    --spot          as a spot VM: cheaper, may be preempted; then it is requested again and the run continues
     --gcloud-flags FLAGS    for gcloud's ssh and scp, such as --tunnel-through-iap or --internal-ip
   --sky OPTIONS     write a SkyPilot task and launch it; OPTIONS are sky's, such as "--gpus tpu-v6e-8 --use-spot",
                     "--gpus H100:8 --num-nodes 2 --infra k8s", "--infra slurm/mycluster --cpus 8+"
@@ -36,7 +36,7 @@ usage: ./launch.sh --slurm "SBATCH OPTIONS" [--detach] [--dry-run] experiments/x
 Without --detach the output is followed. Ctrl-C then stops following and not the job (--hosts: it saves and stops).
 The exit status is the run's: 0 finished, 75 saved and to be started again, 2 user error.
 What is written is kept in the folder launch/ of the run folder, which is runs/NAME-HASH (of the experiment's file and
-the flags) without --run-dir. Machines that share no disk, or may be taken away, need a bucket for checkpoints:
+the flags) without --run-dir. Machines that share no disk, or may be preempted, need a bucket for checkpoints:
 --checkpoint-dir gs://mine/x (LAB_EXTRAS=bucket is added). The run folder is then process 0's, which copies it to run/
 in that bucket once a minute and at the end; --hosts and --tpu also bring it here at the end.
 Variables that go along: LAB_ACCELERATOR, LAB_EXTRAS, JAX_PLATFORMS, XLA_FLAGS.

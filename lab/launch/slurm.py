@@ -172,7 +172,8 @@ def follow(number: str, log: Path, pause: float = 1.0) -> int:
                 told = words
             time.sleep(pause)
     except KeyboardInterrupt:
-        say(f"stopped following; job {number} goes on. Look: tail -F {shlex.quote(str(log))}  End it: scancel {number}")
+        say(f"stopped following; job {number} continues. Follow it: tail -F {shlex.quote(str(log))}  "
+            f"End it: scancel {number}")
         return 130
     say(f"job {number} ended: {state.lower()}, exit status {status}. Output: {log}")
     return status if status or state == "COMPLETED" else 1

@@ -92,7 +92,7 @@ def accelerator_type(kind: str) -> tuple[str, str]:
         raise UserError(f"--create {kind}: the Cloud TPU API does not offer TPU7x. Use Google's Cluster Toolkit "
                         f"(gcluster job submit) on a GKE cluster; lab/launch/README.md says how.")
     if generation not in IMAGES or not size.isdigit():
-        raise UserError(f"--create {kind} is no TPU type. They are called {', '.join(f'{g}-N' for g in IMAGES)}, "
+        raise UserError(f"--create {kind} is not a TPU type. The types are {', '.join(f'{g}-N' for g in IMAGES)}, "
                         f"such as v5e-16.")
     accelerator, image = IMAGES[generation]
     return f"{accelerator}-{size}", image
@@ -140,7 +140,7 @@ def state(job: Job) -> str:
 def launch(options: Options, job: Job) -> int:
     """Requests the VM, copies files, sets up, starts and follows; restarts after status 75 or preemption."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", options.tpu):
-        raise UserError(f"--tpu {options.tpu!r} is no name of a TPU VM: small letters, digits and hyphens.")
+        raise UserError(f"--tpu {options.tpu!r} is not the name of a TPU VM: lower-case letters, digits and hyphens.")
     pod = Pod(options.tpu, options.zone, tuple(split(options.gcloud_flags, "--gcloud-flags")))
     job.elsewhere()
     check_bucket(options, job)
@@ -163,11 +163,11 @@ def launch(options: Options, job: Job) -> int:
             return 0
         status = follow(pod, job)
         if status is None and not options.create:
-            say(f"{pod.name} was taken away. Create it again, then start the same command: the run goes on.")
+            say(f"{pod.name} was preempted. Create it again, then run the same command to resume.")
             return 75
         if status not in (75, None):
             break
-        say("the run saved and stopped; starting it again." if status else f"{pod.name} was taken away.")
+        say("the run saved and stopped; starting it again." if status else f"{pod.name} was preempted.")
     job.local.parent.mkdir(parents=True, exist_ok=True)
     code, _, reason = capture(collect(pod, job))
     say(f"the run folder could not be fetched from worker 0: {reason}" if code else f"run folder: {job.local}")
@@ -197,7 +197,7 @@ def check_bucket(options: Options, job: Job, workers: int = 1) -> None:
         raise UserError(f"{options.tpu} has several workers, which share no disk, and checkpoints need one folder for "
                         f"all. {job.add_bucket}.")
     if options.spot and not (job.study and job.run_dir.startswith("/")):
-        raise UserError(f"A spot VM loses its disk when it is taken away. {job.add_bucket}.")
+        raise UserError(f"A spot VM loses its disk when it is preempted. {job.add_bucket}.")
 
 
 def dry_run(options: Options, pod: Pod, job: Job) -> None:
@@ -213,7 +213,7 @@ def dry_run(options: Options, pod: Pod, job: Job) -> None:
     print("# follow worker 0; after status 75 start again:")
     show(pod.ssh("0", tail(job, 1)), pod.ssh("0", state(job)))
     if options.create:
-        print("# where the VM was taken away, before it is requested again:")
+        print("# where the VM was preempted, before it is requested again:")
         show(pod.delete())
     print("# at the end:")
     show(collect(pod, job))
@@ -330,6 +330,6 @@ def follow(pod: Pod, job: Job) -> int | None:
             say("the connection was lost; following again.")
             time.sleep(min(PAUSE, 5))
     except KeyboardInterrupt:
-        say(f"stopped following; the run goes on. The same command follows it again. End it: "
+        say(f"stopped following; the run continues. The same command follows it again. End it: "
             f"{shlex.join(pod.ssh('all', stop(job)))}")
         raise

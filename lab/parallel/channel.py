@@ -252,7 +252,7 @@ class Channel:
             pass
         link.gone.set()
         if not bye:
-            self._end(1, f"Process {process} ({link.name}) {how}. All processes stop; the same command goes on from "
+            self._end(1, f"Process {process} ({link.name}) {how}. All processes stop; the same command resumes from "
                          f"the last checkpoint.")
 
     def _end(self, status: int, sentence: str, aloud: bool = True, delay: float = 0.0) -> None:

@@ -129,7 +129,7 @@ class Checkpoints:
         except (ValueError, TypeError, KeyError, AttributeError) as e:  # a checkpoint has unreadable metadata
             bad = [p.parent.name for p in folder.glob("*/_CHECKPOINT_METADATA") if not _is_object(p)]
             raise UserError(f"{folder} cannot be read: the checkpoint of step {', '.join(bad) or '?'} is damaged "
-                            f"({e}). Move it away, and the same command goes on from an earlier one.") from e
+                            f"({e}). Move it away, and the same command resumes from an earlier one.") from e
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, ascending."""
@@ -150,7 +150,7 @@ class Checkpoints:
         free = None if self.remote else shutil.disk_usage(self.folder).free
         if free is not None and free < need:
             raise CannotWrite(f"The disk of {self.folder} is full: a checkpoint needs {need / 1e6:,.2f} MB and "
-                              f"{free / 1e6:,.2f} MB are free. Free some and run the same command: it goes on from the "
+                              f"{free / 1e6:,.2f} MB are free. Free some and run the same command: it resumes from the "
                               f"last checkpoint.")
         args = self._ocp.args
         arrays = manifest(state)
@@ -179,7 +179,7 @@ class Checkpoints:
                 reason = os.strerror(int(cause[1])) if cause else str(e).splitlines()[0][:200]
                 reason += "; raise the limit on them (ulimit -n)" if reason == os.strerror(errno.EMFILE) else ""
                 raise CannotWrite(f"A checkpoint could not be written to {self.folder}: {reason}. Earlier checkpoints "
-                                  f"are intact; run the same command to go on.") from e
+                                  f"are intact; run the same command to resume.") from e
             raise
 
     def restore(self, target: Any, step: int | None = None) -> Any | None:
@@ -235,7 +235,7 @@ class Checkpoints:
             aside = self.folder.parent / self.processes.share(aside.name)
             if self.processes.first:
                 (self.folder / str(later)).rename(aside)
-            log.warning("It is now %s; the run goes on from step %d.", aside, step)
+            log.warning("It was moved to %s; the run continues from step %d.", aside, step)
         self.processes.gather(None)
         self._manager.reload()
 

@@ -47,7 +47,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
         if "digest" in result and result.pop("digest") != digest(result):
             raise ValueError("it was edited")
     except ValueError as e:
-        raise UserError(f"{path} is damaged ({e}). Restore it, or delete it: the same command writes it anew.") from e
+        raise UserError(f"{path} is damaged ({e}). Restore it, or delete it: the same command writes it again.") from e
     marked_rows(folder / "metrics.jsonl", result.get("metrics"), finished=True)
     return result
 
@@ -96,7 +96,7 @@ def how(experiment: Mapping[str, Any]) -> dict[str, Any]:
 def carried_out_otherwise(before: Mapping[str, Any], experiment: Experiment) -> list[str]:
     """A message if the number of microbatches changed since the last start."""
     then, now = before.get("grad_accum_steps"), experiment.grad_accum_steps
-    return [f"Going on with --grad-accum-steps {now} instead of {then}: the same sums in another order."] * (
+    return [f"Continuing with --grad-accum-steps {now} instead of {then}: the same sums in another order."] * (
         then != now
     )
 
@@ -114,7 +114,7 @@ def changes(folder: Path, experiment: Experiment, data_fingerprint: str, on_chan
     if names and on_change == "refuse":
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         data = f" (fingerprint {there['data']} then, {data_fingerprint} now)" if "the data" in names else ""
-        raise UserError(f"{shown} changed since the run in {folder} began{data}. --accept goes on with it as it is, "
+        raise UserError(f"{shown} changed since the run in {folder} began{data}. --accept continues it as it is, "
                         f"--rerun deletes it and runs it again, --run-dir chooses another folder.")
     return names
 

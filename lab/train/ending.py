@@ -37,8 +37,8 @@ def interrupted(run: Any) -> int:
     run.save()
     run.checkpoints.wait()
     name = signal.Signals(run.stop.signal).name
-    run.screen.info(f"{name}: saved after step {run.step} of {run.experiment.steps}. The same command goes on from "
-                    f"there.")
+    run.screen.info(f"{name}: saved after step {run.step} of {run.experiment.steps}. Run the same command to "
+                    f"resume.")
     return EXIT[run.stop.signal]
 
 

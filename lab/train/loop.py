@@ -108,8 +108,8 @@ class TrainingRun:
         self.state, self.begun_at = first_state(self)
         self.step = int(self.state.step)
         if self.step % self.program.experiment.steps_per_call:
-            raise UserError(f"The run stands after step {self.step}, which is no multiple of --steps-per-call "
-                            f"{self.program.experiment.steps_per_call}: go on with --steps-per-call 1.")
+            raise UserError(f"The run is at step {self.step}, which is not a multiple of --steps-per-call "
+                            f"{self.program.experiment.steps_per_call}: resume with --steps-per-call 1.")
         self.rows = open_rows(self)
         self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
         self.board = open_tensorboard(folder) if tensorboard else None

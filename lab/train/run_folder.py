@@ -142,7 +142,7 @@ def open_folder(folder: Path, experiment: Experiment, file: Path | None, data_fi
             clear(folder)
             lines = [f"{', '.join(names)} changed: the run begins again."]
         elif names:
-            lines.append(f"Going on though {', '.join(names)} changed since the run began (--accept).")
+            lines.append(f"Continuing although {', '.join(names)} changed since the run began (--accept).")
     description = sealed({"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
                           "data": data_fingerprint, "code": code_of(experiment), "file": str(file) if file else None,
                           "checkpoints": checkpoints})

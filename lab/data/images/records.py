@@ -125,7 +125,7 @@ def _write(split: Encoded, form: Form, classes: int, skip_corrupt: bool, folder:
         file.flush()
         os.fsync(file.fileno())
     complain([], [] if skip_corrupt else [f"{name} ({text})" for name, text in corrupt],
-              ", or set --data.skip-corrupt to go on without")
+              ", or skip such images with --data.skip-corrupt")
     if not kept and not corrupt:
         raise UserError("There is no image to decode.")
     if not kept:

@@ -77,7 +77,7 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
     results = merge(studies) if len(studies) > 1 else studies[0]
     if not results.count()["done"]:
         raise UserError(f"No cell of {results.name} is finished yet ({accounting(results)}): there is nothing to "
-                        f"report. Run the study again; it goes on where it was.")
+                        f"report. Run the study again; it resumes.")
     output = output or (Path(folders[0]) if len(folders) == 1 else Path(f"report-of-{len(folders)}-studies"))
     make_folder(output)
     replace_file(output / "results.csv", cells_csv(results))

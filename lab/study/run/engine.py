@@ -191,11 +191,11 @@ class Engine:
             statuses = workers.run_workers(args, number, self.folder / "logs", self.screen, stop)
             left = sum(not self._finished(cell) for cell in self.cells)
             if left and stop():
-                self.screen.info(f"Stopped and saved: {left} cells are left. The same command goes on.")
+                self.screen.info(f"Stopped and saved: {left} cells are left. Run the same command to resume.")
                 return EXIT[stop.signal]
         if left:
             raise UserError(f"{left} cells are left, but the processes for them have ended (exit statuses {statuses}, "
-                            f"see above and {self.folder / 'logs'}). The same command goes on.")
+                            f"see above and {self.folder / 'logs'}). Run the same command to resume.")
         return 0
 
     def run(self) -> int:
@@ -220,7 +220,7 @@ class Engine:
                 lease.release()
             if status in STOPPED:
                 left = sum(not self._finished(cell) for cell in self.cells)
-                self.screen.info(f"Stopped and saved: {left} cells are left. The same command goes on.")
+                self.screen.info(f"Stopped and saved: {left} cells are left. Run the same command to resume.")
                 return status
             group = unit.group
         return 0

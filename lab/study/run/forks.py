@@ -56,7 +56,7 @@ def check_fork(base: Experiment, arm: Experiment, after: int) -> None:
     there, here = abstract_state(base), abstract_state(arm)
     taken = there._replace(opt_state=jax.eval_shape(functools.partial(_taken, arm), there))
     if str(taken) != str(here):
-        raise UserError("it cannot go on from the base's state: its model or its optimizer has another one.")
+        raise UserError("it cannot start from the base's state: its model or optimizer has another structure.")
 
 
 def _taken(experiment: Experiment, state: State) -> Any:

@@ -63,7 +63,7 @@ class Lease:
             if self._lost() and not self._done.wait(1) and self._lost():
                 # This machine slept, or lost the disk, for so long that another process took over the cell. Further
                 # writes would damage its files, and everything saved so far is valid: exit immediately.
-                print(f"error: {self.path} was taken over by another process. The same command goes on.",
+                print(f"error: {self.path} was taken over by another process. Run the same command again.",
                       file=sys.stderr, flush=True)
                 os._exit(EXIT_LOST)
 

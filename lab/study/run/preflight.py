@@ -178,7 +178,7 @@ def table(study: Study, arms: list[Arm], left: Mapping[str, int]) -> Table:
     for arm in arms:
         changes = [f"{path.rpartition('.')[2]}: " + (f"{_shown(base[path])} -> " if path in base else "")
                    + _shown(to_json(value)) for path, value in arm.changes.items()]
-        changes += [f"(goes on from the base after step {arm.after})"] if arm.after else []
+        changes += [f"(continues the base after step {arm.after})"] if arm.after else []
         found.add_row(arm.name, "\n".join(changes), human(arm.parameters), human(arm.flops), human(arm.memory) + "B",
                       human(arm.experiment.steps), str(left[arm.name]))
     found.caption = "FLOPs: per step; memory: peak; to run: cells"
