@@ -11,11 +11,13 @@ from lab.models.cnn import ConvNet, ResNet
 from lab.models.gan import GAN
 from lab.models.layers import Transformer
 from lab.models.rnn import LSTM
+from lab.pretrained import Pretrained
 from lab.tasks.language import LanguageModel
 from lab.train.console import Screen
 from lab.train.cost import make_plan
 from lab.train.experiment_file import load
 from lab.train.loop import train
+from lab.weights import Weights
 from tests.conftest import ROOT
 from tests.test_step import compiled_in_haste  # noqa: F401
 
@@ -26,7 +28,7 @@ STUDIES = [p for p in sorted((ROOT / "experiments").glob("*.py")) if p not in EX
 PARAMETERS = {"gpt_small": 124_439_808 + 47 * 768, "gpt_medium": 354_823_168 + 47 * 1024,
               "gpt_xl": 1_557_611_200 + 47 * 1600,
               "imagenet_resnet50": 25_557_032, "imagenet_vit_s16": 22_050_664 - 384 * (1 + 197)}
-SMALL = {Transformer: {"depth": 2, "width": 32, "heads": 2}, ResNet: {"width": 4}, ConvNet: {"channels": (4, 8)},
+SMALL = {Transformer: {"depth": 2, "width": 32, "heads": 2, "kv_heads": None}, ResNet: {"width": 4}, ConvNet: {"channels": (4, 8)},
          LSTM: {"width": 8, "hidden": 8}, GAN: {"width": 4}}
 
 
@@ -38,8 +40,9 @@ def shrunk(experiment):
             model = model.clone(**fields)
     optim = replace(experiment.optim, lr=replace(lr, warmup=min(lr.warmup, 1)))
     evaluate = replace(experiment.evaluate, every=0, records=8, patience=None)
-    return replace(experiment, model=model, optim=optim, steps=3, batch=8, steps_per_call=1, evaluate=evaluate,
-                   checkpoint=Checkpoint(every=0))
+    start = Pretrained() if isinstance(experiment.init_from, Weights) else experiment.init_from
+    return replace(experiment, model=model, init_from=start, optim=optim, steps=3, batch=8, steps_per_call=1,
+                   evaluate=evaluate, checkpoint=Checkpoint(every=0))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)

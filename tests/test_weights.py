@@ -360,6 +360,9 @@ WRITTEN = {
     "gpt2": {}, "gpt_neox": {"position": "rotary"}, "gpt_neox untied": {"position": "rotary", "tied": False},
     "llama": {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "kv_heads": 2,
               "rope_scaling": RopeScaling(context=16), "tied": False},
+    "qwen2": {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "qkv_bias": True},
+    "qwen3": {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "qk_norm": True,
+              "head_width": 24},
     "llama wide": {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "head_width": 24}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -37,20 +38,22 @@ def model(config: Config) -> GPT:
     return value
 
 
-def config(model: GPT) -> dict[str, Any]:
-    """The config.json of a model that fits."""
+def config(kind: str, model: GPT) -> dict[str, Any]:
+    """The config.json, with model_type `kind`, of a model that fits."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling is not None:
         scaling = model.rope_scaling
         rope = {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low,
                 "high_freq_factor": scaling.high, "original_max_position_embeddings": scaling.context}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": model.depth,
-            "hidden_size": model.width, "num_attention_heads": model.heads, "num_key_value_heads": model.groups,
-            "head_dim": model.head, "intermediate_size": round(model.hidden_multiple * model.width),
+    biases = {"attention_bias": False} | ({"mlp_bias": False} if kind == "llama" else {"use_sliding_window": False})
+    return {"architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
+            "num_hidden_layers": model.depth, "hidden_size": model.width, "num_attention_heads": model.heads,
+            "num_key_value_heads": model.groups, "head_dim": model.head,
+            "intermediate_size": round(model.hidden_multiple * model.width),
             "max_position_embeddings": model.context, "vocab_size": model.vocab, "hidden_act": "silu",
             "rms_norm_eps": model.norm_epsilon, "rope_theta": model.rope_base,
-            "rope_parameters": rope | {"rope_theta": model.rope_base}, "attention_bias": False, "mlp_bias": False,
-            "tie_word_embeddings": model.tied} | ({"rope_scaling": rope} if model.rope_scaling else {})
+            "rope_parameters": rope | {"rope_theta": model.rope_base}, "tie_word_embeddings": model.tied,
+            **({} if kind == "qwen2" else biases), **({"rope_scaling": rope} if model.rope_scaling else {})}
 
 
 def _rope(config: Config) -> tuple[float, RopeScaling | None]:
@@ -125,6 +128,8 @@ PERMUTED = _rules(IN_GGUF, "(N half two) D -> D (N two half)", "(G half two) D -
 LLAMA_GGUF = (Architecture("llama (GGUF)", "", gguf_model, PERMUTED),
               *(Architecture(f"{name} (GGUF)", "", gguf_model, _rules(IN_GGUF)) for name in ("qwen2", "qwen3")))
 LIKE = GPT(norm="rmsnorm", position="rotary", mlp="swiglu", bias=False)
-HOLDS = {"kv_heads": None, "head_width": None, "rope_base": None, "rope_scaling": None, "tied": None}
-LLAMA = (Architecture("llama", "model.", model, RULES, LIKE, HOLDS, config),
-         *(Architecture(name, "model.", model, RULES) for name in ("mistral", "qwen2", "qwen3")))
+HOLDS = {"kv_heads": None, "rope_base": None, "rope_scaling": None, "tied": None}
+LLAMA = tuple(Architecture(name, "model.", model, RULES, like, HOLDS | more, functools.partial(config, name))
+              for name, like, more in (("llama", LIKE, {"head_width": None}), ("qwen2", LIKE.clone(qkv_bias=True), {}),
+                                       ("qwen3", LIKE.clone(qk_norm=True), {"head_width": None}))
+              ) + (Architecture("mistral", "model.", model, RULES),)

@@ -19,7 +19,7 @@ from lab.weights.llama import LLAMA
 from lab.weights.read import sizes
 from lab.weights.rules import Architecture, applicable, matched
 
-WRITTEN = (GPT2, GPT_NEOX, LLAMA[0], BERT_FAMILY[0])
+WRITTEN = tuple(a for a in (GPT2, GPT_NEOX, *LLAMA, *BERT_FAMILY) if a.like is not None)
 # Fields that every one of these formats holds, or that do not matter to a finished model.
 FREE = {"depth", "width", "heads", "hidden_multiple", "context", "norm_epsilon", "vocab", "dropout", "attention",
         "remat", "scan", "parent", "name"}
