@@ -28,8 +28,8 @@ STUDIES = [p for p in sorted((ROOT / "experiments").glob("*.py")) if p not in EX
 PARAMETERS = {"gpt_small": 124_439_808 + 47 * 768, "gpt_medium": 354_823_168 + 47 * 1024,
               "gpt_xl": 1_557_611_200 + 47 * 1600,
               "imagenet_resnet50": 25_557_032, "imagenet_vit_s16": 22_050_664 - 384 * (1 + 197)}
-SMALL = {Transformer: {"depth": 2, "width": 32, "heads": 2, "kv_heads": None}, ResNet: {"width": 4}, ConvNet: {"channels": (4, 8)},
-         LSTM: {"width": 8, "hidden": 8}, GAN: {"width": 4}}
+SMALL = {Transformer: {"depth": 2, "width": 32, "heads": 2, "kv_heads": None}, ResNet: {"width": 4},
+         ConvNet: {"channels": (4, 8)}, LSTM: {"width": 8, "hidden": 8}, GAN: {"width": 4}}
 
 
 def shrunk(experiment):
