@@ -31,13 +31,13 @@ def user_path(text: str | Path) -> Path:
 def expand_home(words: Sequence[str]) -> list[str]:
     """Expands a leading ~ in command-line words, also after the = of --flag=~/file.
 
-    The shell does not expand ~ there or within quotes. The text of --prompt is not expanded.
+    The shell does not expand ~ there or within quotes. The texts of --prompt and --system are not expanded.
     """
     found, flag = [], ""
     for word in words:
         flag = word.partition("=")[0] if word.startswith("--") else flag
         name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if value.startswith("~") and flag != "--prompt":
+        if value.startswith("~") and flag not in ("--prompt", "--system"):
             word = name + equals + os.path.expanduser(value)
         found.append(word)
     return found

@@ -1,15 +1,16 @@
-"""`./launch.sh sample RUN`: continue a text with a trained language model."""
+"""`./launch.sh sample RUN`: continue a text with a trained language model, or with pretrained weights."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from lab.commands.arguments import call
+from lab.commands.sample_weights import is_location, sample_weights
 from lab.errors import UserError
 from lab.models.generate import sample_texts
 from lab.train.fitted import data_of
@@ -17,12 +18,12 @@ from lab.train.restore import open_run
 
 
 def main(args: Sequence[str]) -> int:
-    """RUN --prompt TEXT"""
+    """RUN or LOCATION, --prompt TEXT"""
     return call("sample", sample, args)
 
 
 def sample(
-    run: Annotated[Path, tyro.conf.Positional],
+    run: Annotated[str, tyro.conf.Positional],
     prompt: tuple[str, ...] = ("",),
     new_tokens: int = 200,
     temperature: float = 0.8,
@@ -33,11 +34,13 @@ def sample(
     step: int | None = None,
     best: bool = False,
     experiment: Path | None = None,
+    chat: bool = False,
+    system: str | None = None,
 ) -> None:
-    """Continues texts with a trained language model.
+    """Continues texts with a trained language model, or with pretrained weights.
 
     Args:
-      run: the run folder.
+      run: the run folder; or weights: hf:ORG/NAME, package:NAME/PATH, a .gguf file, a folder with config.json.
       prompt: one or more texts to continue; an empty text starts from scratch.
       new_tokens: maximum number of tokens to add. Longer texts use a sliding window of the model's context length.
       temperature: divides the logits. 1 samples from the model's distribution; lower is more deterministic.
@@ -48,21 +51,35 @@ def sample(
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
       experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
+      chat: pretrained weights only: the prompt is a question, put as the model's chat template says.
+      system: with --chat: how the model should answer.
     """
     for name, value, good in (("new-tokens", new_tokens, new_tokens >= 1),
                               ("top-k", top_k, top_k is None or top_k >= 1),
                               ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1)):
         if not good:
             raise UserError(f"--{name} {value} is out of range.")
+    if system is not None and not chat:
+        raise UserError("--system needs --chat.")
+    prompt, numbers = prompt or ("",), {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p}
+    if is_location(run):
+        if best or step is not None or experiment is not None:
+            raise UserError(f"--step, --best and --experiment are for run folders; {run} names pretrained weights.")
+        texts = sample_weights(run, prompt, chat=chat, system=system, new_tokens=new_tokens, seed=seed, **numbers)
+    elif chat:
+        raise UserError(f"--chat needs pretrained weights with a chat template; {run} is none.")
+    else:
+        texts = _of_run(Path(run), prompt, step, best, experiment, seed=seed, new_tokens=new_tokens, **numbers)
+    for text, continuation in zip(prompt, texts, strict=True):
+        print(continuation if chat else text + continuation)
+        if len(prompt) > 1:
+            print("---")
+
+
+def _of_run(run: Path, prompt: tuple[str, ...], step: int | None, best: bool, experiment: Path | None,
+            **how: Any) -> list[str]:
     found, program, state = open_run(run, step, best, file=experiment)
     data = data_of(run, found)
     if not hasattr(data, "decode"):
         raise UserError(f"The data of {run} cannot decode tokens to text: there is nothing to sample.")
-    prompt = prompt or ("",)
-    compute = functools.partial(program.compute, state)
-    texts = sample_texts(compute, found.model.context, data, list(prompt), seed=seed, new_tokens=new_tokens,
-                         temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
-    for text, continuation in zip(prompt, texts, strict=True):
-        print(text + continuation)
-        if len(prompt) > 1:
-            print("---")
+    return sample_texts(functools.partial(program.compute, state), found.model.context, data, list(prompt), **how)

@@ -129,8 +129,8 @@ class _Loaded:
         self.tokenizer.encode_special_tokens = True
         names = {i: name for name, i in self.tokenizer.get_vocab(with_added_tokens=True).items()}
         self.size = max(names, default=-1) + 1
-        added = {token["id"]: token for token in described.get("added_tokens") or ()}
-        self.special = [i for i, token in added.items() if token["special"]]
+        added = self.tokenizer.get_added_tokens_decoder()  # the file's ids may be others
+        self.special = [i for i, token in added.items() if token.special]
         self.byte_level = "ByteLevel" in {*_kinds(described.get("pre_tokenizer")), *_kinds(described.get("decoder"))}
         spell = functools.partial(_piece, described["model"], self.byte_level, alphabet())
         self.pieces = [names[i].encode() if i in added else spell(names[i]) if i in names else b""

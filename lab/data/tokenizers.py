@@ -74,6 +74,10 @@ class Fitted:
         """The text of the ids; bytes that are not UTF-8 (a sample cut inside a character) become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
+    def continuation(self, before: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray) -> str:
+        """The text that `ids` add to the ids before."""
+        return self.decode(ids)
+
 
 class Tokenizer(Protocol):
     """A tokenizer config; see the module docstring."""

@@ -82,7 +82,8 @@ def _generate(model: nn.Module, variables: Mapping[str, Any], prompt_BL: Array, 
 def sample_texts(compute: Callable[..., Any], context: int, text: Any, prompts: list[str], *, seed: int,
                  new_tokens: int | None = None, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float = 1.0) -> list[str]:
-    """Continues text prompts, all in one batch. `text`: the tokenizer (`encode`, `decode`, `eot`); `compute`: see
+    """Continues text prompts, all in one batch. `text`: the tokenizer (`encode`, `decode`, `eot`; optional:
+    `continuation`, where ids at the beginning of a text decode otherwise); `compute`: see
     `lab.tasks.base.EvalResult`; `context`: the model's; `new_tokens` None: fill the context.
 
     If prompt and new tokens exceed the context, generation uses a sliding window: a full window is cut to its last
@@ -121,7 +122,8 @@ def sample_texts(compute: Callable[..., Any], context: int, text: Any, prompts: 
         out = np.concatenate([out, found], 1)
     out = out[:, :new_tokens]
     ends = [list(row).index(stop) if stop in row else len(row) for row in out]
-    return [text.decode(row[:end]) for row, end in zip(out, ends, strict=True)]
+    decode = getattr(text, "continuation", lambda before, ids: text.decode(ids))
+    return [decode(ids, row[:end]) for ids, row, end in zip(encoded, out, ends, strict=True)]
 
 
 def _start(text: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class GGUF:
             raise UserError(f"{file} needs the package gguf: LAB_EXTRAS=gguf ./launch.sh ...") from None
         self.files, self._quants = (file,), gguf.quants
         try:
-            reader = gguf.GGUFReader(file)
+            reader = _reader(file, (stat := file.stat()).st_mtime_ns, stat.st_size)
             self.metadata = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as e:  # the library raises many kinds, also from NumPy
             raise UserError(f"{file} is not a complete GGUF file ({(str(e).splitlines() or [''])[0][:120]}).") from None
@@ -46,6 +47,13 @@ class GGUF:
         except (NotImplementedError, KeyError, ValueError) as e:
             raise UserError(f"{self.files[0]}: {name} is {kind.name}, which the gguf library does not dequantise "
                             f"({str(e).splitlines()[0][:80]}).") from None
+
+
+@functools.lru_cache(maxsize=1)  # seconds, and the tokenizer is in the same file as the tensors
+def _reader(file: Path, changed: int, size: int) -> Any:
+    import gguf
+
+    return gguf.GGUFReader(file)
 
 
 def config_of(metadata: dict[str, Any]) -> dict[str, Any]:

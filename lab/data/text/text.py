@@ -165,6 +165,10 @@ class TextData(Dataset):
         """Ids -> text; never raises, see `Fitted.decode`."""
         return self.fitted.decode(ids)
 
+    def continuation(self, before: np.ndarray, ids: np.ndarray) -> str:
+        """The text that `ids` add to the ids before."""
+        return self.fitted.continuation(before, ids)
+
     def validation_bytes(self, limit: int | None = None) -> bytes:
         """The first `limit` bytes of the validation text (all by default), without separators, to compare with gzip."""
         return decoded(self.validation.tokens, self.fitted, limit)

@@ -1,0 +1,81 @@
+"""`./launch.sh sample LOCATION`: continue a text, or answer, with somebody else's pretrained model."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def is_location(run: str) -> bool:
+    """Whether it names pretrained weights (see lab/weights/README.md), and not a run folder."""
+    return (run.startswith(("hf:", "package:")) or run.endswith(".gguf")
+            or (Path(run, "config.json").exists() and not Path(run, "experiment.json").exists()))
+
+
+def sample_weights(location: str, prompts: Sequence[str], *, chat: bool, system: str | None, new_tokens: int,
+                   **how: Any) -> list[str]:
+    """The continuation of each prompt, or with `chat` the answer to it. `how`: see `sample_texts`.
+
+    Raises:
+      UserError: no such weights, no tokenizer or chat template, or a model that continues no text.
+    """
+    from lab.models.generate import sample_texts
+    from lab.models.gpt import GPT
+    from lab.weights.read import find
+    from lab.weights.tokenizer import tokenizer_of
+
+    found = find(location)
+    if not isinstance(found.model, GPT):
+        raise UserError(f"{location} is a {type(found.model).__name__}, which continues no text.")
+    fitted = tokenizer_of(location, found.model)
+    encode: Callable[[str], Any] = fitted.encode
+    if chat:
+        prompts, encode = _conversations(location, fitted.config, prompts, system), fitted.encode_prompt
+    ids = [encode(prompt) for prompt in prompts]
+    context = found.model.context
+    if found.model.position == "rotary":  # the key/value cache has as many rows as the context
+        longest = max(map(len, ids), default=1)
+        context = max(2, min(context, (1 << (longest - 1).bit_length() if longest else 1) + new_tokens))
+    model, params = found.model.clone(context=context), _loaded(found)
+    text = SimpleNamespace(encode=encode, decode=fitted.decode, continuation=fitted.continuation, eot=fitted.eot,
+                           metadata={"vocab": fitted.size})
+
+    def compute(function: Callable[..., Any], *inputs: Any, **static: Any) -> Any:
+        return function(model, {"params": params}, *inputs, **static)
+
+    return sample_texts(compute, context, text, list(prompts), new_tokens=new_tokens, **how)
+
+
+def _loaded(found: Any) -> Any:
+    """The parameters on the first device, float32, one tensor after the other; logs the time and memory it took."""
+    import jax
+    from flax.traverse_util import unflatten_dict
+
+    begin = time.perf_counter()
+    arrays = found.arrays(lambda path, x: jax.device_put(x))
+    jax.block_until_ready(arrays)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
+    log.info("read %.1f M parameters in %.1f s; peak host memory %.2f GB", sum(x.size for x in arrays.values()) / 1e6,
+             time.perf_counter() - begin, peak / 1e9)
+    return unflatten_dict(arrays, sep="/")
+
+
+def _conversations(location: str, config: dict[str, str], prompts: Sequence[str], system: str | None) -> list[str]:
+    """Each prompt as a conversation of one user message, by the tokenizer's template."""
+    from lab.weights.chat import render
+
+    if "chat_template" not in config:
+        raise UserError(f"{location} has no chat template: leave out --chat to continue a text.")
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [render(config["chat_template"], [*opening, {"role": "user", "content": prompt}], special=config,
+                   title=location) for prompt in prompts]

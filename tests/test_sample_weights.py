@@ -1,0 +1,104 @@
+"""`./launch.sh sample LOCATION`: pretrained weights continue a text and answer."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from lab.__main__ import main
+from lab.models import generate
+from lab.models.gpt import GPT
+from lab.weights.read import parameter_shapes
+from lab.weights.tokenizer import tokenizer_of
+from lab.weights.write import write
+from tests.test_chat import CHATML
+from tests.test_hugging_face_tokenizer import EOT, byte_level
+
+HUGE = 1 << 24  # rows of a key/value cache that would need 4 GB
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> tuple[Path, GPT, dict]:
+    """A random Llama with a tokenizer, in a folder as Hugging Face has it."""
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    tokenizer = byte_level()
+    model = GPT(depth=1, width=32, heads=4, kv_heads=2, vocab=tokenizer.get_vocab_size() + 3, context=HUGE,
+                position="rotary", norm="rmsnorm", mlp="swiglu", bias=False)
+    draw = np.random.default_rng(0)
+    params = {path: draw.normal(0, 0.5, shape).astype(np.float32) for path, shape in parameter_shapes(model).items()}
+    write(model, params, folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": EOT, "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder, model, unflatten_dict(params, sep="/")
+
+
+@pytest.fixture
+def typed(capsys) -> Callable[..., tuple[int, str, str]]:
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return main(["sample", *map(str, words)]), *capsys.readouterr()
+
+    return run
+
+
+def greedy(model: GPT, params: dict, ids: list[int], new: int, size: int) -> list[int]:
+    """Without a cache."""
+    apply = jax.jit(lambda x: model.apply({"params": params}, x, train=False))
+    found = list(ids)
+    for _ in range(new):
+        logits = apply(jnp.asarray([found + [0] * (128 - len(found))]))[0, len(found) - 1, :size]
+        found.append(int(logits.argmax()))
+    return found[len(ids):]
+
+
+def test_it_continues_and_answers(tiny, typed, monkeypatch):
+    pytest.importorskip("jinja2", reason="LAB_EXTRAS=chat")
+    folder, model, params = tiny
+    contexts, whole = [], generate.sample_texts
+    monkeypatch.setattr(generate, "sample_texts", lambda compute, context, *rest, **named:
+                        contexts.append(context) or whole(compute, context, *rest, **named))
+    own = tokenizer_of(str(folder), model)
+    status, out, err = typed(folder, "--prompt", "the quick", "--greedy", "--new-tokens", "8")
+    expected = greedy(model, params, own.encode("the quick").tolist(), 8, own.size)
+    assert status == 0 and out == "the quick" + own.decode(expected) + "\n" and own.eot not in expected
+    assert "ead 0.0 M parameters in" in err and "peak host memory" in err
+    status, out, _ = typed(folder, "--prompt", "hi", "--chat", "--system", "~", "--greedy", "--new-tokens", "8")
+    prompt = "<|im_start|>system\n~<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    answer = greedy(model, params, own.encode_prompt(prompt).tolist(), 8, own.size)
+    answer = answer[: answer.index(own.eot)] if own.eot in answer else answer
+    assert status == 0 and out == own.decode(answer) + "\n"
+    text = greedy(model, params, own.encode(prompt).tolist(), 8, own.size)  # negative control: tags as plain text
+    assert text[: len(answer)] != answer
+    assert all(context < 300 for context in contexts) and len(contexts) == 2
+
+
+def test_bad_input_is_a_sentence(tiny, typed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tiny[0]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (copy / name).symlink_to(folder / name)
+    mistakes = [((tmp_path / "x.gguf",), "There is no .*x.gguf"), (("hf:no/where",), "neither in the cache"),
+                (("package:no_such_thing/x",), "not installed"), ((copy,), "has no tokenizer.json"),
+                ((tmp_path / "run", "--chat"), "--chat needs pretrained weights"), ((folder, "--best"), "run folders"),
+                ((folder, "--system", "x"), "--system needs --chat")]
+    for words, said in mistakes:
+        status, out, err = typed(*words)
+        assert status == 2 and not out and "Traceback" not in err
+        assert re.search(said, err), err
+    (copy / "tokenizer.json").symlink_to(folder / "tokenizer.json")
+    assert "has no chat template" in typed(copy, "--chat")[2]
+    large = json.loads((folder / "tokenizer.json").read_text())
+    large["added_tokens"] += [dict(large["added_tokens"][0], id=420 + i, content=f"<{i}>") for i in range(500)]
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").write_text(json.dumps(large))
+    status, out, err = typed(copy, "--prompt", "x")
+    assert status == 2 and "tokens and the model" in err and "do not belong together" in err
