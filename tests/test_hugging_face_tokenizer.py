@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from lab.commands.export import _tokenizer as exported
 from lab.data.gguf_vocabulary import LLAMA_3, QWEN_2, from_gguf
 from lab.data.hugging_face import HuggingFaceTokenizer
 from lab.data.messages.messages import Messages, encode_rows
@@ -155,6 +156,16 @@ def test_a_saved_tokenizer_needs_no_location(kind, made, tmp_path):
     assert value.identity() != HuggingFaceTokenizer(str(made["byte-level" if kind != "byte-level" else "Unigram"])
                                                     ).identity() and value.fit(None, 0).config["unk_token"] == "a"
     (made[kind] / "special_tokens_map.json").unlink()
+
+
+def test_a_run_exports_it(made, tmp_path):
+    folder = made["byte-level"]
+    (tmp_path / "tokenizer.json").write_text(saved_form(value := HuggingFaceTokenizer(str(folder)), value.fit(None, 0)))
+    text, about = exported(tmp_path)
+    assert text == (folder / "tokenizer.json").read_text() and about == {"eos_token": EOT, "eos_token_id": 0}
+    saved = Saved(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(saved_form(saved, saved.fit(None, 0)))
+    assert exported(tmp_path) == (text, about)
 
 
 def test_data(made, tmp_path):

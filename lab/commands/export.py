@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from lab.commands.arguments import call
+from lab.data.tokenizers import EOT
 from lab.errors import UserError
 
 
@@ -45,27 +46,36 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, step: int | Non
     arrays = {path.removeprefix("params/"): np.asarray(jax.device_get(x))
               for path, x in leaves(eval_variables(found, state)).items()}
     config = write(found.model, arrays, to)
-    tokenizer, end = _tokenizer(run)
-    replace_file(to / "generation_config.json", json.dumps({"eos_token_id": end, "bos_token_id": end}) + "\n")
+    tokenizer, about = _tokenizer(run)
+    ids = {name: about.pop(name, None) for name in ("eos_token_id", "bos_token_id")}
+    replace_file(to / "generation_config.json", json.dumps(ids) + "
+")
     if tokenizer:
         replace_file(to / "tokenizer.json", tokenizer)
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>",
-                 "bos_token": "<|endoftext|>", "model_max_length": found.model.context}
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", **about, "model_max_length": found.model.context}
         replace_file(to / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
     replace_file(to / "README.md", _card(run, config, finished(run), int(state.step), found.fingerprint()))
     print(f"{to}: {config['architectures'][0]}, {sum(x.size for x in arrays.values()):,} parameters, step "
           f"{int(state.step)}" + ("" if tokenizer else "; no tokenizer.json: this run's tokenizer has no such form"))
 
 
-def _tokenizer(run: Path) -> tuple[str | None, int | None]:
-    """(tokenizer.json, id of the end of a text) of a run with byte-level BPE; (None, None) for other tokenizers."""
+def _tokenizer(run: Path) -> tuple[str | None, dict[str, Any]]:
+    """(tokenizer.json, its special tokens and their ids) of a run with byte-level BPE or a pretrained model's
+    tokenizer; (None, {}) for other tokenizers."""
+    from lab.data.saved import revived
+
     try:
-        saved = json.loads((run / "tokenizer.json").read_text("utf-8"))
+        text = (run / "tokenizer.json").read_text("utf-8")
+        saved = json.loads(text)
+        if saved["kind"] == "HuggingFaceTokenizer":
+            return revived(text, str(run)).described()
         state = json.loads(saved["state"]) if saved["kind"] == "BPE" else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return None, None
-    ends = [token["id"] for token in state.get("added_tokens", []) if token["content"] == "<|endoftext|>"]
-    return (saved["state"], ends[0]) if ends else (None, None)
+        return None, {}
+    ends = [token["id"] for token in state.get("added_tokens", []) if token["content"] == EOT]
+    if not ends:
+        return None, {}
+    return saved["state"], {"eos_token": EOT, "bos_token": EOT, "eos_token_id": ends[0], "bos_token_id": ends[0]}
 
 
 def _card(run: Path, config: dict[str, Any], result: dict[str, Any] | None, step: int, fingerprint: str) -> str:

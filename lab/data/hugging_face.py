@@ -117,10 +117,10 @@ class _Loaded:
         from tokenizers import Tokenizer
 
         found = json.loads(state)
-        self.config = found["config"]
+        self.file, self.config = found["tokenizer"], found["config"]
         try:
-            self.tokenizer = Tokenizer.from_str(found["tokenizer"])
-            described = json.loads(found["tokenizer"])
+            self.tokenizer = Tokenizer.from_str(self.file)
+            described = json.loads(self.file)
         except Exception as e:  # the library raises no other class
             reason = (str(e).splitlines() or [""])[0][:120]
             raise UserError(f"{title}: tokenizer.json is none of the tokenizers library ({reason}).") from None
@@ -171,8 +171,7 @@ class FittedHuggingFace(Fitted):
 
     def __init__(self, found: _Loaded, special_tokens: bool, state: str):
         self._tokenizer, self._adds, self._byte_level = found.tokenizer, special_tokens, found.byte_level
-        self.config = found.config
-        """Of tokenizer_config.json: special tokens and chat_template."""
+        self._file, self.config = found.file, found.config  # special tokens and chat_template
         super().__init__(found.pieces, self._ids, found.id("eos_token"), state)
         self.byte_counts[found.special] = 0
         pad = found.id("pad_token", "eos_token")
@@ -253,3 +252,9 @@ class FittedHuggingFace(Fitted):
         """The text that `ids` add to the ids before. Decoded alone, they could lose a leading space."""
         start, whole = self.decode(before), self.decode([*before, *ids])
         return whole.removeprefix(start) if whole.startswith(start) else self.decode(ids)
+
+    def described(self) -> tuple[str, dict[str, Any]]:
+        """(tokenizer.json, fields of tokenizer_config.json with the ids of begin and end): the files it came from."""
+        ids = {f"{name}_id": self._tokenizer.token_to_id(token) for name, token in self.config.items()
+               if name in ("bos_token", "eos_token")}
+        return self._file, self.config | ids
