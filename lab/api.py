@@ -142,7 +142,7 @@ class Run:
 
 def _known(split: Split) -> Split:
     if split not in get_args(Split):
-        raise UserError(f"{split!r} is no split; they are called {', '.join(get_args(Split))}.")
+        raise UserError(f"{split!r} is not a split; the splits are {', '.join(get_args(Split))}.")
     return split
 
 

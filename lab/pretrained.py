@@ -13,7 +13,7 @@ from lab.errors import UserError
 
 
 def check_rules(**rules: tuple[str, ...]) -> None:
-    """Raises UserError for a rule of these fields that is no regular expression."""
+    """Raises UserError for a rule that is not a regular expression; names its field."""
     for name, expressions in rules.items():
         for rule in expressions:
             try:
@@ -64,7 +64,7 @@ class Continue(Start):
 
     `steps` counts all steps, including those of the other run, and the schedule is rebuilt for that total. The data
     continues with the next batch. State that does not match (a new layer, another optimizer's moments) is initialised
-    anew and reported.
+    at random and reported.
     """
 
     run: str

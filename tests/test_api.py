@@ -63,7 +63,7 @@ def test_apply_is_the_model_and_metrics_are_the_file(place, monkeypatch, tiny, c
     assert run.metrics() == rows
     assert run.metrics("validation") == [row for row in rows if row["split"] == "validation"] != rows
     for look in (run.metrics, lambda split: run.batch(1, split)):
-        with pytest.raises(UserError, match="'valid' is no split; they are called train, validation, test"):
+        with pytest.raises(UserError, match="'valid' is not a split; the splits are train, validation, test"):
             look("valid")
     before = (Path("tiny") / "metrics.jsonl").stat().st_mtime_ns
     assert lab.fit(replace(tiny, steps=4), "tiny", quiet=True).result == run.result  # only opened

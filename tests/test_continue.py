@@ -140,7 +140,7 @@ def test_another_model(base, tmp_path):
     report = json.loads((tmp_path / "run/pretrained.json").read_text())
     assert {"last/kernel", "last/bias"} < set(report["random"]) and "head/kernel" in report["loaded"]
     (tmp_path / "wide.py").write_text(OWN.replace(RETURN, RETURN.replace("(inputs)", "(inputs[:, :5])")))
-    with pytest.raises(UserError, match=r"head/kernel is \(\d+, 2\) .* and \(5, 2\) here: a run goes on with"):
+    with pytest.raises(UserError, match=r"head/kernel is \(\d+, 2\) .* and \(5, 2\) here: continuing a run needs"):
         train(replace(other, model=load(tmp_path / "wide.py").experiment.model), tmp_path / "wrong")
 
 

@@ -226,7 +226,7 @@ def test_a_run_of_a_file_of_ones_own(place, own, tmp_path, typed, mistake, monke
         (run / "experiment.py").write_text(edited)
         for command in (("eval", run), ("predict", run, "--input", "small.py"),
                         ("small.py", "--run-dir", tmp_path / "new", "--init-from.run", run)):
-            assert "user_own.Net is no class of lab" in (said := mistake(*command)) and "--experiment FILE" in said
+            assert "user_own.Net is not a class of lab" in (said := mistake(*command)) and "--experiment FILE" in said
         assert not marker.exists()
         assert "there is no such file" in mistake("eval", run, "--experiment", "gone.py")
         assert typed("eval", run, "--experiment", "hidden.py")[0] == 0  # under another name
@@ -235,9 +235,9 @@ def test_a_run_of_a_file_of_ones_own(place, own, tmp_path, typed, mistake, monke
         assert typed("eval", run)[0] == 0
         sys.modules.pop("user_own", None)
         monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))  # another machine
-        assert "user_own.Net is no class of lab" in mistake("eval", run)
+        assert "user_own.Net is not a class of lab" in mistake("eval", run)
         words = ("small.py", "--run-dir", tmp_path / "new", "--init-from.run", run)
-        assert "user_own.Net is no class of lab" in mistake(*words)
+        assert "user_own.Net is not a class of lab" in mistake(*words)
         assert typed(*words, "--init-from.experiment", "hidden.py")[0] == 0
     finally:
         (place / "hidden.py").rename(place / "own.py")

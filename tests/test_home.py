@@ -76,7 +76,7 @@ def test_the_fields_of_an_experiment(home):
     for source in (Saved("~/no/run").fit, GPT2("~/no").identity, TfdsText("x", "~/no").open):
         with pytest.raises(UserError, match=re.escape(str(home))):
             source(*([None, 0] if source.__name__ == "fit" else []))
-    with pytest.raises(UserError, match="is no copy of"):
+    with pytest.raises(UserError, match="is not a copy of"):
         Sklearn("california_housing", "~/folder").load()
     with pytest.raises(UserError, match=f"{home}/run is not a run folder"):
         initial_arrays(Pretrained("~/run"), None, None)

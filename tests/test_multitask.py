@@ -212,8 +212,8 @@ def test_parts_that_cannot_be(parts, text):
 
 
 @pytest.mark.parametrize("parts, text", [
-    ((replace(PARTS[0], name="klass"),), "--task.parts.0.name klass is no output of the model, which has class, group, "
-                                         "image."),
+    ((replace(PARTS[0], name="klass"),), "--task.parts.0.name klass is not an output of the model, which has class, "
+                                         "group, image."),
     ((replace(PARTS[1], groups=(0, 1, 2, 3, 3), group_names=()),), "--task.parts.0.groups has group 3, but the model's "
                                                                    "output group is for 3 groups."),
     ((PARTS[0], replace(PARTS[1], groups=(0, 1, 2, 0))), "--task.parts.1.groups has 4 numbers for 5 classes."),

@@ -186,7 +186,7 @@ def test_exact_gives_the_same_bits_on_every_number_of_devices(gpt):
     ({"exact": True, "mesh": Mesh(data=3), "batch": 24}, "divides it, not on 3"),
     ({"exact": True, "mesh": Mesh(1, 2)}, "--exact is for data parallelism"),
     ({"parallel": "pmap", "mesh": Mesh(1, 2)}, "pmap. is data parallelism"),
-    ({"mesh": Mesh(1, 1, 1, 2)}, "--mesh.sequence 2 divides no activation"),
+    ({"mesh": Mesh(1, 1, 1, 2)}, "--mesh.sequence 2 shards no activation"),
     ({"mesh": Mesh(1, 1, 2)}, "--mesh.tensor 2: no array"),
 ])
 def test_what_cannot_be_spread_is_said(changes, message):

@@ -537,7 +537,7 @@ def test_forest_is_coloured_by_holm_not_by_the_single_interval():
 def test_no_folder(mistake, place, study):
     assert "Say which study" in mistake("report")
     assert "studies/nirms does not exist. There are studies/norms-1" in mistake("report", "studies/nirms")
-    assert "is no study folder: it has no study.json" in mistake("report", "studies/norms-1/cells/rms/0")
+    assert "is not a study folder: it has no study.json" in mistake("report", "studies/norms-1/cells/rms/0")
 
 
 def test_nothing_finished(mistake, study):

@@ -393,7 +393,7 @@ def change_all(**cells: str):
     (change(price="Infinity"), {}, "line 22, column 'price': 'Infinity' is not finite"),
     (change(**{"class": ""}), {"target": "class", "drop": ("id", "price")}, "column 'class': the target is missing"),
     (change_all(price=""), {}, "line 2, column 'price': the target is missing"),
-    (change_all(**{"class": "2"}), {"target": "class", "drop": ("id", "price")}, "1 different values .* no classes"),
+    (change_all(**{"class": "2"}), {"target": "class", "drop": ("id", "price")}, "1 different values .* not classes"),
     (change_all(size="?"), {}, "column 'size': no training row has a value; leave it out with drop="),
     (change(), {"target": "prize"}, "houses.csv has no column 'prize'; near it are price"),
     (change(), {"drop": ("id", "colour")}, "houses.csv has no column 'colour'; it has id, size"),
@@ -648,7 +648,8 @@ def test_california_housing_from_each_kind_of_copy(tmp_path, no_copy):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     (tmp_path / "broken.tgz").write_bytes(b"broken")
     (tmp_path / "none").mkdir()
-    for name, message in (("other.csv", "no column 'longitude'"), ("none", "is no copy of california_housing: it may"),
+    for name, message in (("other.csv", "no column 'longitude'"),
+                          ("none", "is not a copy of california_housing: it may"),
                           ("broken.tgz", "Cannot read .*broken.tgz"), ("home", "home/cal_housing_py3.pkz is a pickle")):
         with pytest.raises(UserError, match=message):
             Sklearn("california_housing", str(tmp_path / name)).load()
@@ -685,7 +686,7 @@ def test_20newsgroups_from_each_kind_of_copy(tmp_path, no_copy):
     (tmp_path / "empty.tar").write_bytes(b"")
     (root / "20news-bydate-test/new.group").mkdir()
     (root / "20news-bydate-test/new.group/1").write_text("x")
-    for path, message in ((tmp_path, "is no copy of 20newsgroups: it may be"), (root, "lack: new.group"),
+    for path, message in ((tmp_path, "is not a copy of 20newsgroups: it may be"), (root, "lack: new.group"),
                           (tmp_path / "empty.tar", "Cannot read .*empty.tar")):
         bundled._load.cache_clear()
         with pytest.raises(UserError, match=message):

@@ -95,9 +95,9 @@ def _class(value: Mapping[str, Any]) -> type:
     if (found := find_class(path)) is not None:
         return found
     if path.startswith("lab."):
-        raise UserError(f"This run was made by other code: {path} is no part that an experiment can have here.")
-    raise UserError(f"This run was made by other code: {path} is no class of lab, and a run folder's own code is not "
-                    f"run. If you trust the experiment's file, name it: --experiment FILE.")
+        raise UserError(f"This run was made by other code: {path} is not a class that an experiment may hold.")
+    raise UserError(f"This run was made by other code: {path} is not a class of lab, and a run folder's own code is "
+                    f"not run. If you trust the experiment's file, name it: --experiment FILE.")
 
 
 def find_class(path: str) -> type | None:

@@ -91,7 +91,7 @@ class Origin:
         if self.columns is None:
             raise no_ids(id_column)
         if id_column not in self.columns:
-            raise UserError(f"--id {id_column}: the columns that are no features (--data.source.drop) are "
+            raise UserError(f"--id {id_column} is not a column left out by --data.source.drop; those are "
                             f"{', '.join(self.columns) or 'none'}.")
         return files | {id_column: [self.columns[id_column][i] for i in self.rows.tolist()]}
 

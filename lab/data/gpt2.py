@@ -41,7 +41,7 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
         merges = [(left, right) for left, right in (x.split() if isinstance(x, str) else x for x in lines)]
         for left, right in merges:
             if not {left, right} <= known:
-                raise ValueError(f"{left!r} or {right!r} is no token yet")
+                raise ValueError(f"{left!r} or {right!r} is not yet a token")
             known.add(left + right)
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a list of byte-level BPE merges (one pair a line, UTF-8).") from None

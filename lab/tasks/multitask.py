@@ -134,7 +134,7 @@ class MultiTask(Task):
         has = sorted(outputs) if isinstance(outputs, Mapping) else []
         for i, part in enumerate(self.parts):
             if part.name not in has:
-                raise UserError(f"--task.parts.{i}.name {part.name} is no output of the model, which has "
+                raise UserError(f"--task.parts.{i}.name {part.name} is not an output of the model, which has "
                                 f"{', '.join(has) or 'a single output without a name'}.")
             if part.groups and max(part.groups) >= outputs[part.name].shape[-1]:
                 raise UserError(f"--task.parts.{i}.groups has group {max(part.groups)}, but the model's output "

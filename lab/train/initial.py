@@ -83,7 +83,7 @@ def from_run(start: Pretrained, state: Any, data: Any) -> tuple[Given, Report]:
             continue
         if there[path].shape != x.shape:
             raise UserError(f"{path} is {there[path].shape} in {start.run} and {x.shape} here. Make them equal, or "
-                            f"begin at random there with --init-from.exclude {path}.")
+                            f"initialise it at random with --init-from.exclude {path}.")
         given[path] = np.asarray(there[path])
     if not given:
         raise UserError(f"Nothing in {start.run} fits: it has {', '.join(list(there)[:3])}, ..., here are "
@@ -109,8 +109,8 @@ def from_checkpoint(start: Continue, state: Any, data: Any) -> tuple[Given, Repo
     experiment, _, found = open_run(folder, start.step if step is None else step, file=file)
     there, wanted = leaves(found.params) | leaves(found.model_state), leaves(state.params) | leaves(state.model_state)
     if wrong := [path for path, x in wanted.items() if path in there and there[path].shape != x.shape]:
-        raise UserError(f"{wrong[0]} is {there[wrong[0]].shape} in {start.run} and {wanted[wrong[0]].shape} here: a "
-                        f"run goes on with the model that it has.")
+        raise UserError(f"{wrong[0]} is {there[wrong[0]].shape} in {start.run} and {wanted[wrong[0]].shape} here: "
+                        f"continuing a run needs the same model.")
     given: Given = {path: np.asarray(there[path]) for path in wanted if path in there}
     steps = int(found.step)
     moments, fresh, left = take_over(found.opt_state, state.opt_state, steps)
@@ -136,7 +136,7 @@ def from_word_vectors(start: WordVectors, state: Any, data: Any) -> tuple[Given,
     if not words:
         raise UserError("Word vectors need data with a vocabulary of words: tokenizer=Words(...).")
     if wanted[path].ndim != 2:
-        raise UserError(f"--init-from.parameter {path} has shape {wanted[path].shape}: it is no embedding.")
+        raise UserError(f"--init-from.parameter {path} has shape {wanted[path].shape}: it is not an embedding.")
     size, dimension = wanted[path].shape
     place = {word: i for i, word in enumerate(words[:size])}
     # Normal like torch.nn.Embedding, but small compared with GloVe's vectors. Depends only on the shape.
@@ -168,8 +168,8 @@ def _read_vectors(path: str, place: dict[str, int], rows: np.ndarray) -> int:
                     row = np.array(values, np.float64)
                     if not (good := np.abs(row) < 1e30).all():  # also False for NaN
                         bad = values[int(np.argmin(good))]
-                        raise UserError(f"{path}, line {number}: the vector of {first[:30]!r} has {bad!r} in "
-                                        f"it, which is no number to train with. Correct or delete the line.")
+                        raise UserError(f"{path}, line {number}: the vector of {first[:30]!r} contains "
+                                        f"{bad!r}. Correct or delete the line.")
                     rows[place[first]] = row
                     found += 1
     except OSError as e:

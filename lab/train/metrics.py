@@ -77,7 +77,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line.decode())
             if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("split"), str):
-                raise ValueError("it is no row of metrics with a step and a split")
+                raise ValueError("it is not a row of metrics with a step and a split")
             rows.append(row)
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path}, line {number} is damaged ({e}). Restore it, or start afresh with "

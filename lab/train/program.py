@@ -133,8 +133,8 @@ class Program:
         given = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in numbers_of(experiment, self.numbers).items()}
         lowered = jitted.lower(self.abstract, batch, given, self.resident)
         if self.mesh.shape["sequence"] > 1 and "sequence" not in used:
-            raise UserError(f"--mesh.sequence {self.mesh.shape['sequence']} divides no activation of this model: it is "
-                            f"for Transformers, and for a length that it divides.")
+            raise UserError(f"--mesh.sequence {self.mesh.shape['sequence']} shards no activation of this model: it "
+                            f"needs a Transformer whose length it divides.")
         return lowered
 
     @functools.cached_property

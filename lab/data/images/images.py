@@ -267,7 +267,7 @@ class ImageData(Dataset):
             images = read_idx(path)
             images = images[..., None] if images.ndim == 3 else images
             if images.ndim != 4:
-                raise UserError(f"{path} holds an array of shape {images.shape}, which are no images.")
+                raise UserError(f"{path} holds an array of shape {images.shape}, which is not a batch of images.")
             pixels = Pixels(path.name, images, np.zeros(len(images), np.int32))
             return Incoming(Arrays({"inputs": reshaped(pixels, self.form)}), list(range(len(images))),
                             [f"{path.name} {i}" for i in range(len(images))])

@@ -189,7 +189,7 @@ def _no_copy(path: Path, name: str) -> UserError:
     if pickles:
         return UserError(f"{pickles[0]} is a pickle, which may run any code when it is opened, so it is not. Give "
                          f"path=, {_LAYOUTS[name]}, or leave path out to download the archive.")
-    return UserError(f"{path} is no copy of {name}: it may be {_LAYOUTS[name]}.")
+    return UserError(f"{path} is not a copy of {name}: it may be {_LAYOUTS[name]}.")
 
 
 def _housing(path: Path) -> Bunch:

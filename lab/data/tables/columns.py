@@ -138,7 +138,7 @@ def class_targets(tables: "list[Columns]", name: str) -> tuple[tuple[str, ...], 
     shown = some(names)
     if len(names) < 2 or len(names) * 2 > max(len(first), 4):
         raise UserError(f"{first.title}, column {name!r}: {len(names)} different values in {len(first)} rows ({shown}) "
-                        f"are no classes; is it the right target, and is task= right?")
+                        f"are not classes. Check the target, and task=.")
     place = {label: i for i, label in enumerate(names)}
     for table, own in zip(tables, labels, strict=True):
         for row, label in enumerate(own):

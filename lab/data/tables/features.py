@@ -109,9 +109,9 @@ def fit(table: Columns, name: str, rows: np.ndarray, *, standardise: bool, unsee
         if len(count) > max(sum(count.values()) / 2, LEARNABLE) and not text and unseen == "error":
             raise UserError(
                 f"{table.title}, column {name!r}: {len(count):,} different texts ({some(sorted(count))}) in "
-                f"{sum(count.values()):,} training rows; dates, ranges, names and sentences are no categories to learn "
-                f"from. Write them as numbers, or leave the column out (--data.source.drop); --data.source.categorical "
-                f"takes them all the same."
+                f"{sum(count.values()):,} training rows; dates, ranges, names and sentences are not "
+                f"categories. Write them as numbers, or leave the column out (--data.source.drop); "
+                f"--data.source.categorical accepts them anyway."
             )
         if count:
             fill = min(count, key=lambda value: (-count[value], value))

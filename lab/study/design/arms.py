@@ -125,7 +125,7 @@ class Study:
             raise UserError(f"Say whether a small or a large {self.metric} is good: mode='min' or 'max' (--mode).")
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-                raise UserError(f"The seeds of a study are whole numbers in [0, 2^32), and {seed!r} is none.")
+                raise UserError(f"The seeds of a study are whole numbers in [0, 2^32), not {seed!r}.")
         if strange := set(self.tuning_seeds) - set(self.seeds):
             raise UserError(f"The tuning seeds {sorted(strange)} are not among the seeds of the study.")
         for name in self.design.arms:

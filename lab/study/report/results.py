@@ -167,7 +167,7 @@ def read_study(folder: Path) -> Results:
     """
     if not (folder / "study.json").is_file():
         near = sorted(str(p.parent) for p in (Path("studies"), folder) for p in p.glob("*/study.json"))
-        what = "is no study folder: it has no study.json" if folder.is_dir() else "does not exist"
+        what = "is not a study folder: it has no study.json" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}." + (f" There are {', '.join(near[:5])}." if near else ""))
     path, remedy = folder / "study.json", "Run the study again; finished cells are kept."
     study = _json(path, remedy, STUDY)
@@ -221,7 +221,7 @@ def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dic
     if not (folder / "cell.json").is_file():
         lease = units.get(f"{arm}-{seed}", (f"{arm}-{seed}", ""))[0]
         return CellResult(arm, seed, folder, running=(study_folder / "leases" / f"{lease}.json").exists())
-    remedy = f"Delete {folder} and run the study again: it makes this cell anew."
+    remedy = f"Delete {folder} and run the study again: it reruns this cell."
     cell = _json(folder / "cell.json", remedy, CELL)
     status = cell.get("status")
     # A cell linked from another study may have another arm name there.
