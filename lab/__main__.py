@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
 def overview() -> str:
     """The help text: commands and experiments."""
     rows = [("EXPERIMENT.py [--flags]", "train or resume it; --help lists all flags, --dry-run prints size and cost"),
-            ("EXPERIMENT.py --vary FIELD=a,b", "a study: arms x seeds, then a report; files ablate_* and sweep_*, too"),
+            ("EXPERIMENT.py --vary FIELD=a,b", "a study: arms x seeds, then a report; the files ablate_* and sweep_* are studies"),
             *[(f"{name} ...", summary) for name, (_, summary) in COMMANDS.items()],
             ("--processes N EXPERIMENT.py ...", "train with N processes on this machine (2x4: with 4 devices each)"),
             ("tests [--all] [pytest arguments]", "run the quick tests, or all of them"),
@@ -47,7 +47,7 @@ COMMANDS = {
     "predict": ("predict", "RUN --input FILE: predictions for new records, as CSV"),
     "export": ("export", "RUN --to FOLDER: a trained GPT for Hugging Face's transformers"),
     "report": ("report", "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
-    "plan": ("plan", "EXPERIMENT.py --on v5e-256: compile for a machine that is not here; memory, bound on time"),
+    "plan": ("plan", "EXPERIMENT.py --on v5e-256: compile for another machine: memory and a bound on the time"),
     "bench": ("bench", "EXPERIMENT.py: measure compilation, a step, its parts, throughput, memory"),
 }
 

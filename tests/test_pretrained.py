@@ -481,7 +481,8 @@ def test_the_header_of_word2vec_and_a_home_folder(colours, vectors, tmp_path, mo
 def test_word_vectors_that_fit_nowhere(colours, vectors, tmp_path):
     with pytest.raises(UserError, match="--init-from.parameter tok/embedding: .*no such parameter"):
         vectors(GLOVE, parameter="tok/embedding")
-    with pytest.raises(UserError, match=r"classify/bias has shape \(2,\): it is not an embedding"):
+    with pytest.raises(UserError,
+                       match=r"--init-from.parameter classify/bias has shape \(2,\): it is not an embedding"):
         vectors(GLOVE, parameter="classify/bias")
     for place, why in ((tmp_path / "missing.txt", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UserError, match=f"Cannot read the word vectors {place}: {why}"):
