@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # imports of JAX (3 s) stay in the commands that need it
 def overview() -> str:
     """The help text: commands and experiments."""
     rows = [("EXPERIMENT.py [--flags]", "train or resume it; --help lists all flags, --dry-run prints size and cost"),
-            ("EXPERIMENT.py --vary FIELD=a,b", "a study: arms x seeds, then a report; the files ablate_* and sweep_* are studies"),
+            ("EXPERIMENT.py --vary FIELD=a,b", "a study: arms x seeds, then a report; so are ablate_* and sweep_*"),
             *[(f"{name} ...", summary) for name, (_, summary) in COMMANDS.items()],
             ("--processes N EXPERIMENT.py ...", "train with N processes on this machine (2x4: with 4 devices each)"),
             ("tests [--all] [pytest arguments]", "run the quick tests, or all of them"),

@@ -14,7 +14,7 @@ from lab.models.rnn import LSTM
 from lab.pretrained import Pretrained
 from lab.tasks.language import LanguageModel
 from lab.train.console import Screen
-from lab.train.cost import make_plan
+from lab.train.cost import cost_of
 from lab.train.experiment_file import load
 from lab.train.loop import train
 from lab.weights import Weights
@@ -84,5 +84,5 @@ def test_the_docstring_opens_with_a_summary_and_the_command(path):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_real_one_has_the_published_size(name):
-    plan = make_plan(load(ROOT / f"experiments/{name}.py").experiment)
+    plan = cost_of(load(ROOT / f"experiments/{name}.py").experiment)
     assert plan.parameters == PARAMETERS[name]

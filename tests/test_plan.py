@@ -15,7 +15,7 @@ from lab.models.precision import project
 from lab.models.splash import splash_attention
 from lab.optim import AdamW, Constant
 from lab.tasks.language import LanguageModel
-from lab.train.cost import count_flops, make_plan, size_of
+from lab.train.cost import cost_of, count_flops, size_of
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def test_gpt2_is_within_1_percent_of_the_rule(model, batch):
     """6 N D (Kaplan et al. 2020), N without the position table, which multiplies nothing, plus attention's products:
     2 products x 2 FLOPs x length x width, forward once and backward twice, for every token and block."""
     length = 1024
-    plan = make_plan(experiment(model, length, batch))
+    plan = cost_of(experiment(model, length, batch))
     tokens, table = batch * length, model.context * model.width
     attention = 12 * model.depth * model.width * length * tokens
     rule = 6 * (plan.parameters - table) * tokens + attention
@@ -165,14 +165,14 @@ TINY = GPT(depth=2, width=16, heads=2, vocab=11, context=8)
 
 
 def test_scan_remat_and_microbatches_do_not_change_the_flops():
-    plan = make_plan(experiment(TINY))
+    plan = cost_of(experiment(TINY))
     for model in (replace_model(scan=True), replace_model(remat="blocks")):
-        assert make_plan(experiment(model)).flops == plan.flops
-    assert make_plan(experiment(TINY, grad_accum_steps=4)).flops == plan.flops
-    assert make_plan(experiment(TINY, precision="bfloat16")).flops == plan.flops
-    assert make_plan(replace(experiment(TINY), task=LanguageModel(chunk=4))).flops == plan.flops
-    assert make_plan(experiment(TINY, batch=8)).flops == 2 * plan.flops  # negative controls
-    assert make_plan(experiment(replace_model(depth=1))).flops < plan.flops
+        assert cost_of(experiment(model)).flops == plan.flops
+    assert cost_of(experiment(TINY, grad_accum_steps=4)).flops == plan.flops
+    assert cost_of(experiment(TINY, precision="bfloat16")).flops == plan.flops
+    assert cost_of(replace(experiment(TINY), task=LanguageModel(chunk=4))).flops == plan.flops
+    assert cost_of(experiment(TINY, batch=8)).flops == 2 * plan.flops  # negative controls
+    assert cost_of(experiment(replace_model(depth=1))).flops < plan.flops
 
 
 def replace_model(**fields):
@@ -182,7 +182,7 @@ def replace_model(**fields):
 def test_activations_shrink_with_remat_microbatches_and_bfloat16():
     """Of a model whose activations outweigh its parameters."""
     def kept(batch=16, fields=None, **settings):
-        return make_plan(experiment(TINY.clone(**fields or {}), batch=batch, **settings)).activations
+        return cost_of(experiment(TINY.clone(**fields or {}), batch=batch, **settings)).activations
 
     all_of_it = kept(fields={"scan": True})
     assert kept(fields={"remat": "blocks"}) < 0.5 * kept()
@@ -205,7 +205,7 @@ class Two(nn.Module):
 
 
 def test_modules():
-    plan = make_plan(experiment(Two()))
+    plan = cost_of(experiment(Two()))
     assert dict((name, rest) for name, *rest in plan.modules()) == {
         "wte": [44, 1], "layer_*": [60, 6], "head_norm": [44, 1]}
     assert sorted(plan.modules(2)) == [("head_norm/kernel", 44, 1), ("layer_*/bias", 12, 3),
@@ -213,7 +213,7 @@ def test_modules():
     for depth in (1, 2, 5):
         assert sum(size for _, size, _ in plan.modules(depth)) == plan.parameters == 148
     assert plan.flops == 6 * (3 * 16 + 44) * 4 * 8
-    scanned, unrolled = (make_plan(experiment(replace_model(scan=s))).modules(1) for s in (True, False))
+    scanned, unrolled = (cost_of(experiment(replace_model(scan=s))).modules(1) for s in (True, False))
     assert sorted(size for _, size, _ in scanned) == sorted(size for _, size, _ in unrolled)
     assert {name for name, *_ in scanned} == {"wte", "wpe", "blocks", "final_norm"}
     assert {name for name, *_ in unrolled} == {"wte", "wpe", "block_*", "final_norm"}
@@ -224,13 +224,13 @@ def test_size_of():
             "c": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16), "d": None}
     assert size_of(tree) == 60 + 4 + 14 + 12
     assert size_of({}) == 0
-    plan = make_plan(experiment(TINY))
+    plan = cost_of(experiment(TINY))
     assert size_of(plan.state.params) == 4 * plan.parameters
     assert size_of(plan.state.opt_state) >= 8 * plan.parameters  # AdamW's two moments
 
 
 def test_a_plan_computes_nothing():
     """A model that would need 100 TB."""
-    plan = make_plan(experiment(GPT(depth=2, width=1 << 20, heads=1 << 13, vocab=11, context=8, scan=True)))
+    plan = cost_of(experiment(GPT(depth=2, width=1 << 20, heads=1 << 13, vocab=11, context=8, scan=True)))
     assert plan.parameters > 2 * 12 * (1 << 40)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(plan.state))

@@ -28,7 +28,7 @@ from lab.parallel.sharding import constrained
 from lab.train import metrics
 from lab.train.check import load_data
 from lab.train.console import Screen, human
-from lab.train.cost import make_plan
+from lab.train.cost import cost_of
 from lab.train.program import Program
 from lab.train.step import State, make_loss, microbatched, prepare
 
@@ -95,7 +95,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
         ends[-1] = time.perf_counter()
     ms = 1000 / n * np.diff(ends[WARM - 1 :])
     median, units = float(np.median(ms)), experiment.batch * data.units_per_record
-    flops = make_plan(experiment).flops / median * 1000
+    flops = cost_of(experiment).flops / median * 1000
     profile, state = _profile(program, state, program.batch(read, 0)) if options.profile else (None, state)
     parts = _breakdown(program, state, data, options.timed_steps) if options.breakdown else {}  # donates the state
     found = {

@@ -16,7 +16,7 @@ from lab.experiment import Experiment
 from lab.parallel.sharding import AXES, describe_state, mesh_sizes, state_shardings
 from lab.train.check import LOOKS, load_data, model_outputs, try_out
 from lab.train.console import facts, human
-from lab.train.cost import Cost, make_plan, optimizer_flops, size_of
+from lab.train.cost import Cost, cost_of, optimizer_flops, size_of
 from lab.train.shapes import batch_spec
 from lab.train.step import State
 
@@ -34,51 +34,51 @@ def show(experiment: Experiment) -> None:
     with contextlib.suppress(Absent):  # reported below
         if not getattr(experiment.data, "slow", False):
             data = load_data(experiment)
-    plan = make_plan(experiment)
-    if data and plan.parameters < SMALL and plan.flops * LOOKS < QUICK * experiment.batch:
+    cost = cost_of(experiment)
+    if data and cost.parameters < SMALL and cost.flops * LOOKS < QUICK * experiment.batch:
         try_out(experiment, data)
     units = experiment.batch * experiment.data.units_per_record
 
     modules = Table("module", "parameters", "arrays", title="Parameters", title_justify="left")
-    for name, size, arrays in plan.modules(2):
+    for name, size, arrays in cost.modules(2):
         modules.add_row(name, f"{size:,}", str(arrays))
     modules.add_section()
-    modules.add_row("all", f"{plan.parameters:,}", str(len(jax.tree.leaves(plan.state.params))))
+    modules.add_row("all", f"{cost.parameters:,}", str(len(jax.tree.leaves(cost.state.params))))
     console.print(modules)
 
     unit = experiment.data.unit
-    rule = 6 * plan.parameters * units
-    cost = Table("", "", show_header=False, title="Cost", title_justify="left")
-    cost.add_row("steps", f"{experiment.steps:,}")
-    cost.add_row(f"{unit}/step", f"{units:,} ({experiment.batch} records x {experiment.data.units_per_record})")
-    cost.add_row(f"total {unit}", human(units * experiment.steps))
-    beside = f" ({plan.flops / rule:.2f} x the rule 6 x parameters x tokens)" if unit == "tokens" else ""
-    cost.add_row("FLOPs/step", human(plan.flops) + beside)
-    optimizer = optimizer_flops(experiment, plan.state)
+    rule = 6 * cost.parameters * units
+    costs = Table("", "", show_header=False, title="Cost", title_justify="left")
+    costs.add_row("steps", f"{experiment.steps:,}")
+    costs.add_row(f"{unit}/step", f"{units:,} ({experiment.batch} records x {experiment.data.units_per_record})")
+    costs.add_row(f"total {unit}", human(units * experiment.steps))
+    beside = f" ({cost.flops / rule:.2f} x the rule 6 x parameters x tokens)" if unit == "tokens" else ""
+    costs.add_row("FLOPs/step", human(cost.flops) + beside)
+    optimizer = optimizer_flops(experiment, cost.state)
     if optimizer:
-        cost.add_row("and of the optimizer", f"{human(optimizer)} ({optimizer / max(plan.flops, 1):+.0%})")
-    cost.add_row("total FLOPs", human((plan.flops + optimizer) * experiment.steps))
-    console.print(cost)
+        costs.add_row("and of the optimizer", f"{human(optimizer)} ({optimizer / max(cost.flops, 1):+.0%})")
+    costs.add_row("total FLOPs", human((cost.flops + optimizer) * experiment.steps))
+    console.print(costs)
 
     memory = Table("", "bytes", show_header=False, title="Memory (all devices together)", title_justify="left")
-    memory.add_row("parameters", human(size_of(plan.state.params)) + "B")
-    memory.add_row("optimizer state", human(size_of(plan.state.opt_state)) + "B")
-    memory.add_row("gradients", human(size_of(plan.state.params)) + "B")
-    memory.add_row("peak activations", human(plan.activations) + "B")
+    memory.add_row("parameters", human(size_of(cost.state.params)) + "B")
+    memory.add_row("optimizer state", human(size_of(cost.state.opt_state)) + "B")
+    memory.add_row("gradients", human(size_of(cost.state.params)) + "B")
+    memory.add_row("peak activations", human(cost.activations) + "B")
     memory.add_row("one batch", human(size_of(batch_spec(experiment))) + "B")
     console.print(memory)
-    _placement(console, experiment, plan.state)
+    _placement(console, experiment, cost.state)
     try:
         described = experiment.data.describe() if hasattr(experiment.data, "describe") else {}
     except Absent as e:
         described = {"data": str(e)}
-    console.print(_evaluation(experiment, plan, described), soft_wrap=True)
+    console.print(_evaluation(experiment, cost, described), soft_wrap=True)
     console.print("Data", style="italic")
     for line in facts(described):
         console.print(line, soft_wrap=True)
 
 
-def _evaluation(experiment: Experiment, plan: Cost, described: Mapping[str, Any]) -> str:
+def _evaluation(experiment: Experiment, cost: Cost, described: Mapping[str, Any]) -> str:
     """The cost of all evaluations relative to training. Evaluating a record takes a forward pass, a third of the FLOPs
     of training on it."""
     settings = experiment.evaluate
@@ -92,7 +92,7 @@ def _evaluation(experiment: Experiment, plan: Cost, described: Mapping[str, Any]
     share = steps / experiment.steps
     advice = " Less: --evaluate.records N, or a larger --evaluate.every." if share > 0.25 else ""
     return (f"Evaluation: {times} times {records:,} records of the validation split, "
-            f"{human(plan.flops * steps)} FLOPs, {share:.0%} of those of training.{advice}")
+            f"{human(cost.flops * steps)} FLOPs, {share:.0%} of those of training.{advice}")
 
 
 def _placement(console: Console, experiment: Experiment, state: State) -> None:

@@ -17,7 +17,7 @@ from lab.parallel.sharding import bytes_per_device
 from lab.planning import hlo, topologies
 from lab.planning.roofline import Roofline, roofline
 from lab.planning.topologies import GiB, Topology
-from lab.train.cost import make_plan, step_flops
+from lab.train.cost import cost_of, step_flops
 from lab.train.program import Program
 
 UNITS = {"K": 2**10, "M": 2**20, "G": GiB, "T": 2**40}
@@ -79,7 +79,7 @@ def compile_plan(experiment: Experiment, topology: Topology) -> CompiledPlan:
     experiment = replace(experiment, steps_per_call=1, deterministic=False)  # compiling deterministic ops needs a GPU
     devices = topologies.devices(topology)
     program = Program(experiment, devices=devices)
-    state, placed, cost = program.abstract, program.shardings, make_plan(experiment)
+    state, placed, cost = program.abstract, program.shardings, cost_of(experiment)
     memory = Memory(bytes_per_device(state.params, placed.params),
                     bytes_per_device(state.opt_state, placed.opt_state), *[None] * 5)
     collectives, traffic, seconds, flops = [], 0, None, step_flops(experiment)

@@ -81,7 +81,7 @@ def size_of(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def make_plan(experiment: Experiment) -> Cost:
+def cost_of(experiment: Experiment) -> Cost:
     """Computes the cost by tracing the loss of one microbatch."""
     state = abstract_state(experiment)
     rows = experiment.batch // experiment.grad_accum_steps

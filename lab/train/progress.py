@@ -11,7 +11,7 @@ from typing import Any
 from lab.experiment import Experiment
 from lab.train import metrics
 from lab.train.console import clock, human
-from lab.train.cost import make_plan
+from lab.train.cost import cost_of
 from lab.train.program import Program
 
 
@@ -22,7 +22,7 @@ class Clock:
         self.experiment, self.data, self.first = experiment, data, step
         self.units = experiment.batch * data.units_per_record
         self.devices = devices
-        self.flops = make_plan(experiment).flops if metrics.peak_flops() else math.nan  # 0.4 s, needed for MFU only
+        self.flops = cost_of(experiment).flops if metrics.peak_flops() else math.nan  # 0.4 s, needed for MFU only
         self.begun = self.last = time.monotonic()
         self.other = {"evaluation": 0.0, "checkpoint": 0.0}
         self.rate: float | None = None  # seconds per step, smoothed

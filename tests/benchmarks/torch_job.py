@@ -28,7 +28,7 @@ from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.optim.matrices import matrices
 from lab.train import metrics
-from lab.train.cost import make_plan
+from lab.train.cost import cost_of
 from lab.train.restore import leaves
 from lab.train.shapes import batch_spec, one_record
 from lab.train.step import init_state, prepare
@@ -80,7 +80,7 @@ def write(experiment: Experiment, folder: Path, updates: int, validation: bool =
         "parameters": sum(x.size for x in parameters.values()),
         "unit": data.unit,
         "units": experiment.batch * data.units_per_record,
-        "flops": make_plan(experiment).flops,
+        "flops": cost_of(experiment).flops,
         "peak_flops": metrics.PEAK_FLOPS,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ import numpy as np
 from flax.errors import FlaxError
 from rich.table import Table
 
+from lab.configuration.field_types import fields, is_part
 from lab.configuration.values import flat, to_json
 from lab.data.pipeline import eval_batches, reader
 from lab.errors import UserError
@@ -22,7 +23,7 @@ from lab.experiment import Experiment
 from lab.study.design.arms import BASE, Changes, Study
 from lab.study.run.forks import WORTH, acts_from, check_fork
 from lab.train.console import clock, human
-from lab.train.cost import Cost, make_plan, size_of, step_flops
+from lab.train.cost import Cost, cost_of, size_of, step_flops
 from lab.train.program import Program
 from lab.train.shapes import batch_spec
 from lab.train.step import State, make_eval_step
@@ -66,8 +67,8 @@ def preflight(study: Study) -> list[Arm]:
     base = found[BASE][1]
     for name, (changes, experiment) in found.items():
         try:
-            plan = make_plan(experiment)
-            flops, produced = step_flops(experiment), metric_names(experiment, plan.state)
+            cost = cost_of(experiment)
+            flops, produced = step_flops(experiment), metric_names(experiment, cost.state)
             if (stated := study.forked(name)) is not None:
                 check_fork(base, experiment, stated)
         except UserError as e:
@@ -82,7 +83,7 @@ def preflight(study: Study) -> list[Arm]:
                                 + (f" Perhaps you meant {near[0]}." if near else ""))
         after = stated or (acts_from(base, experiment) if name != BASE else 0)
         after = after if stated or after >= WORTH * experiment.steps else 0
-        arms.append(Arm(name, changes, experiment, plan.parameters, flops, _memory(plan), after, bool(stated)))
+        arms.append(Arm(name, changes, experiment, cost.parameters, flops, _memory(cost), after, bool(stated)))
     return arms
 
 
@@ -97,8 +98,8 @@ def metric_names(experiment: Experiment, state: State) -> list[str]:
         return [*means, *experiment.task.summary(means, counts)]
 
 
-def _memory(plan: Cost) -> int:
-    return size_of(plan.state) + size_of(plan.state.params) + plan.activations
+def _memory(cost: Cost) -> int:
+    return size_of(cost.state) + size_of(cost.state.params) + cost.activations
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def table(study: Study, arms: list[Arm], left: Mapping[str, int]) -> Table:
         found.add_column(column, justify="right", no_wrap=True)
     for arm in arms:
         changes = [f"{path.rpartition('.')[2]}: " + (f"{_shown(base[path])} -> " if path in base else "")
-                   + _shown(to_json(value)) for path, value in arm.changes.items()]
+                   + _shown(value) for path, value in arm.changes.items()]
         changes += [f"(continues the base after step {arm.after})"] if arm.after else []
         found.add_row(arm.name, "\n".join(changes), human(arm.parameters), human(arm.flops), human(arm.memory) + "B",
                       human(arm.experiment.steps), str(left[arm.name]))
@@ -186,10 +187,10 @@ def table(study: Study, arms: list[Arm], left: Mapping[str, int]) -> Table:
 
 
 def _shown(value: Any) -> str:
-    """A JSON value in short form: an object as its class and fields."""
-    if isinstance(value, dict):
-        inner = ", ".join(f"{k}={_shown(v)}" for k, v in value.items() if k != "class")
-        text = f"{value['class'].rpartition('.')[2]}({inner})"
+    """A value in short form: an object as its class and the fields that differ from their defaults."""
+    if is_part(value):
+        inner = ((f.name, getattr(value, f.name), f.default) for f in fields(value))
+        text = f"{type(value).__name__}({', '.join(f'{k}={_shown(v)}' for k, v, default in inner if v != default)})"
         return text if len(text) <= 100 else text[:97] + "..."
     return str(value)
 
