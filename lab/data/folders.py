@@ -68,8 +68,8 @@ class Tree:
 
     def notes(self) -> dict[str, str | int | float]:
         """Lines to print about what was left out."""
-        said = {"links to what is there already, left out": self.copies, "pipes and devices, left out": self.special}
-        return {what: n for what, n in said.items() if n}
+        counts = {"links to files already listed, left out": self.copies, "pipes and devices, left out": self.special}
+        return {what: n for what, n in counts.items() if n}
 
 
 def tree(root: Path) -> Tree:

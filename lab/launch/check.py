@@ -52,6 +52,6 @@ def check_flags(job: Job, accelerator: bool) -> str:
         return ""
     lines = [line.strip("│╭╰─╮╯ ") for line in done.stderr.splitlines()]  # tyro draws a box around an unknown flag
     lines = [line for line in lines if line]
-    said = " ".join(line for line, after in zip(lines, [*lines[1:], ""], strict=True) if not after.startswith(line))
-    said = said.removeprefix("error: ")
-    raise UserError(said[:600] or f"--dry-run of this command ends with status {done.returncode}.")
+    message = " ".join(line for line, after in zip(lines, [*lines[1:], ""], strict=True) if not after.startswith(line))
+    message = message.removeprefix("error: ")
+    raise UserError(message[:600] or f"--dry-run of this command ends with status {done.returncode}.")

@@ -190,14 +190,14 @@ def write_worst(outcome: EvalResult, chosen: np.ndarray, facts: Mapping[str, Seq
         return
     rows = outcome.records[np.asarray(chosen)]
     inputs = rows["inputs"]
-    said = [[f"{name} {values[i]}" for name, values in facts.items()] for i in range(len(chosen))]
+    captions = [[f"{name} {values[i]}" for name, values in facts.items()] for i in range(len(chosen))]
     if inputs.ndim == 4:
-        plots.image_grid(inputs, pictures, ["\n".join(line[:30] for line in lines) for lines in said])
+        plots.image_grid(inputs, pictures, ["\n".join(line[:30] for line in lines) for lines in captions])
     elif hasattr(outcome.data, "decode"):
         masks = rows.get("mask", np.ones_like(inputs))
         shown = [outcome.data.decode(ids[mask > 0]) for ids, mask in zip(inputs, masks, strict=True)]
         replace_file(texts, "".join(f"--- record {i}: {', '.join(lines)}\n{text}\n\n"
-                                    for i, lines, text in zip(chosen, said, shown, strict=True)))
+                                    for i, lines, text in zip(chosen, captions, shown, strict=True)))
     elif inputs.ndim == 2:
         names = getattr(outcome.data, "feature_names", None) or [f"input {i}" for i in range(inputs.shape[1])]
         columns = ({name: [f"{x:.6g}" for x in inputs[:, i]] for i, name in enumerate(names)}

@@ -100,11 +100,11 @@ class _SayLog(logging.Handler):
 
     def __init__(self, screen: Screen):
         super().__init__()
-        self.screen, self.said = screen, set()
+        self.screen, self.printed = screen, set()
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message not in self.said:
-            self.said.add(message)
+        if message not in self.printed:
+            self.printed.add(message)
             first = message.partition(" ")[0].rstrip(":,")  # capitalise a word, but not a file name
             self.screen.info(message[:1].upper() + message[1:] if first.isalpha() else message)

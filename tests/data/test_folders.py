@@ -101,7 +101,7 @@ def test_every_real_file_is_taken_once_whatever_links_there_are(tmp_path, target
         os.symlink(target, root / folder / "a_link")
         os.symlink("0.png", root / folder / "again.png")
     assert count(root) == 6
-    assert ImageFolder(str(root)).open().notes["links to what is there already, left out"] == 4
+    assert ImageFolder(str(root)).open().notes["links to files already listed, left out"] == 4
     assert len(TextFolder(str(root)).load().splits["train"][0]) == 6
     files = tree(root).below(root / "bottom")
     assert files == sorted(root / "bottom" / name for name in ("0.png", "1.png", "deep/0.png", "deep/1.png"))

@@ -110,11 +110,11 @@ def fitted(image: Image.Image, form: Form) -> Decoded | Problem:
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         changes.append(DEEP)
     elif image.mode in SIMPLER:
-        simpler, said = SIMPLER[image.mode]
+        simpler, change = SIMPLER[image.mode]
         if image.mode == "P" and "transparency" in image.info:
-            image, said = image.convert("RGBA"), ALPHA
+            image, change = image.convert("RGBA"), ALPHA
         image = image.convert(simpler)
-        changes += [said] if said else []
+        changes += [change] if change else []
     mode, size = MODES[form.channels], (form.width, form.height)
     if not form.resize and (image.mode != mode or image.size != size):
         own = f"{image.height}x{image.width} {WORDS.get(image.mode, image.mode)}"

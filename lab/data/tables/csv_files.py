@@ -127,9 +127,9 @@ def read_columns(path: str | Path, form: NumberFormat = PLAIN, encoding: str = "
     text = "".join(read_text(where, encoding)).lstrip("\ufeff")  # Excel's UTF-8 byte order mark
     if what := next((what for sign, what in _OTHER.items() if text.lstrip()[:60].lower().startswith(sign)), None):
         raise UserError(f"{path} is no CSV file but {what}.")
-    said = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to name the separator
-    text, skipped = (text[said.end():], 1) if said else (text, 0)
-    separator = said[1] if said else _separator(text)
+    declared = re.match(r'"?sep=(.)"?\r?\n', text)  # Excel's way to name the separator
+    text, skipped = (text[declared.end():], 1) if declared else (text, 0)
+    separator = declared[1] if declared else _separator(text)
     rows, lines = _rows(path, text, separator, skipped)
     if not rows:
         raise UserError(f"{path} is empty.")

@@ -149,12 +149,12 @@ class NumberFormat:
 
     def lines(self) -> dict[str, str]:
         """The settings that differ from the default, to print."""
-        said = [f"decimal mark {self.decimal}"] if self.decimal != "." else []
-        said += [f"{self.thousands!r} between thousands"] if self.thousands else []
-        said += [f"units {', '.join(self.units)}"] if self.units else []
-        said += ["brackets are minus"] if self.brackets else []
-        said += [f"missing is also {', '.join(map(repr, self.missing))}"] if self.missing else []
-        return {"numbers are written with": ", ".join(said)} if said else {}
+        notes = [f"decimal mark {self.decimal}"] if self.decimal != "." else []
+        notes += [f"{self.thousands!r} between thousands"] if self.thousands else []
+        notes += [f"units {', '.join(self.units)}"] if self.units else []
+        notes += ["brackets are minus"] if self.brackets else []
+        notes += [f"missing is also {', '.join(map(repr, self.missing))}"] if self.missing else []
+        return {"numbers are written with": ", ".join(notes)} if notes else {}
 
 
 PLAIN = NumberFormat()
@@ -267,17 +267,17 @@ def _work(fields: Fields, form: NumberFormat, cells: list[str]) -> bool:
 
 def flags(fields: Fields) -> str:
     """The command-line flags for these fields."""
-    said = []
+    words = []
     for name, values in fields.items():
         if name == "comma":
             one = min(values)
-            said.append(f"--data.source.thousands , (if {one} is {one.replace(',', '')}) or --data.source.decimal , "
-                        f"(if it is {one.replace(',', '.')})")
+            words.append(f"--data.source.thousands , (if {one} is {one.replace(',', '')}) or --data.source.decimal , "
+                         f"(if it is {one.replace(',', '.')})")
         elif name != "unclear":
             some = [_quoted(value) for value in sorted(values)[:6]]
-            said.append(f"--data.source.{name} {' '.join(some)}".strip())
-            said[-1] += " (? is what one is worth)" if any("=?" in value for value in values) else ""
-    return " and ".join(said)
+            words.append(f"--data.source.{name} {' '.join(some)}".strip())
+            words[-1] += " (? is what one is worth)" if any("=?" in value for value in values) else ""
+    return " and ".join(words)
 
 
 def _quoted(text: str) -> str:

@@ -222,9 +222,9 @@ def _fingerprint(options: Table, parts: list[_Part], rows: dict[str, np.ndarray]
     for at in rows.values():
         total.update(at.tobytes() + b";")
     form = parts[0].table.form
-    said = [] if form == NumberFormat() else [asdict(form)]
-    said += [categorical] if (categorical := getattr(options.source, "categorical", ())) else []
-    return digest("table", 1, total.hexdigest(), options.standardise, options.unseen, *said)
+    settings = [] if form == NumberFormat() else [asdict(form)]
+    settings += [categorical] if (categorical := getattr(options.source, "categorical", ())) else []
+    return digest("table", 1, total.hexdigest(), options.standardise, options.unseen, *settings)
 
 
 def _summary(parts: list[_Part], features: tuple[Feature, ...], target: Target, train: np.ndarray) -> Lines:

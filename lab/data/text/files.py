@@ -158,9 +158,9 @@ class Files:
             documents, characters, size = documents + 1, characters + count, size + length
         if not documents:
             raise UserError(f"{self.title} holds no text: {', '.join(list(self.paths)[:3])} is empty.")
-        said = tuple(f"{n} of the files {'is' if n == 1 else 'are'} {name}" for name, n in sorted(encodings.items()))
-        said = () if set(encodings) == {"UTF-8"} else said
-        return Survey(total.hexdigest(), documents, characters, size, tuple(skipped), said)
+        notes = tuple(f"{n} of the files {'is' if n == 1 else 'are'} {name}" for name, n in sorted(encodings.items()))
+        notes = () if set(encodings) == {"UTF-8"} else notes
+        return Survey(total.hexdigest(), documents, characters, size, tuple(skipped), notes)
 
     def rule(self, survey: Survey) -> str:
         if survey.documents < MANY:

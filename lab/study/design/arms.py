@@ -194,8 +194,8 @@ class Study:
 
     def fingerprint(self) -> str:
         """12 hexadecimal digits that identify what this study compares."""
-        said = self.describe()
-        return digest({**said, "base": said["arms"][0]["fingerprint"]})  # ignores execution settings
+        description = self.describe()
+        return digest({**description, "base": description["arms"][0]["fingerprint"]})  # ignores execution settings
 
 
 def _check_kind(path: str, before: Any, value: Any) -> None:

@@ -41,8 +41,8 @@ class ArmResults:
     @property
     def difference(self) -> str:
         """The changes, written as flags."""
-        said = ", ".join(f"{path}={short(value)}" for path, value in self.changes.items()) or "(base)"
-        return f"after step {self.fork}: {said}" if self.fork else said
+        changes = ", ".join(f"{path}={short(value)}" for path, value in self.changes.items()) or "(base)"
+        return f"after step {self.fork}: {changes}" if self.fork else changes
 
 
 @dataclass(frozen=True)

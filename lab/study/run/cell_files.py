@@ -54,14 +54,14 @@ def begin(cell: Cell, folder: Path, anew: bool = False) -> bool:
     return False
 
 
-def end(cell: Cell, folder: Path, said: str, errors: Sequence[str], seconds: float | None, shown: str) -> str:
+def end(cell: Cell, folder: Path, status: str, errors: Sequence[str], seconds: float | None, shown: str) -> str:
     """Writes cell.json, which marks the cell finished, or failed if there are errors; returns a line to print."""
     error = next(iter(errors), None)
-    said = "failed" if error else said
+    status = "failed" if error else status
     write_json(folder / "cell.json", cell.identity | {
-        "status": said, "seconds": seconds and round(seconds, 3), "error": error})
-    result = error or ("" if said == "diverged" else _final(folder, cell.experiment.evaluate.metric))
-    return f"{cell.arm} seed {cell.seed}: {said} {result} ({shown})"
+        "status": status, "seconds": seconds and round(seconds, 3), "error": error})
+    result = error or ("" if status == "diverged" else _final(folder, cell.experiment.evaluate.metric))
+    return f"{cell.arm} seed {cell.seed}: {status} {result} ({shown})"
 
 
 @contextlib.contextmanager

@@ -79,11 +79,11 @@ def make_study(written: Study | None, base: Experiment, options: StudyOptions) -
         raise UserError("--accept and --rerun exclude each other.")
     if written is None:
         written = Study(base, vary(options.vary, options.design))
-    said = {name: value for name in ("seeds", "metric", "mode", "split")
-            if (value := getattr(options, name)) is not None}
-    if "metric" in said and options.metric != written.metric:
-        said.setdefault("mode", None)
-    return replace(written, base=base, **said)
+    overrides = {name: value for name in ("seeds", "metric", "mode", "split")
+                 if (value := getattr(options, name)) is not None}
+    if "metric" in overrides and options.metric != written.metric:
+        overrides.setdefault("mode", None)
+    return replace(written, base=base, **overrides)
 
 
 def vary(words: Sequence[str], design: str) -> Design:
@@ -164,7 +164,7 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
                 os._exit(status)
             return status
         counts = engine.summary()
-        screen.info(f"{len(cells)} cells planned = " + " + ".join(f"{n} {said}" for said, n in counts.items()) + ".")
+        screen.info(f"{len(cells)} cells planned = " + " + ".join(f"{n} {what}" for what, n in counts.items()) + ".")
         if counts["failed"]:
             screen.info("Each failed cell says why in its cell.json; --rerun runs them again.")
         if counts["done"]:
@@ -174,9 +174,9 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
 
 def _work(study: Study, options: StudyOptions, folder: Path, file: Path) -> int:
     """Runs cells of a study that another process has prepared; returns the exit status."""
-    said = {arm["name"]: arm for arm in read_json(folder / "study.json")["arms"]}
-    arms = [Arm(name, changes, experiment, said[name]["parameters"], said[name]["flops_per_step"],
-                said[name]["memory_bytes"], said[name]["forked_after"], bool(said[name]["fork"]))
+    planned = {arm["name"]: arm for arm in read_json(folder / "study.json")["arms"]}
+    arms = [Arm(name, changes, experiment, planned[name]["parameters"], planned[name]["flops_per_step"],
+                planned[name]["memory_bytes"], planned[name]["forked_after"], bool(planned[name]["fork"]))
             for name, (changes, experiment) in study.experiments().items()]
     bench = Bench(sorted({arm.after for arm in arms if arm.after}))
     cells = _cells(arms, study, options.only, bench)

@@ -34,9 +34,9 @@ def mean_seconds(cells: Sequence[Cell], folders: Mapping[str, Path]) -> dict[str
     """Arm -> mean seconds of its done cells, where known. `folders`: from `finished_folders`."""
     found: dict[str, list[float]] = {}
     for cell in cells:
-        said = read_cell(folders[cell.name]) if cell.name in folders else None
-        if said and said["status"] == "done" and said["seconds"] is not None:
-            found.setdefault(cell.arm, []).append(said["seconds"])
+        cell_result = read_cell(folders[cell.name]) if cell.name in folders else None
+        if cell_result and cell_result["status"] == "done" and cell_result["seconds"] is not None:
+            found.setdefault(cell.arm, []).append(cell_result["seconds"])
     return {arm: sum(values) / len(values) for arm, values in found.items()}
 
 

@@ -63,10 +63,10 @@ def seconds_per_step(file: Path | None, experiment: Any, numbers: Sequence[str],
     for probe in probes:  # start all before waiting for any
         probe.stdin.write(told)
         probe.stdin.close()
-    said = [probe.stdout.read() for probe in probes]
+    outputs = [probe.stdout.read() for probe in probes]
     if any(probe.wait() for probe in probes):
         return None
-    return max(json.loads(text.splitlines()[-1]) for text in said) / len(probes)
+    return max(json.loads(text.splitlines()[-1]) for text in outputs) / len(probes)
 
 
 def run_workers(args: Sequence[str], number: int, folder: Path, screen: Any, stop: Any) -> list[int]:
