@@ -255,7 +255,7 @@ def test_verdicts():
     assert unclear.startswith("not distinguishable from base at n = 5") and "you would need about" in unclear
     assert "better" not in unclear and "worse" not in unclear and "-0.006 (95 % interval -0.0" in unclear
     assert said(-0.022).startswith("better")
-    assert "once Holm's correction counts all 5 comparisons" in said(-0.022, family=5)
+    assert "after Holm's correction for all 5 comparisons" in said(-0.022, family=5)
     seeds = int(unclear.split("about ")[1].split()[0])
     assert seeds == stats.seeds_needed(-0.006, float(np.std(noise, ddof=1)))
 

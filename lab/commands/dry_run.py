@@ -52,7 +52,7 @@ def show(experiment: Experiment) -> None:
     costs.add_row("steps", f"{experiment.steps:,}")
     costs.add_row(f"{unit}/step", f"{units:,} ({experiment.batch} records x {experiment.data.units_per_record})")
     costs.add_row(f"total {unit}", human(units * experiment.steps))
-    beside = f" ({cost.flops / rule:.2f} x the rule 6 x parameters x tokens)" if unit == "tokens" else ""
+    beside = f" ({cost.flops / rule:.2f} times the estimate 6 x parameters x tokens)" if unit == "tokens" else ""
     costs.add_row("FLOPs/step", human(cost.flops) + beside)
     optimizer = optimizer_flops(experiment, cost.state)
     if optimizer:

@@ -50,7 +50,7 @@ METHODS = (
     "levels. The best of many arms looks better than it is: confirm it with fresh seeds. FLOPs: matrix products and "
     "convolutions of a whole step, with those of the optimizer and those that are computed again.")
 TIMES = ("ms/step: geometric mean, with a 95 % interval, over all runs of the compiled program that an arm uses. The "
-         "runs were not timed in turns, and a machine's speed changes: these figures compare no two arms.")
+         "runs were not timed in turns, and a machine's speed varies: do not compare arms by these figures.")
 HALF = ("An interaction is half the difference between the effects of one factor at the two levels of the other (Box, "
         "Hunter & Hunter): at its higher level an effect is the main effect plus the interaction, at its lower level "
         "the main effect minus it.")

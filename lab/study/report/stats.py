@@ -269,7 +269,7 @@ def verdict(c: Comparison, mode: str, reference: str = "base") -> str:
         return f"nothing can be concluded from {'one pair' if c.n else 'no pair'} of runs"
     if c.sd == 0:
         return (f"identical to {reference} in all {c.n} pairs" if c.difference == 0 else
-                f"{c.difference:+.4g} in each of {c.n} pairs: without any spread there is no test")
+                f"{c.difference:+.4g} in each of {c.n} pairs: without variance there is no test")
     ends = f"{c.t[0]:+.4g} to {c.t[1]:+.4g}"
     if c.holm <= ALPHA:
         word = "better" if (c.difference > 0) == (mode == "max") else "worse"
@@ -278,7 +278,7 @@ def verdict(c: Comparison, mode: str, reference: str = "base") -> str:
                 f"{doubt if math.isfinite(sum(c.bootstrap)) else ''}")
     size, more = f"{c.difference:+.4g} (95 % interval {ends})", _advice(c)
     if c.p <= ALPHA:
-        return (f"not distinguishable from {reference} once Holm's correction counts all {c.family} comparisons: "
+        return (f"not distinguishable from {reference} after Holm's correction for all {c.family} comparisons: "
                 f"difference {size}; {more}")
     return f"not distinguishable from {reference} at n = {c.n}: difference {size}; {more}"
 

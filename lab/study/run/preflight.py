@@ -201,4 +201,4 @@ def describe_estimate(seconds: float | None, cells: int) -> str:
         return "Every cell is already complete."
     if seconds is None:
         return f"{cells} cells to run; how long they will take is unknown until one has finished."
-    return f"{cells} cells to run: about {clock(seconds)}, and the compilations."
+    return f"{cells} cells to run: about {clock(seconds)}, plus compilation."
