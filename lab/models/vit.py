@@ -30,6 +30,8 @@ def sincos(rows: int, columns: int, width: int) -> np.ndarray:
 class ViT(Transformer):
     """Image classifier: images (B, H, W, C) -> float32 logits (B, classes); H and W are multiples of `patch`.
 
+    The original has `mlp="gelu_exact"` and `norm_epsilon=1e-12`; DINOv2 also `layer_scale` and `norm_epsilon=1e-6`.
+
     Published sizes (width, heads; all with depth 12): Ti 192, 3; S 384, 6; B 768, 12.
     """
 
@@ -42,10 +44,11 @@ class ViT(Transformer):
     """Position embedding of the patches: a learned table, fixed sines and cosines of row and column, or none."""
     patch: int = 16
     """Side of the square patches, in pixels; each becomes one token."""
-    pool: Literal["token", "mean"] = "token"
-    """Input of the classifier: a class token, or the mean over the patches."""
-    classes: int = 1000
-    """Number of classes."""
+    pool: Literal["token", "mean", "token+mean"] = "token"
+    """The image's features: a class token, the mean over the patches, or both, one after the other (Oquab et al. 2023).
+    """
+    classes: int | None = 1000
+    """Number of classes; None: the features themselves, float32 (B, D), or (B, 2 D) for token+mean."""
 
     def validate(self) -> None:
         """Raises UserError if the fields contradict each other."""
@@ -56,7 +59,8 @@ class ViT(Transformer):
 
     def check(self, metadata: Mapping[str, int]) -> None:
         """Raises UserError if data with this metadata (classes, height, width) does not fit the model."""
-        check_classes(self.classes, metadata)
+        if self.classes is not None:  # features have no classes
+            check_classes(self.classes, metadata)
         for side in ("height", "width"):
             if metadata.get(side, 0) % self.patch:
                 raise UserError(f"The images' {side} of {metadata[side]} pixels is not divisible by --model.patch "
@@ -67,7 +71,7 @@ class ViT(Transformer):
         rows, columns = (side // self.patch for side in images.shape[1:3])
         x_BLP = rearrange(images, "B (rows y) (columns x) C -> B (rows columns) (y x C)", y=self.patch, x=self.patch)
         x_BLD = Dense(self.width, bias=True, stddev=x_BLP.shape[-1] ** -0.5, name="patches")(x_BLP)
-        if self.pool == "token":
+        if self.pool != "mean":
             token_D = self.param("token", nn.initializers.zeros, (self.width,))
             token_BLD = elementwise(jnp.add, jnp.zeros_like(x_BLD[:, :1]), token_D[None, None])
             x_BLD = jnp.concatenate([token_BLD, x_BLD], axis=1)
@@ -80,5 +84,7 @@ class ViT(Transformer):
             x_BLD = x_BLD + jnp.asarray(table_LD, x_BLD.dtype)[None]
         x_BLD = dropout(self, x_BLD, self.dropout, train)
         x_BLD = self.stack(x_BLD, jnp.arange(L), None, causal=False, train=train)
-        x_BD = x_BLD[:, 0] if self.pool == "token" else x_BLD.mean(1, dtype=jnp.float32)
-        return output(x_BD, self.classes)
+        x_BD = x_BLD[:, 0] if self.pool == "token" else x_BLD[:, L - rows * columns:].mean(1, dtype=jnp.float32)
+        if self.pool == "token+mean":
+            x_BD = jnp.concatenate([x_BLD[:, 0].astype(jnp.float32), x_BD], axis=-1)
+        return x_BD.astype(jnp.float32) if self.classes is None else output(x_BD, self.classes)

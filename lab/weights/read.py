@@ -22,10 +22,12 @@ from lab.weights.gpt2 import GPT2
 from lab.weights.gpt_neox import GPT_NEOX
 from lab.weights.llama import LLAMA, LLAMA_GGUF
 from lab.weights.location import locate, revision_of
+from lab.weights.resnet import RESNET_FAMILY
 from lab.weights.rules import TOKENS, Architecture, Config, Rule, Unused, matched
 from lab.weights.tensors import SafeTensors, Tensors
+from lab.weights.vit import VIT_FAMILY
 
-ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF, *BERT_FAMILY)}
+ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF, *BERT_FAMILY, *VIT_FAMILY, *RESNET_FAMILY)}
 STATE = "batch_stats"  # the only collection of our models beside their parameters
 
 
@@ -42,6 +44,8 @@ class Found:
     rules: tuple[Rule, ...]
     names: Mapping[str, str]
     """The name in the rules of every tensor -> its name in the file."""
+    inputs: jax.ShapeDtypeStruct
+    """An example of the model's inputs: the size of its images."""
 
     def arrays(self, put: Callable[[str, np.ndarray], Any] = lambda path, x: x) -> dict[str, Any]:
         """Our parameters by path, float32; those of other collections as batch_stats/... One tensor at a time is in
@@ -103,11 +107,12 @@ def find(location: str) -> Found:
     model, tensors = architecture.model(config), tensors or SafeTensors(place)
     names = _present_names(architecture, tensors)
     theirs = {present: tensors.shapes[name] for present, name in names.items()}
-    ours = parameter_shapes(model, architecture.inputs(config))
+    inputs = architecture.inputs(config)
+    ours = parameter_shapes(model, inputs)
     rules = matched(architecture.rules, getattr(model, "depth", 1), theirs, ours, sizes(model), location)
     for rule in rules:
         tensors.check(names[rule.theirs])
-    return Found(location, place, model, architecture, tensors, tuple(rules), names)
+    return Found(location, place, model, architecture, tensors, tuple(rules), names, inputs)
 
 
 def _present_names(architecture: Architecture, tensors: Tensors) -> dict[str, str]:

@@ -179,3 +179,5 @@ class Architecture:
     """Endings of names in early files -> their present form."""
     inputs: Callable[[Config], jax.ShapeDtypeStruct] = lambda config: TOKENS
     """config.json -> an example of the model's inputs."""
+    image_fields: Callable[[Any, Mapping[str, tuple[int, ...]]], dict[str, Any]] = lambda model, shapes: {}
+    """Our model and the shapes of its parameters by path -> the fields of config.json that only the shapes decide."""

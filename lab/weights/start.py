@@ -12,11 +12,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lab.errors import UserError
+from lab.models.vit import ViT
 from lab.pretrained import Start, check_rules
-from lab.weights.read import find
+from lab.weights.read import Found, find
+from lab.weights.vit import resized
 
 # Fields of a model that may differ from the pretrained one's: they change no parameter's meaning.
-FREE = {"dropout", "attention", "remat", "parent", "name",
+FREE = {"dropout", "attention", "remat", "zero_init", "parent", "name",
         "classes", "pool", "output", "mask_id"}  # these decide which parameters are on top of the same trunk
 
 
@@ -28,8 +30,8 @@ class Weights(Start):
     names. `model_of(location)` gives the model.
     """
 
-    location: str
-    """A folder, hf:ORG/NAME[@REVISION] or package:NAME/PATH, with config.json and safetensors."""
+    location: str | None = None
+    """A folder, hf:ORG/NAME[@REVISION] or package:NAME/PATH, with config.json and safetensors; None: all at random."""
     random: tuple[str, ...] = ()
     """Path regexes of parameters that stay random, such as a new output layer (searched in the path)."""
     freeze: tuple[str, ...] = ()
@@ -41,10 +43,14 @@ class Weights(Start):
 
     def check(self, model: Any) -> None:
         """Raises UserError for a model with another value of a field that the weights decide."""
+        if self.location is None:
+            return
         theirs = find(self.location).model
         if type(model) is not type(theirs):
             raise UserError(f"{self.location} is a {type(theirs).__name__}, and the experiment's model a "
                             f"{type(model).__name__}.")
+        if getattr(model, "pool", None) == "mean" and isinstance(theirs, ViT):
+            raise UserError(f"{self.location} has a class token. Use --model.pool token or token+mean.")
         for field in dataclasses.fields(theirs):
             here, there = getattr(model, field.name), getattr(theirs, field.name)
             shorter = field.name == "context" and (model.position == "rotary" or here < there)
@@ -58,15 +64,18 @@ class Weights(Start):
         Raises:
           UserError: weights that do not fit.
         """
+        if self.location is None:
+            return {}, {}
         found, wanted = find(self.location), {
             path: x for part in (state.params, state.model_state) for path, x in flatten_dict(part, sep="/").items()}
+        grids = _grids(found, data)
         new = [path for path in wanted if any(re.search(rule, path) for rule in self.random)]
 
         def put(path: str, x: np.ndarray) -> Any:
             if path not in wanted or path in new:
                 return None
             if path == "wpe/embedding":
-                x = x[:len(wanted[path])]  # a shorter context
+                x = resized(x, *grids) if grids else x[:len(wanted[path])]  # a shorter context
             if x.shape != wanted[path].shape:
                 raise UserError(f"{path} is {x.shape} in {self.location} and {wanted[path].shape} here.")
             return jax.make_array_from_callback(x.shape, wanted[path].sharding, lambda index: x[index])
@@ -76,4 +85,15 @@ class Weights(Start):
             raise UserError(f"{self.location} has no {missing[0]}: begin at random there with --init-from.random "
                             f"{missing[0]}.")
         taken = {path for rule in found.rules for path in rule.paths}
-        return given, found.report() | {"loaded": list(given), "random": new, "not taken": sorted(taken - given.keys())}
+        said = {"positions": "bicubic, from {}x{} to {}x{} patches".format(*grids[0], *grids[1])} if grids else {}
+        return given, found.report() | said | {"loaded": list(given), "random": new,
+                                               "not taken": sorted(taken - given.keys())}
+
+
+def _grids(found: Found, data: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Rows and columns of patches in pretraining and of this data's images; None if they are equal, or no images."""
+    sides = [data.metadata.get(side) for side in ("height", "width")]
+    if not isinstance(found.model, ViT) or None in sides:
+        return None
+    old, new = (tuple(n // found.model.patch for n in size) for size in (found.inputs.shape[1:3], sides))
+    return None if old == new else (old, new)

@@ -12,14 +12,10 @@ import numpy as np
 
 from lab.errors import UserError
 from lab.files import make_folder, replace_file
-from lab.weights.bert import BERT_FAMILY
-from lab.weights.gpt2 import GPT2
-from lab.weights.gpt_neox import GPT_NEOX
-from lab.weights.llama import LLAMA
-from lab.weights.read import sizes
+from lab.weights.read import ARCHITECTURES, sizes
 from lab.weights.rules import Architecture, applicable, matched
 
-WRITTEN = tuple(a for a in (GPT2, GPT_NEOX, *LLAMA, *BERT_FAMILY) if a.like is not None)
+WRITTEN = tuple(a for a in ARCHITECTURES.values() if a.like is not None)
 # Fields that every one of these formats holds, or that do not matter to a finished model.
 FREE = {"depth", "width", "heads", "hidden_multiple", "context", "norm_epsilon", "vocab", "dropout", "attention",
         "remat", "scan", "parent", "name"}
@@ -75,7 +71,7 @@ def write(model: Any, arrays: Mapping[str, Any], folder: Path) -> dict[str, Any]
         tensors[rule.theirs] = np.ascontiguousarray(rule.write(parts, sizes(model)))
     shapes = {name: x.shape for name, x in tensors.items()}
     matched(architecture.rules, model.depth, shapes, ours, sizes(model), str(folder))  # complete, and reads back
-    config = architecture.config(model) | {"torch_dtype": "float32"}
+    config = architecture.config(model) | architecture.image_fields(model, ours) | {"torch_dtype": "float32"}
     make_folder(folder)
     replace_file(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     replace_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
