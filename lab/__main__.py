@@ -46,6 +46,7 @@ COMMANDS = {
     "eval": ("evaluate", "RUN: evaluate a checkpoint and write the full report of its task"),
     "predict": ("predict", "RUN --input FILE: predictions for new records, as CSV"),
     "export": ("export", "RUN --to FOLDER: a trained GPT for Hugging Face's transformers"),
+    "parity": ("parity", "LOCATION: our outputs beside those of transformers, for the same weights"),
     "report": ("report", "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
     "plan": ("plan", "EXPERIMENT.py --on v5e-256: compile for another machine: memory and a bound on the time"),
     "bench": ("bench", "EXPERIMENT.py: measure compilation, a step, its parts, throughput, memory"),

@@ -125,17 +125,17 @@ class _Missing:
     """Sentinel for a missing attribute."""
 
 
-def call(name: str, function: Callable[..., None], args: Sequence[str]) -> int:
-    """Runs `function` as the command `name`: its parameters are the flags, its docstring is the help text."""
+def call(name: str, function: Callable[..., int | None], args: Sequence[str]) -> int:
+    """Runs `function` as the command `name`: its parameters are the flags, its docstring is the help text. Returns the
+    exit status: what it returns, or 0."""
     import tyro
 
     from lab.train.console import Screen
 
     @functools.wraps(function)  # tyro reads its signature and docstring
-    def checked(*values: Any, **named: Any) -> None:
+    def checked(*values: Any, **named: Any) -> int | None:
         start_jax()
         with Screen(stderr=True):
-            function(*values, **named)
+            return function(*values, **named)
 
-    tyro.cli(checked, args=list(args), prog=f"./launch.sh {name}", config=(tyro.conf.FlagCreatePairsOff,))
-    return 0
+    return tyro.cli(checked, args=list(args), prog=f"./launch.sh {name}", config=(tyro.conf.FlagCreatePairsOff,)) or 0
