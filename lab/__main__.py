@@ -45,7 +45,7 @@ COMMANDS = {
     "sample": ("sample", "RUN --prompt TEXT: continue a text with a trained model; --chat: ask pretrained weights"),
     "eval": ("evaluate", "RUN: evaluate a checkpoint and write the full report of its task"),
     "predict": ("predict", "RUN --input FILE: predictions for new records, as CSV"),
-    "export": ("export", "RUN --to FOLDER: a trained GPT for Hugging Face's transformers"),
+    "export": ("export", "RUN --to FOLDER|FILE.gguf: a trained GPT for Hugging Face's transformers, or llama.cpp"),
     "parity": ("parity", "LOCATION: our outputs beside those of transformers, for the same weights"),
     "report": ("report", "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
     "plan": ("plan", "EXPERIMENT.py --on v5e-256: compile for another machine: memory and a bound on the time"),

@@ -1,11 +1,11 @@
-"""`./launch.sh export RUN --to FOLDER`: a trained language model for Hugging Face's transformers."""
+"""`./launch.sh export RUN --to FOLDER`: a trained language model for Hugging Face's transformers, or as a GGUF file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,17 +15,19 @@ from lab.errors import UserError
 
 
 def main(args: Sequence[str]) -> int:
-    """RUN --to FOLDER"""
+    """RUN --to FOLDER|FILE.gguf"""
     return call("export", export, args)
 
 
-def export(run: Annotated[Path, tyro.conf.Positional], to: Path, step: int | None = None, best: bool = False,
-           experiment: Path | None = None) -> None:
-    """Writes config.json, model.safetensors, tokenizer.json, generation_config.json and a model card.
+def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["F32", "F16", "Q8_0"] | None = None,
+           step: int | None = None, best: bool = False, experiment: Path | None = None) -> None:
+    """Writes config.json, model.safetensors, tokenizer.json, generation_config.json and a model card; or one .gguf
+    file, for llama.cpp.
 
     Args:
       run: the run folder of a GPT.
-      to: the folder to write, new or empty.
+      to: the folder to write, new or empty; or a new .gguf file (LAB_EXTRAS=gguf), for a model of Llama's shape.
+      type: how a .gguf file stores matrices: F32, F16 (the default) or Q8_0, 8 bits and a scale for 32 values.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
       experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
@@ -37,26 +39,36 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, step: int | Non
     from lab.train.description import finished
     from lab.train.restore import leaves, open_run
     from lab.train.step import eval_variables
+    from lab.weights.gguf_write import check, write_gguf
     from lab.weights.write import architecture_of, write
 
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"{to} is there already; --to names a new or empty folder.")
+    if to.exists() and (to.suffix == ".gguf" or not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"{to} is there already; --to names a new or empty folder, or a new .gguf file.")
+    if type is not None and to.suffix != ".gguf":
+        raise UserError(f"--type {type} is for a .gguf file, such as --to {to}.gguf.")
     found, _, state = open_run(run, step, best, file=experiment)
-    architecture_of(found.model)  # before anything is written
+    (check if to.suffix == ".gguf" else architecture_of)(found.model)  # before anything is written
     arrays = {path.removeprefix("params/"): np.asarray(jax.device_get(x))
               for path, x in leaves(eval_variables(found, state)).items()}
-    config = write(found.model, arrays, to)
     tokenizer, about = _tokenizer(run)
     ids = {name: about.pop(name, None) for name in ("eos_token_id", "bos_token_id")}
-    replace_file(to / "generation_config.json", json.dumps(ids) + "
-")
+    size = f"{sum(x.size for x in arrays.values()):,} parameters, step {int(state.step)}"
+    if to.suffix == ".gguf":
+        if tokenizer is None:
+            raise UserError(f"A .gguf file holds a tokenizer of byte-level BPE, and that of {run} is another one. "
+                            f"--to FOLDER writes the model without it.")
+        write_gguf(found.model, arrays, to, type or "F16", tokenizer, ids["eos_token_id"], run.name)
+        print(f"{to}: {type or 'F16'}, {size}")
+        return
+    config = write(found.model, arrays, to)
+    replace_file(to / "generation_config.json", json.dumps(ids) + "\n")
     if tokenizer:
         replace_file(to / "tokenizer.json", tokenizer)
         about = {"tokenizer_class": "PreTrainedTokenizerFast", **about, "model_max_length": found.model.context}
         replace_file(to / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
     replace_file(to / "README.md", _card(run, config, finished(run), int(state.step), found.fingerprint()))
-    print(f"{to}: {config['architectures'][0]}, {sum(x.size for x in arrays.values()):,} parameters, step "
-          f"{int(state.step)}" + ("" if tokenizer else "; no tokenizer.json: this run's tokenizer has no such form"))
+    print(f"{to}: {config['architectures'][0]}, {size}"
+          + ("" if tokenizer else "; no tokenizer.json: this run's tokenizer has no such form"))
 
 
 def _tokenizer(run: Path) -> tuple[str | None, dict[str, Any]]:
