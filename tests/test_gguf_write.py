@@ -91,7 +91,7 @@ def test_a_run_is_exported(typed, mistake, place):
     assert typed("llama.py", "--run-dir", "run")[0] == 0
     status, out, _ = typed("export", "run", "--to", "new/run.gguf", "--type", "F32")
     assert status == 0 and "F32" in out
-    model, params = read("new/run.gguf")
+    model, params, _ = read("new/run.gguf")
     from lab.api import open_run
 
     there = open_run("run").params

@@ -12,6 +12,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lab.commands.export import _tokenizer as exported
+from lab.configuration.rebuild import from_json
+from lab.configuration.values import to_json
 from lab.data.gguf_vocabulary import LLAMA_3, QWEN_2, from_gguf
 from lab.data.hugging_face import HuggingFaceTokenizer
 from lab.data.messages.messages import Messages, encode_rows
@@ -20,7 +22,6 @@ from lab.data.tables.csv_files import Csv
 from lab.data.text.sources import TextFiles
 from lab.data.text.text import Text
 from lab.errors import UserError
-from lab.experiment import from_json, to_json
 
 NASTY = ["", " ", "hello world", "Hello  World   ", "a\r\nb\r\n\r\n c\n\n\n d\t\te", "nul \x00 in \x00\x00",
          "x" * 10_000, "ab" * 5_000 + " c", "😀 👩‍👩‍👧‍👦🏳️‍🌈 🇩🇪", "日本語 中文 한국어 العربية हिन्दी עברית ไทย",

@@ -153,7 +153,7 @@ IDS = np.random.default_rng(1).integers(0, V, L)
 
 
 def difference(location: str, reference: np.ndarray) -> float:
-    model, variables = read(location)
+    model, variables, _ = read(location)
     ours = model.apply(variables, jnp.asarray(IDS[None]), train=False)[0]
     return float(np.abs(np.asarray(ours) - reference).max())
 
@@ -232,15 +232,15 @@ def gguf_file(path, tensors: dict[str, np.ndarray], quantised: bool = False, per
 def test_gguf(tmp_path, monkeypatch):
     w = llama_tensors()
     plain = {name: value for name, value in LLAMA_CONFIG.items() if name != "rope_scaling"}
-    same, params = read(written(tmp_path / "hf", plain, w))
-    model, ours = read(gguf_file(tmp_path / "w.gguf", w))
+    same, params, _ = read(written(tmp_path / "hf", plain, w))
+    model, ours, _ = read(gguf_file(tmp_path / "w.gguf", w))
     assert model == same.clone(hidden_multiple=model.hidden_multiple)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, ours, params)))
     q = ("block_0", "attn", "query", "kernel")
-    _, wrong = read(gguf_file(tmp_path / "rows.gguf", w, permuted=False))  # negative control
+    _, wrong, _ = read(gguf_file(tmp_path / "rows.gguf", w, permuted=False))  # negative control
     assert not np.array_equal(wrong["params"][q[0]][q[1]][q[2]][q[3]],
                               params["params"][q[0]][q[1]][q[2]][q[3]])
-    _, rough = read(gguf_file(tmp_path / "q8.gguf", w, quantised=True))
+    _, rough, _ = read(gguf_file(tmp_path / "q8.gguf", w, quantised=True))
     error = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), rough, params)
     assert 0 < max(jax.tree.leaves(error)) < 0.02
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "w.gguf").read_bytes()[:-2000])
@@ -345,7 +345,7 @@ def test_a_run_starts_from_weights(tmp_path):
     program = Program(replace(value, mesh=replace(value.mesh, data=2, fsdp=4)))
     given, report = initial_arrays(value.init_from, program.abstract, data)
     state = program.init(given)
-    _, params = read(location)
+    _, params, _ = read(location)
     same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), b), state.params, params["params"])
     assert all(jax.tree.leaves(same)) and not report["random"] and "model.safetensors" in report["files"]
     assert len(state.params["wte"]["embedding"].sharding.device_set) == 8
@@ -404,7 +404,7 @@ def test_a_run_is_exported(tmp_path, monkeypatch, capsys):
     assert {"config.json", "model.safetensors", "generation_config.json", "README.md"} <= {
         p.name for p in (tmp_path / "out").iterdir()}
     assert "| loss |" in (tmp_path / "out" / "README.md").read_text()
-    model, params = read("out")
+    model, params, _ = read("out")
     run = open_run("run")
     there, here = flatten_dict(run.params, sep="/"), flatten_dict(params["params"], sep="/")
     assert here.keys() == there.keys() and all(np.array_equal(here[path], there[path]) for path in here)

@@ -114,7 +114,7 @@ def reference(w: dict[str, np.ndarray], kind: str, head: str, epsilon: float | N
 
 def difference(location: str, wanted: np.ndarray) -> float:
     """Largest difference between our output and the reference where tokens are real, by the largest output."""
-    model, variables = read(location)
+    model, variables, _ = read(location)
     ours = np.asarray(model.apply(variables, jnp.asarray(IDS), train=False, mask=jnp.asarray(MASK)))
     error = np.abs(ours - wanted)
     return float((error if error.ndim == 2 else error[MASK > 0]).max() / np.abs(wanted).max())

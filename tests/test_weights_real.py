@@ -27,7 +27,7 @@ def test_minilm_embeds_texts_as_a_forward_pass_in_numpy_does():
     tokenizer.enable_padding()
     encoded = tokenizer.encode_batch(TEXTS)
     ids, mask = (np.array([getattr(e, name) for e in encoded]) for name in ("ids", "attention_mask"))
-    model, variables = read(MINILM)
+    model, variables, _ = read(MINILM)
     ours = np.asarray(model.apply(variables, jnp.asarray(ids), train=False, mask=jnp.asarray(mask)))
 
     w = {f"bert.{name}": x for name, x in load_file(locate(MINILM) / "model.safetensors").items()}
@@ -77,7 +77,7 @@ def test_smollm2_equals_a_forward_pass_in_numpy():
     pytest.importorskip("gguf")
     found = find(SMOLLM2)
     ids = np.array([504, 2365, 6354, 16438, 27003, 690, 260, 23790, 2767, 30])  # "The quick brown fox ..."
-    model, variables = read(SMOLLM2)
+    model, variables, _ = read(SMOLLM2)
     assert (model.depth, model.width, model.heads, model.kv_heads, model.vocab) == (30, 576, 9, 3, 49152)
     ours = np.asarray(model.clone(context=16).apply(variables, jnp.asarray(ids[None]), train=False))[0]
     wanted = llama(found.tensors, ids, 30, 9, 3, model.rope_base, model.norm_epsilon)

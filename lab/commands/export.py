@@ -1,4 +1,4 @@
-"""`./launch.sh export RUN --to FOLDER`: a trained language model for Hugging Face's transformers, or as a GGUF file."""
+"""`./launch.sh export RUN --to FOLDER`: a trained model for Hugging Face's transformers or timm, or as a GGUF file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
     file, for llama.cpp.
 
     Args:
-      run: the run folder of a GPT.
+      run: the run folder of a GPT, BERT, ViT or ResNet.
       to: the folder to write, new or empty; or a new .gguf file (LAB_EXTRAS=gguf), for a model of Llama's shape.
       type: how a .gguf file stores matrices: F32, F16 (the default) or Q8_0, 8 bits and a scale for 32 values.
       step: use the checkpoint of this step; by default the latest.
@@ -36,7 +36,9 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
     import numpy as np
 
     from lab.files import replace_file
+    from lab.models.gpt import GPT
     from lab.train.description import finished
+    from lab.train.fitted import data_of
     from lab.train.restore import leaves, open_run
     from lab.train.step import eval_variables
     from lab.weights.gguf_write import check, write_gguf
@@ -60,15 +62,19 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
         write_gguf(found.model, arrays, to, type or "F16", tokenizer, ids["eos_token_id"], run.name)
         print(f"{to}: {type or 'F16'}, {size}")
         return
-    config = write(found.model, arrays, to)
-    replace_file(to / "generation_config.json", json.dumps(ids) + "\n")
+    config = write(found.model, arrays, to, getattr(data_of(run, found), "classes", ()))
+    if isinstance(found.model, GPT):
+        replace_file(to / "generation_config.json", json.dumps(ids) + "\n")
+    if "image_size" in config and hasattr(found.data, "mean"):
+        replace_file(to / "preprocessor_config.json", json.dumps(_pixels(found.data, config), indent=2) + "\n")
     if tokenizer:
         replace_file(to / "tokenizer.json", tokenizer)
         about = {"tokenizer_class": "PreTrainedTokenizerFast", **about, "model_max_length": found.model.context}
         replace_file(to / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
     replace_file(to / "README.md", _card(run, config, finished(run), int(state.step), found.fingerprint()))
+    without = hasattr(found.model, "vocab") and not tokenizer
     print(f"{to}: {config['architectures'][0]}, {size}"
-          + ("" if tokenizer else "; no tokenizer.json: this run's tokenizer has no such form"))
+          + ("; no tokenizer.json: this run's tokenizer has no such form" if without else ""))
 
 
 def _tokenizer(run: Path) -> tuple[str | None, dict[str, Any]]:
@@ -90,11 +96,26 @@ def _tokenizer(run: Path) -> tuple[str | None, dict[str, Any]]:
     return saved["state"], {"eos_token": EOT, "bos_token": EOT, "eos_token_id": ends[0], "bos_token_id": ends[0]}
 
 
+def _pixels(data: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """How transformers turns an image into the model's input."""
+    size, channels = config["image_size"], config["num_channels"]
+    mean, std = ([*values] * (channels if len(values) == 1 else 1) for values in (data.mean, data.std))
+    return {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": size, "width": size},
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean, "image_std": std}
+
+
+PIPELINES = {"CausalLM": "text-generation", "LMHeadModel": "text-generation", "MaskedLM": "fill-mask",
+             "SequenceClassification": "text-classification", "ImageClassification": "image-classification",
+             "Model": "feature-extraction"}
+
+
 def _card(run: Path, config: dict[str, Any], result: dict[str, Any] | None, step: int, fingerprint: str) -> str:
     """The model card: how it was trained and what was measured."""
     rows = {name: value for name, value in (result or {}).get("final", {}).items() if isinstance(value, float)}
     table = "\n".join(f"| {name} | {value:.6g} |" for name, value in rows.items())
     measured = f"\n| validation, step {result['final']['step']} | |\n|---|---|\n{table}\n" if result else ""
-    return (f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {run.name}\n\n"
-            f"{config['architectures'][0]}, trained from the experiment {fingerprint}; weights of step {step}.\n"
-            f"{measured}")
+    (name,) = config["architectures"]
+    pipeline = next((tag for end, tag in PIPELINES.items() if name.endswith(end)), "image-classification")
+    library = "transformers" if "model_type" in config else "timm"
+    return (f"---\nlibrary_name: {library}\npipeline_tag: {pipeline}\n---\n\n# {run.name}\n\n"
+            f"{name}, trained from the experiment {fingerprint}; weights of step {step}.\n{measured}")

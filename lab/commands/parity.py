@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from lab.commands.arguments import ROOT, call
+from lab.commands.arguments import call
 from lab.errors import UserError
+from lab.files import ROOT
 
 if TYPE_CHECKING:
     from lab.weights.parity import Row

@@ -77,9 +77,6 @@ def config(model: BERT) -> dict[str, Any]:
     """The config.json of a model that fits, in BERT's form. UserError for another pooling of a classifier."""
     if model.output == "logits" and model.classes is not None and model.pool != "pooler":
         raise UserError(f"transformers' BERT classifies by --model.pool pooler, not {model.pool}.")
-    classes = {} if model.classes is None else {
-        "id2label": {str(i): f"LABEL_{i}" for i in range(model.classes)},
-        "label2id": {f"LABEL_{i}": i for i in range(model.classes)}}
     name = ("BertModel" if model.output != "logits" else
             "BertForMaskedLM" if model.classes is None else "BertForSequenceClassification")
     return {"architectures": [name], "model_type": "bert", "num_hidden_layers": model.depth,
@@ -88,7 +85,7 @@ def config(model: BERT) -> dict[str, Any]:
             "type_vocab_size": model.segments, "hidden_act": {"gelu_exact": "gelu", "gelu": "gelu_new"}[model.mlp],
             "layer_norm_eps": model.norm_epsilon, "hidden_dropout_prob": model.dropout,
             "attention_probs_dropout_prob": model.dropout, "position_embedding_type": "absolute",
-            "tie_word_embeddings": True} | classes
+            "tie_word_embeddings": True}
 
 
 def _dense(theirs: str, ours: str) -> tuple[Rule, Rule]:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lab.data.hugging_face import FittedHuggingFace
 from lab.errors import UserError
 from lab.weights.bert import BERT_FAMILY
 from lab.weights.gguf_files import GGUF, config_of
@@ -25,6 +26,7 @@ from lab.weights.location import locate, revision_of
 from lab.weights.resnet import RESNET_FAMILY
 from lab.weights.rules import TOKENS, Architecture, Config, Rule, Unused, matched
 from lab.weights.tensors import SafeTensors, Tensors
+from lab.weights.tokenizer import tokenizer_of
 from lab.weights.vit import VIT_FAMILY
 
 ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF, *BERT_FAMILY, *VIT_FAMILY, *RESNET_FAMILY)}
@@ -132,10 +134,15 @@ def model_of(location: str) -> Any:
     return find(location).model
 
 
-def read(location: str) -> tuple[Any, dict[str, Any]]:
-    """(model, variables): ``model.apply(variables, ids, train=False)``. Raises as `find`."""
+def read(location: str) -> tuple[Any, dict[str, Any], FittedHuggingFace | None]:
+    """(model, variables, tokenizer): ``model.apply(variables, tokenizer.encode(text)[None], train=False)``.
+
+    The tokenizer is None if the location has none. Raises as `find` and `tokenizer_of`.
+    """
     found = find(location)
-    return found.model, variables_of(found.arrays())
+    tokens = ("tokenizer.ggml.model" in found.tensors.metadata if isinstance(found.tensors, GGUF)
+              else (found.place / "tokenizer.json").exists())
+    return found.model, variables_of(found.arrays()), tokenizer_of(location, found.model) if tokens else None
 
 
 def variables_of(arrays: Mapping[str, Any]) -> dict[str, Any]:

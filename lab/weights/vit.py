@@ -68,9 +68,6 @@ def config(model: ViT) -> dict[str, Any]:
         raise UserError("DINOv2 in transformers classifies by --model.pool token+mean, and has the features of token.")
     if dinov2 and model.hidden_multiple != int(model.hidden_multiple):
         raise UserError(f"DINOv2 needs a whole --model.hidden-multiple, not {model.hidden_multiple}.")
-    classes = {} if model.classes is None else {
-        "id2label": {str(i): f"LABEL_{i}" for i in range(model.classes)},
-        "label2id": {f"LABEL_{i}": i for i in range(model.classes)}}
     own = ({"model_type": "dinov2", "mlp_ratio": int(model.hidden_multiple), "use_mask_token": False} if dinov2 else
            {"model_type": "vit", "intermediate_size": round(model.hidden_multiple * model.width)})
     return {"architectures": [("Dinov2" if dinov2 else "ViT") + ("Model" if model.classes is None else
@@ -78,7 +75,7 @@ def config(model: ViT) -> dict[str, Any]:
             "num_hidden_layers": model.depth, "hidden_size": model.width, "num_attention_heads": model.heads,
             "patch_size": model.patch, "hidden_act": NAMES[model.mlp], "layer_norm_eps": model.norm_epsilon,
             "qkv_bias": model.qkv_bias is not False, "hidden_dropout_prob": model.dropout,
-            "attention_probs_dropout_prob": model.dropout} | own | classes
+            "attention_probs_dropout_prob": model.dropout} | own
 
 
 def image_fields(model: ViT, shapes: Shapes) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,11 @@ def _misfits(model: Any, architecture: Architecture) -> list[str]:
     return found
 
 
-def write(model: Any, arrays: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def write(model: Any, arrays: Mapping[str, Any], folder: Path, classes: Sequence[str] = ()) -> dict[str, Any]:
     """Writes config.json and model.safetensors (float32) to a folder; returns the config.
 
-    `arrays`: the model's variables by path, as `Found.arrays`. Raises UserError if no format holds the model.
+    `arrays`: the model's variables by path, as `Found.arrays`; `classes`: their names, if known. Raises UserError if no
+    format holds the model.
     """
     from safetensors.numpy import save
 
@@ -71,8 +72,18 @@ def write(model: Any, arrays: Mapping[str, Any], folder: Path) -> dict[str, Any]
         tensors[rule.theirs] = np.ascontiguousarray(rule.write(parts, sizes(model)))
     shapes = {name: x.shape for name, x in tensors.items()}
     matched(architecture.rules, model.depth, shapes, ours, sizes(model), str(folder))  # complete, and reads back
-    config = architecture.config(model) | architecture.image_fields(model, ours) | {"torch_dtype": "float32"}
+    config = {**architecture.config(model), **architecture.image_fields(model, ours), "torch_dtype": "float32"}
+    numbers = [f"LABEL_{i}" for i in range(getattr(model, "classes", None) or 0)]
+    config |= _labels(classes if len(classes) == len(numbers) else numbers, config)
     make_folder(folder)
     replace_file(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     replace_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return config
+
+
+def _labels(names: Sequence[str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes' names, as transformers and timm write them."""
+    if "model_type" not in config:
+        return {"label_names": list(names)}
+    return {"id2label": {str(i): name for i, name in enumerate(names)},
+            "label2id": {name: i for i, name in enumerate(names)}} if names else {}

@@ -34,7 +34,7 @@ def embeddings(texts: list[str], batch: int = 64) -> np.ndarray:
     tokenizer.no_padding()
     tokenizer.enable_truncation(LENGTH)
     ids = [e.ids for e in tokenizer.encode_batch(texts)]
-    model, variables = read(LOCATION)
+    model, variables, _ = read(LOCATION)
     embed = jax.jit(lambda ids, mask: model.apply(variables, ids, train=False, mask=mask))
     found = np.zeros((len(texts), model.width), np.float32)
     order = np.argsort([len(x) for x in ids], kind="stable")
