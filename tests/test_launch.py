@@ -509,7 +509,7 @@ def test_tpu_mistakes(checkout, cloud):
     assert "does not exist" in said("--tpu", "pod", *bucket)
     assert "not a TPU type" in said("--tpu", "pod", "--create", "h100", *bucket)
     assert "gcluster" in said("--tpu", "pod", "--create", "tpu7x-8", *bucket)
-    assert "no name of a TPU VM" in said("--tpu", "Pod!", *bucket)
+    assert "not the name of a TPU VM" in said("--tpu", "Pod!", *bucket)
     assert "share no disk" in said("--tpu", "pod", "--create", "v5e-16", "experiments/tiny.py")
     assert "loses its disk" in said("--tpu", "pod", "--create", "v5e-8", "--spot", "experiments/tiny.py")
     (cloud.folder / "vm").write_text("READY")
