@@ -326,6 +326,7 @@ def test_what_cannot_be_read_or_written_is_a_sentence(tmp_path):
                         (ResNet(stem="cifar"), "stem='imagenet'")):
         with pytest.raises(UserError, match=said):
             architecture_of(model)
+    ViT(classes=None).check({"classes": 3})  # features fit any data
     for model, said in ((ResNet(width=16), "--model.width 64"),
                         (ViT(mlp="gelu_exact", layer_scale=True), "--model.pool token\\+mean")):
         with pytest.raises(UserError, match=said):
