@@ -1,4 +1,4 @@
-"""`./launch.sh eval RUN`: evaluate a checkpoint and write the task's full report."""
+"""`./launch.sh eval RUN`: evaluate a checkpoint, or somebody else's weights, and write the task's full report."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from lab.commands.arguments import call
+from lab.commands.location import is_location, name_of, open_location
 from lab.data.pipeline import Arrays
 from lab.errors import UserError, forgiving
 from lab.files import make_folder, no_links
@@ -22,7 +23,7 @@ from lab.train.restore import open_run
 
 
 def main(args: Sequence[str]) -> int:
-    """RUN [--step N]"""
+    """RUN [--step N], or LOCATION --experiment FILE"""
     return call("eval", evaluate, args)
 
 
@@ -34,26 +35,36 @@ def evaluate(
     split: Literal["test", "validation"] = "validation",
     judge: Path | None = None,
     experiment: Path | None = None,
+    output: Path | None = None,
 ) -> None:
     """Evaluates a checkpoint of a run and writes the task's full report to evaluation-<split>-<step>/ in its folder.
 
+    Or evaluates pretrained weights on the data and the task of an experiment: ./launch.sh eval hf:ORG/NAME --experiment
+    FILE.
+
     Args:
-      run: the run folder.
+      run: the run folder; or weights: a folder with config.json, a .gguf file, hf:ORG/NAME or package:NAME/PATH.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
       records: use this many evenly spaced records; by default all.
       split: by default validation. Training evaluates the test split once, at the end of a run.
       judge: for a GAN: the run folder of a classifier of such images, which labels the samples.
-      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
+      experiment: for weights: the experiment file that has the data and the task. For a run: its experiment file,
+        needed if it defines classes and was not run on this machine.
+      output: the folder to write to, for a run by default its own, for weights evaluation-<name> in this folder.
     """
-    no_links(run)
-    found, program, state = open_run(run, step, best, file=experiment)
-    data = found.data.load()
-    check_same(run, found, data.fingerprint)
+    if is_location(run):
+        found, data, program, state = open_location(run, experiment, step=step, best=best)
+        place = output or Path(f"evaluation-{name_of(run)}")
+    else:
+        no_links(run)
+        found, program, state = open_run(run, step, best, file=experiment)
+        data, place = found.data.load(), output or run
+        check_same(run, found, data.fingerprint)
     if judge is not None and not isinstance(found.task, Adversarial):
         raise UserError("--judge is for a GAN: this run makes no images.")
     name = f"evaluation-{split}-{int(jax.device_get(state.step))}"
-    folder = run / name
+    folder = place / name
     outcome = evaluation.evaluate(program, state, data, split, folder, records)
     size = len(outcome.records)
     print(f"{min(records or size, size):,} of {size:,} {split} records")
@@ -63,11 +74,11 @@ def evaluate(
     for key, value in row.items():
         print(f"{key:>16}  {value if isinstance(value, str | int) else format(value, '.6f')}")
     make_folder(folder)
-    write_json(run / f"{name}.json", row)  # first, so that no later failure loses the numbers
+    write_json(place / f"{name}.json", row)  # first, so that no later failure loses the numbers
     with forgiving("The pictures and samples"):
         for line in found.task.artifacts(outcome):
             print(line)
-    print(f"Written to {run / name}.json and {folder}")
+    print(f"Written to {place / name}.json and {folder}")
 
 
 def _judged(outcome: EvalResult, judge: Path, number: int = 2000) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TextIO
 import tyro
 
 from lab.commands.arguments import call
+from lab.commands.location import is_location, open_location
 from lab.errors import UserError
 from lab.train import evaluation
 from lab.train.description import check_same
@@ -19,7 +20,7 @@ from lab.train.restore import open_run
 
 
 def main(args: Sequence[str]) -> int:
-    """RUN --input FILE"""
+    """RUN --input FILE, or LOCATION --experiment FILE --input FILE"""
     return call("predict", predict, args)
 
 
@@ -36,8 +37,11 @@ def predict(
 ) -> None:
     """Writes the predictions of a run as CSV, for new records or for a split of the run's data.
 
+    Or those of pretrained weights, with the data and the task of an experiment: ./launch.sh predict hf:ORG/NAME
+    --experiment FILE --input FILE.
+
     Args:
-      run: the run folder.
+      run: the run folder; or weights: a folder with config.json, a .gguf file, hf:ORG/NAME or package:NAME/PATH.
       input: new records in a format that the run's data reads: a CSV with the columns of the training data, a text
         file with one message per line, an image, or a folder of images.
       output: the CSV to write, or - for standard output. One row per record: `record` (its number in the input, from
@@ -48,20 +52,20 @@ def predict(
       strict: treat a blank row or line as an error; by default it is skipped and counted.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
-      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
+      experiment: for weights: the experiment file that has the data and the task. For a run: its experiment file,
+        needed if it defines classes and was not run on this machine.
     """
     if (input is None) == (split is None):
         raise UserError("Say what to predict: --input FILE, or --split test for the run's own data, and not both.")
     if input is not None and not input.exists():
         raise UserError(f"{input} does not exist.")
-    trained, program, state = open_run(run, step, best, file=experiment)
-    if split is None:
-        data = data_of(run, trained)
-        found = data.read(input, id, strict)
+    if is_location(run):
+        trained, data, program, state = open_location(run, experiment, step=step, best=best)
     else:
-        data = trained.data.load()
+        trained, program, state = open_run(run, step, best, file=experiment)
+        data = data_of(run, trained) if split is None else trained.data.load()
         check_same(run, trained, data.fingerprint)
-        found = data.own(split, id)
+    found = data.read(input, id, strict) if split is None else data.own(split, id)
     columns = trained.task.columns(evaluation.predict(program, state, found.records), data)
     beside = {f"input_{name}" if name in ("record", "truth", *columns) else name: cells
               for name, cells in found.beside.items()}

@@ -47,16 +47,21 @@ def open_run(run: Path, step: int | None = None, best: bool = False, experiment:
     checkpoints = Checkpoints(folder)
     if best:
         step = _best_step(run, experiment, checkpoints)
-    try:
-        program = Program(opened)
-    except UserError:  # the run was trained on another number of devices
-        devices = math.gcd(experiment.batch // experiment.grad_accum_steps, jax.device_count())
-        program = Program(replace(opened, mesh=Mesh(devices)))
+    program = fitting_program(opened)
     state = checkpoints.restore(program.abstract, step)
     checkpoints.close()
     if state is None:
         raise UserError(f"{run} has no checkpoint yet.")
     return experiment, program, state
+
+
+def fitting_program(experiment: Experiment) -> Program:
+    """The program on the experiment's mesh; if that is of another number of devices, on those that divide the batch."""
+    try:
+        return Program(experiment)
+    except UserError:
+        devices = math.gcd(experiment.batch // experiment.grad_accum_steps, jax.device_count())
+        return Program(replace(experiment, mesh=Mesh(devices)))
 
 
 def _best_step(run: Path, experiment: Experiment, checkpoints: Checkpoints) -> int:
