@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lab.commands.location import is_location, name_of
+from lab.commands.location import name_of
 from lab.data.pipeline import eval_batches
 from lab.models.bert import BERT
 from lab.train.experiment_file import load
 from lab.weights import read
+from lab.weights.location import is_location
 from lab.weights.read import parameter_shapes
 from lab.weights.write import write
 from tests.test_cli import furnished
@@ -52,8 +53,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def test_a_location_is_no_run(place):
-    assert is_location(Path("hf:openai-community/gpt2")) and is_location(Path("package:llm/x.gguf"))
-    assert is_location(place / "gpt2") and not is_location(place) and not is_location(place / "nowhere")
+    assert all(map(is_location, ("hf:openai-community/gpt2", "package:llm/x.gguf", str(place / "gpt2"))))
+    assert not is_location(str(place)) and not is_location("nowhere")
     assert name_of(Path("hf:openai-community/gpt2@main")) == "gpt2_main"
     assert name_of(Path("package:a/b.Q4.gguf")) == "b.Q4"
 

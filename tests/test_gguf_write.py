@@ -48,14 +48,19 @@ def place(tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
-def test_what_is_written_reads_back(kind, tokenizer, tmp_path):
+QWEN = LLAMA.clone(head_width=None, tied=True)
+
+
+@pytest.mark.parametrize("kind, model", [("F32", LLAMA), ("F16", LLAMA), ("Q8_0", LLAMA),
+                                         ("F16", QWEN.clone(qkv_bias=True)), ("F16", QWEN.clone(qk_norm=True))],
+                         ids=["F32", "F16", "Q8_0", "qwen2", "qwen3"])
+def test_what_is_written_reads_back(kind, model, tokenizer, tmp_path):
     rng = np.random.default_rng(0)
-    params = {path: rng.normal(size=shape).astype(np.float32) for path, shape in parameter_shapes(LLAMA).items()}
-    write_gguf(LLAMA, params, tmp_path / "x.gguf", kind, tokenizer, 0, "a name")
+    params = {path: rng.normal(size=shape).astype(np.float32) for path, shape in parameter_shapes(model).items()}
+    write_gguf(model, params, tmp_path / "x.gguf", kind, tokenizer, {"eos_token_id": 0}, "a name")
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
     found = find(str(tmp_path / "x.gguf"))
-    assert found.model == LLAMA.clone(qkv_bias=False, out_bias=False, mlp_bias=False)
+    assert found.model == model.clone(qkv_bias=bool(model.qkv_bias), out_bias=False, mlp_bias=False)
     back = found.arrays()
     assert back.keys() == params.keys()
     for path, x in params.items():
@@ -81,7 +86,7 @@ def test_the_vocabulary(tokenizer, tmp_path):
 
 def test_models_of_another_shape_are_a_sentence():
     for model in (GPT(vocab=SIZE), LLAMA.clone(rope_scaling=RopeScaling())):
-        with pytest.raises(UserError, match="rope_scaling=None only"):
+        with pytest.raises(UserError, match="is for a GPT of the shape of Llama"):
             check(model)
     with pytest.raises(UserError, match="No class of transformers"):
         check(LLAMA.clone(softcap=3.0))

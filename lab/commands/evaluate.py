@@ -10,7 +10,7 @@ import jax
 import tyro
 
 from lab.commands.arguments import call
-from lab.commands.location import is_location, name_of, open_location
+from lab.commands.location import name_of, open_location
 from lab.data.pipeline import Arrays
 from lab.errors import UserError, forgiving
 from lab.files import make_folder, no_links
@@ -20,6 +20,7 @@ from lab.train import evaluation
 from lab.train.description import check_same
 from lab.train.json_files import write_json
 from lab.train.restore import open_run
+from lab.weights.location import is_location
 
 
 def main(args: Sequence[str]) -> int:
@@ -53,7 +54,7 @@ def evaluate(
         needed if it defines classes and was not run on this machine.
       output: the folder to write to, for a run by default its own, for weights evaluation-<name> in this folder.
     """
-    if is_location(run):
+    if is_location(str(run)):
         found, data, program, state = open_location(run, experiment, step=step, best=best)
         place = output or Path(f"evaluation-{name_of(run)}")
     else:

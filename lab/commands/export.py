@@ -59,7 +59,7 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
         if tokenizer is None:
             raise UserError(f"A .gguf file holds a tokenizer of byte-level BPE, and that of {run} is another one. "
                             f"--to FOLDER writes the model without it.")
-        write_gguf(found.model, arrays, to, type or "F16", tokenizer, ids["eos_token_id"], run.name)
+        write_gguf(found.model, arrays, to, type or "F16", tokenizer, ids, run.name)
         print(f"{to}: {type or 'F16'}, {size}")
         return
     config = write(found.model, arrays, to, getattr(data_of(run, found), "classes", ()))

@@ -11,21 +11,16 @@ from typing import Any
 from lab.commands.arguments import choose_config, find_experiment
 from lab.errors import UserError
 from lab.experiment import Experiment
-from lab.optim import SGD
+from lab.optim.sgd import SGD
 from lab.train.check import load_data
 from lab.train.experiment_file import load
 from lab.train.program import Program
 from lab.train.restore import fitting_program, leaves
 from lab.train.step import State
-from lab.weights import Weights, find
+from lab.weights.read import find
+from lab.weights.start import Weights
 
 log = logging.getLogger(__name__)
-
-
-def is_location(name: Path) -> bool:
-    """Whether a word names other people's weights (see lab/weights/README.md), not a run folder."""
-    return (str(name).startswith(("hf:", "package:")) or name.suffix == ".gguf"
-            or (name / "config.json").exists() and not (name / "experiment.json").exists())
 
 
 def open_location(name: Path, file: Path | None, **run_only: Any) -> tuple[Experiment, Any, Program, State]:

@@ -37,9 +37,8 @@ def parity(location: Annotated[str, tyro.conf.Positional], length: int | None = 
       text: the file whose beginning is the real text; by default this project's README.md.
       tolerance: the largest difference allowed, in the units of the output.
     """
-    from lab.weights import find
     from lab.weights.parity import batches, check_packages, compare, load_theirs, our_outputs, rounding, their_output
-    from lab.weights.read import variables_of
+    from lab.weights.read import find, variables_of
 
     check_packages()
     start = time.monotonic()

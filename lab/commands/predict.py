@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal, TextIO
 import tyro
 
 from lab.commands.arguments import call
-from lab.commands.location import is_location, open_location
+from lab.commands.location import open_location
 from lab.errors import UserError
 from lab.train import evaluation
 from lab.train.description import check_same
 from lab.train.fitted import data_of
 from lab.train.restore import open_run
+from lab.weights.location import is_location
 
 
 def main(args: Sequence[str]) -> int:
@@ -59,7 +60,7 @@ def predict(
         raise UserError("Say what to predict: --input FILE, or --split test for the run's own data, and not both.")
     if input is not None and not input.exists():
         raise UserError(f"{input} does not exist.")
-    if is_location(run):
+    if is_location(str(run)):
         trained, data, program, state = open_location(run, experiment, step=step, best=best)
     else:
         trained, program, state = open_run(run, step, best, file=experiment)

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import tyro
 
 from lab.commands.arguments import call
-from lab.commands.sample_weights import is_location, sample_weights
+from lab.commands.sample_weights import sample_weights
 from lab.errors import UserError
 from lab.models.generate import sample_texts
 from lab.train.fitted import data_of
 from lab.train.restore import open_run
+from lab.weights.location import is_location
 
 
 def main(args: Sequence[str]) -> int:

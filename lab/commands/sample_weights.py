@@ -7,19 +7,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from lab.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-def is_location(run: str) -> bool:
-    """Whether it names pretrained weights (see lab/weights/README.md), and not a run folder."""
-    return (run.startswith(("hf:", "package:")) or run.endswith(".gguf")
-            or (Path(run, "config.json").exists() and not Path(run, "experiment.json").exists()))
 
 
 def sample_weights(location: str, prompts: Sequence[str], *, chat: bool, system: str | None, new_tokens: int,

@@ -1,4 +1,4 @@
-"""Writes a GPT of Llama's shape as a .gguf file, which llama.cpp and transformers read."""
+"""Writes a GPT of the shape of Llama or Qwen as a .gguf file, which llama.cpp and transformers read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lab.errors import UserError
 from lab.files import make_folder
 from lab.weights.llama import LLAMA_GGUF
 from lab.weights.read import sizes
-from lab.weights.rules import applicable
+from lab.weights.rules import Architecture, applicable
 from lab.weights.write import architecture_of
 
 Type = Literal["F32", "F16", "Q8_0"]
+SUFFIX = " (GGUF)"  # of the names of architectures
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # values of tokenizer.ggml.token_type
 BLOCK = 32  # values that share a scale in Q8_0; rows that it does not divide are F16
 
@@ -58,10 +59,10 @@ def vocabulary(tokenizer: str, size: int) -> Vocabulary:
     return Vocabulary(tokens, types, merges, "smollm" if digits else "gpt-2")
 
 
-def write_gguf(model: Any, arrays: Mapping[str, Any], file: Path, kind: Type, tokenizer: str, end: int | None,
-               name: str) -> None:
-    """Writes a model, its parameters by path and its tokenizer (tokenizer.json) to `file`; `end`: the id that ends a
-    text. Matrices are stored as `kind`, and vectors as F32.
+def write_gguf(model: Any, arrays: Mapping[str, Any], file: Path, kind: Type, tokenizer: str,
+               ends: Mapping[str, int | None], name: str) -> None:
+    """Writes a model, its parameters by path and its tokenizer (tokenizer.json) to `file`; `ends`: bos_token_id and
+    eos_token_id. Matrices are stored as `kind`, and vectors as F32.
 
     Raises:
       UserError: the `gguf` package is missing, or the format does not hold the model or its tokenizer.
@@ -70,15 +71,15 @@ def write_gguf(model: Any, arrays: Mapping[str, Any], file: Path, kind: Type, to
         import gguf
     except ImportError:
         raise UserError("Writing a .gguf file needs the package gguf: LAB_EXTRAS=gguf ./launch.sh ...") from None
-    check(model)
+    architecture = check(model)
     words = vocabulary(tokenizer, model.vocab)
     temporary = make_folder(file.parent) / f".{file.name}.{secrets.token_hex(8)}.tmp"
-    writer = gguf.GGUFWriter(temporary, "llama")
-    _describe(writer, model, words, end, name)
+    writer = gguf.GGUFWriter(temporary, architecture.name.removesuffix(SUFFIX))
+    _describe(writer, model, words, ends, name)
     writer.add_file_type({"F32": gguf.LlamaFileType.ALL_F32, "F16": gguf.LlamaFileType.MOSTLY_F16,
                           "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for rule in applicable(LLAMA_GGUF[0].rules, model.depth, arrays):
+    for rule in applicable(architecture.rules, model.depth, arrays):
         x = np.ascontiguousarray(rule.write([np.asarray(arrays[path], np.float32) for path in rule.paths],
                                             sizes(model)))
         fits = kind if kind != "Q8_0" or x.shape[-1] % BLOCK == 0 else "F16"
@@ -93,17 +94,20 @@ def write_gguf(model: Any, arrays: Mapping[str, Any], file: Path, kind: Type, to
         raise
 
 
-def check(model: Any) -> None:
-    """UserError if the format does not hold the model."""
-    architecture = architecture_of(model)
-    if architecture.name != "llama" or model.rope_scaling is not None:
-        raise UserError("A .gguf file can be written for a GPT with norm='rmsnorm', position='rotary', mlp='swiglu', "
-                        "bias=False and rope_scaling=None only; --to FOLDER writes this one.")
+def check(model: Any) -> Architecture:
+    """The form of GGUF that holds the model. UserError if none does."""
+    name = architecture_of(model).name + SUFFIX
+    found = next((a for a in LLAMA_GGUF if a.name == name), None)
+    if found is None or model.rope_scaling is not None:
+        raise UserError("A .gguf file is for a GPT of the shape of Llama, Qwen2 or Qwen3 (norm='rmsnorm', "
+                        "position='rotary', mlp='swiglu', rope_scaling=None); --to FOLDER writes this one.")
     if model.scan:
         raise UserError("The layers of this model are stacked: train with --model.scan False to export.")
+    return found
 
 
-def _describe(writer: Any, model: Any, words: Vocabulary, end: int | None, name: str) -> None:
+def _describe(writer: Any, model: Any, words: Vocabulary,
+              ends: Mapping[str, int | None], name: str) -> None:
     writer.add_name(name)
     writer.add_context_length(model.context)
     writer.add_embedding_length(model.width)
@@ -122,7 +126,7 @@ def _describe(writer: Any, model: Any, words: Vocabulary, end: int | None, name:
     writer.add_token_list(words.tokens)
     writer.add_token_types(words.types)
     writer.add_token_merges(words.merges)
-    if end is not None:
-        writer.add_eos_token_id(end)
-        writer.add_bos_token_id(end)
+    for add, end in ((writer.add_bos_token_id, "bos_token_id"), (writer.add_eos_token_id, "eos_token_id")):
+        if ends.get(end) is not None:
+            add(ends[end])
     writer.add_add_bos_token(False)

@@ -32,6 +32,12 @@ def locate(location: str) -> Path:
     return path
 
 
+def is_location(run: str) -> bool:
+    """Whether it names pretrained weights (see lab/weights/README.md), and not a run folder."""
+    return (run.startswith(("hf:", "package:")) or run.endswith(".gguf")
+            or (Path(run, "config.json").exists() and not Path(run, "experiment.json").exists()))
+
+
 def revision_of(place: Path) -> str | None:
     """The commit of a folder in huggingface_hub's cache; None elsewhere."""
     return place.name if place.parent.name == "snapshots" else None
