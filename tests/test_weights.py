@@ -349,6 +349,7 @@ def test_a_run_starts_from_weights(tmp_path):
     same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), b), state.params, params["params"])
     assert all(jax.tree.leaves(same)) and not report["random"] and "model.safetensors" in report["files"]
     assert len(state.params["wte"]["embedding"].sharding.device_set) == 8
+    value.init_from.check(value.model.clone(kv_heads=N, head_width=D // N, qkv_bias=True, hidden_multiple=4.000001))
     with pytest.raises(UserError, match="norm_epsilon=1e-05.*0.001.*model_of"):
         replace(value, model=GPT(depth=DEPTH, width=D, heads=N, vocab=V, context=L)).validate()
     other = replace(value, model=value.model.clone(vocab=V + 4), init_from=Weights(location, random=("wte",)))

@@ -181,3 +181,14 @@ class Architecture:
     """config.json -> an example of the model's inputs."""
     image_fields: Callable[[Any, Mapping[str, tuple[int, ...]]], dict[str, Any]] = lambda model, shapes: {}
     """Our model and the shapes of its parameters by path -> the fields of config.json that only the shapes decide."""
+
+
+def field_of(model: Any, name: str) -> Any:
+    """A field of a model; of values with the same meaning, such as None and the default that it stands for, one."""
+    if name == "kv_heads":
+        return None if model.groups == model.heads else model.groups
+    if name == "head_width":
+        return None if model.head * model.heads == model.width else model.head
+    if name == "hidden_multiple":
+        return round(model.hidden_multiple * model.width)
+    return model.bias if name.endswith("_bias") and getattr(model, name) is None else getattr(model, name)

@@ -15,6 +15,7 @@ from lab.errors import UserError
 from lab.models.vit import ViT
 from lab.pretrained import Start, check_rules
 from lab.weights.read import Found, find
+from lab.weights.rules import field_of
 from lab.weights.vit import resized
 
 # Fields of a model that may differ from the pretrained one's: they change no parameter's meaning.
@@ -52,9 +53,10 @@ class Weights(Start):
         if getattr(model, "pool", None) == "mean" and isinstance(theirs, ViT):
             raise UserError(f"{self.location} has a class token. Use --model.pool token or token+mean.")
         for field in dataclasses.fields(theirs):
-            here, there = getattr(model, field.name), getattr(theirs, field.name)
+            here, there = (field_of(m, field.name) for m in (model, theirs))
             shorter = field.name == "context" and (model.position == "rotary" or here < there)
             if field.name not in FREE and not shorter and here != there:
+                here, there = getattr(model, field.name), getattr(theirs, field.name)
                 raise UserError(f"The model has {field.name}={here!r}, and {self.location} {there!r}. Use "
                                 f"model=model_of({self.location!r}), from lab.weights.")
 

@@ -13,7 +13,7 @@ import numpy as np
 from lab.errors import UserError
 from lab.files import make_folder, replace_file
 from lab.weights.read import ARCHITECTURES, sizes
-from lab.weights.rules import Architecture, applicable, matched
+from lab.weights.rules import Architecture, applicable, field_of, matched
 
 WRITTEN = tuple(a for a in ARCHITECTURES.values() if a.like is not None)
 # Fields that every one of these formats holds, or that do not matter to a finished model.
@@ -39,18 +39,11 @@ def architecture_of(model: Any) -> Architecture:
 
 def _misfits(model: Any, architecture: Architecture) -> list[str]:
     """The fields that would have to differ, as name=value."""
-    def value(m: Any, name: str) -> Any:
-        if name == "kv_heads":
-            return None if m.groups == m.heads else m.groups
-        if name == "head_width":
-            return None if m.head * m.heads == m.width else m.head
-        return m.bias if name.endswith("_bias") and getattr(m, name) is None else getattr(m, name)
-
     found = []
     for name in (f.name for f in dataclasses.fields(model) if f.name not in FREE):
-        like = value(architecture.like, name)
+        like = field_of(architecture.like, name)
         possible = architecture.holds.get(name, (like,))
-        if possible is not None and value(model, name) not in possible:
+        if possible is not None and field_of(model, name) not in possible:
             found.append(f"{name}={like!r}")
     return found
 
