@@ -14,6 +14,8 @@ needs_transformers = pytest.mark.skipif("LAB_TRANSFORMERS" not in os.environ,
                                         reason="needs torch and transformers: LAB_TRANSFORMERS=1")
 SIZES = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": N, "intermediate_size": F,
          "max_position_embeddings": L}
+IMAGES = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": N, "image_size": 12, "patch_size": 4,
+          "num_labels": 7}
 FAMILIES = {  # class of transformers, without Config or what follows it -> fields of its config.json, what follows
     "GPT2": ({"n_layer": 2, "n_embd": D, "n_head": N, "vocab_size": V, "n_positions": L}, "LMHeadModel"),
     "GPTNeoX": (SIZES | {"use_parallel_residual": False, "rotary_pct": 1.0, "rope_parameters": {
@@ -23,7 +25,13 @@ FAMILIES = {  # class of transformers, without Config or what follows it -> fiel
     "Qwen2": (SIZES | {"num_key_value_heads": G}, "ForCausalLM"),
     "Qwen3": (SIZES | {"num_key_value_heads": G, "head_dim": 24}, "ForCausalLM"),
     "Bert": (SIZES, "ForMaskedLM"),
+    "Bert no head": (SIZES, "Model"),
     "Roberta": (SIZES | {"max_position_embeddings": L + 2}, "ForSequenceClassification"),
+    "ViT": (IMAGES | {"intermediate_size": F}, "ForImageClassification"),
+    "ViT no head": (IMAGES | {"intermediate_size": F}, "Model"),
+    "Dinov2": (IMAGES | {"mlp_ratio": 2, "layerscale_value": 0.5}, "ForImageClassification"),
+    "ResNet": ({"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic", "num_labels": 7},
+               "ForImageClassification"),
 }
 
 
@@ -35,7 +43,7 @@ def place(tmp_path) -> Path:
 def random_model(folder: Path, family: str, noise: float = 0.05, **fields) -> str:
     """A folder with weights of this class at random, in which no bias is 0 and no scale 1."""
     torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    values, head = FAMILIES[family]
+    (values, head), family = FAMILIES[family], family.partition(" ")[0]
     torch.manual_seed(0)
     model = getattr(hf, family + head)(getattr(hf, f"{family}Config")(**(values | fields)))
     with torch.no_grad():
@@ -55,10 +63,12 @@ def test_without_the_packages_it_is_a_sentence(mistake, monkeypatch):
 @needs_transformers
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_agrees_with_transformers(family, typed, tmp_path):
-    status, out, err = typed("parity", random_model(tmp_path / "w", family))
+    noise = 0.0 if family == "ResNet" else 0.05  # its logits would be above 10,000
+    status, out, err = typed("parity", random_model(tmp_path / "w", family, noise))
     assert status == 0 and "within 0.0001" in out, out + err
-    assert all(kind in out for kind in ("random ids", f"longest of {L}", "padded"))
-    assert ("key/value cache" in out) == (family not in ("Bert", "Roberta"))
+    images, encoder = family.startswith(("ViT", "Dino", "ResNet")), family.startswith(("Bert", "Roberta"))
+    kinds = ("random images",) if images else ("random ids", f"longest of {L}", "padded")
+    assert all(kind in out for kind in kinds) and ("key/value cache" in out) == (not images and not encoder)
 
 
 @needs_transformers

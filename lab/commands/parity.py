@@ -37,7 +37,16 @@ def parity(location: Annotated[str, tyro.conf.Positional], length: int | None = 
       text: the file whose beginning is the real text; by default this project's README.md.
       tolerance: the largest difference allowed, in the units of the output.
     """
-    from lab.weights.parity import batches, check_packages, compare, load_theirs, our_outputs, rounding, their_output
+    from lab.weights.parity import (
+        batches,
+        check_packages,
+        compare,
+        gives_logits,
+        load_theirs,
+        our_outputs,
+        rounding,
+        their_output,
+    )
     from lab.weights.read import find, variables_of
 
     check_packages()
@@ -49,7 +58,7 @@ def parity(location: Annotated[str, tyro.conf.Positional], length: int | None = 
     found = find(location)
     model, variables = found.model, variables_of(found.arrays())
     print(f"{location}: {type(model).__name__}; read in {time.monotonic() - start:.1f} s, {_peak()}", flush=True)
-    context = getattr(model, "context", 0)
+    context = getattr(model, "context", 0)  # 0: a model of images
     length = min(context, 1024) if length is None else length
     if context and not 1 <= length <= context:
         raise UserError(f"--length {length} is not between 1 and the model's context of {context}.")
@@ -65,7 +74,7 @@ def parity(location: Annotated[str, tyro.conf.Positional], length: int | None = 
     worst, above = [], {}
     for kind, batch in rows.items():
         there = their_output(theirs, model, batch)
-        row = compare(kind, batch, ours[kind], there, logits=getattr(model, "output", "logits") == "logits")
+        row = compare(kind, batch, ours[kind], there, logits=gives_logits(model))
         print(_line(row, f"{kind} of {context:,}" if kind == "longest" else kind), flush=True)
         worst.append(row.largest)
         if not row.largest <= tolerance:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,9 +63,7 @@ def batches(found: Found, length: int, text: str) -> dict[str, Batch]:
     ids, a padded batch, and for a GPT the text or ids that are decoded token by token; for other models, images."""
     rng, model = np.random.default_rng(0), found.model
     if not isinstance(model, GPT | BERT):
-        config = json.loads((found.place / "config.json").read_text("utf-8"))
-        size, channels = config.get("image_size", 224), config.get("num_channels", 3)
-        return {"random images": {"images": rng.normal(size=(2, size, size, channels)).astype(np.float32)}}
+        return {"random images": {"images": rng.normal(size=(2, *found.inputs.shape[1:])).astype(np.float32)}}
 
     def ids(rows: int, columns: int) -> Batch:
         found = rng.integers(min(2, model.vocab - 1), model.vocab, (rows, min(columns, length)), np.int32)
@@ -132,10 +129,10 @@ def load_theirs(found: Found) -> Any:
     model = found.model
     if isinstance(model, GPT):
         cls = transformers.AutoModelForCausalLM
+    elif not gives_logits(model):
+        cls = transformers.AutoModel
     elif not isinstance(model, BERT):
         cls = transformers.AutoModelForImageClassification
-    elif model.output != "logits":
-        cls = transformers.AutoModel
     else:
         cls = (transformers.AutoModelForMaskedLM if model.classes is None else
                transformers.AutoModelForSequenceClassification)
@@ -156,10 +153,11 @@ def their_output(theirs: Any, model: Any, batch: Batch) -> np.ndarray:
     with torch.no_grad():
         if "images" in batch:
             images = torch.tensor(batch["images"].transpose(0, 3, 1, 2)).to(theirs.dtype)
-            return theirs(pixel_values=images).logits.numpy()
+            out = theirs(pixel_values=images)
+            return (out.logits if gives_logits(model) else out.last_hidden_state[:, 0]).numpy()
         mask = torch.tensor(batch["mask"]).long()
         out = theirs(input_ids=torch.tensor(batch["ids"]).long(), attention_mask=mask)
-        if not isinstance(model, BERT) or model.output == "logits":
+        if gives_logits(model):
             return out.logits.numpy()
         hidden = out.last_hidden_state
         if model.output == "hidden":
@@ -167,6 +165,12 @@ def their_output(theirs: Any, model: Any, batch: Batch) -> np.ndarray:
         weight = mask[..., None].to(hidden.dtype)
         pooled = hidden[:, 0] if model.pool == "first" else (hidden * weight).sum(1) / weight.sum(1)
         return torch.nn.functional.normalize(pooled).numpy()
+
+
+def gives_logits(model: Any) -> bool:
+    """Whether a model's outputs are logits, not embeddings or hidden states."""
+    return getattr(model, "output", "logits") == "logits" and (isinstance(model, GPT | BERT)
+                                                               or model.classes is not None)
 
 
 def compare(kind: str, batch: Batch, ours: np.ndarray, theirs: np.ndarray, logits: bool) -> Row:
