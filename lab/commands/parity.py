@@ -5,9 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -16,7 +16,9 @@ from lab.errors import UserError
 from lab.files import ROOT
 
 if TYPE_CHECKING:
-    from lab.weights.parity import Row
+    import numpy as np
+
+    from lab.weights.parity import Batch
 
 
 def main(args: Sequence[str]) -> int:
@@ -37,16 +39,7 @@ def parity(location: Annotated[str, tyro.conf.Positional], length: int | None = 
       text: the file whose beginning is the real text; by default this project's README.md.
       tolerance: the largest difference allowed, in the units of the output.
     """
-    from lab.weights.parity import (
-        batches,
-        check_packages,
-        compare,
-        gives_logits,
-        load_theirs,
-        our_outputs,
-        rounding,
-        their_output,
-    )
+    from lab.weights.parity import batches, check_packages, load_theirs, our_outputs, rounding
     from lab.weights.read import find, variables_of
 
     check_packages()
@@ -70,27 +63,33 @@ def parity(location: Annotated[str, tyro.conf.Positional], length: int | None = 
     began = time.monotonic()
     theirs = load_theirs(found)
     print(f"transformers: {type(theirs).__name__}; loaded in {time.monotonic() - began:.1f} s, {_peak()}\n")
-    print(f"{'inputs':<24} {'shape':>17} {'max |diff|':>10} {'mean':>8} {'max |out|':>9} {'relative':>8} {'top-1':>7}")
-    worst, above = [], {}
-    for kind, batch in rows.items():
-        there = their_output(theirs, model, batch)
-        row = compare(kind, batch, ours[kind], there, logits=gives_logits(model))
-        print(_line(row, f"{kind} of {context:,}" if kind == "longest" else kind), flush=True)
-        worst.append(row.largest)
-        if not row.largest <= tolerance:
-            above[kind] = there
+    worst, above = _table(theirs, model, rows, ours, tolerance)
     for kind, there in above.items():
         here, their = rounding(theirs, model, rows[kind], ours[kind], there)
         print(f"{kind}: from transformers in float64, ours differs by {here:.1e}, its own float32 by {their:.1e}.")
-    print(f"\nThe largest difference, {max(worst):.1e}, is {'above' if above else 'within'} {tolerance:g}. "
+    print(f"\nThe largest difference, {worst:.1e}, is {'above' if above else 'within'} {tolerance:g}. "
           f"{time.monotonic() - start:.0f} s, {_peak()}.")
     return int(bool(above))
 
 
-def _line(row: Row, name: str) -> str:
-    agree = "-" if row.agree is None else f"{row.agree:.2%}"
-    return (f"{name:<24} {' x '.join(map(str, row.shape)):>17} {row.largest:10.1e} {row.mean:8.1e} {row.output:9.3g} "
-            f"{row.largest / row.output:8.1e} {agree:>7}")
+def _table(theirs: Any, model: Any, rows: Mapping[str, Batch], ours: Mapping[str, np.ndarray],
+           tolerance: float) -> tuple[float, dict[str, np.ndarray]]:
+    """Prints a line for each batch; returns the largest difference, and their outputs where it is above `tolerance`."""
+    from lab.weights.parity import compare, gives_logits, their_output
+
+    print(f"{'inputs':<24} {'shape':>17} {'max |diff|':>10} {'mean':>8} {'max |out|':>9} {'relative':>8} {'top-1':>7}")
+    worst, above = 0.0, {}
+    for kind, batch in rows.items():
+        there = their_output(theirs, model, batch)
+        row = compare(kind, batch, ours[kind], there, gives_logits(model))
+        name = f"{kind} of {model.context:,}" if kind == "longest" else kind
+        agree = "-" if row.agree is None else f"{row.agree:.2%}"
+        print(f"{name:<24} {' x '.join(map(str, row.shape)):>17} {row.largest:10.1e} {row.mean:8.1e} "
+              f"{row.output:9.3g} {row.largest / row.output:8.1e} {agree:>7}", flush=True)
+        worst = worst if row.largest <= worst else row.largest
+        if not row.largest <= tolerance:  # or it is NaN
+            above[kind] = there
+    return worst, above
 
 
 def _peak() -> str:
