@@ -43,6 +43,7 @@ def overview() -> str:
 # Command -> its module in lab/commands, and a line for the overview.
 COMMANDS = {
     "sample": ("sample", "RUN --prompt TEXT: continue a text with a trained model; --chat: ask pretrained weights"),
+    "chat": ("chat", "RUN|LOCATION: talk with a language model in the terminal"),
     "eval": ("evaluate", "RUN: evaluate a checkpoint, or pretrained weights, and write the full report of its task"),
     "predict": ("predict", "RUN --input FILE: predictions for new records, as CSV"),
     "export": ("export", "RUN --to FOLDER|FILE.gguf: a trained GPT for Hugging Face's transformers, or llama.cpp"),

@@ -47,6 +47,7 @@ class _Process:
         self.status: int | None = None
         self.leave: Callable[[int], None] = _leave
         self.quiet = False
+        self.interrupt: Callable[[], None] | None = None
 
     def begin(self, number: int) -> None:
         """Records the first signal (or loss of the output) once, and notifies the training loop if it is listening."""
@@ -68,6 +69,8 @@ class _Process:
     def answer(self, number: int) -> None:
         """Prints the consequence of a signal and carries it out."""
         name, now = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGINT and self.interrupt:
+            return self.interrupt()
         if self.status is not None:  # already finished; only teardown remains
             self.leave(self.status)
         if self.answered is None:
@@ -160,6 +163,16 @@ def install(leave: Callable[[int], None] | None = None, quiet: bool = False) -> 
     for number in HEARD:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _process.handle)
+
+
+@contextlib.contextmanager
+def interrupted(action: Callable[[], None]) -> Iterator[None]:
+    """Inside, Ctrl-C calls `action`, in another thread, instead of ending the process."""
+    _process.interrupt = action
+    try:
+        yield
+    finally:
+        _process.interrupt = None
 
 
 def release() -> None:
