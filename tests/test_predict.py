@@ -232,7 +232,7 @@ def test_splits_of_every_kind_join_their_source(tmp_path, monkeypatch):
         own = data.own(name, "kind")
         assert own.beside["kind"] == own.truth == [cells[i]["kind"] for i in own.numbers]
         assert data.texts[name] == [cells[i]["text"] for i in own.numbers]
-    with pytest.raises(UserError, match="--id name: .* are .*kind"):
+    with pytest.raises(UserError, match="--id name .*those are .*kind"):
         data.own("train", "name")
     root = pictures(tmp_path / "p")
     data = Images(ImageFolder(str(root)), (6, 5, 3)).load()

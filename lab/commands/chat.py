@@ -163,9 +163,11 @@ class Talk:
                     shown = whole
                 if stopped.is_set() or len(new) == self.new_tokens:
                     break
+        answer = self.text.continuation(ids, new)
+        print(answer[len(shown):], end="")  # it may end in the middle of a character
         seconds = time.perf_counter() - begun
         print(f"\n[{len(new)} tokens, {len(new) / seconds:.1f} per second]" if sys.stdout.isatty() else "")
-        self.messages.append({"role": "assistant", "content": self.text.continuation(ids, new)})
+        self.messages.append({"role": "assistant", "content": answer})
 
     def _fitting(self) -> list[int]:
         """The ids of the conversation; forgets the oldest messages until an answer has room.
