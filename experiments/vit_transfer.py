@@ -4,11 +4,11 @@
     ... --vary init_from.location=None --seeds 3 --split test      # a study: compares with training from scratch
 
 ViT-B/16 has not been trained here. The local config starts from random weights, or with --init-from.location FOLDER
-from an exported run of it. In small, first Fashion-MNIST, then 900 images of MNIST, both as folders of PNG:
+from an exported run of it. In small, 3,000 steps of Fashion-MNIST, then 900 images of MNIST, as folders of PNG:
 
     SMALL="--full --data.shape 28 28 1 --data.augment.no-flip --model.patch 7 --model.depth 4 --model.width 64
         --model.heads 4 --optim.lr.peak"
-    ./launch.sh experiments/vit_transfer.py $SMALL 1e-3 --init-from.location None --data.source.path FASHION --steps 3000
+    ./launch.sh experiments/vit_transfer.py $SMALL 1e-3 --data.source.path FASHION --init-from.location None ...
     ./launch.sh export RUN --to vit
     ./launch.sh experiments/vit_transfer.py $SMALL 3e-3 --init-from.location vit --data.source.path MNIST --vary ...
 
