@@ -27,6 +27,7 @@ from lab.weights import Weights, find, model_of, read
 from lab.weights.location import locate
 from lab.weights.read import parameter_shapes, variables_of
 from lab.weights.write import architecture_of, write
+from tests.conftest import ROOT
 
 V, D, N, G, L, DEPTH, F = 300, 32, 4, 2, 24, 2, 96
 GPT2_CONFIG = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": D, "n_layer": DEPTH, "n_head": N,
@@ -412,6 +413,23 @@ def test_a_run_is_exported(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["export", "run", "--to", "out"]) == 2
     assert "out is there already" in capsys.readouterr().err
+
+
+def test_an_image_classifier_is_exported(tmp_path, monkeypatch):
+    from lab.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    small = ("--model.depth", "1", "--model.width", "16", "--model.heads", "2", "--steps", "1",
+             "--optim.lr.warmup", "0", "--batch", "8", "--evaluate.every", "0", "--evaluate.records", "8", "--checkpoint.every", "0")
+    assert main([str(ROOT / "experiments/vit_transfer.py"), "--local", "--run-dir", "run", *small]) == 0
+    assert main(["export", "run", "--to", "out"]) == 0
+    written = {name: json.loads((tmp_path / "out" / name).read_text())
+               for name in ("config.json", "preprocessor_config.json")}
+    assert written["config.json"]["id2label"] == {str(i): str(i) for i in range(10)}
+    assert written["preprocessor_config.json"]["image_mean"] == [0.5]
+    assert "pipeline_tag: image-classification" in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+    assert find("out").model.classes == 10
 
 
 @pytest.mark.skipif("LAB_TRANSFORMERS" not in os.environ, reason="needs torch and transformers: LAB_TRANSFORMERS=1")

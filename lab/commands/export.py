@@ -35,14 +35,10 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
     import jax
     import numpy as np
 
-    from lab.files import replace_file
-    from lab.models.gpt import GPT
-    from lab.train.description import finished
-    from lab.train.fitted import data_of
     from lab.train.restore import leaves, open_run
     from lab.train.step import eval_variables
     from lab.weights.gguf_write import check, write_gguf
-    from lab.weights.write import architecture_of, write
+    from lab.weights.write import architecture_of
 
     if to.exists() and (to.suffix == ".gguf" or not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to} is there already; --to names a new or empty folder, or a new .gguf file.")
@@ -62,7 +58,26 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
         write_gguf(found.model, arrays, to, type or "F16", tokenizer, ids, run.name)
         print(f"{to}: {type or 'F16'}, {size}")
         return
-    config = write(found.model, arrays, to, getattr(data_of(run, found), "classes", ()))
+    name = _folder(run, found, arrays, to, int(state.step), tokenizer, about, ids)
+    without = hasattr(found.model, "vocab") and not tokenizer
+    print(f"{to}: {name}, {size}" + ("; no tokenizer.json: this run's tokenizer has no such form" if without else ""))
+
+
+def _folder(run: Path, found: Any, arrays: dict[str, Any], to: Path, step: int, tokenizer: str | None,
+            about: dict[str, Any], ids: dict[str, Any]) -> str:
+    """Writes everything but a .gguf file; returns the name of the class that reads it."""
+    from lab.files import replace_file
+    from lab.models.gpt import GPT
+    from lab.models.vit import ViT
+    from lab.train.description import finished
+    from lab.train.fitted import data_of
+    from lab.weights.write import write
+
+    data = data_of(run, found)
+    height, width = (data.metadata.get(side) for side in ("height", "width"))
+    if isinstance(found.model, ViT) and height != width:
+        raise UserError(f"Only ViTs of square images can be exported, and these are {height} x {width}.")
+    config = write(found.model, arrays, to, data.classes)
     if isinstance(found.model, GPT):
         replace_file(to / "generation_config.json", json.dumps(ids) + "\n")
     if "image_size" in config and hasattr(found.data, "mean"):
@@ -71,10 +86,8 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
         replace_file(to / "tokenizer.json", tokenizer)
         about = {"tokenizer_class": "PreTrainedTokenizerFast", **about, "model_max_length": found.model.context}
         replace_file(to / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
-    replace_file(to / "README.md", _card(run, config, finished(run), int(state.step), found.fingerprint()))
-    without = hasattr(found.model, "vocab") and not tokenizer
-    print(f"{to}: {config['architectures'][0]}, {size}"
-          + ("; no tokenizer.json: this run's tokenizer has no such form" if without else ""))
+    replace_file(to / "README.md", _card(run, config, finished(run), step, found.fingerprint()))
+    return config["architectures"][0]
 
 
 def _tokenizer(run: Path) -> tuple[str | None, dict[str, Any]]:
