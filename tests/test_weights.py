@@ -420,7 +420,8 @@ def test_an_image_classifier_is_exported(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     small = ("--model.depth", "1", "--model.width", "16", "--model.heads", "2", "--steps", "1",
-             "--optim.lr.warmup", "0", "--batch", "8", "--evaluate.every", "0", "--evaluate.records", "8", "--checkpoint.every", "0")
+             "--optim.lr.warmup", "0", "--batch", "8", "--evaluate.every", "0", "--evaluate.records", "8",
+             "--checkpoint.every", "0")
     assert main([str(ROOT / "experiments/vit_transfer.py"), "--local", "--run-dir", "run", *small]) == 0
     assert main(["export", "run", "--to", "out"]) == 0
     written = {name: json.loads((tmp_path / "out" / name).read_text())
