@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import resource
-import sys
-import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from lab.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 def sample_weights(location: str, prompts: Sequence[str], *, chat: bool, system: str | None, new_tokens: int,
@@ -22,9 +16,11 @@ def sample_weights(location: str, prompts: Sequence[str], *, chat: bool, system:
     Raises:
       UserError: no such weights, no tokenizer or chat template, or a model that continues no text.
     """
+    import jax
+
     from lab.models.generate import sample_texts
     from lab.models.gpt import GPT
-    from lab.weights.read import find
+    from lab.weights.read import find, variables_of
     from lab.weights.tokenizer import tokenizer_of
 
     found = find(location)
@@ -39,28 +35,15 @@ def sample_weights(location: str, prompts: Sequence[str], *, chat: bool, system:
     if found.model.position == "rotary":  # the key/value cache has as many rows as the context
         longest = max(map(len, ids), default=1)
         context = max(2, min(context, (1 << (longest - 1).bit_length() if longest else 1) + new_tokens))
-    model, params = found.model.clone(context=context), _loaded(found)
+    model = found.model.clone(context=context)
+    variables = variables_of(found.arrays(lambda path, x: jax.device_put(x)))
     text = SimpleNamespace(encode=encode, decode=fitted.decode, continuation=fitted.continuation, eot=fitted.eot,
                            metadata={"vocab": fitted.size})
 
     def compute(function: Callable[..., Any], *inputs: Any, **static: Any) -> Any:
-        return function(model, {"params": params}, *inputs, **static)
+        return function(model, variables, *inputs, **static)
 
     return sample_texts(compute, context, text, list(prompts), new_tokens=new_tokens, **how)
-
-
-def _loaded(found: Any) -> Any:
-    """The parameters on the first device, float32, one tensor after the other; logs the time and memory it took."""
-    import jax
-    from flax.traverse_util import unflatten_dict
-
-    begin = time.perf_counter()
-    arrays = found.arrays(lambda path, x: jax.device_put(x))
-    jax.block_until_ready(arrays)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
-    log.info("read %.1f M parameters in %.1f s; peak host memory %.2f GB", sum(x.size for x in arrays.values()) / 1e6,
-             time.perf_counter() - begin, peak / 1e9)
-    return unflatten_dict(arrays, sep="/")
 
 
 def _conversations(location: str, config: dict[str, str], prompts: Sequence[str], system: str | None) -> list[str]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import re
+import resource
+import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +33,8 @@ from lab.weights.tensors import SafeTensors, Tensors
 from lab.weights.tokenizer import tokenizer_of
 from lab.weights.vit import VIT_FAMILY
 
+log = logging.getLogger(__name__)
+
 ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF, *BERT_FAMILY, *VIT_FAMILY, *RESNET_FAMILY)}
 STATE = "batch_stats"  # the only collection of our models beside their parameters
 
@@ -51,13 +57,17 @@ class Found:
 
     def arrays(self, put: Callable[[str, np.ndarray], Any] = lambda path, x: x) -> dict[str, Any]:
         """Our parameters by path, float32; those of other collections as batch_stats/... One tensor at a time is in
-        memory, and `put` moves it to its devices."""
-        found = {}
+        memory, and `put` moves it to its devices. Logs the time and the peak memory."""
+        found, begin = {}, time.perf_counter()
         self._check_copies()
         for rule in self.rules:
             tensor = self.tensors.read(self.names[rule.theirs])
             for path, x in zip(rule.paths, rule.read(tensor, sizes(self.model)), strict=True):
                 found[path] = put(path, np.ascontiguousarray(x, np.float32))
+        size = sum(x.size for x in jax.block_until_ready([x for x in found.values() if x is not None]))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
+        log.info("read %.1f M parameters in %.1f s; peak host memory %.2f GB", size / 1e6,
+                 time.perf_counter() - begin, peak / 1e9)
         return found
 
     def _check_copies(self) -> None:
