@@ -8,9 +8,8 @@ from typing import Any
 
 from lab.errors import UserError
 from lab.models.bert import BERT
-from lab.weights.rules import Architecture, Config, Rule, Rules, Unused
+from lab.weights.rules import ACTIVATIONS, NAMES, Architecture, Config, Rule, Rules, Unused, dense, norm
 
-ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 POOLING = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
 SKIPPED = {"bert": 0, "roberta": 2, "xlm-roberta": 2}  # RoBERTa's first position is 2: the id of padding and 1
 
@@ -19,7 +18,9 @@ def model(config: Config) -> BERT:
     """Our model of a config.json, and of sentence-transformers' modules.json beside it."""
     kind, width = config["model_type"], config.take("hidden_size")
     config.expect(position_embedding_type="absolute", is_decoder=False, add_cross_attention=False,
-                  tie_word_embeddings=True, problem_type="single_label_classification")
+                  tie_word_embeddings=True)
+    if SKIPPED[kind]:
+        config.expect(pad_token_id=1)  # the first position is the next number
     value = BERT(
         depth=config.take("num_hidden_layers"), width=width, heads=config.take("num_attention_heads"),
         hidden_multiple=config.take("intermediate_size") / width, vocab=config.take("vocab_size"),
@@ -28,8 +29,9 @@ def model(config: Config) -> BERT:
         mlp=config.choose("hidden_act", ACTIVATIONS, "gelu"), dropout=config.take("hidden_dropout_prob", 0.1),
         mask_id=_mask_id(Path(config.title).parent), **_head(config),
     )
-    config.finish("attention_probs_dropout_prob", "classifier_dropout", "gradient_checkpointing", "id2label",
-                  "label2id", "num_labels")
+    config.finish("attention_probs_dropout_prob", "classifier_dropout", "problem_type", "directionality",
+                  "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
+                  "pooler_type")  # the last six are of Google's code
     return value
 
 
@@ -40,7 +42,7 @@ def _head(config: Config) -> dict[str, Any]:
     if what in ("ForMaskedLM", "ForPreTraining"):
         return {}
     if what == "ForSequenceClassification":
-        return {"classes": len(config.get("id2label", range(config.get("num_labels", 2)))), "pool": "pooler"}
+        return {"classes": config.classes(), "pool": "pooler"}
     if what != "Model":
         raise UserError(f"{config.title}: the architecture {name} cannot be read; the trunk of one can, with "
                         f'"architectures": ["BertModel"].')
@@ -82,18 +84,10 @@ def config(model: BERT) -> dict[str, Any]:
     return {"architectures": [name], "model_type": "bert", "num_hidden_layers": model.depth,
             "hidden_size": model.width, "num_attention_heads": model.heads, "vocab_size": model.vocab,
             "intermediate_size": round(model.hidden_multiple * model.width), "max_position_embeddings": model.context,
-            "type_vocab_size": model.segments, "hidden_act": {"gelu_exact": "gelu", "gelu": "gelu_new"}[model.mlp],
+            "type_vocab_size": model.segments, "hidden_act": NAMES[model.mlp],
             "layer_norm_eps": model.norm_epsilon, "hidden_dropout_prob": model.dropout,
             "attention_probs_dropout_prob": model.dropout, "position_embedding_type": "absolute",
             "tie_word_embeddings": True}
-
-
-def _dense(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{theirs}.weight", f"{ours}/kernel", "F D -> D F"), Rule(f"{theirs}.bias", f"{ours}/bias")
-
-
-def _norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{theirs}.weight", f"{ours}/scale"), Rule(f"{theirs}.bias", f"{ours}/bias")
 
 
 def _rules(trunk: str, skip: int, heads: Rules) -> Rules:
@@ -103,15 +97,15 @@ def _rules(trunk: str, skip: int, heads: Rules) -> Rules:
         Rule(f"{trunk}.embeddings.word_embeddings.weight", "wte/embedding"),
         Rule(f"{trunk}.embeddings.position_embeddings.weight", "wpe/embedding", skip=skip),
         Rule(f"{trunk}.embeddings.token_type_embeddings.weight", "wse/embedding"),
-        *_norm(f"{trunk}.embeddings.LayerNorm", "embedding_norm"),
-        *_dense(f"{block}.attention.self.query", f"{ours}/attn/query"),
-        *_dense(f"{block}.attention.self.key", f"{ours}/attn/key"),
-        *_dense(f"{block}.attention.self.value", f"{ours}/attn/value"),
-        *_dense(f"{block}.attention.output.dense", f"{ours}/attn/out"),
-        *_norm(f"{block}.attention.output.LayerNorm", f"{ours}/attention_norm"),
-        *_dense(f"{block}.intermediate.dense", f"{ours}/ffn/up"),
-        *_dense(f"{block}.output.dense", f"{ours}/ffn/down"),
-        *_norm(f"{block}.output.LayerNorm", f"{ours}/mlp_norm"),
+        *norm(f"{trunk}.embeddings.LayerNorm", "embedding_norm"),
+        *dense(f"{block}.attention.self.query", f"{ours}/attn/query"),
+        *dense(f"{block}.attention.self.key", f"{ours}/attn/key"),
+        *dense(f"{block}.attention.self.value", f"{ours}/attn/value"),
+        *dense(f"{block}.attention.output.dense", f"{ours}/attn/out"),
+        *norm(f"{block}.attention.output.LayerNorm", f"{ours}/attention_norm"),
+        *dense(f"{block}.intermediate.dense", f"{ours}/ffn/up"),
+        *dense(f"{block}.output.dense", f"{ours}/ffn/down"),
+        *norm(f"{block}.output.LayerNorm", f"{ours}/mlp_norm"),
         *heads,
         Unused(rf"{trunk}\.pooler\.dense\.(weight|bias)", "the pooler, which this model's output does not use"),
         Unused(rf"{trunk}\.embeddings\.(position|token_type)_ids", "a buffer"),
@@ -119,8 +113,8 @@ def _rules(trunk: str, skip: int, heads: Rules) -> Rules:
 
 
 BERT_RULES = _rules("bert", SKIPPED["bert"], (
-    *_dense("bert.pooler.dense", "pooler"), *_dense("classifier", "classify"),
-    *_dense("cls.predictions.transform.dense", "mlm_dense"), *_norm("cls.predictions.transform.LayerNorm", "mlm_norm"),
+    *dense("bert.pooler.dense", "pooler"), *dense("classifier", "classify"),
+    *dense("cls.predictions.transform.dense", "mlm_dense"), *norm("cls.predictions.transform.LayerNorm", "mlm_norm"),
     Rule("cls.predictions.bias", "mlm_bias"),
     Unused(r"cls\.predictions\.decoder\.weight", "tied to the token embedding",
            same="bert.embeddings.word_embeddings.weight"),
@@ -128,14 +122,14 @@ BERT_RULES = _rules("bert", SKIPPED["bert"], (
     Unused(r"cls\.seq_relationship\.(weight|bias)", "next-sentence prediction"),
 ))
 ROBERTA_RULES = _rules("roberta", SKIPPED["roberta"], (
-    *_dense("classifier.dense", "pooler"), *_dense("classifier.out_proj", "classify"),
-    *_dense("lm_head.dense", "mlm_dense"), *_norm("lm_head.layer_norm", "mlm_norm"), Rule("lm_head.bias", "mlm_bias"),
+    *dense("classifier.dense", "pooler"), *dense("classifier.out_proj", "classify"),
+    *dense("lm_head.dense", "mlm_dense"), *norm("lm_head.layer_norm", "mlm_norm"), Rule("lm_head.bias", "mlm_bias"),
     Unused(r"lm_head\.decoder\.weight", "tied to the token embedding",
            same="roberta.embeddings.word_embeddings.weight"),
     Unused(r"lm_head\.decoder\.bias", "a copy", same="lm_head.bias"),
 ))
 LIKE = BERT(norm_place="post", norm_epsilon=1e-12, mlp="gelu_exact")
-HOLDS = {"segments": None, "classes": None, "pool": None, "mask_id": None, "mlp": ACTIVATIONS.values(), "output": None}
+HOLDS = {"segments": None, "classes": None, "pool": None, "mask_id": None, "mlp": NAMES, "output": None}
 TENSORFLOW = ((".gamma", ".weight"), (".beta", ".bias"))
 BERT_FAMILY = (Architecture("bert", "bert.", model, BERT_RULES, LIKE, HOLDS, config, TENSORFLOW),
                *(Architecture(name, "roberta.", model, ROBERTA_RULES) for name in ("roberta", "xlm-roberta")))

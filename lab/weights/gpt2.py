@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lab.models.gpt import GPT
-from lab.weights.rules import Architecture, Config, Rule, Unused
-
-ACTIVATIONS = {"gelu_new": "gelu", "gelu": "gelu_exact"}
+from lab.weights.rules import ACTIVATIONS, NAMES, Architecture, Config, Rule, Unused, dense, norm
 
 
 def model(config: Config) -> GPT:
@@ -22,7 +20,7 @@ def model(config: Config) -> GPT:
         norm_epsilon=config.take("layer_norm_epsilon", 1e-5),
     )
     config.finish("n_ctx", "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_activation", "summary_first_dropout",
-                  "summary_proj_to_labels", "summary_type", "summary_use_proj")
+                  "summary_proj_to_labels", "summary_type", "summary_use_proj", "n_special", "predict_special_tokens")
     return value
 
 
@@ -31,12 +29,8 @@ def config(model: GPT) -> dict[str, Any]:
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": model.depth, "n_embd": model.width,
             "n_head": model.heads, "n_positions": model.context, "vocab_size": model.vocab,
             "n_inner": round(model.hidden_multiple * model.width), "layer_norm_epsilon": model.norm_epsilon,
-            "activation_function": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[model.mlp],
+            "activation_function": NAMES[model.mlp],
             "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-def _both(theirs: str, ours: str, weight: str = "kernel", pattern: str | None = None) -> tuple[Rule, Rule]:
-    return Rule(f"{theirs}.weight", f"{ours}/{weight}", pattern), Rule(f"{theirs}.bias", f"{ours}/bias")
 
 
 QKV = ("query", "key", "value")
@@ -45,15 +39,15 @@ BLOCK = "transformer.h.{i}"
 GPT2 = Architecture("gpt2", "transformer.", model, (
     Rule("transformer.wte.weight", "wte/embedding"),
     Rule("transformer.wpe.weight", "wpe/embedding"),
-    *_both(f"{BLOCK}.ln_1", "block_{i}/attention_norm", "scale"),
+    *norm(f"{BLOCK}.ln_1", "block_{i}/attention_norm"),
     # Conv1D: kernels are (inputs, outputs), as ours.
     Rule(f"{BLOCK}.attn.c_attn.weight", tuple(f"block_{{i}}/attn/{x}/kernel" for x in QKV), "D (parts F) -> parts D F"),
     Rule(f"{BLOCK}.attn.c_attn.bias", tuple(f"block_{{i}}/attn/{x}/bias" for x in QKV), "(parts F) -> parts F"),
-    *_both(f"{BLOCK}.attn.c_proj", "block_{i}/attn/out"),
-    *_both(f"{BLOCK}.ln_2", "block_{i}/mlp_norm", "scale"),
-    *_both(f"{BLOCK}.mlp.c_fc", "block_{i}/ffn/up"),
-    *_both(f"{BLOCK}.mlp.c_proj", "block_{i}/ffn/down"),
-    *_both("transformer.ln_f", "final_norm", "scale"),
+    *dense(f"{BLOCK}.attn.c_proj", "block_{i}/attn/out", None),
+    *norm(f"{BLOCK}.ln_2", "block_{i}/mlp_norm"),
+    *dense(f"{BLOCK}.mlp.c_fc", "block_{i}/ffn/up", None),
+    *dense(f"{BLOCK}.mlp.c_proj", "block_{i}/ffn/down", None),
+    *norm("transformer.ln_f", "final_norm"),
     Unused(r"transformer\.h\.\d+\.attn\.(masked_)?bias", "the causal mask"),
     Unused(r"lm_head\.weight", "tied to the token embedding", same="transformer.wte.weight"),
-), GPT(), {"mlp": ACTIVATIONS.values()}, config)
+), GPT(), {"mlp": NAMES}, config)

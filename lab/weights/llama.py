@@ -15,10 +15,12 @@ from lab.weights.rules import Architecture, Config, Rule, Unused
 def model(config: Config) -> GPT:
     """Our model of a config.json."""
     kind, width, heads = config["model_type"], config.take("hidden_size"), config.take("num_attention_heads")
-    config.expect(hidden_act="silu", use_sliding_window=False, rope_interleaved=False)
-    if kind == "mistral":
-        config.expect(sliding_window=None)
-    elif kind.startswith("qwen"):
+    config.expect(hidden_act="silu", use_sliding_window=False, rope_interleaved=False, use_mrope=False)
+    context = config.take("max_position_embeddings")
+    if kind == "mistral" and (window := config.take("sliding_window", 4096)) is not None and window < context:
+        raise UserError(f"{config.title}: attention has a sliding window of {window} tokens; only a whole context can "
+                        f"be read.")
+    if kind.startswith("qwen"):
         config.take("sliding_window", None)  # not used: see use_sliding_window
         config.expect(layer_types=["full_attention"] * config.take("num_hidden_layers"))
     base, scaling = _rope(config)
@@ -26,9 +28,9 @@ def model(config: Config) -> GPT:
     value = GPT(
         depth=config.take("num_hidden_layers"), width=width, heads=heads,
         kv_heads=config.take("num_key_value_heads", heads), head_width=config.take("head_dim", None),
-        hidden_multiple=config.take("intermediate_size") / width, context=config.take("max_position_embeddings"),
-        vocab=config.take("vocab_size"), norm="rmsnorm", norm_epsilon=config.take("rms_norm_eps"), position="rotary",
-        rope_base=base, rope_scaling=scaling, mlp="swiglu", bias=False, qk_norm=kind == "qwen3",
+        hidden_multiple=config.take("intermediate_size") / width, context=context, vocab=config.take("vocab_size"),
+        norm="rmsnorm", norm_epsilon=config.take("rms_norm_eps"), position="rotary", rope_base=base,
+        rope_scaling=scaling, mlp="swiglu", bias=False, qk_norm=kind == "qwen3",
         qkv_bias=kind == "qwen2" or attention_bias,  # Qwen2.5 has no field that says so
         out_bias=attention_bias, mlp_bias=config.take("mlp_bias", False),
         tied=config.take("tie_word_embeddings", False),
@@ -57,19 +59,21 @@ def config(kind: str, model: GPT) -> dict[str, Any]:
 
 
 def _rope(config: Config) -> tuple[float, RopeScaling | None]:
-    """(base, scaling). transformers 5 writes both in rope_parameters, earlier versions in two fields."""
-    inside = config.take("rope_parameters", None) or {}
-    base = inside.get("rope_theta", config.take("rope_theta", 10_000.0))
-    scaling = {k: v for k, v in inside.items() if k != "rope_theta"} or config.take("rope_scaling", None) or {}
-    config.take("rope_scaling", None)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return float(base), None
-    if kind != "llama3":
+    """(base, scaling). transformers 5 writes both in rope_parameters, earlier versions in two fields; where both are,
+    rope_scaling counts."""
+    new, old = (config.take(name, None) or {} for name in ("rope_parameters", "rope_scaling"))
+    rope = Config(old or new, f"{config.title} (rotary positions)")
+    base = rope.take("rope_theta", config.take("rope_theta", 10_000.0))
+    kind = rope.take("rope_type", rope.take("type", "default"))
+    rope.expect(partial_rotary_factor=1.0)
+    scaling = None
+    if kind == "llama3":
+        scaling = RopeScaling(rope.take("factor"), rope.take("low_freq_factor"), rope.take("high_freq_factor"),
+                              rope.take("original_max_position_embeddings"))
+    elif kind != "default":
         raise UserError(f"{config.title}: rotary scaling {kind!r} is not known here; only 'llama3' is.")
-    return float(base), RopeScaling(float(scaling["factor"]), float(scaling["low_freq_factor"]),
-                                    float(scaling["high_freq_factor"]),
-                                    int(scaling["original_max_position_embeddings"]))
+    rope.finish()
+    return float(base), scaling
 
 
 def gguf_model(config: Config) -> GPT:

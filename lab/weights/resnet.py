@@ -55,16 +55,14 @@ def model(config: Config) -> ResNet:
     (name, *_) = config.take("architectures", None) or ["ResNetForImageClassification"]
     if name != "ResNetForImageClassification":
         raise UserError(f"{config.title}: the architecture {name} cannot be read; ResNetForImageClassification can.")
-    config.expect(hidden_act="relu", downsample_in_first_stage=False, downsample_in_bottleneck=False,
-                  problem_type="single_label_classification")
+    config.expect(hidden_act="relu", downsample_in_first_stage=False, downsample_in_bottleneck=False)
     width, kind = config.take("embedding_size", 64), config.take("layer_type", "bottleneck")
     depths, sizes = (tuple(config.take(n, [])) for n in ("depths", "hidden_sizes"))
     wanted = tuple(width * (4 if kind == "bottleneck" else 1) * 2**i for i in range(4))
     if (kind, depths) not in LAYERS or sizes != wanted:
         raise UserError(f"{config.title}: {kind} layers {depths} with hidden_sizes {sizes} are no ResNet-18, 34 or 50.")
-    classes = len(config.get("id2label", range(config.get("num_labels", 2))))
-    value = ResNet(depth=LAYERS[kind, depths], width=width, classes=classes)
-    config.finish("id2label", "label2id", "num_labels", "num_channels", "out_features", "out_indices", "stage_names")
+    value = ResNet(depth=LAYERS[kind, depths], width=width, classes=config.classes())
+    config.finish("num_channels", "out_features", "out_indices", "stage_names")
     return value
 
 

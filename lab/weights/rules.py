@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,19 @@ class Unused:
 
 
 Rules = tuple[Rule | Unused, ...]
+# The names of activations in a config.json -> ours; and ours -> how they are written.
+ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
+NAMES = {"gelu_exact": "gelu", "gelu": "gelu_new"}
+
+
+def dense(theirs: str, ours: str, pattern: str | None = "F D -> D F") -> tuple[Rule, Rule]:
+    """A linear layer's kernel, with the outputs first in PyTorch, and bias."""
+    return Rule(f"{theirs}.weight", f"{ours}/kernel", pattern), Rule(f"{theirs}.bias", f"{ours}/bias")
+
+
+def norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
+    """A LayerNorm's scale and bias."""
+    return Rule(f"{theirs}.weight", f"{ours}/scale"), Rule(f"{theirs}.bias", f"{ours}/bias")
 
 
 def applicable(rules: Rules, depth: int, ours: Collection[str]) -> list[Rule]:
@@ -141,9 +154,21 @@ class Config(dict):
             if self.take(name, value) != value:
                 raise UserError(f"{self.title}: {name} is {self[name]!r}; only {value!r} can be read.")
 
+    def require(self, **values: Any) -> None:
+        """UserError if a field has another value, or is missing: transformers has another default."""
+        for name in values:
+            self.take(name)
+        self.expect(**values)
+
+    def classes(self) -> int:
+        """Number of classes, from their names or num_labels. UserError unless each record has one of them."""
+        self.choose("problem_type", dict.fromkeys(("single_label_classification", None)), None)
+        return len(self.take("id2label", None) or range(self.take("num_labels", 2)))
+
     def choose(self, name: str, choices: Mapping[Any, Any], *default: Any) -> Any:
         """Our value for a field's value. UserError for a value that `choices` lacks."""
-        if (value := self.take(name, *default)) not in choices:
+        value = self.take(name, *default)
+        if not isinstance(value, Hashable) or value not in choices:
             raise UserError(f"{self.title}: {name} is {value!r}; only {', '.join(map(repr, choices))} can be read.")
         return choices[value]
 
@@ -155,7 +180,9 @@ class Config(dict):
 
 # Fields of every config.json that do not change what the model computes in evaluation.
 IGNORED = {"_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache",
-           "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params"}
+           "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params", "id2label",
+           "label2id", "num_labels", "output_past", "output_attentions", "output_hidden_states", "return_dict",
+           "torchscript", "finetuning_task", "gradient_checkpointing", "chunk_size_feed_forward"}
 
 
 @dataclass(frozen=True)

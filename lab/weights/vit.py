@@ -11,10 +11,8 @@ import numpy as np
 
 from lab.errors import UserError
 from lab.models.vit import ViT
-from lab.weights.rules import Architecture, Config, Rule, Rules, Unused
+from lab.weights.rules import ACTIVATIONS, NAMES, Architecture, Config, Rule, Rules, Unused, dense, norm
 
-ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
-NAMES = {"gelu_exact": "gelu", "gelu": "gelu_new"}  # how they are written
 BACKBONE = ("apply_layernorm", "out_features", "out_indices", "reshape_hidden_states", "stage_names")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -30,20 +28,19 @@ def model(config: Config) -> ViT:
     hidden = config.take("intermediate_size") if kind == "vit" else config.take("mlp_ratio", 4) * width
     if kind == "dinov2":
         config.expect(use_swiglu_ffn=False)
-    classes = len(config.get("id2label", range(config.get("num_labels", 2))))
     value = ViT(
         depth=config.take("num_hidden_layers"), width=width, heads=config.take("num_attention_heads"),
-        hidden_multiple=hidden / width, patch=_square(config, "patch_size"),
+        hidden_multiple=hidden / width, patch=_square(config, "patch_size", 16 if kind == "vit" else 14),
         pool="token+mean" if kind == "dinov2" and what != "Model" else "token",
-        classes=None if what == "Model" else classes,
+        classes=None if what == "Model" else config.classes(),
         norm_epsilon=config.take("layer_norm_eps", 1e-12 if kind == "vit" else 1e-6),
         mlp=config.choose("hidden_act", ACTIVATIONS, "gelu"), layer_scale=kind == "dinov2",
         qkv_bias=None if config.take("qkv_bias", True) else False, dropout=config.take("hidden_dropout_prob", 0.0),
     )
-    config.expect(problem_type="single_label_classification")
-    config.finish("attention_probs_dropout_prob", "id2label", "label2id", "num_labels", "image_size", "num_channels",
-                  "encoder_stride", "pooler_act", "pooler_output_size", "drop_path_rate", "layerscale_value",
-                  "use_mask_token", *BACKBONE)
+    if uneven := [side for side in inputs(config).shape[1:3] if side % value.patch]:
+        raise UserError(f"{config.title}: image_size {uneven[0]} is not divisible by patch_size {value.patch}.")
+    config.finish("attention_probs_dropout_prob", "problem_type", "num_channels", "encoder_stride", "pooler_act",
+                  "pooler_output_size", "drop_path_rate", "layerscale_value", "use_mask_token", *BACKBONE)
     return value
 
 
@@ -54,8 +51,8 @@ def inputs(config: Config) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, height, width, config.take("num_channels", 3)), np.float32)
 
 
-def _square(config: Config, name: str) -> int:
-    size = config.take(name, 16)
+def _square(config: Config, name: str, default: int) -> int:
+    size = config.take(name, default)
     if isinstance(size, list) and len(set(size)) > 1:
         raise UserError(f"{config.title}: {name} is {size}; only squares can be read.")
     return size[0] if isinstance(size, list) else size
@@ -112,14 +109,6 @@ def _cubic(old: int, new: int, a: float = -0.75) -> np.ndarray:
     return weights
 
 
-def _dense(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{theirs}.weight", f"{ours}/kernel", "F D -> D F"), Rule(f"{theirs}.bias", f"{ours}/bias")
-
-
-def _norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
-    return Rule(f"{theirs}.weight", f"{ours}/scale"), Rule(f"{theirs}.bias", f"{ours}/bias")
-
-
 def _rules(trunk: str, block: Rules) -> Rules:
     """`block`: the rules for the norms, the MLP and what else differs between the two."""
     theirs, ours = f"{trunk}.encoder.layer.{{i}}.attention", "block_{i}/attn"
@@ -129,11 +118,11 @@ def _rules(trunk: str, block: Rules) -> Rules:
         # A convolution's kernel: channels before rows and columns of pixels; ours are after them.
         Rule(f"{trunk}.embeddings.patch_embeddings.projection.weight", "patches/kernel", "D C y x -> (y x C) D"),
         Rule(f"{trunk}.embeddings.patch_embeddings.projection.bias", "patches/bias"),
-        *_dense(f"{theirs}.attention.query", f"{ours}/query"), *_dense(f"{theirs}.attention.key", f"{ours}/key"),
-        *_dense(f"{theirs}.attention.value", f"{ours}/value"), *_dense(f"{theirs}.output.dense", f"{ours}/out"),
+        *dense(f"{theirs}.attention.query", f"{ours}/query"), *dense(f"{theirs}.attention.key", f"{ours}/key"),
+        *dense(f"{theirs}.attention.value", f"{ours}/value"), *dense(f"{theirs}.output.dense", f"{ours}/out"),
         *block,
-        *_norm(f"{trunk}.layernorm", "final_norm"),
-        *_dense("classifier", "head"),
+        *norm(f"{trunk}.layernorm", "final_norm"),
+        *dense("classifier", "head"),
         Unused(rf"{trunk}\.pooler\.dense\.(weight|bias)", "the pooler, which classifiers do not use"),
         Unused(rf"{trunk}\.embeddings\.mask_token", "stands for hidden patches in pretraining"),
         Unused(r"classifier\.(weight|bias)", "a head, which this model's output does not use"),
@@ -142,14 +131,14 @@ def _rules(trunk: str, block: Rules) -> Rules:
 
 BLOCK, OURS = "vit.encoder.layer.{i}", "block_{i}"
 VIT_RULES = _rules("vit", (
-    *_norm(f"{BLOCK}.layernorm_before", f"{OURS}/attention_norm"),
-    *_norm(f"{BLOCK}.layernorm_after", f"{OURS}/mlp_norm"),
-    *_dense(f"{BLOCK}.intermediate.dense", f"{OURS}/ffn/up"), *_dense(f"{BLOCK}.output.dense", f"{OURS}/ffn/down"),
+    *norm(f"{BLOCK}.layernorm_before", f"{OURS}/attention_norm"),
+    *norm(f"{BLOCK}.layernorm_after", f"{OURS}/mlp_norm"),
+    *dense(f"{BLOCK}.intermediate.dense", f"{OURS}/ffn/up"), *dense(f"{BLOCK}.output.dense", f"{OURS}/ffn/down"),
 ))
 DINO = "dinov2.encoder.layer.{i}"
 DINOV2_RULES = _rules("dinov2", (
-    *_norm(f"{DINO}.norm1", f"{OURS}/attention_norm"), *_norm(f"{DINO}.norm2", f"{OURS}/mlp_norm"),
-    *_dense(f"{DINO}.mlp.fc1", f"{OURS}/ffn/up"), *_dense(f"{DINO}.mlp.fc2", f"{OURS}/ffn/down"),
+    *norm(f"{DINO}.norm1", f"{OURS}/attention_norm"), *norm(f"{DINO}.norm2", f"{OURS}/mlp_norm"),
+    *dense(f"{DINO}.mlp.fc1", f"{OURS}/ffn/up"), *dense(f"{DINO}.mlp.fc2", f"{OURS}/ffn/down"),
     Rule(f"{DINO}.layer_scale1.lambda1", f"{OURS}/attention_scale"),
     Rule(f"{DINO}.layer_scale2.lambda1", f"{OURS}/mlp_scale"),
 ))
