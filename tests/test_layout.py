@@ -20,7 +20,7 @@ ROOMS = {
     "configuration": set(), "environment": set(), "pretrained": set(), "experiment": {"configuration", "pretrained"},
     "data": {"weights.location", "weights.gguf_files"},
     "models": set(), "optim": {"models"}, "tasks": {"models", "train.plots"},
-    "weights": {"models", "pretrained", "data.hugging_face"},
+    "weights": {"configuration.field_types", "models", "pretrained", "data.hugging_face"},
     "parallel": {"environment"},
     "train": {"configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline", "data.prefetch",
               "models.members", "optim.matrices", "tasks.base"},

@@ -35,6 +35,11 @@ class RopeScaling:
     context: int = 8192
     """The context of the original pretraining, in tokens."""
 
+    def validate(self) -> None:
+        """Raises UserError for factors that scale nothing, or in the wrong order."""
+        if not (self.factor > 0 and 0 < self.low < self.high and self.context > 0):
+            raise UserError(f"Rotary scaling needs a factor and a context above 0, and low below high, not {self}.")
+
     def scaled(self, frequency_K: Array) -> Array:
         """Angular frequencies (K,), in radians per token, after scaling."""
         turns = self.context * frequency_K / (2 * jnp.pi)  # in the original context

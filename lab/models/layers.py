@@ -151,8 +151,10 @@ class Transformer(nn.Module):
             raise UserError(f"--model.heads {self.heads} is not divisible by --model.kv-heads {self.groups}.")
         if self.position == "rotary" and self.head % 2:
             raise UserError(f"Rotary positions need an even head width, not {self.head}.")
+        if self.rope_scaling is not None:
+            self.rope_scaling.validate()
         for name in ("norm_epsilon", "rope_base"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # or NaN
                 raise UserError(f"--model.{name.replace('_', '-')} must be above 0, not {getattr(self, name)}.")
         if isinstance(self.dropout, int | float) and not 0 <= self.dropout < 1:
             raise UserError(f"--model.dropout must be in [0, 1), not {self.dropout}.")

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lab.configuration.field_types import check_types
 from lab.data.hugging_face import FittedHuggingFace
 from lab.errors import UserError
 from lab.weights.bert import BERT_FAMILY
@@ -57,13 +58,16 @@ class Found:
 
     def arrays(self, put: Callable[[str, np.ndarray], Any] = lambda path, x: x) -> dict[str, Any]:
         """Our parameters by path, float32; those of other collections as batch_stats/... One tensor at a time is in
-        memory, and `put` moves it to its devices. Logs the time and the peak memory."""
+        memory, and `put` moves it to its devices. UserError for NaN, or a copy that is none. Logs the time and memory."""
         found, begin = {}, time.perf_counter()
         self._check_copies()
         for rule in self.rules:
             tensor = self.tensors.read(self.names[rule.theirs])
             for path, x in zip(rule.paths, rule.read(tensor, sizes(self.model)), strict=True):
-                found[path] = put(path, np.ascontiguousarray(x, np.float32))
+                x = np.ascontiguousarray(x, np.float32)
+                if not np.isfinite(x).all():
+                    raise UserError(f"{self.location}: {self.names[rule.theirs]} has values that are NaN or infinite.")
+                found[path] = put(path, x)
         size = sum(x.size for x in jax.block_until_ready([x for x in found.values() if x is not None]))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
         log.info("read %.1f M parameters in %.1f s; peak host memory %.2f GB", size / 1e6,
@@ -112,19 +116,36 @@ def find(location: str) -> Found:
         tensors = GGUF(place)
         config = Config(config_of(tensors.metadata) | {"tied": "output.weight" not in tensors.shapes}, str(place))
     name = config.get("model_type", config.get("architecture"))
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{config.title}: model_type {name!r} is not known here; known are "
                         f"{', '.join(ARCHITECTURES)}.")
     architecture = ARCHITECTURES[name]
-    model, tensors = architecture.model(config), tensors or SafeTensors(place)
+    (model, inputs), tensors = _model(architecture, config), tensors or SafeTensors(place)
     names = _present_names(architecture, tensors)
     theirs = {present: tensors.shapes[name] for present, name in names.items()}
-    inputs = architecture.inputs(config)
-    ours = parameter_shapes(model, inputs)
-    rules = matched(architecture.rules, getattr(model, "depth", 1), theirs, ours, sizes(model), location)
+    depth = getattr(model, "depth", 1)
+    if depth > max(len(theirs), 1):  # a million layers would take hours to compare
+        raise UserError(f"{config.title} describes {depth} layers, and {location} has only {len(theirs)} tensors.")
+    rules = matched(architecture.rules, depth, theirs, parameter_shapes(model, inputs), sizes(model), location)
     for rule in rules:
         tensors.check(names[rule.theirs])
     return Found(location, place, model, architecture, tensors, tuple(rules), names, inputs)
+
+
+def _model(architecture: Architecture, config: Config) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """(our model, an example of its inputs). UserError for fields that are wrong, or contradict each other."""
+    try:
+        model, inputs = architecture.model(config), architecture.inputs(config)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as e:  # of a field that is text, a list, null or 0
+        raise UserError(f"{config.title}: a field has a value that cannot be used ({e}).") from None
+    try:
+        check_types(model, "model")
+        model.validate()
+        if getattr(model, "vocab", 0) is None:
+            raise UserError("The size of the vocabulary is null.")
+    except UserError as e:
+        raise UserError(f"{config.title}: {str(e).replace('--model.', '')}") from None
+    return model, inputs
 
 
 def _present_names(architecture: Architecture, tensors: Tensors) -> dict[str, str]:
@@ -172,7 +193,7 @@ def _config(path: Path) -> Config:
         values = json.loads(path.read_text("utf-8"))
     except OSError:
         raise UserError(f"{path.parent} has no config.json, so the model cannot be known.") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON ({e}).") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object.")

@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from lab.errors import UserError
+from lab.weights.location import CONVERT, PICKLED
 
 DTYPES = ("F32", "F16", "BF16")
-CONVERT = ("Convert it where it was made: from safetensors.torch import save_model (or "
-           "model.save_pretrained(DIR, safe_serialization=True)).")
 
 
 class Tensors(Protocol):
@@ -33,7 +32,7 @@ class SafeTensors:
     """The tensors of a folder's model.safetensors, or of the shards that model.safetensors.index.json names.
 
     Raises:
-      UserError: a missing, truncated or pickled file, a shard outside the folder, or a type that no weight has.
+      UserError: a missing, truncated or pickled file, a shard outside the folder, or a tensor in two shards.
     """
 
     def __init__(self, folder: Path):
@@ -44,6 +43,8 @@ class SafeTensors:
         for file in self.files:
             handle = _opened(file)
             for name in handle.keys():  # noqa: SIM118 (a handle is not iterable)
+                if name in self._holder:
+                    raise UserError(f"{folder}: two files hold a tensor {name}, {file.name} is one of them.")
                 part = handle.get_slice(name)
                 self.shapes[name], self._types[name] = tuple(part.get_shape()), part.get_dtype()
                 self._holder[name] = handle
@@ -63,17 +64,17 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     if one.exists():
         return (one,)
     if not index.exists():
-        pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
         if pickled:
             raise UserError(f"{folder / pickled[0]} is a pickle, which can run code when it is read. {CONVERT}")
         raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json.")
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        plain = all(Path(name).name == name for name in names)
+        plain = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} has no weight_map from tensors to files.") from None
     if not plain:
-        raise UserError(f"{index} names files outside its folder.")
+        raise UserError(f"{index} names files that are outside its folder, or not .safetensors.")
     if missing := [name for name in names if not (folder / name).exists()]:
         raise UserError(f"{folder} lacks {len(missing)} of {len(names)} shards, such as {missing[0]}.")
     return tuple(folder / name for name in names)
