@@ -58,7 +58,8 @@ class Found:
 
     def arrays(self, put: Callable[[str, np.ndarray], Any] = lambda path, x: x) -> dict[str, Any]:
         """Our parameters by path, float32; those of other collections as batch_stats/... One tensor at a time is in
-        memory, and `put` moves it to its devices. UserError for NaN, or a copy that is none. Logs the time and memory."""
+        memory, and `put` moves it to its devices. UserError for NaN, or for a copy that is none. Logs the
+        time and the memory."""
         found, begin = {}, time.perf_counter()
         self._check_copies()
         for rule in self.rules:
