@@ -198,7 +198,12 @@ def test_bad_input_is_a_sentence(made, tmp_path, monkeypatch):
     odd.mkdir()
     (odd / "tokenizer.json").write_bytes((made["Unigram"] / "tokenizer.json").read_bytes())
     (odd / "tokenizer_config.json").write_text("[]")
+    far = json.loads(byte_level().to_str())  # a list with a place for every id would take all memory
+    far["model"]["vocab"]["far"] = 1 << 31
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "tokenizer.json").write_text(json.dumps(far))
     for where, said in (("nowhere", "There is no .*nowhere"), ("none", "none has no tokenizer.json"),
+                        ("far", "tokens have ids up to 2,147,483,648"),
                         ("no json", "tokenizer.json is none"), ("another", "tokenizer.json is none"),
                         ("old", "tokenizer.json is none"), ("config", "tokenizer_config.json is not a JSON object")):
         value = HuggingFaceTokenizer(str(tmp_path / where))
@@ -209,6 +214,16 @@ def test_bad_input_is_a_sentence(made, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=said):
             HuggingFaceTokenizer(name).validate()
             HuggingFaceTokenizer(name).fit(None, 0)
+
+
+def test_fields_of_tokenizer_config_that_are_no_text_are_none(made, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((made["Unigram"] / "tokenizer.json").read_bytes())
+    for template, read in (([{"name": "tools", "template": "x"}], None), (["x"], None), (5, None), ("x", "x"),
+                           ([{"name": "default", "template": "x"}], "x")):
+        config = {"bos_token": [1], "eos_token": {"content": 5}, "chat_template": template}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        found = HuggingFaceTokenizer(str(tmp_path)).fit(None, 0).config
+        assert found == ({} if read is None else {"chat_template": read})
 
 
 # -------------------------------------------------------------------------------------------------------------- GGUF

@@ -16,6 +16,7 @@ from lab.data.tokenizers import Fitted, Texts
 from lab.errors import UserError
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+GAPS = 1 << 20  # ids without a token, at most
 BESIDE = ("special_tokens_map.json", "tokenizer_config.json")  # what the latter says, counts
 
 
@@ -82,7 +83,7 @@ def _read(file: Path, sources: tuple[tuple[Path, int, int], ...]) -> str:
             config |= _object(path)
         if (own := file.with_name("chat_template.jinja")).exists():
             config["chat_template"] = _text(own)
-        config = {name: _content(config[name]) for name in (*SPECIAL, "chat_template") if config.get(name)}
+        config = {name: text for name in (*SPECIAL, "chat_template") if (text := _content(config.get(name)))}
     return json.dumps({"tokenizer": tokenizer, "config": config})
 
 
@@ -103,11 +104,12 @@ def _object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _content(value: Any) -> Any:
-    """A token may be written with its options, and a template as one of several with names."""
+def _content(value: Any) -> str | None:
+    """A token may be written with its options, and a template as one of several with names; None: it is none."""
     if isinstance(value, list):
-        return next((x.get("template") for x in value if x.get("name") == "default"), None)
-    return value.get("content") if isinstance(value, dict) else value
+        value = next((x.get("template") for x in value if isinstance(x, dict) and x.get("name") == "default"), None)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
 
 
 class _Loaded:
@@ -129,6 +131,9 @@ class _Loaded:
         self.tokenizer.encode_special_tokens = True
         names = {i: name for name, i in self.tokenizer.get_vocab(with_added_tokens=True).items()}
         self.size = max(names, default=-1) + 1
+        if self.size > len(names) + GAPS:
+            raise UserError(f"{title}: its {len(names):,} tokens have ids up to {self.size - 1:,}: tokenizer.json is "
+                            f"damaged.")
         added = self.tokenizer.get_added_tokens_decoder()  # the file's ids may be others
         self.special = [i for i, token in added.items() if token.special]
         self.byte_level = "ByteLevel" in {*_kinds(described.get("pre_tokenizer")), *_kinds(described.get("decoder"))}
