@@ -1,5 +1,6 @@
 """Other people's weights: each family against a forward pass in NumPy, and against transformers if installed."""
 
+import errno
 import json
 import math
 import os
@@ -413,6 +414,15 @@ def test_a_run_is_exported(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["export", "run", "--to", "out"]) == 2
     assert "out is there already" in capsys.readouterr().err
+    with monkeypatch.context() as full:  # a disk that is full behind the weights: no half of a model stays
+        def replace_file(path, content):
+            if path.name == "README.md":
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+
+        full.setattr("lab.files.replace_file", replace_file)
+        assert main(["export", "run", "--to", "half"]) == 2
+    assert "No space left" in capsys.readouterr().err and not (tmp_path / "half").exists()
 
 
 def test_an_image_classifier_is_exported(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,7 +59,11 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
         write_gguf(found.model, arrays, to, type or "F16", tokenizer, ids, run.name)
         print(f"{to}: {type or 'F16'}, {size}")
         return
-    name = _folder(run, found, arrays, to, int(state.step), tokenizer, about, ids)
+    try:
+        name = _folder(run, found, arrays, to, int(state.step), tokenizer, about, ids)
+    except BaseException:  # a full disk, Ctrl-C: leave no part of a model
+        shutil.rmtree(to, ignore_errors=True)
+        raise
     without = hasattr(found.model, "vocab") and not tokenizer
     print(f"{to}: {name}, {size}" + ("; no tokenizer.json: this run's tokenizer has no such form" if without else ""))
 
