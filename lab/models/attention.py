@@ -62,8 +62,9 @@ def rotary(x_BLNK: Array, positions: Array, base: float = 10_000.0, scaling: Rop
 
 @functools.cache  # to log the choice once, however often the model is traced
 def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: int, length: int, padded: bool,
-                     needs_probabilities: bool, divided: bool = False) -> str:
-    """The attention backend to run. "auto" logs its choice and the reason. `divided`: the mesh shards the length.
+                     needs_probabilities: bool, divided: bool = False, packed: bool = False) -> str:
+    """The attention backend to run. "auto" logs its choice and the reason. `divided`: the mesh shards the length;
+    `packed`: a window has several documents.
 
     Raises:
       UserError: the requested backend does not support this platform, type, shape, padding, dropout or mesh.
@@ -80,6 +81,9 @@ def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: i
         against["cudnn"].append("needs the whole length on every device, so no --mesh.sequence")
     if length % 128:
         against["splash"].append(f"needs a length that is a multiple of 128, not {length}")
+    if packed:
+        for reasons in against.values():
+            reasons.append("cannot keep the documents of a window apart")
     if padded:
         against["splash"].append("does not support padding")
     if needs_probabilities:
@@ -119,19 +123,28 @@ def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array
     return rearrange(y_BNLK, "B N L K -> B L N K")
 
 
+def within(documents_BL: Array | None, mask_BS: Array | None) -> Array | None:
+    """The mask of attention that stays within a document, boolean (B, L, S); without documents, `mask_BS`."""
+    if documents_BL is None:
+        return mask_BS
+    same_BLS = documents_BL[:, :, None] == documents_BL[:, None, :]
+    return same_BLS if mask_BS is None else same_BLS & mask_BS[:, None, :].astype(bool)
+
+
 def attend(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, mask_BS: Array | None, causal: bool, backend: str,
            drop: Callable[[Array], Array]) -> Array:
-    """Self-attention by a backend of `choose_attention` other than splash. `mask_BS`: 1 where a key is real; `drop`:
-    dropout of the probabilities, which only einsum supports. Returns (B, L, N, K) in q's type.
+    """Self-attention by a backend of `choose_attention` other than splash. `mask_BS`: 1 where a key is real, or
+    the (B, L, S) of `within`, which cudnn does not support; `drop`: dropout of the probabilities, which only einsum
+    supports. Returns (B, L, N, K) in q's type.
     """
     if backend == "cudnn":
         return cudnn_attention(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal=causal)
+    mask_BLS = mask_BS if mask_BS is None else (mask_BS if mask_BS.ndim == 3 else mask_BS[:, None, :]).astype(bool)
     if backend == "xla":
-        visible = None if mask_BS is None else mask_BS[:, None, None, :].astype(bool)
+        visible = None if mask_BLS is None else mask_BLS[:, None]
         return jax.nn.dot_product_attention(q_BLNK, k_BSGK, v_BSGK, mask=visible, is_causal=causal)
     L = q_BLNK.shape[1]
     visible = jnp.tril(jnp.ones((1, L, L), bool)) if causal else None
-    if mask_BS is not None:
-        padding = mask_BS[:, None, :].astype(bool)
-        visible = padding if visible is None else visible & padding
+    if mask_BLS is not None:
+        visible = mask_BLS if visible is None else visible & mask_BLS
     return einsum_attention(q_BLNK, k_BSGK, v_BSGK, visible, drop)

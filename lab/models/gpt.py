@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
+from lab.models.attention import within
 from lab.models.dropout import dropout
 from lab.models.layers import Embed, Transformer
 from lab.models.precision import elementwise, project
@@ -44,8 +45,9 @@ class GPT(Transformer):
 
     @nn.compact
     def __call__(self, tokens_BL: Array, *, train: bool, mask: Array | None = None, positions: Array | None = None,
-                 decode: bool = False, head: bool = True) -> Any:
-        """`mask` (B, L): 1 where a token is real. `positions`: (L,) or (B, L), default 0..L-1.
+                 documents: Array | None = None, decode: bool = False, head: bool = True) -> Any:
+        """`mask` (B, L): 1 where a token is real. `positions`: (L,) or (B, L), default 0..L-1. `documents` (B, L): a
+        number per token; attention stays among tokens of the same one. Not with `decode`.
 
         With `decode` the keys and values are written to the "cache" collection (`context` rows) at `positions`, and
         each query attends to the cache up to its own position: one call with L > 1 prefills, calls with L = 1 decode.
@@ -58,7 +60,7 @@ class GPT(Transformer):
         if self.position == "learned":
             x_BLD = elementwise(jnp.add, x_BLD, Embed(self.context, self.width, name="wpe")(positions))
         x_BLD = dropout(self, x_BLD, self.dropout, train)
-        x_BLD = self.stack(x_BLD, positions, mask, causal=True, train=train, decode=decode)
+        x_BLD = self.stack(x_BLD, positions, within(documents, mask), causal=True, train=train, decode=decode)
         if self.tied:
             kernel_DV = wte.embedding.T.astype(x_BLD.dtype)
         else:

@@ -181,7 +181,7 @@ class Transformer(nn.Module):
 
     def stack(self, x_BLD: Array, positions: Array, mask_BS: Array | None, *, causal: bool, train: bool,
               decode: bool = False) -> Array:
-        """All blocks and the final norm. `positions`: (L,) or (B, L); `mask_BS`: 1 where a key is real."""
+        """All blocks and the final norm. `positions`: (L,) or (B, L); `mask_BS`: 1 for real keys, or (B, L, S)."""
         static = (causal, train, decode)
         policy = jax.checkpoint_policies.save_only_these_names(SAVED) if self.remat == "dots" else None
         block = Block if self.remat == "none" else nn.remat(Block, static_argnums=(4, 5, 6), prevent_cse=not self.scan,
@@ -264,7 +264,7 @@ class SelfAttention(Transformer):
         drops = train and not is_zero(self.dropout)
         L, K = q_BLNK.shape[1], q_BLNK.shape[-1]
         backend = choose_attention(self.attention, platform(), str(q_BLNK.dtype), K, L, mask_BS is not None, drops,
-                                   sequence_devices() > 1)
+                                   sequence_devices() > 1, packed=mask_BS is not None and mask_BS.ndim == 3)
         if backend == "splash" and not self.is_initializing():  # init has one record, which no mesh can shard
             return splash.OnDevice(causal, SAVED, name="own")(q_BLNK, k_BSGK, v_BSGK)
         return attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, backend, lambda p: dropout(self, p, self.dropout, train))

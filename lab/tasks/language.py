@@ -65,15 +65,18 @@ class LanguageModel(Task):
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:
         """`batch`: "tokens" int (B, L+1), "bytes" int (B,) of the targets, "weight" (B,) 1 real and 0 padding;
-        optionally "vocab" (B,), the tokenizer's number of ids, if the model's vocabulary is padded."""
+        optionally "vocab" (B,), the tokenizer's number of ids, if the model's vocabulary is padded; "learn" (B, L), 1
+        where a target counts; "positions" and "documents" (B, L): see `GPT`."""
         inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         weight_BL = jnp.broadcast_to(batch["weight"][:, None], targets_BL.shape).astype(jnp.float32)
+        weight_BL = weight_BL * batch["learn"] if "learn" in batch else weight_BL
+        given = {"rngs": rngs, "train": train} | {x: batch[x] for x in ("positions", "documents") if x in batch}
         numbers = None if self._plain() else (self.label_smoothing, self.z_loss, batch.get("vocab", [None])[0])
         if self.chunk is None:
-            logits_BLV, model_state = apply(model, variables, inputs_BL, rngs=rngs, train=train)
+            logits_BLV, model_state = apply(model, variables, inputs_BL, **given)
             objective, (nll, right) = _sums(logits_BLV, (targets_BL, weight_BL), numbers)
         else:
-            (x_BLD, kernel_DV), model_state = apply(model, variables, inputs_BL, rngs=rngs, train=train, head=False)
+            (x_BLD, kernel_DV), model_state = apply(model, variables, inputs_BL, **given, head=False)
             objective, (nll, right) = over_chunks(lambda x, kernel, *rest: _sums(model.logits(x, kernel), *rest),
                                                   self.chunk, x_BLD, kernel_DV, (targets_BL, weight_BL), numbers)
         weight = weight_BL.sum()
