@@ -18,7 +18,7 @@ PARTS = {"data", "models", "tasks", "optim"}  # what an experiment is made of
 # Room -> the rooms that it may import. `errors`, `files` and `signals` import nothing and serve all.
 ROOMS = {
     "configuration": set(), "environment": set(), "pretrained": set(), "experiment": {"configuration", "pretrained"},
-    "data": {"weights.location", "weights.gguf_files"},
+    "data": {"weights.location", "weights.gguf_files", "weights.chat"},
     "models": set(), "optim": {"models"}, "tasks": {"models", "train.plots"},
     "weights": {"configuration.field_types", "models", "pretrained", "data.hugging_face"},
     "parallel": {"environment"},

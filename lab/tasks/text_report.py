@@ -35,8 +35,11 @@ def _samples(outcome: EvalResult, samples: int) -> list[str]:
 
     data, folder = outcome.data, outcome.folder
     spread = np.linspace(0, len(data.validation) - 1, min(samples, len(data.validation))).astype(int)
-    prompts = [data.decode(row[: min(32, len(row) // 4)])
-               for row in data.validation[spread]["tokens"]]
+    found = data.validation[spread]
+    rows = found["tokens"]
+    # Where only answers count, the prompt is what comes before the first.
+    ends = found["learn"].argmax(1) + 1 if "learn" in found else [min(32, rows.shape[1] // 4)] * len(rows)
+    prompts = [data.decode(row[:end]) for row, end in zip(rows, ends, strict=True)]
     texts = sample_texts(outcome.compute, outcome.model.context, data, prompts, seed=outcome.seed, temperature=0.8,
                          top_k=50)
     place = make_folder(folder / "samples")

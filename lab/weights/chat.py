@@ -6,6 +6,7 @@ A template is code of other people: it runs in Jinja's sandbox, without files an
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ def render(template: str, messages: Sequence[Message], *, add_generation_prompt:
 
     def work() -> None:
         try:
-            done.append(_environment().from_string(template).render(
+            done.append(_compiled(template).render(
                 **values, tools=None, documents=None, add_generation_prompt=add_generation_prompt))
         except Exception as e:  # whatever a template does wrong
             done.append(e)
@@ -52,6 +53,12 @@ def render(template: str, messages: Sequence[Message], *, add_generation_prompt:
         reason = (str(done[0]).strip().splitlines() or [""])[0][:200]
         raise UserError(f"{title}: its chat template fails: {type(done[0]).__name__}: {reason}")
     return done[0]
+
+
+@functools.lru_cache(4)
+def _compiled(template: str) -> Any:
+    """A Jinja template; a data set renders one many thousand times."""
+    return _environment().from_string(template)
 
 
 def _environment() -> Any:
