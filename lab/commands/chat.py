@@ -60,20 +60,20 @@ def chat(run: Annotated[str, tyro.conf.Positional], system: str | None = None, n
     if is_location(run):
         if best or step is not None or experiment is not None:
             raise UserError(f"--step, --best and --experiment are for run folders; {run} names pretrained weights.")
-        model, params, text = _weights(run)
+        (model, params, text), own = _weights(run), None
     else:
-        model, params, text = _run(Path(run), step, best, experiment)
+        model, params, text, own = _run(Path(run), step, best, experiment)
     if not isinstance(model, GPT):
         raise UserError(f"{run} is a {type(model).__name__}, which continues no text.")
     template = getattr(text, "config", {}).get("chat_template")
-    if system is not None and not template:
+    if system is not None and not (template or own):
         raise UserError(f"--system needs a chat template, and {run} has none.")
     if model.position == "rotary":  # the cache has a row for each position
         model = model.clone(context=min(context, model.context))
     session = Session(model, params, vocab=text.size, seed=seed, temperature=0.0 if greedy else temperature,
                       top_k=top_k, top_p=top_p)
     opening = [] if system is None else [{"role": "system", "content": system}]
-    encode = _by_template(text, template, run) if template else _plain(text)
+    encode = own or (_by_template(text, template, run) if template else _plain(text))
     Talk(session, text, encode, opening, min(new_tokens, model.context // 2)).go()
 
 
@@ -86,7 +86,8 @@ def _weights(location: str) -> tuple[Any, Any, Any]:
     return model, variables["params"], text
 
 
-def _run(run: Path, step: int | None, best: bool, experiment: Path | None) -> tuple[Any, Any, Any]:
+def _run(run: Path, step: int | None, best: bool, experiment: Path | None) -> tuple[Any, Any, Any, Any]:
+    """Model, parameters, tokenizer; and how dialogues are written, if the run learned from dialogues."""
     import jax
 
     from lab.train.fitted import data_of
@@ -94,10 +95,11 @@ def _run(run: Path, step: int | None, best: bool, experiment: Path | None) -> tu
     from lab.train.step import eval_variables
 
     found, _, state = open_run(run, step, best, file=experiment)
-    text = getattr(data_of(run, found), "fitted", None)
+    data = data_of(run, found)
+    text = getattr(data, "fitted", None)
     if text is None:
         raise UserError(f"The data of {run} is not text: there is nothing to talk about.")
-    return found.model, jax.device_get(eval_variables(found, state)["params"]), text
+    return found.model, jax.device_get(eval_variables(found, state)["params"]), text, getattr(data, "prompt_ids", None)
 
 
 def _by_template(text: Any, template: str, title: str) -> Callable[[list[Message]], list[int]]:

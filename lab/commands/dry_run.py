@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lab.errors import Absent
 from lab.experiment import Experiment
@@ -72,10 +73,25 @@ def show(experiment: Experiment) -> None:
         described = experiment.data.describe() if hasattr(experiment.data, "describe") else {}
     except Absent as e:
         described = {"data": str(e)}
+    example = described.pop("example", None)
     console.print(_evaluation(experiment, cost, described), soft_wrap=True)
     console.print("Data", style="italic")
     for line in facts(described):
         console.print(line, soft_wrap=True)
+    if example:
+        _example(console, example)
+
+
+def _example(console: Console, pieces: Sequence[tuple[str, bool]]) -> None:
+    """Prints the text of a record; what is learned is green, or in brackets where there are no colours."""
+    colours = console.is_terminal and not console.no_color
+    console.print(f"One example: what is {'green' if colours else 'in [brackets]'} is learned", style="italic",
+                  markup=False)
+    shown = Text()
+    for text, learned in pieces:
+        shown.append(text if colours or not learned else f"[{text}]", style="bold green" if learned else "")
+    for line in shown.split(allow_blank=True):
+        console.print(Text("  | ") + line, soft_wrap=True)
 
 
 def _evaluation(experiment: Experiment, cost: Cost, described: Mapping[str, Any]) -> str:
