@@ -203,7 +203,8 @@ def test_files_in_half_precision_and_in_shards(tmp_path):
         find(str(folder))
 
 
-def gguf_file(path, tensors: dict[str, np.ndarray], quantised: bool = False, permuted: bool = True) -> str:
+def gguf_file(path, tensors: dict[str, np.ndarray], quantised: bool = False, permuted: bool = True,
+              factors: np.ndarray | None = None) -> str:
     """The Llama of `llama_tensors` without rotary scaling, as llama.cpp's converter writes it."""
     gguf = pytest.importorskip("gguf", reason="LAB_EXTRAS=gguf")
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
@@ -218,6 +219,8 @@ def gguf_file(path, tensors: dict[str, np.ndarray], quantised: bool = False, per
     writer.add_head_count(N), writer.add_head_count_kv(G), writer.add_feed_forward_length(F)
     writer.add_layer_norm_rms_eps(1e-3), writer.add_rope_freq_base(500_000.0), writer.add_rope_dimension_count(D // N)
     writer.add_token_list([str(n) for n in range(V)])
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     for name, x in tensors.items():
         for part, heads in (("q_proj", N), ("k_proj", G)):
             if part in name and permuted:
@@ -253,6 +256,18 @@ def test_gguf(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(UserError, match="LAB_EXTRAS=gguf"):
         find(str(tmp_path / "w.gguf"))
+
+
+def test_the_scaling_of_rotary_positions_in_gguf(tmp_path):
+    """Of the width 8 and base 500,000: wavelengths of 6.3, 167, 4,443 and 118,148; Llama 3.1 keeps those below 2,048,
+    makes those above 8,192 longer by the factor, and interpolates the frequencies between."""
+    length = 2 * math.pi * 500_000**0.5
+    smooth = (8192 / length - 1) / (4 - 1)
+    factors = np.array([1, 1, 1 / ((1 - smooth) / 32 + smooth), 32], np.float32)
+    model = find(gguf_file(tmp_path / "w.gguf", llama_tensors(), factors=factors)).model
+    assert model.rope_scaling == RopeScaling(factor=32.0)
+    with pytest.raises(UserError, match="rope_freqs.weight, are not those of Llama"):
+        find(gguf_file(tmp_path / "other.gguf", llama_tensors(), factors=factors + np.float32(0.1)))
 
 
 def spoiled(folder, kind: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lab.errors import UserError
 
+FACTORS = "rope_freqs.weight"  # (K / 2,): how much longer each wavelength is, in files of Llama 3.1 and later
 
 class GGUF:
     """The tensors of a .gguf file, memory-mapped; axes in NumPy's order, the outputs of a matrix first.
@@ -56,10 +57,14 @@ def _reader(file: Path, changed: int, size: int) -> Any:
     return gguf.GGUFReader(file)
 
 
-def config_of(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The model's fields without the architecture's name in front, and "model_type"."""
-    kind = metadata.get("general.architecture", "?")
-    fields = {name.removeprefix(f"{kind}."): value for name, value in metadata.items() if name.startswith(f"{kind}.")}
-    # Numbers are float32 in the file: 9.999999747378752e-06 is 1e-05.
-    fields = {name: float(str(np.float32(x))) if isinstance(x, float) else x for name, x in fields.items()}
-    return fields | {"model_type": f"{kind} (GGUF)", "vocab": len(metadata.get("tokenizer.ggml.tokens", ()))}
+def config_of(file: GGUF) -> dict[str, Any]:
+    """The model's fields without the architecture's name in front, "model_type", and what only the tensors say: "tied",
+    and the factors of rotary wavelengths, "rope_freqs", if there are some."""
+    kind, fields = file.metadata.get("general.architecture", "?"), {}
+    for name, value in file.metadata.items():
+        if name.startswith(f"{kind}."):  # numbers are float32 in the file: 9.999999747378752e-06 is 1e-05
+            fields[name.removeprefix(f"{kind}.")] = float(str(np.float32(value))) if isinstance(value, float) else value
+    if FACTORS in file.shapes:
+        fields["rope_freqs"] = file.read(FACTORS)
+    return fields | {"model_type": f"{kind} (GGUF)", "vocab": len(file.metadata.get("tokenizer.ggml.tokens", ())),
+                     "tied": "output.weight" not in file.shapes}

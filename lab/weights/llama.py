@@ -6,9 +6,12 @@ import functools
 import re
 from typing import Any
 
+import numpy as np
+
 from lab.errors import UserError
 from lab.models.attention import RopeScaling
 from lab.models.gpt import GPT
+from lab.weights.gguf_files import FACTORS
 from lab.weights.rules import Architecture, Config, Rule, Unused
 
 
@@ -81,17 +84,30 @@ def gguf_model(config: Config) -> GPT:
     width, heads = config.take("embedding_length"), config.take("attention.head_count")
     head = config.take("attention.key_length", width // heads)
     config.expect(**{"attention.value_length": head, "rope.dimension_count": head, "rope.scaling.type": "none"})
+    base = config.take("rope.freq_base", 10_000.0)
     qwen3, qwen2 = (config["model_type"] == f"{kind} (GGUF)" for kind in ("qwen3", "qwen2"))
     value = GPT(
         depth=config.take("block_count"), width=width, heads=heads, head_width=None if head * heads == width else head,
         kv_heads=config.take("attention.head_count_kv", heads), context=config.take("context_length"),
         hidden_multiple=config.take("feed_forward_length") / width, vocab=config.take("vocab"), norm="rmsnorm",
         norm_epsilon=config.take("attention.layer_norm_rms_epsilon"), position="rotary", mlp="swiglu",
-        rope_base=config.take("rope.freq_base", 10_000.0), bias=False, qkv_bias=qwen2, out_bias=False, mlp_bias=False,
-        qk_norm=qwen3, tied=config.take("tied"),
+        rope_base=base, rope_scaling=_scaling_of(config, base), bias=False, qkv_bias=qwen2, out_bias=False,
+        mlp_bias=False, qk_norm=qwen3, tied=config.take("tied"),
     )
     config.finish("vocab_size")
     return value
+
+
+def _scaling_of(config: Config, base: float) -> RopeScaling | None:
+    """Llama 3.1's scaling, of whose numbers a GGUF file has only what they do to each wavelength."""
+    if (factors := config.take("rope_freqs", None)) is None:
+        return None
+    scaling = RopeScaling(factor=float(factors.max()))  # as published but for the factor: 8 in Llama 3.1, 32 in 3.2
+    frequency = base ** (-np.arange(len(factors)) / len(factors))
+    if not np.allclose(frequency / scaling.scaled(frequency), factors, rtol=1e-4):
+        raise UserError(f"{config.title}: the factors of rotary wavelengths, rope_freqs.weight, are not those of Llama "
+                        f"3.1 and later.")
+    return scaling
 
 
 HF = {"embedding": "model.embed_tokens", "block": "model.layers.{i}.", "attention_norm": "input_layernorm",
@@ -121,6 +137,7 @@ def _rules(names: dict[str, str], query: str = "F D -> D F", key: str = "F D -> 
         scale("mlp_norm"), *dense("gate", "ffn"), *dense("up", "ffn"), *dense("down", "ffn"),
         Rule(f"{names['final_norm']}.weight", "final_norm/scale"),
         Rule(f"{names['head']}.weight", "head", "V D -> D V"),
+        Unused(re.escape(FACTORS), "read as the scaling of rotary positions"),
         Unused(re.escape(f"{names['head']}.weight"), "tied to the token embedding",
                same=f"{names['embedding']}.weight"),
     )

@@ -115,7 +115,7 @@ def find(location: str) -> Found:
         config, tensors = _config(place / "config.json"), None
     else:
         tensors = GGUF(place)
-        config = Config(config_of(tensors.metadata) | {"tied": "output.weight" not in tensors.shapes}, str(place))
+        config = Config(config_of(tensors), str(place))
     name = config.get("model_type", config.get("architecture"))
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise UserError(f"{config.title}: model_type {name!r} is not known here; known are "
