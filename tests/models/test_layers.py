@@ -509,6 +509,7 @@ def test_auto_takes_cudnn_where_it_runs_and_says_so_once(choose, caplog):
     (("gpu", "bfloat16", 20, 100, True, False), "needs a head width of at most 128 and a multiple of 8, not 20"),
     (("gpu", "float16", 64, 100, True, True), "cannot drop out attention probabilities"),
     ((*GOOD, True), "needs the whole length on every device, so no --mesh.sequence"),
+    ((*GOOD, False, True), "cannot keep the documents of a window apart"),
 ], ids=str)
 def test_where_cudnn_cannot_run_auto_falls_to_einsum_and_cudnn_is_an_error(choose, caplog, place, reason):
     with caplog.at_level(logging.INFO, "lab.models.attention"):

@@ -128,7 +128,8 @@ class Dialogues:
                             f"an answer is target {shortest} at the earliest.")
         arrays = windows_of(kept, self.length, self.packing, fitted.pad, fitted.byte_counts)
         tokens, windows = sum(len(ids) for ids, _ in kept), len(arrays["tokens"])
-        lines = {"dialogues": len(pairs), "tokens per dialogue": round(sum(len(ids) for ids, _ in pairs) / len(pairs), 1),
+        lines = {"dialogues": len(pairs),
+                 "tokens per dialogue": round(sum(len(ids) for ids, _ in pairs) / len(pairs), 1),
                  "of the tokens learned": f"{arrays['learn'].sum() / tokens:.1%}", "windows": windows,
                  "of the windows filled": f"{tokens / (windows * room):.1%}",
                  "cut at the end": sum(len(ids) > room for ids, learn in pairs if learn[1:room].any()),

@@ -1,5 +1,6 @@
 """Dialogues to token ids: by the chat template of a pretrained tokenizer, or by a plain form for all others."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,14 +39,14 @@ def plain_text(messages: Sequence[Message]) -> str:
 def _plain(fitted: Any) -> Encode:
     """A line with the role, then the text; behind each answer the end-of-text token, if there is one. The parts are
     encoded one by one, so no token crosses them."""
-    head = {role: fitted.encode(f"{role.title()}:\n") for role in ("system", "user", "assistant")}
+    head = functools.cache(lambda role: fitted.encode(f"{role.title()}:\n"))  # when asked: `Chars` may lack a role
     end, stop = fitted.encode("\n"), np.array([] if fitted.eot is None else [fitted.eot], np.int32)
 
     def encode(messages: Sequence[Message], answers: bool) -> np.ndarray:
         parts = [part for message in messages for part in (
-            head[message["role"]], fitted.encode(message["content"]),
+            head(message["role"]), fitted.encode(message["content"]),
             *([stop] if message["role"] == "assistant" else []), end)]
-        return np.concatenate([*parts, *([head["assistant"]] if answers else [])])
+        return np.concatenate([*parts, *([head("assistant")] if answers else [])])
 
     return encode
 
@@ -66,9 +67,9 @@ def encoded(encode: Encode, eot: int | None, name: str, messages: Sequence[Messa
             continue
         before, after = encode(messages[:i], True), encode(messages[: i + 1], False)
         if not all(np.array_equal(part, whole[: len(part)]) for part in (before, after)):
-            raise UserError(f"{name}: the tokens before answer {i + 1} differ from those of the prompt that asks for it, "
-                            f"by the tokenizer's chat template. Write dialogues in the plain form: --data.template "
-                            f"plain.")
+            raise UserError(f"{name}: the tokenizer's chat template writes message {i + 1}, an answer, or what is "
+                            f"before it otherwise when more follows, so its tokens cannot be told. Write dialogues in "
+                            f"the plain form: --data.template plain.")
         ends = [] if eot is None else np.flatnonzero(after[len(before):] == eot)
         learn[len(before): len(before) + ends[-1] + 1 if len(ends) else len(after)] = 1
     return whole, learn

@@ -1,9 +1,9 @@
 """Sources of dialogues.
 
 A *source* is a frozen dataclass in an experiment: `title` (display name), `validate()` (UserError for wrong fields;
-reads nothing) and `read()`, the dialogues in a fixed order, each with a name for error messages. A dialogue is a list of
-{"role": "system", "user" or "assistant", "content": text}, made by `checked`. A new source here also joins `Source` in
-dialogues.py and the package's `__init__.py`; one in your experiment's file needs neither.
+reads nothing) and `read()`, the dialogues in a fixed order, each with a name for error messages. A dialogue is a list
+of {"role": "system", "user" or "assistant", "content": text}, made by `checked`. A new source here also joins `Source`
+in dialogues.py and the package's `__init__.py`; one in your experiment's file needs neither.
 """
 
 import json
