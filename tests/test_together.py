@@ -41,7 +41,7 @@ from lab.train.metrics import read_rows
 from lab.train.program import Program
 from tests.studies import told_to_stop
 from tests.test_cli import finish, start, wait_for
-from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
+from tests.test_step import compiled_in_haste, toy  # noqa: F401 (a fixture)
 from tests.test_study import FILE, ran
 from tests.test_study import cells as cells_in
 
@@ -141,15 +141,16 @@ def test_cells_together_get_the_compiler_options_of_a_cell_alone(base, monkeypat
         Stacked([base, replace(base, seed=1)], NUMBERS, base.data.load().train).init()
 
 
-def test_a_dead_cell_stops_changing(base, tmp_path):
+def test_a_dead_cell_stops_changing(tmp_path):
     """At the update and with the report that it would have alone; its neighbours are what they are without it."""
-    base = replace(base, steps=12, model=base.model.clone(dropout=0.0), evaluate=Evaluate(every=4, records=8))
-    dead, good = override(base, {"optim.lr.peak": 1e17}), override(base, {"optim.lr.peak": 3e-3})
+    base = toy(optim=AdamW(lr=Cosine(1e-2, warmup=6), b2=0.95), checkpoint=Checkpoint(every=0))
+    dead, good = override(base, {"optim.lr.peak": 1e9}), override(base, {"optim.lr.peak": 3e-3})
     folders, lives = together([good, dead], tmp_path / "both", steps_per_call=4)
     assert lives == [True, False]
     assert loop.train(replace(dead, mesh=Mesh(data=1)), tmp_path / "dead", Screen(quiet=True)) == 1
     ours, theirs = (json.loads((f / "diverged.json").read_text()) for f in (folders[1], tmp_path / "dead"))
     assert ours["step"] == theirs["step"] and ours["batch_indices"] == theirs["batch_indices"]
+    assert 1 < ours["step"] < 4  # amid a call
     assert not (folders[1] / "result.json").exists()
     kept = Checkpoints(folders[1] / "checkpoints")
     state = kept.restore(Program(replace(dead, mesh=Mesh(data=1))).abstract)
