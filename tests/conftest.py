@@ -55,7 +55,7 @@ MARKS = {
 }
 KEPT = ("gpt_small", "mnist_cnn", "linear_regression")
 # The longest files start first, so that no process is left alone with one of them at the end.
-FIRST = ("test_run", "test_distributed", "test_cli", "test_study", "test_experiments", "test_launch_slurm",
+FIRST = ("test_experiments", "test_run", "test_distributed", "test_cli", "test_study", "test_launch_slurm",
          "test_launch_hosts", "test_command_line", "test_together", "test_parallel", "test_cudnn", "test_optim")
 
 
