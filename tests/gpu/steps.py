@@ -190,7 +190,9 @@ def main_job() -> None:
     """1. The main job's local config: its time, and its losses beside the CPU's of the same machine."""
     steps = 12 if TINY else 100
     flags = ["experiments/gpt_small.py", "--local"]
-    if not TINY:
+    if TINY:
+        flags += ["--model.depth", "2", "--model.width", "32", "--batch", "4", "--task.samples", "0"]
+    else:
         seconds, _ = launch(*flags, "--run-dir", SCRATCH / "main")
         result = json.loads((SCRATCH / "main/result.json").read_text())
         found("the main job", seconds=seconds, ms_per_step=1000 * result["seconds_per_step"],
@@ -400,6 +402,7 @@ def studies() -> None:
                      "--steps", "12" if TINY else str(steps), "--optim.lr.warmup", "2", "--evaluate.every", "0",
                      "--evaluate.records", "64", "--checkpoint.every", "0", "--studies", str(SCRATCH / f"{name}-{way}")]
             flags += [] if way == "chosen" else ["--execution", way]
+            flags += ["--model.channels", "4", "8"] if TINY else []
             seconds[way], out = launch(f"experiments/{name}.py", "--local", *flags)
             said = [line.strip() for line in out.splitlines() if re.search(r"(?i)vmap|one after another", line)]
             found(f"{name}, 32 cells, {way}", seconds=seconds[way], says=" ".join(said)[:300])

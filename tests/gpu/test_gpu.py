@@ -187,7 +187,7 @@ def test_greedy_sampling_with_a_cache_is_the_full_forward_pass():
 STEPS, EVERY = (2000, 200) if GPU else (60, 10)  # long enough to be killed in time
 FLAGS = ["experiments/gpt_small.py", "--local", "--steps", str(STEPS), "--evaluate.every", "0", "--evaluate.records",
          "32", "--checkpoint.every", str(EVERY), "--model.depth", "2"]
-SMALL = [] if GPU else ["--batch", "4", "--model.width", "32"]
+SMALL = [] if GPU else ["--batch", "4", "--model.width", "32", "--task.samples", "0"]
 
 
 def start(folder, *flags, cpu=False):
