@@ -10,6 +10,7 @@ from lab.experiment import Checkpoint
 from lab.models.cnn import ConvNet, ResNet
 from lab.models.gan import GAN
 from lab.models.layers import Transformer
+from lab.models.multitask import ClassifyAndReconstruct
 from lab.models.rnn import LSTM
 from lab.pretrained import Pretrained
 from lab.tasks.language import LanguageModel
@@ -29,7 +30,8 @@ PARAMETERS = {"gpt_small": 124_439_808 + 47 * 768, "gpt_medium": 354_823_168 + 4
               "gpt_xl": 1_557_611_200 + 47 * 1600,
               "imagenet_resnet50": 25_557_032, "imagenet_vit_s16": 22_050_664 - 384 * (1 + 197)}
 SMALL = {Transformer: {"depth": 2, "width": 32, "heads": 2, "kv_heads": None}, ResNet: {"width": 4},
-         ConvNet: {"channels": (4, 8)}, LSTM: {"width": 8, "hidden": 8}, GAN: {"width": 4}}
+         ConvNet: {"channels": (4, 8)}, ClassifyAndReconstruct: {"channels": (4, 8), "code": 16},
+         LSTM: {"width": 8, "hidden": 8}, GAN: {"width": 4}}
 
 
 def shrunk(experiment):
