@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lab.configuration.field_types import check_types
-from lab.configuration.limits import check_devices, check_numbers
-from lab.configuration.protocols import DataPart, ModelPart, OptimPart, StartPart, TaskPart
+from lab.configuration.limits import check_devices, check_numbers, check_parallel
+from lab.configuration.protocols import AdaptPart, DataPart, ModelPart, OptimPart, StartPart, TaskPart
 from lab.configuration.values import digest, flat, to_json
 from lab.errors import UserError
 from lab.pretrained import Pretrained
@@ -114,6 +114,8 @@ class Experiment:
     evaluate: Evaluate = Evaluate()
     init_from: StartPart = Pretrained()
     """Pretrained parameters to start from, and which of them to freeze."""
+    adapt: AdaptPart | None = field(default=None, metadata={"fingerprint": "if set"})
+    """Adapters to train beside the frozen model, such as LoRA(rank=8) of lab/adapt; None: train the model itself."""
     checkpoint: Checkpoint = field(default=Checkpoint(), metadata=HOW)
     log: Log = field(default=Log(), metadata=HOW)
     mesh: Mesh = field(default=Mesh(), metadata=HOW)
@@ -170,33 +172,22 @@ class Experiment:
         _at_least("--checkpoint.keep", self.checkpoint.keep, 1)
         _at_least("--checkpoint.permanent", self.checkpoint.permanent, 1)
         _at_least("--log.every", self.log.every, 1)
-        self._validate_parallel()
+        self.mesh.validate()
+        _at_least("--virtual-shards", self.virtual_shards, 1)
+        check_parallel(self)
         for flag, value in (("--steps", self.steps), ("--evaluate.every", self.evaluate.every),
                             ("--checkpoint.every", self.checkpoint.every),
                             ("--checkpoint.permanent", self.checkpoint.permanent)):
             if (value or 0) % self.steps_per_call:
                 raise UserError(f"{flag} {value} is not a multiple of --steps-per-call {self.steps_per_call}.")
         self.optim.validate(self.steps)
-        for part in (self.data, self.model, self.task, self.init_from):
+        for part in (self.data, self.model, self.task, self.init_from, self.adapt):
             if hasattr(part, "validate"):  # optional in a user's model
                 part.validate()
         check_model(self.model, self.data.metadata())
-        if hasattr(self.init_from, "check"):
-            self.init_from.check(self.model)
-
-    def _validate_parallel(self) -> None:
-        self.mesh.validate()
-        _at_least("--virtual-shards", self.virtual_shards, 1)
-        if self.parallel == "pmap" and (self.steps_per_call > 1 or self.data_on_device == "always" or self.exact):
-            raise UserError(
-                "--parallel pmap is for plain steps: leave out --steps-per-call, --data-on-device and --exact."
-            )
-        if self.exact and self.grad_accum_steps > 1:
-            raise UserError(
-                "--exact computes its virtual shards one after another already: leave out --grad-accum-steps."
-            )
-        if self.exact and self.batch % self.virtual_shards:
-            raise UserError(f"--batch {self.batch} is not divisible by --virtual-shards {self.virtual_shards}.")
+        for part, other in ((self.init_from, self.model), (self.adapt, self.init_from)):
+            if hasattr(part, "check"):
+                part.check(other)
 
     def identity(self) -> dict[str, Any]:
         """JSON of the fields that determine the result. Includes `grad_accum_steps` and `parallel` only if random
@@ -204,7 +195,7 @@ class Experiment:
         """
         whole, undivided = self._identities()
         mixes_rows = getattr(self.task, "mixes_rows", lambda *_: True)
-        if whole == undivided or mixes_rows(self.model, self.data, self.precision):
+        if whole == undivided or mixes_rows(self.model, self.data, self.precision) or getattr(self.adapt, "dropout", 0):
             return whole
         return undivided
 

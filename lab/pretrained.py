@@ -1,6 +1,6 @@
 """Initial parameters: from another run (transfer learning), or word vectors from a file.
 
-lab/train/initial.py loads the arrays. Paths are relative to the state's parameters or mutable collections:
+lab/train/restore.py loads the arrays. Paths are relative to the state's parameters or mutable collections:
 ``block_0/attn/query/kernel``, ``batch_stats/stem_norm/mean``.
 """
 

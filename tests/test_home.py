@@ -19,7 +19,7 @@ from lab.data.tokenizers import GPT2
 from lab.errors import UserError
 from lab.files import expand_home, user_path
 from lab.pretrained import Pretrained, WordVectors
-from lab.train.initial import initial_arrays
+from lab.train.restore import initial_arrays
 from tests.conftest import ROOT
 
 

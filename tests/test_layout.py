@@ -17,13 +17,14 @@ FILES = sorted((ROOT / "lab").rglob("*.py"))
 PARTS = {"data", "models", "tasks", "optim"}  # what an experiment is made of
 # Room -> the rooms that it may import. `errors`, `files` and `signals` import nothing and serve all.
 ROOMS = {
-    "configuration": set(), "environment": set(), "pretrained": set(), "experiment": {"configuration", "pretrained"},
+    "configuration": set(), "environment": set(), "pretrained": set(),
+    "adapt": {"models.dropout", "optim.matrices", "pretrained"}, "experiment": {"configuration", "pretrained"},
     "data": {"weights.location", "weights.gguf_files", "weights.chat"},
     "models": set(), "optim": {"models"}, "tasks": {"models", "train.plots"},
     "weights": {"configuration.field_types", "models", "pretrained", "data.hugging_face"},
     "parallel": {"environment"},
-    "train": {"configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline", "data.prefetch",
-              "models.members", "optim.matrices", "tasks.base"},
+    "train": {"adapt", "configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline",
+              "data.prefetch", "models.members", "optim.matrices", "tasks.base"},
     "planning": {"experiment", "parallel", "train"},
     "launch": {"environment", "commands.arguments", "experiment", "parallel.shared_secret"},
     "api": {"experiment", "parallel", "train"},
@@ -127,7 +128,7 @@ def test_no_file_imports_itself_over_others():
 
 
 def test_experiments_import_parts_only():
-    allowed = PARTS | {"experiment", "pretrained", "weights"}
+    allowed = PARTS | {"adapt", "experiment", "pretrained", "weights"}
     for path in (ROOT / "experiments").glob("*.py"):
         found = imports(path.read_text())
         assert {name.split(".")[0] for name in found if not name.startswith("study.design")} <= allowed, path
@@ -175,7 +176,7 @@ def configuration_classes() -> list[type]:
 
     import flax.linen as nn
 
-    names = [name for name in modules() if name.split(".")[0] in PARTS | {"experiment", "pretrained"}]
+    names = [name for name in modules() if name.split(".")[0] in PARTS | {"adapt", "experiment", "pretrained"}]
     imported = [importlib.import_module(f"lab.{name}") for name in names if name != "data.prepare"]
     found = [c for m in imported for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
     return [c for c in found if dataclasses.is_dataclass(c)
@@ -186,6 +187,7 @@ def configuration_classes() -> list[type]:
 CALLED = {
     "experiment": {"experiment", "settings", "evaluate", "checkpoint", "mesh", "log"},
     "pretrained": {"start", "init_from"},
+    "adapt": {"adapt"},
     "models": {"model", "member", "module"},
     "tasks": {"task", "part", "p"},
     "optim": {"optim", "optimizer", "lr", "schedule"},

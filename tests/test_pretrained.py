@@ -25,11 +25,10 @@ from lab.pretrained import Pretrained, WordVectors
 from lab.tasks.supervised import Classify
 from lab.train import beginning, ending, loop, restore
 from lab.train.frozen import frozen_statistics
-from lab.train.initial import initial_arrays
 from lab.train.metrics import means, read_rows
 from lab.train.program import Program
 from lab.train.records_on_device import OnlyNumbered, fits
-from lab.train.restore import leaves, open_run
+from lab.train.restore import initial_arrays, leaves, open_run
 from lab.train.shapes import abstract_state
 from lab.train.step import State, eval_variables, key_for, make_train_step, prepare
 from tests.test_loop import go, interrupt

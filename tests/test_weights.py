@@ -350,8 +350,8 @@ def experiment(location: str, corpus: str) -> Experiment:
 
 
 def test_a_run_starts_from_weights(tmp_path):
-    from lab.train.initial import initial_arrays
     from lab.train.program import Program
+    from lab.train.restore import initial_arrays
 
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
     location = written(tmp_path / "w", GPT2_CONFIG, gpt2_tensors())

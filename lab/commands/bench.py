@@ -162,7 +162,8 @@ def _breakdown(program: Program, state: State, data: Any, steps: int) -> dict[st
             seeded = override(program.experiment, given)
             with constrained(program.mesh):
                 rows = prepare(seeded, batch, True, state.step)
-                return microbatched(seeded.grad_accum_steps)(differentiate(make_loss(seeded)), state, rows)
+                loss = make_loss(seeded, getattr(state, "base", None))
+                return microbatched(seeded.grad_accum_steps)(differentiate(loss), state, rows)
 
         compiled = jax.jit(part).lower(kept[0], batch, program.given).compile(program.options)
         return lambda: compiled(kept[0], batch, program.given)

@@ -36,5 +36,17 @@ def check_devices(sizes: dict[str, int]) -> None:
         raise UserError(f"{shown}: a mesh has at most {DEVICES} devices.")
 
 
+def check_parallel(experiment: Any) -> None:
+    """Raises UserError for an experiment whose ways to divide a step exclude each other."""
+    exact, shards = experiment.exact, experiment.virtual_shards
+    if experiment.parallel == "pmap" and (experiment.steps_per_call > 1 or experiment.data_on_device == "always"
+                                          or exact):
+        raise UserError("--parallel pmap is for plain steps: leave out --steps-per-call, --data-on-device and --exact.")
+    if exact and experiment.grad_accum_steps > 1:
+        raise UserError("--exact computes its virtual shards one after another already: leave out --grad-accum-steps.")
+    if exact and experiment.batch % shards:
+        raise UserError(f"--batch {experiment.batch} is not divisible by --virtual-shards {shards}.")
+
+
 def _shortly(number: int) -> str:
     return str(number) if abs(number) < 10**20 else f"{str(number)[:12]}..."

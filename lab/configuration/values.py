@@ -27,7 +27,7 @@ def to_json(value: Any, *, identity: bool = False) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own = {f.name: to_json(getattr(value, f.name), identity=identity) for f in fields(value)
-               if f.metadata.get("json", True) and not (identity and f.metadata.get("fingerprint") is False)}
+               if f.metadata.get("json", True) and not (identity and _omitted(f, getattr(value, f.name)))}
         return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **own}
     if isinstance(value, list | tuple):
         return [to_json(v, identity=identity) for v in value]
@@ -36,6 +36,12 @@ def to_json(value: Any, *, identity: bool = False) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise UserError(f"An experiment holds plain values and dataclasses; {value!r} is a {type(value).__name__}.")
+
+
+def _omitted(field: dataclasses.Field, value: Any) -> bool:
+    """Whether a field is no part of the identity: `fingerprint` is False, or "if set" and it is None."""
+    marked = field.metadata.get("fingerprint")
+    return marked is False or marked == "if set" and value is None
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

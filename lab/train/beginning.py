@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lab.adapt.lora import describe
 from lab.errors import UserError
 from lab.train import metrics
 from lab.train.evaluation import frozen_paths
-from lab.train.initial import describe, initial_arrays
 from lab.train.json_files import write_json
+from lab.train.restore import initial_arrays, with_base
 from lab.train.step import State
 
 
@@ -24,7 +25,7 @@ def first_state(run: Any) -> tuple[State, int]:
     if state is not None:
         run.checkpoints.discard_after(int(state.step))
         run.screen.info(f"Resuming from step {int(state.step)} of {run.experiment.steps}.")
-        return state, 0
+        return with_base(run.experiment, run.program, state, run.data), 0
     if state := run.shared.begin(run.program, run.folder):
         return state, 0
     if metrics.read_rows(run.folder / "metrics.jsonl"):
@@ -38,11 +39,27 @@ def first_state(run: Any) -> tuple[State, int]:
     return state, begun
 
 
+def _describe(report: dict[str, Any], frozen: list[str], file: Path) -> str:
+    """A summary of the report in a line or two. `file` has the full lists."""
+    lines = [f"Frozen: {_shortly(frozen)}. The whole list is in {file}."]
+    if report:
+        lines.insert(0, f"Parameters from {report['from']}: {len(report['loaded'])} loaded "
+                        f"({_shortly(report['loaded'])}); at random: {_shortly(report['random'])}; not taken: "
+                        f"{_shortly(report['not taken'])}.")
+    return "\n".join(lines)
+
+
+def _shortly(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "") if paths else "nothing"
+
+
 def _say_pretrained(run: Any, report: dict[str, Any]) -> None:
+    if run.experiment.adapt is not None:
+        run.screen.info(describe(run.program.abstract))
     frozen = frozen_paths(run.experiment, run.program.abstract.params)
     if report or frozen:
         write_json(run.folder / "pretrained.json", {**report, "frozen": frozen})
-        run.screen.info(describe(report, frozen, run.folder / "pretrained.json"))
+        run.screen.info(_describe(report, frozen, run.folder / "pretrained.json"))
 
 
 def open_rows(run: Any) -> metrics.Rows:

@@ -109,7 +109,7 @@ def try_out(experiment: Experiment, data: Any) -> None:
     """
     batch, held_out = (_few(experiment, records) for records in (data.train, data.validation))
     state = jax.jit(functools.partial(init_state, experiment))(batch)
-    loss = jax.jit(lambda state, rows: make_loss(experiment)(
+    loss = jax.jit(lambda state, rows: make_loss(experiment, getattr(state, "base", None))(
         state.params, state.model_state, prepare(experiment, rows, True, 0), 0, 0)[0])(state, batch)
     if not np.isfinite(loss):
         raise UserError(f"{where(type(experiment.task).loss)}{type(experiment.task).__name__}.loss is {loss} for the "

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lab.adapt.lora import AdaptedState
 from lab.configuration.values import digest
 from lab.errors import CannotWrite, UserError
 from lab.experiment import Checkpoint
@@ -59,6 +60,7 @@ def _digest(arrays: Any, beside: Any) -> str:
 
 
 _checksums = jax.jit(lambda leaves: [checksum(x) for x in leaves])
+_stacked_checksums = jax.jit(lambda leaves: jnp.stack([checksum(x) for x in leaves]))
 
 
 def manifest(state: Any) -> dict[str, dict[str, Any]]:
@@ -67,6 +69,17 @@ def manifest(state: Any) -> dict[str, dict[str, Any]]:
     sums = jax.device_get(_checksums(list(leaves)))
     return {path_of(p): {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": int(s)}
             for p, x, s in zip(paths, leaves, sums, strict=True)}
+
+
+def stored(state: Any) -> Any:
+    """What a checkpoint holds of a state: in place of the frozen base of adapters (lab/adapt), which is read again from
+    where it came, the checksums of its arrays, uint32 (arrays,). Any other tree is held whole."""
+    if not isinstance(state, AdaptedState):
+        return state
+    base = jax.tree.leaves(state.base)
+    if isinstance(base[0], jax.ShapeDtypeStruct):
+        return state._replace(base=jax.ShapeDtypeStruct((len(base),), jnp.uint32, sharding=state.step.sharding))
+    return state._replace(base=_stacked_checksums(base))
 
 
 def _is_object(path: Any) -> bool:
@@ -146,6 +159,7 @@ class Checkpoints:
         Raises:
           UserError: the disk is full or not writable. Earlier checkpoints are not affected.
         """
+        state = stored(state)
         need = sum(x.nbytes for x in jax.tree.leaves(state))
         free = None if self.remote else shutil.disk_usage(self.folder).free
         if free is not None and free < need:
@@ -183,7 +197,8 @@ class Checkpoints:
             raise
 
     def restore(self, target: Any, step: int | None = None) -> Any | None:
-        """Restores the newest good checkpoint (or that of `step`) with the shardings of `target`; None without any.
+        """Restores the newest good checkpoint (or that of `step`) with the shardings of `target`; None without any. Of
+        adapters' base it has checksums: see `lab.train.restore.with_base`.
 
         Logs and skips damaged checkpoints.
 
@@ -200,7 +215,7 @@ class Checkpoints:
                 if candidate in strays:
                     raise ValueError("it is not a folder")
                 with _without_echo():
-                    state = self._read(candidate, target)
+                    state = self._read(candidate, stored(target))
             except UserError:
                 raise
             except Exception as e:  # Orbax raises many types for damaged files

@@ -84,18 +84,19 @@ def size_of(tree: Any) -> int:
 def cost_of(experiment: Experiment) -> Cost:
     """Computes the cost by tracing the loss of one microbatch."""
     state = abstract_state(experiment)
+    base = getattr(state, "base", None)
     rows = experiment.batch // experiment.grad_accum_steps
     batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in batch_spec(experiment).items()}
 
-    def loss(params: Any, model_state: Any, batch: Any) -> tuple[Any, Any]:
-        return make_loss(experiment)(params, model_state, prepare(experiment, batch, True, 0), 0, 0)
+    def loss(params: Any, model_state: Any, batch: Any, base: Any) -> tuple[Any, Any]:
+        return make_loss(experiment, base)(params, model_state, prepare(experiment, batch, True, 0), 0, 0)
 
-    def residuals(params: Any, model_state: Any, batch: Any) -> Any:
-        return jax.vjp(lambda p: loss(p, model_state, batch), params, has_aux=True)[1]
+    def residuals(params: Any, *others: Any) -> Any:
+        return jax.vjp(lambda p: loss(p, *others), params, has_aux=True)[1]
 
     # Two traces: the forward pass under vjp may contain gradient matmuls (chunked losses), which must not be counted.
-    forward = jax.make_jaxpr(loss)(state.params, state.model_state, batch)
-    kept = jax.eval_shape(residuals, state.params, state.model_state, batch)
+    forward = jax.make_jaxpr(loss)(state.params, state.model_state, batch, base)
+    kept = jax.eval_shape(residuals, state.params, state.model_state, batch, base)
     return Cost(state, 3 * count_flops(forward) * experiment.grad_accum_steps, size_of(kept))
 
 

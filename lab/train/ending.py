@@ -12,6 +12,7 @@ from lab.tasks.base import EvalResult
 from lab.train import plots
 from lab.train.evaluation import evaluate
 from lab.train.progress import describe_result
+from lab.train.restore import with_base
 from lab.train.run_folder import write_diverged, write_result
 from lab.train.step import State
 
@@ -107,4 +108,4 @@ def _state_to_report(run: Any) -> State:
         run.screen.info(f"The checkpoint of the best step, {best}, cannot be loaded: reporting the last state. {e}")
         return run.state
     run.screen.info(f"Reporting the best state, of step {best}.")
-    return state
+    return with_base(run.experiment, run.program, state, run.data)

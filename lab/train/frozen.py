@@ -1,20 +1,28 @@
-"""Freezes the running statistics of frozen BatchNorm layers."""
+"""Layers in training: the running statistics of frozen BatchNorm layers stay, and adapters with dropout add theirs."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 
 
+@contextlib.contextmanager
+def as_trained(experiment: Any) -> Iterator[None]:
+    """Context for tracing an experiment's model in training."""
+    adapt = experiment.adapt
+    with frozen_statistics(adapt or experiment.optimizer), adapt.beside_layers() if adapt else contextlib.nullcontext():
+        yield
+
+
 def frozen_statistics(optimizer: Any) -> contextlib.AbstractContextManager[None]:
     """Context for tracing a model in training: each BatchNorm frozen by `optimizer` uses its running statistics without
     updating them, as in evaluation. A BatchNorm is frozen if all its parameters are; one without parameters, if the
-    paths of its statistics are.
+    paths of its statistics are. `optimizer`: or adapters, which freeze all else.
     """
-    if not optimizer.lr_multipliers:
+    if not getattr(optimizer, "lr_multipliers", True):
         return contextlib.nullcontext()
 
     def evaluated(call: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:

@@ -1,24 +1,35 @@
-"""Reopens a run folder: its experiment, the program for this machine's devices, and a state."""
+"""Reopens a run folder: its experiment, the program for this machine's devices, and a state. The arrays that a run
+starts from, which may be those of another run (`Experiment.init_from`)."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from lab.adapt.lora import without_adapters
 from lab.errors import UserError
 from lab.experiment import Experiment, Mesh
+from lab.files import user_path
 from lab.parallel.sharding import path_of
-from lab.train.checkpoint import Checkpoints
+from lab.pretrained import Continue, Pretrained, WordVectors
+from lab.train.checkpoint import Checkpoints, stored
+from lab.train.continued import take_over
 from lab.train.description import read_folder
 from lab.train.fitted import without_data
 from lab.train.metrics import best_row, marked_rows
 from lab.train.program import Program
 from lab.train.run_folder import checkpoint_folder
-from lab.train.step import State
+from lab.train.step import State, eval_params
+from lab.train.word_vectors import from_word_vectors
+
+Given = dict[str, Any]
+Report = dict[str, Any]
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -52,7 +63,27 @@ def open_run(run: Path, step: int | None = None, best: bool = False, experiment:
     checkpoints.close()
     if state is None:
         raise UserError(f"{run} has no checkpoint yet.")
-    return experiment, program, state
+    return experiment, program, with_base(opened, program, state)
+
+
+def with_base(experiment: Experiment, program: Program, state: State, data: Any = None) -> State:
+    """A state from a checkpoint, with the frozen base of its adapters (lab/adapt), which is read again from where the
+    run began. Other states are returned as they are. `data`: the loaded data; by default it is loaded.
+
+    Raises:
+      UserError: the base is missing or not the same.
+    """
+    if experiment.adapt is None:
+        return state
+    try:
+        arrays, _ = initial_arrays(experiment.init_from, program.abstract, data or experiment.data.load())
+    except UserError as e:
+        raise UserError(f"A checkpoint of adapters does not hold their base, which is missing: {e}") from None
+    whole = program.init(arrays)._replace(step=state.step)
+    if not np.array_equal(*(jax.device_get(s.base) for s in (state, stored(whole)))):
+        raise UserError(f"The base that these adapters were trained on is no longer what {experiment.init_from} gives: "
+                        f"bring back its former files.")
+    return state._replace(base=whole.base)
 
 
 def fitting_program(experiment: Experiment) -> Program:
@@ -73,3 +104,96 @@ def _best_step(run: Path, experiment: Experiment, checkpoints: Checkpoints) -> i
     if step is None:
         raise UserError(f"{run} has no evaluation after a step yet, so no checkpoint is its best.")
     return step
+
+
+def initial_arrays(start: Any, state: Any, data: Any) -> tuple[Given, Report]:
+    """Arrays by path for this (abstract) state, and a report of loaded and missing paths.
+
+    Raises:
+      UserError: the source named by `start` does not exist or does not fit.
+    """
+    state = without_adapters(state)
+    for kind, read in ((Pretrained, from_run), (Continue, from_checkpoint), (WordVectors, from_word_vectors)):
+        if isinstance(start, kind):
+            return read(start, state, data)
+    return start.load(state, data)
+
+
+def _place(run: str) -> tuple[Path, int | None]:
+    """The run folder, and the checkpoint's step if the path names one."""
+    folder = user_path(run)
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        return folder.parent.parent, int(folder.name)
+    return folder, None
+
+
+def _same_tokenizer(folder: Path, data: Any) -> None:
+    """Raises UserError if the tokenizers differ. No later check would notice that token ids mean something else."""
+    saved, here = folder / "tokenizer.json", getattr(data, "tokenizer_state", None)
+    if here is not None and saved.exists() and saved.read_text("utf-8") != here:
+        raise UserError(f"The tokenizer of {folder} is another one, so its parameters would be read with wrong "
+                        f"ids. Use its own: tokenizer=Saved({str(folder)!r}) in the experiment's data.")
+
+
+def from_run(start: Pretrained, state: Any, data: Any) -> tuple[Given, Report]:
+    """Arrays for this (abstract) state, and a report.
+
+    Raises:
+      UserError: no such run, no matching path, shapes differ (names the path), or tokenizers differ.
+    """
+    if start.run is None:
+        return {}, {}
+    folder, step = _place(start.run)
+    _same_tokenizer(folder, data)
+    experiment, _, found = open_run(folder, step, file=user_path(start.experiment) if start.experiment else None)
+    averaged = eval_params(replace(experiment, precision="float32"), found)
+    model_state = experiment.optim.eval_model_state(found.opt_state, found.model_state)
+    there, wanted = leaves(averaged) | leaves(model_state), leaves(state.params) | leaves(state.model_state)
+    given, new = {}, []
+    for path, x in wanted.items():
+        chosen = any(re.search(r, path) for r in start.include) and not any(re.search(r, path) for r in start.exclude)
+        if not chosen or path not in there:
+            new.append(path)
+            continue
+        if there[path].shape != x.shape:
+            raise UserError(f"{path} is {there[path].shape} in {start.run} and {x.shape} here. Make them equal, or "
+                            f"initialise it at random with --init-from.exclude {path}.")
+        given[path] = np.asarray(there[path])
+    if not given:
+        raise UserError(f"Nothing in {start.run} fits: it has {', '.join(list(there)[:3])}, ..., here are "
+                        f"{', '.join(list(wanted)[:3])}, ... (rules: include {start.include}, exclude "
+                        f"{start.exclude}).")
+    report = {"from": str(folder), "step": int(found.step), "fingerprint": experiment.fingerprint(),
+              "loaded": list(given), "random": new, "not taken": [p for p in there if p not in given]}
+    return given, report
+
+
+def from_checkpoint(start: Continue, state: Any, data: Any) -> tuple[Given, Report]:
+    """Arrays for this (abstract) state, including optimizer state and step (see `lab.train.step.init_state`), and a
+    report.
+
+    Raises:
+      UserError: no such run or checkpoint, shapes differ (names the path), or tokenizers differ.
+    """
+    folder, step = _place(start.run)
+    if step is not None and start.step not in (None, step):
+        raise UserError(f"--init-from.step {start.step} and --init-from.run {start.run} name two checkpoints.")
+    _same_tokenizer(folder, data)
+    file = user_path(start.experiment) if start.experiment else None
+    experiment, _, found = open_run(folder, start.step if step is None else step, file=file)
+    if experiment.adapt is not None:
+        raise UserError(f"{start.run} trained adapters beside a frozen base: init_from=Pretrained({start.run!r}) "
+                        f"begins with both merged.")
+    there, wanted = leaves(found.params) | leaves(found.model_state), leaves(state.params) | leaves(state.model_state)
+    if wrong := [path for path, x in wanted.items() if path in there and there[path].shape != x.shape]:
+        raise UserError(f"{wrong[0]} is {there[wrong[0]].shape} in {start.run} and {wanted[wrong[0]].shape} here: "
+                        f"continuing a run needs the same model.")
+    given: Given = {path: np.asarray(there[path]) for path in wanted if path in there}
+    steps = int(found.step)
+    moments, fresh, left = take_over(found.opt_state, state.opt_state, steps)
+    given |= {f"state/opt_state/{path}": x for path, x in moments.items()}
+    given["state/step"] = np.asarray(steps, np.int32)
+    report = {"from": str(folder), "step": steps, "fingerprint": experiment.fingerprint(), "loaded": list(given),
+              "random": [p for p in wanted if p not in there] + [f"opt_state/{path}" for path in fresh],
+              "not taken": [p for p in there if p not in wanted] + [f"opt_state/{path}" for path in left]}
+    return given, report

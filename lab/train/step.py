@@ -18,7 +18,7 @@ from lab.models.members import Several, per_member
 from lab.optim.matrices import matrices
 from lab.parallel.sharding import path_of
 from lab.tasks.base import transform_batch
-from lab.train.frozen import frozen_statistics
+from lab.train.frozen import as_trained
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]
@@ -68,21 +68,23 @@ def init_state(experiment: Experiment, batch: Batch, arrays: Mapping[str, Array]
     `arrays`: pretrained arrays that replace the random ones, by path in `params` or `model_state`. To continue another
     run it also holds that run's optimizer state and step, as "state/opt_state/..." and "state/step".
     """
-    raw, batch = batch, prepare(experiment, batch, False)
-    variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), batch)
+    prepared = prepare(experiment, batch, False)
+    variables = experiment.task.init(experiment.model, key_for(experiment.seed, "init"), prepared)
     model_state = {name: value for name, value in variables.items() if name != "params"}
     fresh = State(jnp.zeros((), jnp.int32), variables["params"], model_state, ())
     state = jax.tree.map_with_path(lambda path, x: (arrays or {}).get(path_of(path[1:]), x), fresh)
-    state = state._replace(opt_state=make_optimizer(experiment, raw).init(state.params, state.model_state))
+    if experiment.adapt is not None:
+        state = experiment.adapt.begin(state, matrices(experiment, batch), key_for(experiment.seed, "adapt"))
+    state = state._replace(opt_state=make_optimizer(experiment, batch).init(state.params, state.model_state))
     return jax.tree.map_with_path(lambda path, x: (arrays or {}).get(f"state/{path_of(path)}", x), state)
 
 
 def make_optimizer(experiment: Experiment, batch: Batch) -> optax.GradientTransformationExtraArgs:
-    """The experiment's optimizer for its model; a model of `Several` members gets one per member.
-
-    `batch`: see `init_state`."""
+    """The experiment's optimizer for its model; a model of `Several` members gets one per member. `batch`:
+    see `init_state`."""
     optimizer, several = experiment.optimizer, isinstance(experiment.model, Several)
-    tx = optimizer.build(experiment.steps, matrices(experiment, batch) if optimizer.needs_matrices else {})
+    found = matrices(experiment, batch) if optimizer.needs_matrices else {}
+    tx = optimizer.build(experiment.steps, experiment.adapt.matrices(found) if experiment.adapt else found)
     return per_member(tx) if several else tx
 
 
@@ -116,13 +118,15 @@ def microbatched(n: int) -> SumGradients:
     return sum_gradients
 
 
-def make_loss(experiment: Experiment) -> Callable[..., tuple[Array, tuple]]:
-    """The training loss: ``(params, model_state, rows, step, part) -> (loss sum, (weight, metrics, model_state))``."""
+def make_loss(experiment: Experiment, base: Any = None) -> Callable[..., tuple[Array, tuple]]:
+    """The training loss: ``(params, model_state, rows, step, part) -> (loss sum, (weight, metrics, model_state))``.
+    `base`: with adapters, the frozen parameters."""
 
     def loss(params: Any, model_state: Any, rows: Batch, step: Array, part: Array | int) -> tuple[Array, tuple]:
         rngs = {"dropout": key_for(experiment.seed, "dropout", step, part)}
-        variables = {"params": cast(params, experiment.precision), **model_state}
-        with frozen_statistics(experiment.optimizer):
+        whole = experiment.adapt.in_training(params, base) if experiment.adapt else params
+        variables = {"params": cast(whole, experiment.precision), **model_state}
+        with as_trained(experiment):
             result = experiment.task.loss(experiment.model, variables, rows, rngs, train=True)
         loss_sum, weight, metrics, model_state = check_loss(experiment.task, result, train=True)
         return loss_sum, (weight, metrics, model_state)
@@ -138,12 +142,12 @@ def make_train_step(experiment: Experiment, sum_gradients: SumGradients | None =
     (sum, weight). `sum_gradients` computes the sums; by default it accumulates over `experiment.grad_accum_steps`.
     """
     rate = experiment.optim.rate(experiment.steps)
-    gradient = jax.grad(make_loss(experiment), has_aux=True)
     sum_gradients = sum_gradients or microbatched(experiment.grad_accum_steps)
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         optimizer = make_optimizer(experiment, batch)
         batch = prepare(experiment, batch, True, state.step)
+        gradient = jax.grad(make_loss(experiment, getattr(state, "base", None)), has_aux=True)
         grads, (weight, metrics, model_state) = sum_gradients(gradient, state, batch)
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1), grads)
         with jax.named_scope("optimizer"):  # the name its operations have in a profile
@@ -152,14 +156,15 @@ def make_train_step(experiment: Experiment, sum_gradients: SumGradients | None =
         one = jnp.ones(())
         metrics |= {"gradient_norm": (optax.tree.norm(grads), one), "update_norm": (optax.tree.norm(updates), one),
                     "parameter_norm": (optax.tree.norm(params), one), "learning_rate": (rate(state.step), one)}
-        return State(state.step + 1, params, model_state, opt_state), metrics
+        return state._replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state), metrics
 
     return train_step
 
 
 def eval_params(experiment: Experiment, state: State) -> Any:
     """Parameters for evaluation and sampling, in the compute dtype: averaged if the optimizer keeps an average."""
-    return cast(experiment.optim.eval_params(state.opt_state, state.params), experiment.precision)
+    params = experiment.optim.eval_params(state.opt_state, state.params)
+    return cast(experiment.adapt.merged(params, state.base) if experiment.adapt else params, experiment.precision)
 
 
 def eval_variables(experiment: Experiment, state: State) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lab.models.members import Several
 from lab.train.checkpoint import Checkpoints
 from lab.train.metrics import marked_rows
 from lab.train.program import Program
+from lab.train.restore import with_base
 from lab.train.shapes import abstract_state
 from lab.train.step import State
 
@@ -77,6 +78,7 @@ def take_over(folder: Path, after: int, experiment: Experiment, base: Experiment
     if kept is None or after not in kept.steps():
         return None
     state = kept.restore(program.placed(base), after)
+    state = with_base(base, program, state)
     opt_state = _taken(experiment, state)
     state = jax.tree.map(lambda x, target: jax.device_put(x, target.sharding), state._replace(opt_state=opt_state),
                          program.abstract)

@@ -24,7 +24,7 @@ from lab.train.check import check_metric
 from lab.train.checkpoint import Checkpoints
 from lab.train.console import Screen, clock
 from lab.train.fitted import write_fitted
-from lab.train.initial import initial_arrays
+from lab.train.restore import initial_arrays
 from lab.train.run_folder import open_folder, write_diverged, write_result
 
 

@@ -1,0 +1,5 @@
+"""Adapters: training a few small matrices beside a frozen model."""
+
+from lab.adapt.lora import LoRA
+
+__all__ = ["LoRA"]
