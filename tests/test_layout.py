@@ -90,6 +90,7 @@ def test_the_import_rule_sees_a_violation():
     assert forbidden("tasks.language", "import lab.data.text") == {"data.text"}
 
 
+@functools.cache
 def defined(path: Path) -> set[str]:
     """The names that a file defines itself, not by an import."""
     return {getattr(node, "name", getattr(node, "id", "")) for node in ast.walk(parsed(path))
