@@ -128,6 +128,7 @@ def test_functions_of_the_standard_library():
     ('{"messages": [{"role": "human", "content": "a"}]}', "the role 'human'; the roles are system, user, assistant"),
     ('{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}', "only the first may be"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "x.jsonl:1 has no assistant turn"),
+    ('{"prompt": "\\ud83d", "completion": "b"}', "message 1 has half of a surrogate pair"),
 ])
 def test_a_wrong_line_is_named(tmp_path, content, said):
     (tmp_path / "x.jsonl").write_text(content)

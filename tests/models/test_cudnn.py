@@ -126,4 +126,5 @@ def test_every_experiment_is_lowered_for_a_gpu(for_a_gpu, path, form):
             assert make is make_predict_step and "makes no predictions" in str(e)
             continue
         drops = make is make_train_step and transformer and experiment.model.dropout
-        assert ("__cudnn$fmhaSoftmax(" in text) == bool(transformer and not drops), make
+        packed = "documents" in batch  # einsum keeps them apart
+        assert ("__cudnn$fmhaSoftmax(" in text) == bool(transformer and not drops and not packed), make

@@ -146,7 +146,7 @@ def divided(dialogues: list[Dialogue], title: str) -> dict[str, list[Dialogue]]:
     keys = [hashlib.sha256(json.dumps(messages).encode()).digest() for _, messages in dialogues]
     parts: dict[str, list[Dialogue]] = {split: [] for split in SPLITS}
     for i in sorted(range(len(dialogues)), key=keys.__getitem__):
-        # The order shall tell nothing about the split, so that takes other bytes.
+        # Other bytes than those that decide the order.
         share = int.from_bytes(keys[i][8:12]) / 2**32
         parts["validation" if share < 0.1 else "test" if share < 0.2 else "train"].append(dialogues[i])
     for split in ("train", "validation"):

@@ -26,6 +26,7 @@ Dialogue = tuple[str, list[Message]]
 ROLES = ("system", "user", "assistant")
 # Taskmaster's speakers in lower case -> roles. Its coffee shop has a customer and a barista.
 SPEAKERS = {"user": "user", "customer": "user", "assistant": "assistant", "agent": "assistant", "barista": "assistant"}
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may spell one alone
 # A function with its signature on one line, and the first line of its docstring.
 _DOCUMENTED = re.compile(r'^ *def (\w+\([^\n]*\))[^\n]*:\n +r?"""(\w[^\n]*?)(?:"""|\n)', re.MULTILINE)
 
@@ -47,6 +48,8 @@ def checked(name: str, messages: Any) -> Dialogue:
             raise UserError(f"{name}: message {i} has the role {role!r}; the roles are {', '.join(ROLES)}.")
         if role == "system" and i > 1:
             raise UserError(f"{name}: message {i} is a system message, which only the first may be.")
+        if _SURROGATE.search(content):
+            raise UserError(f"{name}: message {i} has half of a surrogate pair, which is no character: remove it.")
         found.append({"role": role, "content": content})
     while found and found[-1]["role"] != "assistant":
         found.pop()
@@ -170,7 +173,7 @@ def _taskmaster(path: Path) -> list[Dialogue]:
         return [checked(name, _turns(name, said)) for name, said in talks]
     except (OSError, EOFError, lzma.LZMAError, ValueError) as e:
         raise UserError(f"{path} is no readable JSON ({e}): copy it again.") from None
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not in Taskmaster's format: a list of dialogues with conversation_id and "
                         f"utterances, each with speaker and text.") from None
 
