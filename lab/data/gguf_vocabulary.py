@@ -13,7 +13,7 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 LLAMA_3 = rf"{_WORD}|\p{{N}}{{1,3}}|{_REST}"
 QWEN_2 = rf"{_WORD}|\p{{N}}|{_REST}"
-GPT_2 = ("gpt-2", "default", "")
+GPT_2 = ("gpt-2",)  # "default" and none are split otherwise by llama.cpp
 PRE = (*GPT_2, "smollm", "llama-bpe", "llama3", "llama-v3", "qwen2")
 
 

@@ -60,7 +60,8 @@ def _from_hub(name: str) -> Path:
 
     repository, revision = found[1], found[2]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=PATTERNS,
+                                      ignore_patterns=["consolidated*"]))  # a second copy, in Mistral's own form
     except HFValidationError as e:
         raise UserError(f"hf:{name} is no name of a repository: {e}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, OSError, HfHubHTTPError) as e:
