@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from lab.configuration.field_types import check_types
 from lab.configuration.limits import check_devices, check_numbers, check_parallel
-from lab.configuration.protocols import AdaptPart, DataPart, ModelPart, OptimPart, StartPart, TaskPart
+from lab.configuration.protocols import DataPart, ModelPart, OptimPart, StartPart, TaskPart
 from lab.configuration.values import digest, flat, to_json
 from lab.errors import UserError
-from lab.pretrained import Pretrained
+from lab.pretrained import Adapt, Pretrained
 
 HOW = {"fingerprint": False}  # marks fields that change how a run executes, not what it computes
 
@@ -114,7 +114,7 @@ class Experiment:
     evaluate: Evaluate = Evaluate()
     init_from: StartPart = Pretrained()
     """Pretrained parameters to start from, and which of them to freeze."""
-    adapt: AdaptPart | None = field(default=None, metadata={"fingerprint": "if set"})
+    adapt: Adapt | None = field(default=None, metadata={"fingerprint": "if set"})
     """Adapters to train beside the frozen model, such as LoRA(rank=8) of lab/adapt; None: train the model itself."""
     checkpoint: Checkpoint = field(default=Checkpoint(), metadata=HOW)
     log: Log = field(default=Log(), metadata=HOW)

@@ -35,6 +35,12 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Adapt:
+    """Base class for `Experiment.adapt`: how a model is trained by parameters beside its own, such as LoRA of
+    lab/adapt, which has the methods."""
+
+
+@dataclass(frozen=True)
 class Pretrained(Start):
     """Loads the parameters of another run by path. Paths that the run lacks are initialised at random.
 

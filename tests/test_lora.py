@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from lab.adapt.lora import AdaptedState, LoRA
+from lab.adapt.lora import AdaptedState, LoRA, describe
+from lab.data import pipeline
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Experiment, Mesh
-from lab.optim import SGD, AdamW, Constant, Muon
+from lab.optim import SGD, AdamW, Constant
 from lab.optim.matrices import Matrix
 from lab.pretrained import Continue, Pretrained
+from lab.train.cost import cost_of
 from lab.train.program import Program
 from lab.train.restore import leaves, open_run
 from lab.train.step import eval_params, make_eval_step
@@ -126,8 +128,9 @@ def test_convolutions_and_embeddings():
 
 
 def test_stacked_layers_have_stacked_adapters(tiny):
-    """nn.scan stacks the kernels, and so the adapters; Muon and weight decay see the matrices among them."""
-    scanned = replace(tiny, model=tiny.model.clone(scan=True), adapt=LoRA(rank=2), optim=Muon(lr=Constant(0.02)))
+    """nn.scan stacks the kernels, and so the adapters; weight decay sees the matrices among them."""
+    scanned = replace(tiny, model=tiny.model.clone(scan=True), adapt=LoRA(rank=2), mesh=Mesh(data=1),
+                      optim=SGD(lr=Constant(10.0), weight_decay=0.001))
     state, _ = run(scanned, updates=3)
     assert {path: x.shape for path, x in leaves(state.params).items()} == {
         f"blocks/attn/{name}/lora_kernel/{half}": shape for name in ("query", "value")
@@ -142,6 +145,38 @@ def test_stacked_layers_have_stacked_adapters(tiny):
         "x/attn/query/lora_kernel/a": matrix, "x/attn/query/lora_kernel/b": matrix}
     beside = replace(scanned, adapt=replace(scanned.adapt, dropout=1e-7))  # unmerged, in every layer of the scan
     assert apart(run(beside, updates=3)[0].params, state.params) < 1e-4
+
+
+def test_a_sharded_base_in_bfloat16(tiny):
+    """FSDP and tensor parallelism with the rules of the model's own parameters, beside one device."""
+    small = replace(tiny, model=tiny.model.clone(depth=1), optim=SGD(lr=Constant(10.0)),
+                    adapt=LoRA(rank=2, base_dtype="bfloat16"))
+    eight = Program(replace(small, mesh=Mesh(data=1, fsdp=4, tensor=2)))
+    specs = {path: x.sharding.spec for path, x in leaves(eight.abstract.base).items()}
+    assert tuple(specs["block_0/attn/query/kernel"]) == ("fsdp", "tensor")
+    assert tuple(specs["block_0/attn/out/kernel"]) == ("tensor", "fsdp")
+    one = Program(replace(small, mesh=Mesh(data=1)))
+    assert {str(x.dtype) for x in jax.tree.leaves(one.abstract.base)} == {"bfloat16"}
+    assert {str(x.dtype) for x in jax.tree.leaves(one.abstract.params)} == {"float32"}
+    states = []
+    for program in (one, eight):
+        program.train_records = small.data.load().train
+        state, read = program.init(), pipeline.reader(program)
+        for call in range(3):
+            state, _ = program.train(state, program.batch(read, call))
+        states.append(jax.device_get(state))
+    assert bits(states[0].base) == bits(states[1].base) == bits(one.init().base)
+    assert apart(states[0].params, states[1].params) < 1e-5 and apart(states[0].params, one.init().params) > 1e-3
+
+
+def test_what_it_costs():
+    """FLOPs by hand, 8 points: forward, and backward without the input's gradient; the dry run's sentence."""
+    adapted, plain = cost_of(toy(adapt=replace(ADAPT, targets="^out/kernel"))), cost_of(toy())
+    hidden, out, merge, rows = 6 * 8, 8 * 4, 8 * 2 * 4, 8
+    assert plain.flops == 3 * 2 * rows * (hidden + out)
+    assert adapted.flops == 2 * (rows * (hidden + 2 * out) + 3 * merge)  # no gradient of or through the hidden layer
+    assert adapted.parameters == plain.parameters + 24
+    assert describe(adapted.state) == "Adapters: 24 parameters beside 1 matrices are trained; 92 are frozen, 0.0 MB."
 
 
 def test_dropout_is_on_the_adapters_inputs():

@@ -28,7 +28,7 @@ from jax import Array
 from lab.errors import UserError
 from lab.models.dropout import dropout, is_zero
 from lab.optim.matrices import Matrix
-from lab.pretrained import Continue
+from lab.pretrained import Adapt, Continue
 
 ADAPTER = re.compile(r"(^|/)lora_[^/]+/[ab]$")  # paths of adapters
 Matrices = Mapping[str, Matrix]
@@ -47,7 +47,7 @@ class AdaptedState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Adapt):
     """Trains adapters of low rank; everything else of the model is frozen, without gradient or optimizer state."""
 
     rank: int = 8
@@ -196,6 +196,11 @@ def beside(path: str) -> str:
 def whole(params: Any, base: Any) -> Any:
     """Base and trained parameters in one tree."""
     return unflatten_dict(flatten_dict(base, sep="/") | flatten_dict(params, sep="/"), sep="/")
+
+
+def every(state: Any) -> Any:
+    """All parameters of a state: `params`, and the base of adapters."""
+    return whole(state.params, state.base) if isinstance(state, AdaptedState) else state.params
 
 
 def without_adapters(state: Any) -> Any:

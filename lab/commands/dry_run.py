@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lab.adapt.lora import describe as adapters
+from lab.adapt.lora import every
 from lab.errors import Absent
 from lab.experiment import Experiment
 from lab.parallel.sharding import AXES, describe_state, mesh_sizes, state_shardings
@@ -44,8 +46,10 @@ def show(experiment: Experiment) -> None:
     for name, size, arrays in cost.modules(2):
         modules.add_row(name, f"{size:,}", str(arrays))
     modules.add_section()
-    modules.add_row("all", f"{cost.parameters:,}", str(len(jax.tree.leaves(cost.state.params))))
+    modules.add_row("all", f"{cost.parameters:,}", str(len(jax.tree.leaves(every(cost.state)))))
     console.print(modules)
+    if experiment.adapt is not None:
+        console.print(adapters(cost.state), soft_wrap=True)
 
     unit = experiment.data.unit
     rule = 6 * cost.parameters * units
@@ -63,6 +67,8 @@ def show(experiment: Experiment) -> None:
 
     memory = Table("", "bytes", show_header=False, title="Memory (all devices together)", title_justify="left")
     memory.add_row("parameters", human(size_of(cost.state.params)) + "B")
+    if experiment.adapt is not None:
+        memory.add_row(f"frozen base, {experiment.adapt.base_dtype}", human(size_of(cost.state.base)) + "B")
     memory.add_row("optimizer state", human(size_of(cost.state.opt_state)) + "B")
     memory.add_row("gradients", human(size_of(cost.state.params)) + "B")
     memory.add_row("peak activations", human(cost.activations) + "B")

@@ -50,14 +50,3 @@ class StartPart(Protocol):
 
     def frozen_rules(self) -> tuple[tuple[str, float], ...]:
         """Learning-rate multipliers (path regex, 0.0) of the frozen parameters."""
-
-
-@runtime_checkable
-class AdaptPart(Protocol):
-    """Adapters such as LoRA(...). See lab/adapt."""
-
-    def begin(self, state: Any, matrices: Any, key: Any) -> Any:
-        """The state that trains the adapters of a new one."""
-
-    def merged(self, params: Any, base: Any) -> Any:
-        """The model's parameters."""

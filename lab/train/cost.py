@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 
+from lab.adapt.lora import every
 from lab.experiment import Experiment
 from lab.parallel.sharding import path_of
 from lab.train.shapes import abstract_state, batch_spec
@@ -52,19 +54,20 @@ class Cost:
 
     state: State
     flops: int
-    """Per step: 3 x the forward FLOPs (the backward pass takes twice the forward FLOPs). Excludes recomputation."""
+    """Per step: 3 x the forward FLOPs (the backward pass takes twice the forward FLOPs). Excludes recomputation. With
+    adapters: the FLOPs of the gradient as traced, which has none of the frozen parameters."""
     activations: int
     """Bytes of residuals for the backward pass of one microbatch, before compiler fusion."""
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
-        return sum(x.size for x in jax.tree.leaves(self.state.params))
+        """Number of parameters, the frozen ones of adapters' base included."""
+        return sum(x.size for x in jax.tree.leaves(every(self.state)))
 
     def modules(self, depth: int = 1) -> list[tuple[str, int, int]]:
         """(module, parameters, arrays) per module path of `depth` names; stacked or numbered blocks share a row."""
         rows: dict[str, list[int]] = {}
-        for path, leaf in jax.tree.leaves_with_path(self.state.params):
+        for path, leaf in jax.tree.leaves_with_path(every(self.state)):
             names = path_of(path).split("/")[:depth]
             row = rows.setdefault("/".join(_without_number(n) for n in names), [0, 0])
             row[0], row[1] = row[0] + leaf.size, row[1] + 1
@@ -97,7 +100,11 @@ def cost_of(experiment: Experiment) -> Cost:
     # Two traces: the forward pass under vjp may contain gradient matmuls (chunked losses), which must not be counted.
     forward = jax.make_jaxpr(loss)(state.params, state.model_state, batch, base)
     kept = jax.eval_shape(residuals, state.params, state.model_state, batch, base)
-    return Cost(state, 3 * count_flops(forward) * experiment.grad_accum_steps, size_of(kept))
+    flops = 3 * count_flops(forward)
+    if base is not None:
+        gradient = jax.make_jaxpr(jax.grad(loss, has_aux=True))(state.params, state.model_state, batch, base).jaxpr
+        flops = count_flops(dce_jaxpr(gradient, [True] * len(gradient.outvars))[0])  # custom derivatives have all
+    return Cost(state, flops * experiment.grad_accum_steps, size_of(kept))
 
 
 def optimizer_flops(experiment: Experiment, state: State) -> int:
