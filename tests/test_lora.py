@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
 
 from lab.adapt.lora import AdaptedState, LoRA, describe
+from lab.commands.export import export
 from lab.data import pipeline
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
 from lab.experiment import Checkpoint, Experiment, Mesh
+from lab.models.gpt import GPT
 from lab.optim import SGD, AdamW, Constant
 from lab.optim.matrices import Matrix
 from lab.pretrained import Continue, Pretrained
@@ -24,9 +27,14 @@ from lab.train.cost import cost_of
 from lab.train.program import Program
 from lab.train.restore import leaves, open_run
 from lab.train.step import eval_params, make_eval_step
+from lab.weights import find
+from lab.weights.peft import Merged, write_adapter
+from lab.weights.read import parameter_shapes
 from tests.test_loop import go, interrupt
 from tests.test_pretrained import Normed
 from tests.test_step import apart, compiled_in_haste, run, toy  # noqa: F401 (a fixture)
+from tests.test_weights import LLAMA_CONFIG, llama_tensors, written
+from tests.test_weights import experiment as experiment_on
 
 ADAPT = LoRA(rank=2, alpha=8.0, targets="kernel")
 TOY = toy(optim=AdamW(lr=Constant(0.05), ema=0.9))
@@ -265,6 +273,67 @@ def test_another_or_a_missing_base_is_refused(source, adapted, tmp_path):
         with pytest.raises(UserError, match=words):
             open_run(adapted, experiment=replace(on(source), init_from=Pretrained(str(tmp_path / name))))
     assert (adapted / "experiment.json").read_text() == text
+
+
+# ------------------------------------------------------------------------------------------------------ PEFT's format
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory) -> tuple[str, Path]:
+    """(the location of Llama's shape, the folder of a run with adapters on it). Not to be written to."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    location = written(folder / "weights", LLAMA_CONFIG, llama_tensors())
+    value = replace(experiment_on(location, str(folder / "a.txt")), optim=SGD(lr=Constant(1.0)), mesh=Mesh(data=1),
+                    adapt=LoRA(rank=4, targets="(query|value|down)/kernel", scale="rslora"))
+    assert go(value, folder / "run")[0] == 0
+    return location, folder / "run"
+
+
+def test_pefts_format_is_written_and_read(assistant, tmp_path, capsys):
+    location, folder = assistant
+    export(folder, tmp_path / "adapter", adapter=True)
+    assert "adapters of 6 matrices, step 2" in capsys.readouterr().out
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["fan_in_fan_out"]) == (4, 16.0, True, False)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    value = "base_model.model.model.layers.1.self_attn.v_proj.lora_"
+    assert (tensors[f"{value}A.weight"].shape, tensors[f"{value}B.weight"].shape) == ((4, 32), (16, 4))
+    export(folder, tmp_path / "merged")
+    merged, base = ({path: x for path, x in find(str(place)).arrays().items()}
+                    for place in (tmp_path / "merged", location))
+
+    def read_back() -> dict[str, np.ndarray]:
+        found = find(location)
+        return replace(found, tensors=Merged(found.tensors, found.names, tmp_path / "adapter")).arrays()
+
+    assert max(apart(x, merged[path]) for path, x in read_back().items()) < 1e-6
+    assert apart(merged["block_1/attn/value/kernel"], base["block_1/attn/value/kernel"]) > 1e-4
+    config |= {"lora_alpha": 32.0}  # the negative control
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert max(apart(x, merged[path]) for path, x in read_back().items()) > 1e-4
+
+
+def test_adapters_that_pefts_format_does_not_hold(assistant, adapted, tmp_path):
+    model, b = GPT(depth=1, width=32, heads=4, vocab=300, context=24), np.zeros((2, 32), np.float32)
+    with pytest.raises(UserError, match="in gpt2 block_0/attn/query/kernel, .* are one matrix, .*c_attn.weight"):
+        write_adapter(model, parameter_shapes(model), {"block_0/attn/query/kernel": (b.T, b)}, tmp_path / "a", {})
+    with pytest.raises(UserError, match="wte/embedding is transformer.wte.weight in gpt2, of whose adapters"):
+        write_adapter(model, parameter_shapes(model), {"wte/embedding": (b.T, b)}, tmp_path / "a", {})
+    found = find(assistant[0])
+    name, zeros = "base_model.model.model.layers.0.self_attn.q_proj", np.zeros((2, 32), np.float32)
+    for config, tensors, words in (
+            ({"r": 2, "lora_alpha": 4, "use_dora": True}, {}, "use_dora is True; only False can be read"),
+            ({"lora_alpha": 4}, {}, "is no configuration of a LoRA adapter"),
+            ({"r": 2, "lora_alpha": 4}, {f"{name}.lora_A.weight": zeros}, "q_proj.lora_A.weight has no place"),
+            ({"r": 2, "lora_alpha": 4}, {f"{name}.lora_A.weight": zeros, f"{name}.lora_B.weight": zeros},
+             r"is \(2, 32\) and \(2, 32\), and .*q_proj.weight in the base \(32, 32\)")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=words):
+            Merged(found.tensors, found.names, tmp_path)
+    with pytest.raises(UserError, match="A Perceptron cannot be exported"):
+        export(adapted, tmp_path / "new", adapter=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- mistakes

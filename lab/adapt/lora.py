@@ -158,6 +158,12 @@ class LoRA(Adapt):
                 found[path] = w.astype(jnp.float32) + self.factor * _product(a, own[f"{beside(path)}/b"], w.shape)
         return unflatten_dict(found | {path: x for path, x in own.items() if not ADAPTER.search(path)}, sep="/")
 
+    def pairs(self, params: Any) -> dict[str, tuple[Array, Array]]:
+        """Path of each adapted parameter -> its a and b."""
+        own = flatten_dict(params, sep="/")
+        return {re.sub(r"(^|/)lora_([^/]+)/a$", r"\1\2", path): (own[path], own[f"{path[:-1]}b"])
+                for path in own if ADAPTER.search(path) and path.endswith("a")}
+
     def in_training(self, params: Any, base: Any) -> Any:
         """`merged`; with dropout the base and the adapters, which `beside_layers` adds in each layer."""
         return self.merged(params, base) if is_zero(self.dropout) else whole(params, base)

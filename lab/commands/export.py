@@ -21,7 +21,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["F32", "F16", "Q8_0"] | None = None,
-           step: int | None = None, best: bool = False, experiment: Path | None = None) -> None:
+           adapter: bool = False, step: int | None = None, best: bool = False, experiment: Path | None = None) -> None:
     """Writes config.json, model.safetensors, tokenizer.json, generation_config.json and a model card; or one .gguf
     file, for llama.cpp.
 
@@ -29,6 +29,7 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
       run: the run folder of a GPT, BERT, ViT or ResNet.
       to: the folder to write, new or empty; or a new .gguf file (LAB_EXTRAS=gguf), for a model of Llama's shape.
       type: how a .gguf file stores matrices: F32, F16 (the default) or Q8_0, 8 bits and a scale for 32 values.
+      adapter: write only the adapters of a run with adapt=LoRA(...), in PEFT's format; by default they are merged.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
       experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
@@ -49,6 +50,9 @@ def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["
     (check if to.suffix == ".gguf" else architecture_of)(found.model)  # before anything is written
     arrays = {path.removeprefix("params/"): np.asarray(jax.device_get(x))
               for path, x in leaves(eval_variables(found, state)).items()}
+    if adapter:
+        print(_adapter(found, state, arrays, to))
+        return
     tokenizer, about = _tokenizer(run)
     ids = {name: about.pop(name, None) for name in ("eos_token_id", "bos_token_id")}
     size = f"{sum(x.size for x in arrays.values()):,} parameters, step {int(state.step)}"
@@ -93,6 +97,26 @@ def _folder(run: Path, found: Any, arrays: dict[str, Any], to: Path, step: int, 
         replace_file(to / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
     replace_file(to / "README.md", _card(run, config, finished(run), step, found.fingerprint()))
     return config["architectures"][0]
+
+
+def _adapter(experiment: Any, state: Any, paths: Any, to: Path) -> str:
+    """Writes the adapters of a run; returns a line to print. `paths`: those of the model's parameters."""
+    import jax
+
+    from lab.weights.peft import write_adapter
+
+    adapt, start = experiment.adapt, experiment.init_from
+    if adapt is None or to.suffix == ".gguf":
+        raise UserError("--adapter writes a folder, for a run with adapt=LoRA(...).")
+    if adapt.full:
+        raise UserError(f"--adapter writes adapters only, and this run also trained {', '.join(adapt.full)} in full. "
+                        f"Export the merged model: leave out --adapter.")
+    pairs = adapt.pairs(jax.device_get(experiment.optim.eval_params(state.opt_state, state.params)))
+    base = getattr(start, "location", None) or getattr(start, "run", None)
+    config = write_adapter(experiment.model, paths, pairs, to, {
+        "r": adapt.rank, "lora_alpha": adapt.alpha, "lora_dropout": adapt.dropout,
+        "use_rslora": adapt.scale == "rslora", "base_model_name_or_path": base and base.removeprefix("hf:")})
+    return f"{to}: adapters of {len(config['target_modules'])} matrices, step {int(state.step)}"
 
 
 def _tokenizer(run: Path) -> tuple[str | None, dict[str, Any]]:

@@ -12,8 +12,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lab.errors import UserError
+from lab.files import user_path
 from lab.models.vit import ViT
 from lab.pretrained import Start, check_rules
+from lab.weights.peft import Merged
 from lab.weights.read import Found, find
 from lab.weights.rules import field_of
 from lab.weights.vit import resized
@@ -35,6 +37,8 @@ class Weights(Start):
     """A folder, hf:ORG/NAME[@REVISION] or package:NAME/PATH, with config.json and safetensors; None: all at random."""
     random: tuple[str, ...] = ()
     """Path regexes of parameters that stay random, such as a new output layer (searched in the path)."""
+    adapter: str | None = dataclasses.field(default=None, metadata={"fingerprint": "if set"})
+    """A folder with a LoRA adapter in PEFT's format, which is merged; None: the weights as they are."""
     freeze: tuple[str, ...] = ()
     """Path regexes of parameters to freeze (searched in the path)."""
 
@@ -70,6 +74,8 @@ class Weights(Start):
             return {}, {}
         found, wanted = find(self.location), {
             path: x for part in (state.params, state.model_state) for path, x in flatten_dict(part, sep="/").items()}
+        if self.adapter is not None:
+            found = dataclasses.replace(found, tensors=Merged(found.tensors, found.names, user_path(self.adapter)))
         grids = _grids(found, data)
         new = [path for path in wanted if any(re.search(rule, path) for rule in self.random)]
 

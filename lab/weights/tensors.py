@@ -41,7 +41,7 @@ class SafeTensors:
         self._holder: dict[str, Any] = {}
         self._types: dict[str, str] = {}
         for file in self.files:
-            handle = _opened(file)
+            handle = opened(file)
             for name in handle.keys():  # noqa: SIM118 (a handle is not iterable)
                 if name in self._holder:
                     raise UserError(f"{folder}: two files hold a tensor {name}, {file.name} is one of them.")
@@ -80,7 +80,8 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def _opened(file: Path) -> Any:
+def opened(file: Path) -> Any:
+    """A safetensors file, memory-mapped. Raises UserError if it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
