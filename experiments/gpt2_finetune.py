@@ -8,7 +8,7 @@ Without the package of the extra `smollm2` the local config is gpt_small.py's, f
 `--init-from.run RUN` from another run of it. GPT-2 itself has not been fine-tuned here.
 
 Measured (2-core CPU with AMX, bfloat16, 2026-11-27; 64 validation windows of 128 tokens, one seed): SmolLM2 has 1.002
-bits per byte before and 0.916 after 40 steps (3 to 25 minutes by what else the machine does); from random weights
+bits per byte before and 0.916 after 40 steps (6 to 21 minutes by what else the machine does); from random weights
 (`--init-from.random '.*'`) the same 40 steps reach 3.25.
 """
 
