@@ -40,6 +40,7 @@ MARKS = {
     "test_matrices": "slow",
     "test_gan": "slow",
     "test_pretrained": "slow",
+    "test_lora": "slow",
     "test_continue": "slow",
     "test_launch": "slow",
     "test_api": "slow",

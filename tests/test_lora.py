@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from lab.adapt.lora import AdaptedState, LoRA, describe
 from lab.commands.export import export
+from lab.configuration.values import override
 from lab.data import pipeline
 from lab.data.pipeline import train_batch
 from lab.errors import UserError
@@ -23,6 +24,8 @@ from lab.models.gpt import GPT
 from lab.optim import SGD, AdamW, Constant
 from lab.optim.matrices import Matrix
 from lab.pretrained import Continue, Pretrained
+from lab.study.run.grouping import groups
+from lab.study.run.units import can_be_stacked
 from lab.train.cost import cost_of
 from lab.train.program import Program
 from lab.train.restore import leaves, open_run
@@ -273,6 +276,12 @@ def test_another_or_a_missing_base_is_refused(source, adapted, tmp_path):
         with pytest.raises(UserError, match=words):
             open_run(adapted, experiment=replace(on(source), init_from=Pretrained(str(tmp_path / name))))
     assert (adapted / "experiment.json").read_text() == text
+
+
+def test_the_rank_is_an_arm_of_a_study():
+    arms = {f"rank {r}": override(toy(adapt=ADAPT), {"adapt.rank": r}) for r in (1, 2)}
+    assert [group.arms for group in groups(arms)] == [("rank 1",), ("rank 2",)]  # a program each
+    assert can_be_stacked(toy()) and not can_be_stacked(arms["rank 1"])  # each cell would have a copy of the base
 
 
 # ------------------------------------------------------------------------------------------------------ PEFT's format
