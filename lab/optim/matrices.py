@@ -195,7 +195,10 @@ class _Flow:
             self.tables |= values[0].leaves.keys()
             return [_Value("data", last=values[1].last)]
         if name == "scan":
-            return self._scan(parameters["jaxpr"], values, parameters["num_consts"], parameters["num_carry"])
+            body = parameters["jaxpr"]  # has one axis less of what is scanned over; JAX 0.12 has other parameters
+            carried = sum(x.aval.ndim == y.ndim for x, y in zip(eqn.outvars, body.out_avals, strict=True))
+            given = sum(x.aval.ndim == y.ndim for x, y in zip(eqn.invars, body.in_avals, strict=True))
+            return self._scan(body, values, given - carried, carried)
         if name == "while":
             rest = values[parameters["cond_nconsts"]:]
             n = parameters["body_nconsts"]
