@@ -36,7 +36,7 @@ class Session:
 
     def __init__(self, model: nn.Module, params: Any, *, vocab: int, seed: int = 0, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float = 1.0):
-        self.model, self.params, self.context = model, params, model.context
+        self.model, self.params, self.context = model, jax.device_put(params), model.context  # once, not per token
         self._how = {"top_k": top_k, "vocab": vocab}
         self._numbers = np.float32(temperature), np.float32(top_p)
         self._key = jax.random.key(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -51,6 +52,7 @@ def revision_of(place: Path) -> str | None:
     return place.name if place.parent.name == "snapshots" else None
 
 
+@functools.cache  # asked several times as a run starts; all see the same commit
 def _from_hub(name: str) -> Path:
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
     if not found or ".." in name:
