@@ -14,7 +14,7 @@ from lab.data.dialogues.rendering import Encode, encoded, form_of, plain_text
 from lab.data.dialogues.sources import Dialogue, Jsonl, Message, PythonDocs, QuestionsAnswers, Taskmaster
 from lab.data.pipeline import Arrays
 from lab.data.saved import revived, saved_form
-from lab.data.text.text import TextData, Tokenizer
+from lab.data.text.text import Text, TextData
 from lab.data.tokenizers import Fitted
 from lab.errors import UserError
 
@@ -25,7 +25,7 @@ EXAMPLE = "example"  # the key of `describe` with the pieces of one dialogue
 
 
 @dataclass(frozen=True)
-class Dialogues:
+class Dialogues(Text):
     """Dialogues of which the assistant's turns are learned.
 
     A record is one window: `tokens` int32 (length + 1,), inputs [:-1] and targets [1:]; `learn` uint8 (length,), 1 for
@@ -40,10 +40,6 @@ class Dialogues:
 
     source: Source
     """Where the dialogues come from."""
-    tokenizer: Tokenizer
-    """Converts text to token ids."""
-    length: int = 1024
-    """Tokens per window, the model's context length in training."""
     packing: bool = True
     """Several dialogues per window; attention stays within each. False: one dialogue per window."""
     template: Literal["auto", "plain"] = "auto"
@@ -52,35 +48,15 @@ class Dialogues:
 
     def validate(self) -> None:
         """UserError for invalid fields; reads nothing."""
-        if self.length < 1:
-            raise UserError(f"Dialogues(length={self.length}) must be at least 1 token.")
         if getattr(self.tokenizer, "special_tokens", False):
             raise UserError("The template of Dialogues writes all special tokens: --data.tokenizer.special-tokens "
                             "False.")
-        self.source.validate()
-        self.tokenizer.validate()
-
-    @property
-    def units_per_record(self) -> int:
-        """Target tokens per record, with those that are not learned."""
-        return self.length
-
-    unit = "tokens"  # of throughput
-    slow = True  # loading is slow, so --dry-run leaves it to `describe`
+        super().validate()
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Name -> (shape, type) of the arrays of one record, without reading anything."""
         apart = {name: ((self.length,), np.int32) for name in ("positions", "documents") if self.packing}
-        return {"tokens": ((self.length + 1,), np.int32), "bytes": ((), np.int32),
-                "learn": ((self.length,), np.uint8)} | apart
-
-    def metadata(self) -> dict[str, int]:
-        """The part of the metadata that is known without reading; an unknown vocabulary is 0."""
-        return {"vocab": self.tokenizer.vocab_size_hint or 0, "length": self.length}
-
-    def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
-        """The batch as it is."""
-        return batch
+        return super().record_spec() | {"learn": ((self.length,), np.uint8)} | apart
 
     def describe(self) -> dict[str, Any]:
         """Sizes to print, and one dialogue as (text, whether it is learned) pieces. Reads and encodes everything."""

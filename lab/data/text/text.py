@@ -47,7 +47,7 @@ class Text:
     def validate(self) -> None:
         """UserError for invalid fields; reads nothing."""
         if self.length < 1:
-            raise UserError(f"Text(length={self.length}) must be at least 1 token.")
+            raise UserError(f"{type(self).__name__}(length={self.length}) must be at least 1 token.")
         if getattr(self.tokenizer, "special_tokens", False):
             raise UserError("Text has no place for special tokens inside a document: --data.tokenizer.special-tokens "
                             "False.")
