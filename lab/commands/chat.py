@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import threading
@@ -14,8 +15,10 @@ import tyro
 
 from lab import signals
 from lab.commands.arguments import call
+from lab.commands.sample_weights import check_flags, language_model
 from lab.errors import UserError
 from lab.files import replace_file, user_path
+from lab.models.generate import check_numbers
 from lab.models.gpt import GPT
 from lab.models.session import Session
 from lab.weights.location import is_location
@@ -52,42 +55,28 @@ def chat(run: Annotated[str, tyro.conf.Positional], system: str | None = None, n
       best: use the checkpoint with the best validation metric.
       experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
     """
-    for name, value, good in (("new-tokens", new_tokens, new_tokens >= 1), ("context", context, context >= 2),
-                              ("top-k", top_k, top_k is None or top_k >= 1),
-                              ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1)):
-        if not good:
-            raise UserError(f"--{name} {value} is out of range.")
+    check_numbers(new_tokens, temperature, top_k, top_p)
+    if context < 2:
+        raise UserError(f"--context {context} is out of range.")
     if is_location(run):
-        if best or step is not None or experiment is not None:
-            raise UserError(f"--step, --best and --experiment are for run folders; {run} names pretrained weights.")
-        (model, params, text), own = _weights(run), None
+        check_flags(run, step, best, experiment)
+        (model, variables, text), own = language_model(run), None
     else:
-        model, params, text, own = _run(Path(run), step, best, experiment)
-    if not isinstance(model, GPT):
-        raise UserError(f"{run} is a {type(model).__name__}, which continues no text.")
+        model, variables, text, own = _run(Path(run), step, best, experiment)
     template = getattr(text, "config", {}).get("chat_template")
     if system is not None and not (template or own):
         raise UserError(f"--system needs a chat template, and {run} has none.")
     if model.position == "rotary":  # the cache has a row for each position
         model = model.clone(context=min(context, model.context))
-    session = Session(model, params, vocab=text.size, seed=seed, temperature=0.0 if greedy else temperature,
-                      top_k=top_k, top_p=top_p)
+    session = Session(model, variables["params"], vocab=text.size, seed=seed,
+                      temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
     opening = [] if system is None else [{"role": "system", "content": system}]
-    encode = own or (_by_template(text, template, run) if template else _plain(text))
-    Talk(session, text, encode, opening, min(new_tokens, model.context // 2)).go()
-
-
-def _weights(location: str) -> tuple[Any, Any, Any]:
-    from lab.weights.read import read
-
-    model, variables, text = read(location)
-    if text is None and isinstance(model, GPT):
-        raise UserError(f"{location} has no tokenizer.")
-    return model, variables["params"], text
+    written = functools.partial(text.encode_messages, answers=True, title=run) if template else _plain(text)
+    Talk(session, text, own or written, opening, min(new_tokens, model.context // 2)).go()
 
 
 def _run(run: Path, step: int | None, best: bool, experiment: Path | None) -> tuple[Any, Any, Any, Any]:
-    """Model, parameters, tokenizer; and how dialogues are written, if the run learned from dialogues."""
+    """Model, variables, tokenizer; and how dialogues are written, if the run learned from dialogues."""
     import jax
 
     from lab.train.fitted import data_of
@@ -95,20 +84,16 @@ def _run(run: Path, step: int | None, best: bool, experiment: Path | None) -> tu
     from lab.train.step import eval_variables
 
     found, _, state = open_run(run, step, best, file=experiment)
+    if not isinstance(found.model, GPT):
+        raise UserError(f"{run} is a {type(found.model).__name__}, which continues no text.")
     data = data_of(run, found)
     text = getattr(data, "fitted", None)
     if text is None:
         raise UserError(f"The data of {run} is not text: there is nothing to talk about.")
-    return found.model, jax.device_get(eval_variables(found, state)["params"]), text, getattr(data, "prompt_ids", None)
+    return found.model, jax.device_get(eval_variables(found, state)), text, getattr(data, "prompt_ids", None)
 
 
-def _by_template(text: Any, template: str, title: str) -> Callable[[list[Message]], list[int]]:
-    from lab.weights.chat import render
-
-    return lambda messages: text.encode_prompt(render(template, messages, special=text.config, title=title)).tolist()
-
-
-def _plain(text: Any) -> Callable[[list[Message]], list[int]]:
+def _plain(text: Any) -> Callable[[list[Message]], Sequence[int]]:
     start = [] if text.eot is None else [text.eot]
     return lambda messages: start + text.encode("".join(m["content"] for m in messages)).tolist()
 
@@ -116,7 +101,7 @@ def _plain(text: Any) -> Callable[[list[Message]], list[int]]:
 class Talk:
     """A conversation on standard input and output."""
 
-    def __init__(self, session: Session, text: Any, encode: Callable[[list[Message]], list[int]],
+    def __init__(self, session: Session, text: Any, encode: Callable[[list[Message]], Sequence[int]],
                  opening: list[Message], new_tokens: int):
         self.session, self.text, self.encode, self.new_tokens = session, text, encode, new_tokens
         self.opening, self.messages = opening, list(opening)
@@ -171,7 +156,7 @@ class Talk:
         print(f"\n[{len(new)} tokens, {len(new) / seconds:.1f} per second]" if sys.stdout.isatty() else "")
         self.messages.append({"role": "assistant", "content": answer})
 
-    def _fitting(self) -> list[int]:
+    def _fitting(self) -> Sequence[int]:
         """The ids of the conversation; forgets the oldest messages until an answer has room.
 
         Raises:

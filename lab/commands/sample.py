@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import tyro
 
 from lab.commands.arguments import call
-from lab.commands.sample_weights import sample_weights
+from lab.commands.sample_weights import check_flags, sample_weights
 from lab.errors import UserError
-from lab.models.generate import sample_texts
+from lab.models.generate import check_numbers, sample_texts
 from lab.train.fitted import data_of
 from lab.train.restore import open_run
 from lab.weights.location import is_location
@@ -55,17 +55,12 @@ def sample(
       chat: pretrained weights only: the prompt is a question, put as the model's chat template says.
       system: with --chat: how the model should answer.
     """
-    for name, value, good in (("new-tokens", new_tokens, new_tokens >= 1),
-                              ("top-k", top_k, top_k is None or top_k >= 1),
-                              ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1)):
-        if not good:
-            raise UserError(f"--{name} {value} is out of range.")
+    check_numbers(new_tokens, temperature, top_k, top_p)
     if system is not None and not chat:
         raise UserError("--system needs --chat.")
     prompt, numbers = prompt or ("",), {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p}
     if is_location(run):
-        if best or step is not None or experiment is not None:
-            raise UserError(f"--step, --best and --experiment are for run folders; {run} names pretrained weights.")
+        check_flags(run, step, best, experiment)
         texts = sample_weights(run, prompt, chat=chat, system=system, new_tokens=new_tokens, seed=seed, **numbers)
     elif chat:
         raise UserError(f"--chat needs pretrained weights with a chat template; {run} is none.")

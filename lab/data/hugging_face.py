@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -193,6 +193,18 @@ class FittedHuggingFace(Fitted):
             return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
         finally:
             self._tokenizer.encode_special_tokens = True
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]], answers: bool, title: str) -> np.ndarray:
+        """The ids of a conversation by the chat template, int32 (n,). `answers`: ends with what opens the assistant's
+        turn; `title`: names the tokenizer in errors.
+
+        Raises:
+          UserError: the template is wrong or refuses the messages, see `lab.weights.chat.render`.
+        """
+        from lab.weights.chat import render  # the package imports JAX
+
+        return self.encode_prompt(render(self.config["chat_template"], messages, add_generation_prompt=answers,
+                                         special=self.config, title=title))
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]],
                      length: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:

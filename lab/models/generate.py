@@ -18,6 +18,15 @@ from lab.errors import UserError
 log = logging.getLogger(__name__)
 
 
+def check_numbers(new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+    """Raises UserError for a setting of sampling out of range."""
+    for name, value, good in (("new-tokens", new_tokens, new_tokens >= 1),
+                              ("top-k", top_k, top_k is None or top_k >= 1),
+                              ("temperature", temperature, temperature >= 0), ("top-p", top_p, 0 < top_p <= 1)):
+        if not good:
+            raise UserError(f"--{name} {value} is out of range.")
+
+
 def pick(logits_BV: Array, key: Array, temperature: float | Array, top_k: int | None, top_p: float | Array) -> Array:
     """Samples one token per row from float32 logits; returns int32 (B,).
 

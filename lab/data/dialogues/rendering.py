@@ -21,14 +21,10 @@ def form_of(fitted: Any, template: str, title: str) -> Encode:
     """
     if template == "plain" or not hasattr(fitted, "encode_prompt"):
         return _plain(fitted)
-    own = fitted.config.get("chat_template")
-    if not own:
+    if not fitted.config.get("chat_template"):
         raise UserError(f"{title} has no chat template: add a chat_template.jinja to its folder, or write dialogues in "
                         f"the plain form, --data.template plain.")
-    from lab.weights.chat import render  # the package imports JAX
-
-    return lambda messages, answers: fitted.encode_prompt(
-        render(own, messages, add_generation_prompt=answers, special=fitted.config, title=title))
+    return functools.partial(fitted.encode_messages, title=title)
 
 
 def plain_text(messages: Sequence[Message]) -> str:
