@@ -2,7 +2,7 @@
 
     ./launch.sh experiments/fashion_gan.py
     ./launch.sh experiments/fashion_gan.py --full      # first: ./launch.sh prepare fashion_mnist
-    ./launch.sh eval runs/fashion_gan-... --judge runs/fashion_cnn-...      # classifies its samples
+    ./launch.sh evaluate runs/fashion_gan-... --judge runs/fashion_cnn-...      # classifies its samples
 
 Measured (2-core CPU, 2026-11-22, 5 seeds, 2,000 samples each, classified by fashion_cnn.py's seed 0): no seed
 collapsed; all 10 classes appear, with an entropy of 0.972-0.994 of the maximum (real test images: 0.999). The

@@ -57,18 +57,18 @@ def test_a_run_whose_model_is_in_a_file_beside(place, tmp_path, typed, mistake, 
     assert (run / "beside/my_model.py").read_text() == MODEL and "my_model" not in sys.path
     again()
     shutil.move(place, tmp_path / "gone")
-    assert typed("eval", run)[0] == 0
+    assert typed("evaluate", run)[0] == 0
     again()
     (run / "beside/my_model.py").write_text(f"open({str(marker)!r}, 'w')\n" + MODEL)
-    assert "my_model.Net is not a class of lab" in mistake("eval", run)
+    assert "my_model.Net is not a class of lab" in mistake("evaluate", run)
     (run / "beside/my_model.py").write_text(MODEL)
     (run / "beside/more.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    assert "my_model.Net is not a class of lab" in mistake("eval", run)
-    assert typed("eval", run, "--experiment", tmp_path / "gone/mine.py")[0] == 0
+    assert "my_model.Net is not a class of lab" in mistake("evaluate", run)
+    assert typed("evaluate", run, "--experiment", tmp_path / "gone/mine.py")[0] == 0
     again()
     (run / "beside/more.py").unlink()
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))  # another machine
-    assert "my_model.Net is not a class of lab" in mistake("eval", run)
+    assert "my_model.Net is not a class of lab" in mistake("evaluate", run)
     assert not marker.exists()
 
 

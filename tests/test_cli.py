@@ -401,7 +401,7 @@ def test_a_platform_that_this_jax_has_not(monkeypatch, place, platforms, words):
 
 def test_what_is_no_run(mistake, place):
     (place / "empty").mkdir(exist_ok=True)
-    for command in ("sample", "eval"):
+    for command in ("sample", "evaluate"):
         assert "not a run folder" in mistake(command, "empty")
         assert "not a run folder" in mistake(command, "not-there")
     (place / "thesis").mkdir(exist_ok=True)
@@ -485,14 +485,14 @@ def test_sample(typed, mistake, reference):
 
 
 def test_eval(typed, reference):
-    status, out, _ = typed("eval", "reference", "--records", "16")
+    status, out, _ = typed("evaluate", "reference", "--records", "16")
     last = json.loads((reference[0] / "result.json").read_text())["final"]
     assert status == 0
     written = json.loads((reference[0] / "evaluation-validation-20.json").read_text())
     (reference[0] / "evaluation-validation-20.json").unlink()
     assert written["step"] == 20 and written["loss"] == pytest.approx(last["loss"], abs=1e-5)
     assert f"{written['loss']:.6f}" in out
-    assert typed("eval", "reference", "--step", "18")[0] == 0  # the whole split of another state: another number
+    assert typed("evaluate", "reference", "--step", "18")[0] == 0  # the whole split of another state: another number
     other = reference[0] / "evaluation-validation-18.json"
     assert abs(json.loads(other.read_text())["loss"] - last["loss"]) > 1e-6
     other.unlink()

@@ -698,7 +698,7 @@ def test_devices_of_local_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [("--processes",), ("--processes", "0", "a.py"), ("--processes", "two", "a.py"),
-                                   ("--processes", "2x0", "a.py"), ("--processes", "2", "eval", "runs/a")])
+                                   ("--processes", "2x0", "a.py"), ("--processes", "2", "evaluate", "runs/a")])
 def test_processes_on_the_command_line(words, capsys):
     from lab.__main__ import main
 

@@ -1,4 +1,4 @@
-"""Somebody else's weights where commands take a run: `eval` and `predict` with the data and task of an experiment."""
+"""Somebody else's weights where commands take a run: `evaluate` and `predict`, with an experiment's data and task."""
 
 import csv
 import json
@@ -61,7 +61,7 @@ def test_a_location_is_no_run(place):
 
 def test_pretrained_weights_are_evaluated(typed, place):
     before = sorted(place.rglob("*"))
-    status, out, err = typed("eval", "gpt2", "--experiment", "small.py", "--records", "16")
+    status, out, err = typed("evaluate", "gpt2", "--experiment", "small.py", "--records", "16")
     assert status == 0, err
     row = json.loads((place / "evaluation-gpt2" / "evaluation-validation-0.json").read_text())
     new = {path.relative_to(place).parts[0] for path in set(place.rglob("*")) - set(before)}
@@ -88,11 +88,11 @@ def test_pretrained_weights_predict(typed, place):
 
 
 def test_mistakes(mistake, place):
-    assert "without data and task: name those of an experiment, such as --experiment" in mistake("eval", "gpt2")
+    assert "without data and task: name those of an experiment, such as --experiment" in mistake("evaluate", "gpt2")
     small = ("--experiment", "small.py")
-    assert "--step is for a run: gpt2 has no checkpoints" in mistake("eval", "gpt2", *small, "--step", "3")
+    assert "--step is for a run: gpt2 has no checkpoints" in mistake("evaluate", "gpt2", *small, "--step", "3")
     assert "--best is for a run" in mistake("predict", "gpt2", *small, "--best", "--split", "validation")
-    assert "bert has no classify/" in mistake("eval", "bert", "--experiment", "classifier.py")
-    assert "There is no experiment absent.py" in mistake("eval", "gpt2", "--experiment", "absent.py")
-    assert "There is no nowhere.gguf" in mistake("eval", "nowhere.gguf", *small)
-    assert "classified is a BERT, and the experiment's model a GPT" in mistake("eval", "classified", *small)
+    assert "bert has no classify/" in mistake("evaluate", "bert", "--experiment", "classifier.py")
+    assert "There is no experiment absent.py" in mistake("evaluate", "gpt2", "--experiment", "absent.py")
+    assert "There is no nowhere.gguf" in mistake("evaluate", "nowhere.gguf", *small)
+    assert "classified is a BERT, and the experiment's model a GPT" in mistake("evaluate", "classified", *small)

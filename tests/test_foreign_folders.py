@@ -55,7 +55,7 @@ def test_no_file_is_written_through_a_link(run, tmp_path, mistake, name):
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(precious)
-    for command in (("small.py", "--run-dir", run), ("eval", run)):
+    for command in (("small.py", "--run-dir", run), ("evaluate", run)):
         assert str(link) in mistake(*command)
         assert precious.read_text() == "precious"
 
@@ -67,7 +67,7 @@ def test_no_folder_is_written_through_a_link(run, tmp_path, mistake, name):
     shutil.rmtree(run / name, ignore_errors=True)
     (run / name).symlink_to(outside)
     assert f"{run / name} is a symbolic link" in mistake("small.py", "--run-dir", run)
-    mistake("eval", run)
+    mistake("evaluate", run)
     assert not list(outside.iterdir())
 
 
@@ -101,7 +101,7 @@ def test_no_command_waits_at_a_pipe(run, mistake, name):
 
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
-    for command in (("small.py", "--run-dir", run), ("eval", run), ("predict", run, "--split", "test")):
+    for command in (("small.py", "--run-dir", run), ("evaluate", run), ("predict", run, "--split", "test")):
         assert f"{run / name} is neither a file nor a folder" in mistake(*command)
 
 
@@ -194,7 +194,7 @@ def test_a_forged_experiment_runs_nothing(run, tmp_path, mistake, monkeypatch, k
     for path in (run / "samples" / "x.py", run / "experiment.py"):
         path.write_text(f"open({str(marker)!r}, 'w')\n" + OWN)
     forge(run, file=str(run / "samples" / "x.py"))
-    for command in (("eval", run), ("sample", run), ("predict", run, "--input", run / "experiment.json"),
+    for command in (("evaluate", run), ("sample", run), ("predict", run, "--input", run / "experiment.json"),
                     ("small.py", "--run-dir", tmp_path / "new", "--init-from.run", run)):
         mistake(*command)
         assert not marker.exists(), command
@@ -208,10 +208,10 @@ def test_the_file_that_a_run_names_is_not_run(run, tmp_path, typed):
     (run / "x.py").write_text(f"open({str(marker)!r}, 'w')\n" + FILE)
     shutil.copy(run / "x.py", run / "experiment.py")
     forge(run, file=str(run / "x.py"))
-    status, out, err = typed("eval", run)
+    status, out, err = typed("evaluate", run)
     assert status == 0 and "accuracy" in out, err
     assert not marker.exists()
-    assert typed("eval", run, "--experiment", run / "x.py")[0] == 0 and marker.exists()  # negative control
+    assert typed("evaluate", run, "--experiment", run / "x.py")[0] == 0 and marker.exists()  # negative control
 
 
 def test_a_run_of_a_file_of_ones_own(place, own, tmp_path, typed, mistake, monkeypatch):
@@ -220,22 +220,22 @@ def test_a_run_of_a_file_of_ones_own(place, own, tmp_path, typed, mistake, monke
     sys.modules.pop("user_own", None)
     (place / "own.py").rename(place / "hidden.py")
     try:
-        assert typed("eval", run)[0] == 0
+        assert typed("evaluate", run)[0] == 0
         sys.modules.pop("user_own", None)
         edited = f"open({str(marker)!r}, 'w')\n" + (run / "experiment.py").read_text()
         (run / "experiment.py").write_text(edited)
-        for command in (("eval", run), ("predict", run, "--input", "small.py"),
+        for command in (("evaluate", run), ("predict", run, "--input", "small.py"),
                         ("small.py", "--run-dir", tmp_path / "new", "--init-from.run", run)):
             assert "user_own.Net is not a class of lab" in (said := mistake(*command)) and "--experiment FILE" in said
         assert not marker.exists()
-        assert "there is no such file" in mistake("eval", run, "--experiment", "gone.py")
-        assert typed("eval", run, "--experiment", "hidden.py")[0] == 0  # under another name
+        assert "there is no such file" in mistake("evaluate", run, "--experiment", "gone.py")
+        assert typed("evaluate", run, "--experiment", "hidden.py")[0] == 0  # under another name
         sys.modules.pop("user_own", None)
         shutil.copy(place / "hidden.py", run / "experiment.py")
-        assert typed("eval", run)[0] == 0
+        assert typed("evaluate", run)[0] == 0
         sys.modules.pop("user_own", None)
         monkeypatch.setenv("LAB_CACHE", str(tmp_path / "cache"))  # another machine
-        assert "user_own.Net is not a class of lab" in mistake("eval", run)
+        assert "user_own.Net is not a class of lab" in mistake("evaluate", run)
         words = ("small.py", "--run-dir", tmp_path / "new", "--init-from.run", run)
         assert "user_own.Net is not a class of lab" in mistake(*words)
         assert typed(*words, "--init-from.experiment", "hidden.py")[0] == 0
@@ -257,7 +257,7 @@ def test_a_known_copy_does_not_import_the_folders_other_files(place, tmp_path, t
     sys.modules.pop("beside_it")
     (tmp_path / "run" / "beside_it.py").write_text(f"open({str(marker)!r}, 'w')\nCLASSES = 2\n")
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(home)])
-    status, _, err = typed("eval", tmp_path / "run")
+    status, _, err = typed("evaluate", tmp_path / "run")
     assert status == 0, err
     assert not marker.exists() and sys.modules.pop("beside_it").__file__ == str(home / "beside_it.py")
 

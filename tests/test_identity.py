@@ -173,10 +173,10 @@ def test_edited_code_of_an_unfinished_run(place, run, typed, mistake):
 def test_commands_say_that_the_code_changed(place, run, typed):
     try:
         edited(place, FACTOR)
-        status, _, err = typed("eval", run, "--experiment", "own.py")
+        status, _, err = typed("evaluate", run, "--experiment", "own.py")
         assert status == 0 and "own.py changed since this run was made" in err.replace("\n", " ")
         edited(place)
-        assert "changed since" not in typed("eval", run, "--experiment", "own.py")[2]
+        assert "changed since" not in typed("evaluate", run, "--experiment", "own.py")[2]
     finally:
         edited(place)
 
@@ -209,7 +209,7 @@ def test_an_edited_description_is_not_accepted(run, mistake):
     assert "was edited" in mistake("own.py", "--run-dir", run)
     forge(run, experiment__steps=8)  # and a digest that fits
     for words in (("own.py", "--run-dir", run), ("own.py", "--run-dir", run, "--steps", "8"),
-                  ("eval", run, "--experiment", "own.py")):
+                  ("evaluate", run, "--experiment", "own.py")):
         assert "experiment.json is of another experiment: its fingerprint is" in mistake(*words)
     forge(run, experiment__steps=4)
     assert "is the run of another experiment: steps is 4 there and 8 here." in mistake(
@@ -221,7 +221,7 @@ def test_an_edited_description_is_not_accepted(run, mistake):
 @pytest.mark.parametrize("text", ["{}", "[]", "5", "null", '{"experiment": []}', "", "\x00", '{"experiment": {}}'])
 def test_a_description_that_describes_no_run(run, mistake, text):
     (run / "experiment.json").write_text(text)
-    for words in (("own.py", "--run-dir", run), ("eval", run)):
+    for words in (("own.py", "--run-dir", run), ("evaluate", run)):
         assert "experiment.json is damaged" in mistake(*words)
 
 

@@ -441,7 +441,7 @@ def test_a_signal_while_pictures_are_drawn(tmp_path, monkeypatch, reference, num
     monkeypatch.setattr(ending.plots, "curves", lambda *args: signal.raise_signal(number))
     monkeypatch.setattr(type(toy().task), "artifacts", lambda *args: pytest.fail("the run was told to stop"))
     found, said = go(toy(), tmp_path / "run")
-    assert found == status and "the run is finished; ./launch.sh eval" in said and "Finished after 12" in said
+    assert found == status and "the run is finished; ./launch.sh evaluate" in said and "Finished after 12" in said
     assert finished(tmp_path / "run")["final"] == finished(reference)["final"]
 
 

@@ -131,7 +131,7 @@ def test_an_id_column_is_kept_whatever_its_name(place, typed):
 
 
 def test_only_the_runs_own_splits_need_the_data(place, mistake):
-    for words in (("eval", "sales"), ("predict", "sales", "--split", "test"), ("eval", "letters")):
+    for words in (("evaluate", "sales"), ("predict", "sales", "--split", "test"), ("evaluate", "letters")):
         assert "sales.csv" in mistake(*words) or "corpus.txt" in mistake(*words)
 
 

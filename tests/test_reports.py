@@ -1,4 +1,4 @@
-"""What is said about a model when it has been trained: the test split, and the commands `eval` and `predict`."""
+"""What is said about a model when it has been trained: the test split, and the commands `evaluate` and `predict`."""
 
 import csv
 import functools
@@ -240,7 +240,7 @@ def test_a_run_reports_on_its_test_split(place):
 
 
 def test_eval_writes_the_whole_report(place, typed):
-    status, out, _ = typed("eval", "tumours", "--split", "test")
+    status, out, _ = typed("evaluate", "tumours", "--split", "test")
     result, found = result_of(place / "tumours"), accumulation_dtype(place, "tumours/evaluation-test-20.json")
     assert status == 0 and (found["step"], found["split"]) == (20, "test")
     assert found == pytest.approx(result["test"], abs=1e-6)
@@ -254,43 +254,43 @@ def test_eval_writes_the_whole_report(place, typed):
 
 
 def test_eval_of_a_split_a_step_and_a_part(place, typed):
-    status, out, _ = typed("eval", "tumours", "--split", "validation", "--step", "10")
+    status, out, _ = typed("evaluate", "tumours", "--split", "validation", "--step", "10")
     found = accumulation_dtype(place, "tumours/evaluation-validation-10.json")
     _, tenth, last = rows_of(place / "tumours", "validation")
     assert status == 0 and "46 of 46 validation records" in out
     assert found == pytest.approx(tenth, abs=1e-6) and abs(found["loss"] - last["loss"]) > 1e-4
     report = (place / "tumours/evaluation-validation-10/report.txt").read_text()
     assert report.startswith("Validation split, 46 records")
-    status, out, _ = typed("eval", "tumours", "--split", "test", "--step", "10", "--records", "20")
+    status, out, _ = typed("evaluate", "tumours", "--split", "test", "--step", "10", "--records", "20")
     assert status == 0 and "20 of 114 test records" in out
     assert accumulation_dtype(place, "tumours/evaluation-test-10.json")["split"] == "test"
     best = min((tenth, last), key=lambda row: row["loss"])["step"]
-    assert typed("eval", "tumours", "--best", "--split", "validation")[0] == 0
+    assert typed("evaluate", "tumours", "--best", "--split", "validation")[0] == 0
     assert accumulation_dtype(place, f"tumours/evaluation-validation-{best}.json")["split"] == "validation"
-    assert typed("eval", "digits")[0] == 0  # without a test split
+    assert typed("evaluate", "digits")[0] == 0  # without a test split
     final = result_of(place / "digits")["final"]
     assert accumulation_dtype(place, "digits/evaluation-validation-20.json") == pytest.approx(final, abs=1e-6)
 
 
 def test_what_cannot_be_evaluated(place, mistake):
-    assert "This data has no test split" in mistake("eval", "digits", "--split", "test", "--step", "10")
-    assert "--judge is for a GAN" in mistake("eval", "digits", "--judge", "digits", "--step", "10")
+    assert "This data has no test split" in mistake("evaluate", "digits", "--split", "test", "--step", "10")
+    assert "--judge is for a GAN" in mistake("evaluate", "digits", "--judge", "digits", "--step", "10")
     assert not list((place / "digits").glob("evaluation-*10*"))  # nothing is left behind
-    assert "--best and --step exclude each other" in mistake("eval", "digits", "--best", "--step", "10")
-    assert "has no checkpoint of step 3; it has [10, 20]" in mistake("eval", "tumours", "--step", "3")
-    assert "nowhere is not a run folder" in mistake("eval", "nowhere")
-    assert "no record to evaluate" in mistake("eval", "tumours", "--step", "20", "--records", "0")
+    assert "--best and --step exclude each other" in mistake("evaluate", "digits", "--best", "--step", "10")
+    assert "has no checkpoint of step 3; it has [10, 20]" in mistake("evaluate", "tumours", "--step", "3")
+    assert "nowhere is not a run folder" in mistake("evaluate", "nowhere")
+    assert "no record to evaluate" in mistake("evaluate", "tumours", "--step", "20", "--records", "0")
 
 
 def test_a_gan_and_its_judge(place, typed, mistake, monkeypatch):
-    status, out, _ = typed("eval", "gan", "--judge", "digits")
+    status, out, _ = typed("evaluate", "gan", "--judge", "digits")
     found = accumulation_dtype(place, "gan/evaluation-validation-2.json")
     assert status == 0 and found["judge_samples"] == 2000 and f"{found['judge_entropy']:.6f}" in out
     assert 0.1 <= found["judge_confidence"] <= 1 and 1 <= found["judge_classes"] <= 10
     assert (place / "gan" / "evaluation-validation-2" / "plots" / "samples.png").exists()
-    assert "its own inputs are (30,)" in mistake("eval", "gan", "--judge", "tumours")
-    assert "Adversarial makes no predictions" in mistake("eval", "gan", "--judge", "gan")
-    assert "nowhere is not a run folder" in mistake("eval", "gan", "--judge", "nowhere")
+    assert "its own inputs are (30,)" in mistake("evaluate", "gan", "--judge", "tumours")
+    assert "Adversarial makes no predictions" in mistake("evaluate", "gan", "--judge", "gan")
+    assert "nowhere is not a run folder" in mistake("evaluate", "gan", "--judge", "nowhere")
     assert "Adversarial makes no predictions" in mistake("predict", "gan", "--input", images_in(place, 1))
     # A judge of larger images is refused; it would see the middle of them without a word.
     shutil.copytree(place / "digits", place / "larger", dirs_exist_ok=True)
@@ -300,7 +300,7 @@ def test_a_gan_and_its_judge(place, typed, mistake, monkeypatch):
     larger = replace(larger, data=replace(larger.data, border=1))
     monkeypatch.setattr(restore, "read_folder", lambda run, *file: larger if run.name == "larger" else real(run))
     assert "cannot judge images of shape (8, 8, 1): its own inputs are (10, 10, 1)" in mistake(
-        "eval", "gan", "--judge", "larger")
+        "evaluate", "gan", "--judge", "larger")
 
 
 # -------------------------------------------------------------------------------------------------- predictions

@@ -1,4 +1,4 @@
-"""`./launch.sh eval RUN`: evaluate a checkpoint, or somebody else's weights, and write the task's full report."""
+"""`./launch.sh evaluate RUN`: evaluate a checkpoint, or somebody else's weights, and write the task's full report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lab.weights.location import is_location
 
 def main(args: Sequence[str]) -> int:
     """RUN [--step N], or LOCATION --experiment FILE"""
-    return call("eval", evaluate, args)
+    return call("evaluate", evaluate, args)
 
 
 def evaluate(
@@ -40,8 +40,8 @@ def evaluate(
 ) -> None:
     """Evaluates a checkpoint of a run and writes the task's full report to evaluation-<split>-<step>/ in its folder.
 
-    Or evaluates pretrained weights on the data and the task of an experiment: ./launch.sh eval hf:ORG/NAME --experiment
-    FILE.
+    Or evaluates pretrained weights on the data and the task of an experiment: ./launch.sh evaluate hf:ORG/NAME
+    --experiment FILE.
 
     Args:
       run: the run folder; or weights: a folder with config.json, a .gguf file, hf:ORG/NAME or package:NAME/PATH.

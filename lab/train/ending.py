@@ -72,7 +72,7 @@ def finish(run: Any) -> int:
     run.screen.info(f"Pictures: {', '.join(str(p.relative_to(run.folder)) for p in pictures)}")
     run.screen.info(f"Everything is in {run.folder}")
     if run.stop():
-        rest = "" if whole else f"; ./launch.sh eval {run.folder} writes the report that was left out"
+        rest = "" if whole else f"; ./launch.sh evaluate {run.folder} writes the report that was left out"
         run.screen.info(f"{signal.Signals(run.stop.signal).name}: the run is finished{rest}.")
         return EXIT[run.stop.signal]
     return 0
@@ -88,7 +88,7 @@ def _show(run: Any, outcome: EvalResult) -> bool:
         plots.curves(run.rows.rows, run.folder / "plots", task.curves)
     if run.stop():
         return False
-    with forgiving(f"The report of the run (./launch.sh eval {run.folder} writes it again)"):
+    with forgiving(f"The report of the run (./launch.sh evaluate {run.folder} writes it again)"):
         for line in task.artifacts(outcome):
             run.screen.info(line)
         complete = True

@@ -76,10 +76,10 @@ class Lines:
 
     def _run(self) -> list[str]:
         run = self._pick([*self.world.runs] * 4 + [*self.world.folders, ".", "no/run", "README.md", "/"])
-        command = self._pick(("sample", "eval", "predict"))
+        command = self._pick(("sample", "evaluate", "predict"))
         own = {"sample": {"--prompt": ("a", "the step"), "--new-tokens": (1, 5), "--temperature": (0.5,),
                           "--top-k": (3,), "--top-p": (0.9,), "--seed": (1,)},
-               "eval": {"--records": (4,), "--split": ("validation", "test"), "--judge": tuple(self.world.runs)},
+               "evaluate": {"--records": (4,), "--split": ("validation", "test"), "--judge": tuple(self.world.runs)},
                "predict": {"--input": ("corpus.txt", "no.csv", "."), "--output": ("out.csv", "no/folder/out.csv")}}
         words = self._some(own[command] | {"--step": (2, 4)})
         return [command, run, *words, *self._options(self._pick(("", "--best")))]
@@ -111,7 +111,7 @@ class Lines:
                 *self._flags(file), *self._some({"--checkpoint-dir": ("gs://mine/x",), "--run-dir": ("/x/y",)})]
 
     def _anything(self) -> list[str]:
-        commands = ("sample", "eval", "predict", "report", "plan", "bench", "tests", "prepare", "env", "--processes",
+        commands = ("sample", "evaluate", "predict", "report", "plan", "bench", "tests", "prepare", "env", "--processes",
                     "--help", "-h", "help", "--slurm", "--version", *self.world.experiments, *self.world.runs)
         return [str(self._pick((*commands, *VALUES))) for _ in range(self._pick((0, 1, 1, 2, 3)))]
 
