@@ -1,4 +1,4 @@
-"""Somebody else's weights where a command takes a run: `evaluate LOCATION --experiment FILE`, `predict LOCATION ...`."""
+"""Somebody else's weights where a command takes a run: `evaluate LOCATION --experiment FILE`, `predict LOCATION`."""
 
 from __future__ import annotations
 

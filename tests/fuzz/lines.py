@@ -111,8 +111,8 @@ class Lines:
                 *self._flags(file), *self._some({"--checkpoint-dir": ("gs://mine/x",), "--run-dir": ("/x/y",)})]
 
     def _anything(self) -> list[str]:
-        commands = ("sample", "evaluate", "predict", "report", "plan", "bench", "tests", "prepare", "env", "--processes",
-                    "--help", "-h", "help", "--slurm", "--version", *self.world.experiments, *self.world.runs)
+        commands = ("sample", "evaluate", "predict", "report", "plan", "bench", "tests", "prepare", "env",
+                    "--processes", "--help", "-h", "help", "--slurm", "--version", *self.world.experiments, *self.world.runs)
         return [str(self._pick((*commands, *VALUES))) for _ in range(self._pick((0, 1, 1, 2, 3)))]
 
     # ------------------------------------------------------------------------------------------------------ their parts
