@@ -112,7 +112,8 @@ class Lines:
 
     def _anything(self) -> list[str]:
         commands = ("sample", "evaluate", "predict", "report", "plan", "bench", "tests", "prepare", "env",
-                    "--processes", "--help", "-h", "help", "--slurm", "--version", *self.world.experiments, *self.world.runs)
+                    "--processes", "--help", "-h", "help", "--slurm", "--version", *self.world.experiments,
+                    *self.world.runs)
         return [str(self._pick((*commands, *VALUES))) for _ in range(self._pick((0, 1, 1, 2, 3)))]
 
     # ------------------------------------------------------------------------------------------------------ their parts
