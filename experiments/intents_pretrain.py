@@ -1,4 +1,4 @@
-"""Masked language modelling on the messages of BANKING77, without labels; pretraining for intents_finetune.py.
+"""Masked language modelling on the messages of BANKING77, without labels; pretraining for intents_words.py.
 
     ./launch.sh experiments/intents_pretrain.py --full --run-dir runs/intents --data.source.path train.csv
 """

@@ -94,7 +94,7 @@ def test_smollm2_equals_a_forward_pass_in_numpy():
 @pytest.mark.parametrize(("location", "name"), [
     pytest.param(SMOLLM2, "gpt2_finetune", marks=needs[SMOLLM2]),
     pytest.param(SMOLLM2, "assistant_finetune", marks=needs[SMOLLM2]),
-    pytest.param(MINILM, "minilm_banking", marks=needs[MINILM])])
+    pytest.param(MINILM, "intents_finetune", marks=needs[MINILM])])
 def test_experiments_have_the_model_of_their_weights(location, name):
     module = load(ROOT / f"experiments/{name}.py")
     value = getattr(module, "smollm2", module.experiment)

@@ -86,6 +86,7 @@ class Dialogues(Text):
             train=records["train"], validation=records["validation"], test=records.get("test"), fitted=fitted,
             tokenizer_state=saved_form(self.tokenizer, fitted), metadata={"vocab": fitted.size, "length": self.length},
             unit=self.unit, units_per_record=self.length, summary=summary, encode_messages=encode,
+            held_out=[messages for _, messages in parts.get("test", parts["validation"])],
         )
 
     def restored(self, saved: dict[str, Any], tokenizer: str) -> "DialogueData":
@@ -137,6 +138,8 @@ class DialogueData(TextData):
 
     encode_messages: Encode = field(repr=False)
     """Messages -> ids, see `lab.data.dialogues.rendering`."""
+    held_out: list[list[Message]] = field(default_factory=list, repr=False)
+    """The dialogues of the test split, or without one of the validation split."""
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a dialogue that the assistant is to answer."""

@@ -146,6 +146,9 @@ class Taskmaster:
 
     path: str
     """The folder with data_00.json.xz, ... (or .json)."""
+    orders: bool = False
+    """Taskmaster-4: the last answer ends with the order of the annotated API calls, if there is one: "[mocha; oat
+    milk]", what the assistant has to understand beside saying something."""
 
     @property
     def title(self) -> str:
@@ -162,15 +165,19 @@ class Taskmaster:
         files = [path for path in sorted(folder.glob("data_*")) if path.name.endswith((".json", ".json.xz"))]
         if not files:
             raise Absent(f"{self.path} has no file data_*.json.xz or data_*.json (looked from {Path.cwd()}).")
-        return [dialogue for path in files for dialogue in _taskmaster(path)]
+        return [dialogue for path in files for dialogue in _taskmaster(path, self.orders)]
 
 
-def _taskmaster(path: Path) -> list[Dialogue]:
+def _taskmaster(path: Path, orders: bool) -> list[Dialogue]:
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
             rows = json.load(file)
         talks = [(f"{path.name}, {row['conversation_id']}", row["utterances"]) for row in rows]
-        return [checked(name, _turns(name, said)) for name, said in talks]
+        found = [checked(name, _turns(name, said)) for name, said in talks]
+        if orders:
+            for (_, messages), (_, said) in zip(found, talks, strict=True):
+                messages[-1]["content"] += "".join(f" [{'; '.join(order)}]" for order in [_order(said)] if order)
+        return found
     except (OSError, EOFError, lzma.LZMAError, ValueError) as e:
         raise UserError(f"{path} is no readable JSON ({e}): copy it again.") from None
     except (KeyError, TypeError, AttributeError):
@@ -189,6 +196,35 @@ def _turns(name: str, utterances: list[dict[str, str]]) -> list[Message]:
         else:
             turns.append({"role": role, "content": utterance["text"]})
     return turns
+
+
+def _order(utterances: list[dict[str, Any]]) -> list[str]:
+    """Drinks, options and extras of the last response of the API with an order, in lower case."""
+    order: dict[str, Any] = {}
+    for utterance in utterances:
+        for note in utterance.get("annotations", []):
+            if note["name"] != "response":
+                continue
+            try:
+                value = json.loads(note["value"])
+            except ValueError:  # a few are cut
+                continue
+            order = value if isinstance(value, dict) and "order_id" in value and "menu_items" in value else order
+    found: list[str] = []
+    for item in order.get("menu_items", []):
+        name = item["menu_item_name"] if item["menu_item_name"] != "var_drink" else _plain(item["menu_item_id"])
+        count = str(item.get("quantity", 1))
+        found += [name if count == "1" else f"{count} {name}",
+                  *(option["option"] for option in item.get("attributes") or []),
+                  *(_plain(addon["addon_id"]) for addon in item.get("addons") or [])]
+    places = [option["option"] for option in order.get("attributes") or [] if option["attribute_id"] == "order-type"]
+    found += ["to go" for place in places if re.match("to ?go", place, re.IGNORECASE)]
+    return [" ".join(slot.lower().split()) for slot in found if slot]
+
+
+def _plain(identifier: str) -> str:
+    """"oat-milk-1234" -> "oat milk"."""
+    return re.sub(r"[-\s]*\d*$", "", identifier).replace("-", " ")
 
 
 @dataclass(frozen=True)

