@@ -26,7 +26,8 @@ study = Study(
 
 local = replace(
     study,
-    base=replace(intents_finetune.local, evaluate=Evaluate(every=150), checkpoint=Checkpoint(every=0, keep=1, best=False)),
+    base=replace(intents_finetune.local, evaluate=Evaluate(every=150),
+                 checkpoint=Checkpoint(every=0, keep=1, best=False)),
     arms={"LoRA": {"adapt": ADAPTERS, "optim.lr.peak": 3e-3},
           "frozen": {"init_from.freeze": (HEAD,), "optim.lr.peak": 0.02}},
 )
