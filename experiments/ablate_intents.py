@@ -17,7 +17,7 @@ HEAD = "^(?!classify/)"  # everything but the output layer
 ADAPTERS = LoRA(rank=8, alpha=16, targets=r"attn/(query|value)/kernel", full=("^classify/",))
 
 study = Study(
-    base=replace(intents_finetune.experiment, steps=400, evaluate=Evaluate(every=200, metric="f1", mode="max"),
+    base=replace(intents_finetune.experiment, steps=250, evaluate=Evaluate(every=125, metric="f1", mode="max"),
                  checkpoint=Checkpoint(every=0, keep=1, best=False)),
     arms={"LoRA": {"adapt": ADAPTERS, "optim.lr.peak": 3e-3},
           "frozen": {"init_from.freeze": (HEAD,), "optim.lr.peak": 0.02},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lab.errors import UserError
-from lab.models.generate import generate, pick, sample_texts
+from lab.models.generate import generate, pick, sample_texts, truncated
 from lab.models.gpt import GPT
 from tests.conftest import computing
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
@@ -59,7 +59,7 @@ def test_greedy_equals_repeated_argmax_of_the_full_forward_pass(fields):
     want, margin = greedy_reference(model, params, PROMPT, LENGTHS, NEW)
     assert margin > 5e-4  # 100 times rounding: no tie decides
     assert len(np.unique(want)) > 3  # and it is not one token for ever
-    run = lambda lengths: np.asarray(generate(model, params, PROMPT, lengths, jax.random.key(0), new_tokens=NEW,
+    run = lambda lengths: np.asarray(generate(model, params, PROMPT, lengths, keys(len(lengths)), new_tokens=NEW,
                                               temperature=0.0))
     np.testing.assert_array_equal(run(LENGTHS), want)
     wrong = run(np.array([6, 6, 6]))  # negative control: padding taken for text
@@ -68,13 +68,17 @@ def test_greedy_equals_repeated_argmax_of_the_full_forward_pass(fields):
 
 # ----------------------------------------------------------------------------------------------- one token's draw
 
+def keys(rows, seed=0):
+    return jax.random.split(jax.random.key(seed), rows)
+
+
 PROBABILITY = np.array([0.05, 0.4, 0.1, 0.25, 0.15, 0.05])
 DRAWS = 20_000
 
 
 def frequencies(temperature=1.0, top_k=None, top_p=1.0, key=0):
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(PROBABILITY, jnp.float32)) + 3.0, (DRAWS, 6))
-    tokens = pick(logits, jax.random.key(key), temperature, top_k, top_p)
+    tokens = pick(logits, keys(DRAWS, key), temperature, top_k, top_p)
     assert tokens.dtype == jnp.int32 and tokens.shape == (DRAWS,)
     return np.bincount(np.asarray(tokens), minlength=6) / DRAWS
 
@@ -121,37 +125,34 @@ def test_rows_are_filtered_by_their_own_logits():
     logits = jnp.log(jnp.array([[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]))
     for settings in ({"top_k": 1, "top_p": 1.0}, {"top_k": None, "top_p": 0.5}):
         for i in range(10):
-            assert pick(logits, jax.random.key(i), 1.0, **settings).tolist() == [0, 2]
-    assert len({tuple(pick(logits, jax.random.key(i), 1.0, None, 1.0).tolist()) for i in range(20)}) > 3  # neg. control
+            assert pick(logits, keys(2, i), 1.0, **settings).tolist() == [0, 2]
+    assert len({tuple(pick(logits, keys(2, i), 1.0, None, 1.0).tolist()) for i in range(20)}) > 3  # neg. control
 
 
-def support(logits, top_k, top_p, monkeypatch):
-    """Which tokens `pick` leaves possible: what reaches the draw."""
-    seen = []
-    monkeypatch.setattr(jax.random, "categorical", lambda key, x, axis: (seen.append(x), jnp.argmax(x, axis))[1])
-    pick(jnp.asarray(logits), jax.random.key(0), 1.0, top_k, top_p)
-    return np.isfinite(np.asarray(seen[0]))
+def support(logits, top_k, top_p):
+    """Which tokens may be sampled."""
+    return np.isfinite(np.asarray(truncated(jnp.asarray(logits), 1.0, top_k, top_p)))
 
 
-def test_the_support_in_closed_form(monkeypatch):
+def test_the_support_in_closed_form():
     logits = np.random.default_rng(0).normal(size=(20, 40)).astype(np.float32) * 2
     order = np.argsort(-logits, axis=-1)
     p = np.take_along_axis(np.exp(np.float64(logits)) / np.exp(np.float64(logits)).sum(-1, keepdims=True), order, -1)
     for top_p in (0.2, 0.5, 0.9):
-        kept = support(logits, None, top_p, monkeypatch)
+        kept = support(logits, None, top_p)
         for row in range(20):
             smallest = int(np.searchsorted(np.cumsum(p[row]), top_p)) + 1
             assert set(np.flatnonzero(kept[row])) == set(order[row, :smallest])
     for top_k in (1, 7, 40):
-        kept = support(logits, top_k, 1.0, monkeypatch)
+        kept = support(logits, top_k, 1.0)
         assert [set(np.flatnonzero(r)) for r in kept] == [set(o[:top_k]) for o in order]
-    assert support(logits, None, 1.0, monkeypatch).all()
-    assert not support(logits, None, 0.99, monkeypatch).all()  # negative control
+    assert support(logits, None, 1.0).all()
+    assert not support(logits, None, 0.99).all()  # negative control
 
 
-def test_top_p_1_keeps_everything_of_a_large_vocabulary(monkeypatch):
+def test_top_p_1_keeps_everything_of_a_large_vocabulary():
     logits = np.random.default_rng(0).normal(size=(4, 50257)).astype(np.float32) * 3
-    assert support(logits, None, 1.0, monkeypatch).all()
+    assert support(logits, None, 1.0).all()
 
 
 # ------------------------------------------------------------------------------------------------- a known "model"
@@ -175,7 +176,7 @@ class Successor:
 
 
 def succeed(prompt, lengths, new=5, model=Successor(), temperature=1.0, top_p=1.0, stop=-1):
-    return np.asarray(generate(model, jnp.ones(()), np.array(prompt, np.int32), np.array(lengths), jax.random.key(0),
+    return np.asarray(generate(model, jnp.ones(()), np.array(prompt, np.int32), np.array(lengths), keys(len(prompt)),
                                new_tokens=new, temperature=temperature, top_p=top_p, stop=stop)).tolist()
 
 
@@ -206,7 +207,7 @@ def test_top_k_1_is_greedy_and_a_key_is_a_draw():
     model = Successor(sharpness=1.0)
 
     def draw(key, temperature=1.0, top_k=None, top_p=1.0):
-        return np.asarray(generate(model, jnp.ones(()), np.array([[3]], np.int32), np.array([1]), jax.random.key(key),
+        return np.asarray(generate(model, jnp.ones(()), np.array([[3]], np.int32), np.array([1]), keys(1, key),
                                    new_tokens=12, temperature=temperature, top_k=top_k, top_p=top_p)).tolist()
 
     greedy = draw(0, temperature=0.0)
@@ -277,7 +278,7 @@ def test_sampling_begins_with_a_token_that_there_is():
 def test_padding_of_the_vocabulary_is_never_chosen():
     """Logits that prefer ids from 7 on, which the tokenizer does not have."""
     def draw(vocab, temperature):
-        prompt, key = np.array([[5]], np.int32), jax.random.key(0)
+        prompt, key = np.array([[5]], np.int32), keys(1)
         return np.asarray(generate(Successor(), jnp.ones(()), prompt, np.array([1]), key, new_tokens=9,
                                    temperature=temperature, vocab=vocab))
 
@@ -294,3 +295,17 @@ def test_one_compilation_serves_all_prompts_of_a_bucket():
     texts(["12345"], new=3)
     assert len(TRACES) > before  # negative control: another number of new tokens
     assert max(shape[1] for shape in TRACES) <= 16
+
+
+def test_a_seed_of_its_own_makes_each_text_repeatable_alone():
+    model = Successor(sharpness=1.0)
+
+    def draw(prompts, seed, new_tokens=10):
+        compute = lambda f, *inputs, **static: f(model, {"params": jnp.ones(())}, *map(jnp.asarray, inputs), **static)
+        return sample_texts(compute, model.context, Digits(None), prompts, seed=seed, new_tokens=new_tokens)
+
+    together = draw(["3", "3", "12"], [5, 6, 5])
+    assert together == [draw([prompt], seed)[0] for prompt, seed in (("3", 5), ("3", 6), ("12", 5))]
+    assert together[0] != together[1]  # negative control: the seed matters
+    sliding = draw(["3", "3"], [5, 6], 30)
+    assert sliding == [draw(["3"], 5, 30)[0], draw(["3"], 6, 30)[0]]

@@ -102,3 +102,22 @@ def test_bad_input_is_a_sentence(tiny, typed, tmp_path, monkeypatch):
     (copy / "tokenizer.json").write_text(json.dumps(large))
     status, out, err = typed(copy, "--prompt", "x")
     assert status == 2 and "tokens and the model" in err and "do not belong together" in err
+
+
+def test_several_texts_of_a_prompt_and_their_report(tiny, typed, tmp_path, monkeypatch):
+    folder, *_ = tiny
+    monkeypatch.chdir(tmp_path)
+    how = (folder, "--prompt", "one two", "--new-tokens", "6", "--temperature", "2")
+    status, out, _ = typed(*how, "--n", "3", "--seed", "4")
+    assert status == 0
+    alone = [typed(*how, "--seed", seed)[1] for seed in (4, 5, 6)]
+    assert out == "".join(f"{text}---\n" for text in alone) and len(set(alone)) > 1
+    status, out, _ = typed(*how, "--n", "3", "--seed", "4", "--report")
+    assert status == 0 and "distinct_1" in out and "one two" not in out
+    written = json.loads((tmp_path / f"samples-{folder.name}.json").read_text())
+    assert [f"{row['prompt']}{row['text']}\n" for row in written["samples"]] == alone
+    assert [row["seed"] for row in written["samples"]] == [4, 5, 6]
+    assert written["statistics"]["texts"] == 3 and written["settings"]["temperature"] == 2
+    assert typed(*how, "--report", "--output", tmp_path / "mine.json")[0] == 0 and (tmp_path / "mine.json").is_file()
+    for words, message in ((("--n", "0"), "--n 0 is out of range"), (("--output", "x"), "--output needs --report")):
+        assert message in typed(*how, *words)[2]

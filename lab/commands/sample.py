@@ -10,10 +10,13 @@ from typing import Annotated, Any
 import tyro
 
 from lab.commands.arguments import call
+from lab.commands.location import name_of
 from lab.commands.sample_weights import check_flags, sample_weights
 from lab.errors import UserError
 from lab.models.generate import check_numbers, sample_texts
+from lab.tasks.text_quality import quality_table, text_quality
 from lab.train.fitted import data_of
+from lab.train.json_files import write_json
 from lab.train.restore import open_run
 from lab.weights.location import is_location
 
@@ -26,6 +29,7 @@ def main(args: Sequence[str]) -> int:
 def sample(
     run: Annotated[str, tyro.conf.Positional],
     prompt: tuple[str, ...] = ("",),
+    n: int = 1,
     new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -37,12 +41,15 @@ def sample(
     experiment: Path | None = None,
     chat: bool = False,
     system: str | None = None,
+    report: bool = False,
+    output: Path | None = None,
 ) -> None:
     """Continues texts with a trained language model, or with pretrained weights.
 
     Args:
       run: the run folder; or weights: hf:ORG/NAME, package:NAME/PATH, a .gguf file, a folder with config.json.
       prompt: one or more texts to continue; an empty text starts from scratch.
+      n: number of continuations of each prompt; number i is that of --n 1 with --seed SEED + i.
       new_tokens: maximum number of tokens to add. Longer texts use a sliding window of the model's context length.
       temperature: divides the logits. 1 samples from the model's distribution; lower is more deterministic.
       top_k: sample from the k most likely tokens only.
@@ -54,28 +61,50 @@ def sample(
       experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
       chat: pretrained weights only: the prompt is a question, put as the model's chat template says.
       system: with --chat: how the model should answer.
+      report: print statistics of all continuations instead of these (length, distinct-1 and -2, repetition of 4-grams,
+        self-BLEU), and write both to a JSON file.
+      output: with --report: the file; by default samples.json in the run folder, or samples-<name>.json in this one.
     """
     check_numbers(new_tokens, temperature, top_k, top_p)
     if system is not None and not chat:
         raise UserError("--system needs --chat.")
-    prompt, numbers = prompt or ("",), {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p}
+    if n < 1:
+        raise UserError(f"--n {n} is out of range.")
+    if output is not None and not report:
+        raise UserError("--output needs --report.")
+    prompts = [text for text in prompt or ("",) for _ in range(n)]
+    how = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "new_tokens": new_tokens,
+           "seed": [seed + i for _ in prompt or ("",) for i in range(n)]}
     if is_location(run):
         check_flags(run, step, best, experiment)
-        texts = sample_weights(run, prompt, chat=chat, system=system, new_tokens=new_tokens, seed=seed, **numbers)
+        texts = sample_weights(run, prompts, chat=chat, system=system, **how)
     elif chat:
         raise UserError(f"--chat needs pretrained weights with a chat template; {run} is none.")
     else:
-        texts = _of_run(Path(run), prompt, step, best, experiment, seed=seed, new_tokens=new_tokens, **numbers)
-    for text, continuation in zip(prompt, texts, strict=True):
+        texts = _of_run(Path(run), prompts, step, best, experiment, **how)
+    if report:
+        place = Path(f"samples-{name_of(Path(run))}.json") if is_location(run) else Path(run) / "samples.json"
+        _report(texts, prompts, how, output or place)
+        return
+    for text, continuation in zip(prompts, texts, strict=True):
         print(continuation if chat else text + continuation)
-        if len(prompt) > 1:
+        if len(prompts) > 1:
             print("---")
 
 
-def _of_run(run: Path, prompt: tuple[str, ...], step: int | None, best: bool, experiment: Path | None,
+def _report(texts: Sequence[str], prompts: Sequence[str], how: dict[str, Any], path: Path) -> None:
+    found = [{"prompt": prompt, "seed": seed, "text": text}
+             for prompt, seed, text in zip(prompts, how.pop("seed"), texts, strict=True)]
+    values = text_quality(texts)
+    print("\n".join(quality_table({"samples": values})))
+    write_json(path, {"statistics": values, "settings": how, "samples": found})
+    print(f"Written to {path}")
+
+
+def _of_run(run: Path, prompts: list[str], step: int | None, best: bool, experiment: Path | None,
             **how: Any) -> list[str]:
     found, program, state = open_run(run, step, best, file=experiment)
     data = data_of(run, found)
     if not hasattr(data, "decode"):
         raise UserError(f"The data of {run} cannot decode tokens to text: there is nothing to sample.")
-    return sample_texts(functools.partial(program.compute, state), found.model.context, data, list(prompt), **how)
+    return sample_texts(functools.partial(program.compute, state), found.model.context, data, prompts, **how)

@@ -23,7 +23,7 @@ def _extend(model: nn.Module, params: Any, cache: Any, ids_1L: Array, first: Arr
     logits_1LV, changed = model.apply({"params": params, "cache": cache}, ids_1L, train=False, decode=True,
                                       positions=positions, mutable=["cache"])
     logits_1V = jnp.where(jnp.arange(logits_1LV.shape[-1]) < vocab, logits_1LV[:, last], -jnp.inf)
-    token_1 = pick(logits_1V, jax.random.fold_in(key, first + last), temperature, top_k, top_p)
+    token_1 = pick(logits_1V, jax.random.fold_in(key, first + last)[None], temperature, top_k, top_p)
     return token_1[0], changed["cache"]
 
 

@@ -172,8 +172,8 @@ def test_greedy_sampling_with_a_cache_is_the_full_forward_pass():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (3, 8)), jnp.int32)
     params = model.init(jax.random.key(1), tokens, train=False)["params"]
     params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform
-    new = np.asarray(generate(model, params, tokens, np.full(3, 8, np.int32), jax.random.key(0), new_tokens=8,
-                              temperature=0.0))
+    keys = jax.random.split(jax.random.key(0), 3)
+    new = np.asarray(generate(model, params, tokens, np.full(3, 8, np.int32), keys, new_tokens=8, temperature=0.0))
     text, forward = np.asarray(tokens), jax.jit(functools.partial(model.apply, train=False))
     for i in range(8):
         logits = np.asarray(forward({"params": params}, jnp.asarray(text)))[:, -1]
