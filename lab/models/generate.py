@@ -31,8 +31,12 @@ def pick(logits_BV: Array, keys_B: Array, temperature: float | Array, top_k: int
          top_p: float | Array) -> Array:
     """Samples one token per row from float32 logits, each with its own random key; returns int32 (B,). Temperature 0 is
     greedy."""
-    sampled = jax.vmap(jax.random.categorical)(keys_B, truncated(logits_BV, temperature, top_k, top_p))
-    return jnp.where(temperature > 0, sampled, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+    def sampled() -> Array:
+        possible_BV = truncated(logits_BV, temperature, top_k, top_p)
+        return jax.vmap(jax.random.categorical)(keys_B, possible_BV).astype(jnp.int32)
+
+    # A branch: sorting 100 rows of 49,152 logits takes a CPU as long as a small model.
+    return jax.lax.cond(temperature > 0, sampled, lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32))
 
 
 def truncated(logits_BV: Array, temperature: float | Array, top_k: int | None, top_p: float | Array) -> Array:
@@ -45,12 +49,15 @@ def truncated(logits_BV: Array, temperature: float | Array, top_k: int | None, t
     if top_k is not None:
         kth = jax.lax.top_k(scaled_BV, min(top_k, scaled_BV.shape[-1]))[0][:, -1:]
         scaled_BV = jnp.where(scaled_BV < kth, -jnp.inf, scaled_BV)
-    sorted_BV = jnp.sort(scaled_BV, axis=-1, descending=True)
-    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    top_p = jnp.where(top_p >= 1, jnp.inf, top_p)  # a rounded cumulative sum may reach 1 before the last token
-    last = jnp.maximum(jnp.sum(before_BV < top_p, axis=-1, keepdims=True) - 1, 0)
-    return jnp.where(scaled_BV < jnp.take_along_axis(sorted_BV, last, axis=-1), -jnp.inf, scaled_BV)
+
+    def likely() -> Array:
+        sorted_BV = jnp.sort(scaled_BV, axis=-1, descending=True)
+        probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        last = jnp.maximum(jnp.sum(before_BV < top_p, axis=-1, keepdims=True) - 1, 0)
+        return jnp.where(scaled_BV < jnp.take_along_axis(sorted_BV, last, axis=-1), -jnp.inf, scaled_BV)
+
+    return jax.lax.cond(top_p < 1, likely, lambda: scaled_BV)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "new_tokens", "top_k", "vocab"))
@@ -69,8 +76,14 @@ def generate(model: nn.Module, params: Any, prompt_BL: Array, lengths_B: Array, 
     if L + new_tokens > model.context:
         raise ValueError(f"{L} prompt + {new_tokens} new tokens exceed the context of {model.context}")
     rows = jnp.arange(B)
-    logits_BLV, cache = model.apply({"params": params}, prompt_BL, train=False, decode=True, positions=jnp.arange(L),
-                                    mutable=["cache"])
+    fill = functools.partial(model.apply, {"params": params}, prompt_BL, train=False, decode=True,
+                             positions=jnp.arange(L), mutable=["cache"])
+    if hasattr(model, "logits"):  # of the last tokens only
+        (x_BLD, kernel_DV), cache = fill(head=False)
+        logits_BV = model.logits(x_BLD[rows, lengths_B - 1][:, None], kernel_DV)[:, 0]
+    else:
+        logits_BLV, cache = fill()
+        logits_BV = logits_BLV[rows, lengths_B - 1]
 
     def step(carry: tuple, _: None) -> tuple[tuple, Array]:
         logits_BV, cache, position_B, done_B = carry
@@ -82,7 +95,7 @@ def generate(model: nn.Module, params: Any, prompt_BL: Array, lengths_B: Array, 
                                         positions=position_B[:, None], mutable=["cache"])
         return (logits_B1V[:, 0], cache, position_B + 1, done_B | (token_B == stop)), token_B
 
-    start = (logits_BLV[rows, lengths_B - 1], cache, lengths_B, jnp.zeros(B, bool))
+    start = (logits_BV, cache, lengths_B, jnp.zeros(B, bool))
     _, tokens = jax.lax.scan(step, start, length=new_tokens)
     return tokens.T
 
