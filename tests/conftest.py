@@ -13,7 +13,9 @@ if os.environ.get("LAB_TEST_PLATFORM", "cpu") == "gpu":
     os.environ["JAX_PLATFORMS"] = "cuda,cpu"
 else:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    # XLA aborts if a device is 40 s late at a collective, as after a pause of a virtual machine.
+    os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 "
+                               "--xla_cpu_collective_call_terminate_timeout_seconds=600")
 os.environ.setdefault("LAB_CACHE", str(Path(tempfile.gettempdir()) / f"lab-test-cache-{os.getuid()}"))
 os.environ.pop("LAB_PLATFORM", None)
 
