@@ -30,9 +30,9 @@ experiment = Experiment(
     model=GPT(depth=30, width=576, heads=9, kv_heads=3, hidden_multiple=1536 / 576, vocab=49_152, context=256,
               norm="rmsnorm", position="rotary", rope_base=100_000.0, mlp="swiglu", bias=False),
     task=Assistant(chunk=64, samples=0), init_from=Weights(SMOLLM2),
-    adapt=LoRA(rank=8, alpha=16, targets=r"(attn|ffn)/.*kernel"),
-    optim=AdamW(lr=Cosine(1e-3, warmup=5, end=0.1), b2=0.95, weight_decay=0.0, grad_clip_norm=1.0),
-    steps=60, batch=8,
+    adapt=LoRA(rank=8, alpha=16),
+    optim=AdamW(lr=Cosine(2e-3, warmup=5, end=0.1), b2=0.95, weight_decay=0.0, grad_clip_norm=1.0),
+    steps=60, batch=8, precision="bfloat16",
     evaluate=Evaluate(every=30, records=32), checkpoint=Checkpoint(every=30),
 )
 
@@ -42,5 +42,5 @@ local = replace(
     model=GPT(depth=4, width=128, heads=2, vocab=1024, context=128, position="rotary"),
     task=Assistant(new_tokens=32), init_from=Pretrained(), adapt=None,
     optim=AdamW(lr=Cosine(3e-3, warmup=10, end=0.1), b2=0.95, weight_decay=0.1, grad_clip_norm=1.0),
-    steps=200, batch=16, evaluate=Evaluate(every=50), checkpoint=Checkpoint(every=50),
+    steps=200, batch=16, precision="float32", evaluate=Evaluate(every=50), checkpoint=Checkpoint(every=50),
 )
