@@ -10,6 +10,7 @@ from dataclasses import replace
 from experiments import intents_finetune
 from lab.adapt import LoRA
 from lab.experiment import Checkpoint, Evaluate
+from lab.optim import AdamW, LinearDecay
 from lab.pretrained import Pretrained
 from lab.study.design import Study
 
@@ -17,7 +18,9 @@ HEAD = "^(?!classify/)"  # everything but the output layer
 ADAPTERS = LoRA(rank=8, alpha=16, targets=r"attn/(query|value)/kernel", full=("^classify/",))
 
 study = Study(
-    base=replace(intents_finetune.experiment, steps=250, evaluate=Evaluate(every=125, metric="f1", mode="max"),
+    base=replace(intents_finetune.experiment, steps=400,
+                 optim=AdamW(lr=LinearDecay(5e-4, warmup=40, end=0.0), weight_decay=0.01, grad_clip_norm=1.0),
+                 evaluate=Evaluate(every=200, metric="f1", mode="max"),
                  checkpoint=Checkpoint(every=0, keep=1, best=False)),
     arms={"LoRA": {"adapt": ADAPTERS, "optim.lr.peak": 3e-3},
           "frozen": {"init_from.freeze": (HEAD,), "optim.lr.peak": 0.02},
