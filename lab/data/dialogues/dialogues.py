@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from lab.data.dataset import restored
 from lab.data.dialogues.packing import Encoded, windows_of
 from lab.data.dialogues.rendering import Encode, encoded, form_of, plain_text
-from lab.data.dialogues.sources import Dialogue, Jsonl, Message, PythonDocs, QuestionsAnswers, Taskmaster
+from lab.data.dialogues.sources import Jsonl, Message, PythonDocs, QuestionsAnswers, Taskmaster
 from lab.data.pipeline import Arrays
 from lab.data.saved import revived, saved_form
 from lab.data.text.text import Text, TextData
@@ -19,13 +19,47 @@ from lab.data.tokenizers import Fitted
 from lab.errors import UserError
 
 Source = Jsonl | QuestionsAnswers | Taskmaster | PythonDocs
+Item = TypeVar("Item", bound=tuple)
 SPLITS = ("train", "validation", "test")
 RULE = "10 % validation and 10 % test, by a hash of each dialogue"
 EXAMPLE = "example"  # the key of `describe` with the pieces of one dialogue
 
 
+class Rendered(Text):
+    """What `Dialogues` and `Preferences` share: a tokenizer writes messages by the field `template`."""
+
+    def validate(self) -> None:
+        """UserError for invalid fields; reads nothing."""
+        if getattr(self.tokenizer, "special_tokens", False):
+            raise UserError(f"The template of {type(self).__name__} writes all special tokens: "
+                            f"--data.tokenizer.special-tokens False.")
+        super().validate()
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes to print, and one record as (text, whether it is learned) pieces. Reads and encodes everything."""
+        data = self.load()
+        return data.summary | {EXAMPLE: data.example()}
+
+    def fit(self, texts: dict[str, list[str]]) -> tuple[Fitted, Encode]:
+        """The tokenizer, learned from the texts of the training split, and how it writes messages.
+
+        Raises:
+          UserError: see `form_of`.
+        """
+        held_out = texts["validation"] + texts.get("test", [])
+        fitted = self.tokenizer.fit(lambda split: iter(texts["train"] if split == "train" else held_out),
+                                    sum(map(len, texts["train"])))
+        return fitted, form_of(fitted, self.template, repr(self.tokenizer))
+
+    def restored(self, saved: dict[str, Any], tokenizer: str) -> "DialogueData":
+        """The result of a run's `load`, without records; see `Dataset.saved`."""
+        fitted = revived(tokenizer, "tokenizer.json")
+        return DialogueData(**restored(saved), fitted=fitted, tokenizer_state=tokenizer,
+                            encode_messages=form_of(fitted, self.template, repr(self.tokenizer)))
+
+
 @dataclass(frozen=True)
-class Dialogues(Text):
+class Dialogues(Rendered):
     """Dialogues of which the assistant's turns are learned.
 
     A record is one window: `tokens` int32 (length + 1,), inputs [:-1] and targets [1:]; `learn` uint8 (length,), 1 for
@@ -46,22 +80,10 @@ class Dialogues(Text):
     """auto: the chat template of a pretrained tokenizer, plain for others; plain: each message is a line with its role,
     "User:", and its text, and end-of-text follows each answer if the tokenizer has it."""
 
-    def validate(self) -> None:
-        """UserError for invalid fields; reads nothing."""
-        if getattr(self.tokenizer, "special_tokens", False):
-            raise UserError("The template of Dialogues writes all special tokens: --data.tokenizer.special-tokens "
-                            "False.")
-        super().validate()
-
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Name -> (shape, type) of the arrays of one record, without reading anything."""
         apart = {name: ((self.length,), np.int32) for name in ("positions", "documents") if self.packing}
         return super().record_spec() | {"learn": ((self.length,), np.uint8)} | apart
-
-    def describe(self) -> dict[str, Any]:
-        """Sizes to print, and one dialogue as (text, whether it is learned) pieces. Reads and encodes everything."""
-        data = self.load()
-        return data.summary | {EXAMPLE: data.example()}
 
     def load(self) -> "DialogueData":
         """Read, split, encode and pack all dialogues, in memory.
@@ -72,10 +94,7 @@ class Dialogues(Text):
         self.validate()
         parts = divided(self.source.read(), self.source.title)
         texts = {split: [plain_text(messages) for _, messages in part] for split, part in parts.items()}
-        held_out = texts["validation"] + texts.get("test", [])
-        fitted = self.tokenizer.fit(lambda split: iter(texts["train"] if split == "train" else held_out),
-                                    sum(map(len, texts["train"])))
-        encode = form_of(fitted, self.template, repr(self.tokenizer))
+        fitted, encode = self.fit(texts)
         summary = {"source": self.source.title, "split": RULE, "tokenizer": repr(self.tokenizer)}
         records = {}
         for split, part in parts.items():
@@ -88,12 +107,6 @@ class Dialogues(Text):
             unit=self.unit, units_per_record=self.length, summary=summary, encode_messages=encode,
             held_out=[messages for _, messages in parts.get("test", parts["validation"])],
         )
-
-    def restored(self, saved: dict[str, Any], tokenizer: str) -> "DialogueData":
-        """The result of a run's `load`, without records; see `Dataset.saved`."""
-        fitted = revived(tokenizer, "tokenizer.json")
-        return DialogueData(**restored(saved), fitted=fitted, tokenizer_state=tokenizer,
-                            encode_messages=form_of(fitted, self.template, repr(self.tokenizer)))
 
     def _windows(self, split: str, pairs: list[Encoded], fitted: Fitted) -> tuple[Arrays, dict[str, Any]]:
         """The records of a split, and lines to print."""
@@ -114,22 +127,31 @@ class Dialogues(Text):
         return Arrays(arrays), lines
 
 
-def divided(dialogues: list[Dialogue], title: str) -> dict[str, list[Dialogue]]:
-    """Split -> its dialogues, in the order of the hashes; without test if it would be empty.
+def divided(items: Sequence[Item], title: str, what: str = "dialogues", rule: str = RULE) -> dict[str, list[Item]]:
+    """Split -> its items, in the order of the hashes; without test if it would be empty. The hash is of an item's
+    second entry, messages; items with the same messages are sorted by their other entries.
 
     Raises:
-      UserError: there are too few dialogues.
+      UserError: there are too few items.
     """
-    keys = [hashlib.sha256(json.dumps(messages).encode()).digest() for _, messages in dialogues]
-    parts: dict[str, list[Dialogue]] = {split: [] for split in SPLITS}
-    for i in sorted(range(len(dialogues)), key=keys.__getitem__):
+    keys = [hashlib.sha256(json.dumps(messages).encode()).digest() for _, messages, *_ in items]
+    parts: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for i in sorted(range(len(items)), key=lambda i: (keys[i], items[i][2:])):
         # Other bytes than those that decide the order.
         share = int.from_bytes(keys[i][8:12]) / 2**32
-        parts["validation" if share < 0.1 else "test" if share < 0.2 else "train"].append(dialogues[i])
+        parts["validation" if share < 0.1 else "test" if share < 0.2 else "train"].append(items[i])
     for split in ("train", "validation"):
         if not parts[split]:
-            raise UserError(f"{title} has {len(dialogues)} dialogues, and none falls into {split} ({RULE}): give more.")
+            raise UserError(f"{title} has {len(items)} {what}, and none falls into {split} ({rule}): give more.")
     return {split: part for split, part in parts.items() if part}
+
+
+def pieces(fitted: Fitted, tokens: np.ndarray, learn: np.ndarray) -> list[tuple[str, bool]]:
+    """A window up to what is learned last, as (text, whether it is learned) pieces. `tokens` (L+1,), `learn` (L,)."""
+    learn = np.trim_zeros(np.concatenate([[0], learn]), "b")
+    cuts = [0, *(np.flatnonzero(np.diff(learn)) + 1).tolist(), len(learn)]
+    return [(fitted.continuation(tokens[:a], tokens[a:b]), bool(learn[a]))
+            for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
 @dataclass(kw_only=True)
@@ -152,11 +174,8 @@ class DialogueData(TextData):
     def example(self) -> list[tuple[str, bool]]:
         """The first training dialogue as (text, whether it is learned) pieces."""
         row = {name: x[0] for name, x in self.train[np.arange(1)].items()}
-        tokens, learn = row["tokens"], row["learn"] * (row["documents"] == 1) if "documents" in row else row["learn"]
-        learn = np.trim_zeros(np.concatenate([[0], learn]), "b")
-        cuts = [0, *(np.flatnonzero(np.diff(learn)) + 1).tolist(), len(learn)]
-        return [(self.fitted.continuation(tokens[:a], tokens[a:b]), bool(learn[a]))
-                for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        own = row["documents"] == 1 if "documents" in row else 1
+        return pieces(self.fitted, row["tokens"], row["learn"] * own)
 
     def validation_bytes(self, limit: int | None = None) -> bytes:
         """The first `limit` bytes of what is learned in the validation split (all by default)."""

@@ -9,6 +9,7 @@ in dialogues.py and the package's `__init__.py`; one in your experiment's file n
 import json
 import lzma
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,25 @@ def checked(name: str, messages: Any) -> Dialogue:
     return name, found
 
 
+def json_lines(path: str, encoding: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(FILE:LINE, object) for each line of a file that is not blank; {} for JSON that is no object. `what`: the lines
+    hold, for the message about an empty file.
+
+    Raises:
+      UserError: the file is unreadable or empty, or a line is not JSON.
+    """
+    text = "".join(read_text(user_path(path), encoding)).removeprefix("\ufeff")
+    if not text.strip():
+        raise UserError(f"{path} is empty: it needs a JSON object per line, with {what}.")
+    for number, line in enumerate(lines_of(text), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise UserError(f"{path}:{number} is not JSON ({e}); each line is an object of its own.") from None
+            yield f"{path}:{number}", row if isinstance(row, dict) else {}
+
+
 @dataclass(frozen=True)
 class Jsonl:
     """A file with a JSON object per line: {"messages": [{"role": ..., "content": ...}, ...]}, the form of OpenAI and
@@ -84,19 +104,9 @@ class Jsonl:
 
     def read(self) -> list[Dialogue]:
         """All lines. UserError, naming the line, if one is not JSON or no dialogue; or for an empty file."""
-        text = "".join(read_text(user_path(self.path), self.encoding)).removeprefix("\ufeff")
-        found = [self._dialogue(f"{self.path}:{number}", line) for number, line in enumerate(lines_of(text), 1)
-                 if line.strip()]
-        if not found:
-            raise UserError(f"{self.path} is empty: it needs a JSON object per line, with the messages of a dialogue.")
-        return found
+        return [self._dialogue(*line) for line in json_lines(self.path, self.encoding, "the messages of a dialogue")]
 
-    def _dialogue(self, name: str, line: str) -> Dialogue:
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{name} is not JSON ({e}); each line is an object of its own.") from None
-        row = row if isinstance(row, dict) else {}
+    def _dialogue(self, name: str, row: dict[str, Any]) -> Dialogue:
         if "messages" in row:
             return checked(name, row["messages"])
         if self.prompt not in row or self.completion not in row:
