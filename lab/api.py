@@ -100,7 +100,11 @@ class Run:
 
         data = self.experiment.data.load()
         check_same(self.folder, self.experiment, data.fingerprint)
-        return data
+        if not getattr(self.experiment.task, "reference", None):
+            return data
+        from lab.train.reference import with_reference
+
+        return with_reference(self.experiment, self._opened[0], data, self.folder)
 
     def batch(self, records: int | Sequence[int] = 32, split: Split = "validation") -> dict[str, Any]:
         """Records of a split after the data's transform: the first `records`, or those with these indices.

@@ -24,7 +24,8 @@ from lab.train.shapes import batch_spec
 from lab.train.step import State
 
 SMALL, QUICK = 10**7, 10**10  # parameters, and FLOPs of a few records, of models that are tried out
-RECORDS = [f"validation {unit}" for unit in ("records", "rows", "windows", "images", "messages", "images, as stored")]
+RECORDS = [f"validation {unit}" for unit in (
+    "records", "rows", "windows", "pairs", "images", "messages", "images, as stored")]
 
 
 def show(experiment: Experiment) -> None:

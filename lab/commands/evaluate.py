@@ -19,6 +19,7 @@ from lab.tasks.base import EvalResult
 from lab.train import evaluation
 from lab.train.description import check_same
 from lab.train.json_files import write_json
+from lab.train.reference import with_reference
 from lab.train.restore import open_run
 from lab.weights.location import is_location
 
@@ -56,12 +57,16 @@ def evaluate(
     """
     if is_location(str(run)):
         found, data, program, state = open_location(run, experiment, step=step, best=best)
+        if getattr(found.task, "reference", None):
+            raise UserError(f"{type(found.task).__name__} compares a model with what it was as its run began, and "
+                            f"{run} are weights without a run: evaluate a run folder.")
         place = output or Path(f"evaluation-{name_of(run)}")
     else:
         no_links(run)
         found, program, state = open_run(run, step, best, file=experiment)
         data, place = found.data.load(), output or run
         check_same(run, found, data.fingerprint)
+        data = with_reference(found, program, data, run)
     if judge is not None and not isinstance(found.task, Adversarial):
         raise UserError("--judge is for a GAN: this run makes no images.")
     name = f"evaluation-{split}-{int(jax.device_get(state.step))}"

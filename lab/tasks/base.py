@@ -87,6 +87,10 @@ class Task:
     fields: ClassVar[tuple[str, ...]] = ()
     """A record must have at least one of these fields."""
 
+    reference: ClassVar[Mapping[str, str]] = {}
+    """Field of a record -> the prediction that it holds, of the model as the run begins. Training and evaluation
+    compute it once: see `lab.train.reference`. The data has zeros there."""
+
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
 

@@ -63,6 +63,19 @@ def _backward(sums: Sums, chunk: int, saved: tuple[Array, Array], cotangents: tu
 over_chunks.defvjp(_forward, _backward)
 
 
+def row_sums(f: Callable[..., Array], chunk: int, hidden_BLD: Array, kernel: Array, *given: Array) -> Array:
+    """``f(hidden_BLD, kernel, *given)``, sums over the positions of each row (B,), added up over chunks as in
+    `over_chunks`.
+
+    Any function of the sums may follow. Its gradient is not known before the last chunk, so the backward pass computes
+    each chunk again.
+    """
+    def body(total_B: Array, part: Any) -> tuple[Array, None]:
+        return total_B + jax.checkpoint(f)(part[0], kernel, *part[1]), None
+
+    return jax.lax.scan(body, jnp.zeros(len(hidden_BLD)), _chunks(chunk, (hidden_BLD, given)))[0]
+
+
 def _chunks(chunk: int, tree: Any) -> Any:
     """(B, L, ...) -> (n, B, C, ...) for every array."""
     def cut(x: Array) -> Array:

@@ -10,6 +10,8 @@ from lab.errors import UserError
 from lab.train import metrics
 from lab.train.evaluation import frozen_paths
 from lab.train.json_files import write_json
+from lab.train.records_on_device import exchanged
+from lab.train.reference import keep_reference, with_reference
 from lab.train.restore import initial_arrays, with_base
 from lab.train.step import State
 
@@ -37,6 +39,19 @@ def first_state(run: Any) -> tuple[State, int]:
         raise UserError(f"--steps {run.experiment.steps} counts all steps, and {report['from']} made {begun} of them: "
                         f"give more.")
     return state, begun
+
+
+def add_reference(run: Any) -> None:
+    """Gives the records and the program of a `TrainingRun` what its task needs of the model as the run begins, if
+    anything, and keeps it in the run folder: see reference.py."""
+    if not getattr(run.experiment.task, "reference", None):
+        return
+    run.screen.progress("Computing the reference ...")
+    state, processes = run.state if run.step == run.begun_at else None, run.stop.processes
+    run.data = with_reference(run.experiment, run.program, run.data, run.folder, state, processes)
+    run.program = exchanged(run.program, run.data.train)
+    if processes.first:
+        keep_reference(run.experiment, run.data, run.folder)
 
 
 def _describe(report: dict[str, Any], frozen: list[str], file: Path) -> str:

@@ -19,7 +19,7 @@ from lab.parallel.processes import ALONE, Processes
 from lab.signals import Stop
 from lab.tasks.base import EvalResult
 from lab.train import metrics
-from lab.train.beginning import first_state, open_rows, open_tensorboard
+from lab.train.beginning import add_reference, first_state, open_rows, open_tensorboard
 from lab.train.check import check_metric, load_data
 from lab.train.checkpoint import Checkpoints
 from lab.train.console import Screen, facts
@@ -107,6 +107,7 @@ class TrainingRun:
         self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes, keep)
         self.state, self.begun_at = first_state(self)
         self.step = int(self.state.step)
+        add_reference(self)
         if self.step % self.program.experiment.steps_per_call:
             raise UserError(f"The run is at step {self.step}, which is not a multiple of --steps-per-call "
                             f"{self.program.experiment.steps_per_call}: resume with --steps-per-call 1.")
@@ -191,9 +192,8 @@ class TrainingRun:
         best = "  (best)" if self.step and self.best_step == self.step else ""
         self.screen.info(f"step {self.step:>6}  validation  {shown(means)}{best}")
         with self.clock.paused("evaluation"):
-            self.evaluated = make_eval_result(
-                self.program, self.state, self.data, "validation", means, counts, self.folder
-            )
+            self.evaluated = make_eval_result(self.program, self.state, self.data, "validation", means, counts,
+                                              self.folder)
             if self.pictures:
                 with forgiving("The snapshot"):
                     self.experiment.task.snapshot(self.evaluated)

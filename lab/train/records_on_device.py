@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -40,3 +41,15 @@ def fits(experiment: Experiment, train: Any) -> bool:
         return resident == "always"
     memory = (jax.devices()[0].memory_stats() or {}) if jax.default_backend() != "cpu" else {}
     return sum(x.nbytes for x in arrays.values()) < memory.get("bytes_limit", 0) / 4
+
+
+def exchanged(program: Any, train: Any) -> Any:
+    """A copy of a `lab.train.program.Program` that reads other training records of the same shapes. Shares what is
+    compiled."""
+    other = copy.copy(program)
+    if program.resident is None:
+        other.train_records = train
+    else:
+        other.resident = jax.device_put(train.arrays, program.everywhere)
+    vars(other).pop("train", None)  # the cached property holds the other records
+    return other
