@@ -1,7 +1,7 @@
 """Fields of records that hold what a reference, the model as a run begins, predicts for them (`Task.reference`).
 
 They are computed once, before the first step, and kept in the run folder. So a step needs no second model, and a
-resumed run and `eval`, whose parameters are others by then, read the same numbers. Without the file they are computed
+resumed run and `evaluate`, whose parameters are others by then, read the same numbers. Without the file they are computed
 again, from where the run began.
 """
 
