@@ -1,8 +1,8 @@
 """Fields of records that hold what a reference, the model as a run begins, predicts for them (`Task.reference`).
 
 They are computed once, before the first step, and kept in the run folder. So a step needs no second model, and a
-resumed run and `evaluate`, whose parameters are others by then, read the same numbers. Without the file they are computed
-again, from where the run began.
+resumed run and `evaluate`, whose parameters are others by then, read the same numbers. Without the file they are
+computed again, from where the run began.
 """
 
 from __future__ import annotations
