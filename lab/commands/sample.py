@@ -66,12 +66,10 @@ def sample(
       output: with --report: the file; by default samples.json in the run folder, or samples-<name>.json in this one.
     """
     check_numbers(new_tokens, temperature, top_k, top_p)
-    if system is not None and not chat:
-        raise UserError("--system needs --chat.")
-    if n < 1:
-        raise UserError(f"--n {n} is out of range.")
-    if output is not None and not report:
-        raise UserError("--output needs --report.")
+    for wrong, why in ((n < 1, f"--n {n} is out of range."), (system is not None and not chat, "--system needs --chat."),
+                       (output is not None and not report, "--output needs --report.")):
+        if wrong:
+            raise UserError(why)
     prompts = [text for text in prompt or ("",) for _ in range(n)]
     how = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "new_tokens": new_tokens,
            "seed": [seed + i for _ in prompt or ("",) for i in range(n)]}
@@ -83,13 +81,15 @@ def sample(
     else:
         texts = _of_run(Path(run), prompts, step, best, experiment, **how)
     if report:
-        place = Path(f"samples-{name_of(Path(run))}.json") if is_location(run) else Path(run) / "samples.json"
-        _report(texts, prompts, how, output or place)
+        _report(texts, prompts, how, output or _place(run))
         return
     for text, continuation in zip(prompts, texts, strict=True):
-        print(continuation if chat else text + continuation)
-        if len(prompts) > 1:
-            print("---")
+        print((continuation if chat else text + continuation) + "\n---" * (len(prompts) > 1))
+
+
+def _place(run: str) -> Path:
+    """Where the report goes by default."""
+    return Path(f"samples-{name_of(Path(run))}.json") if is_location(run) else Path(run) / "samples.json"
 
 
 def _report(texts: Sequence[str], prompts: Sequence[str], how: dict[str, Any], path: Path) -> None:
