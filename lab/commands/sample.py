@@ -66,7 +66,7 @@ def sample(
       output: with --report: the file; by default samples.json in the run folder, or samples-<name>.json in this one.
     """
     check_numbers(new_tokens, temperature, top_k, top_p)
-    for wrong, why in ((n < 1, f"--n {n} is out of range."), (system is not None and not chat, "--system needs --chat."),
+    for wrong, why in ((n < 1, f"--n {n} is out of range."), (system and not chat, "--system needs --chat."),
                        (output is not None and not report, "--output needs --report.")):
         if wrong:
             raise UserError(why)
