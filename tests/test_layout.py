@@ -22,7 +22,7 @@ ROOMS = {
     "data": {"weights.location", "weights.gguf_files", "weights.chat"},
     "models": set(), "optim": {"models"}, "tasks": {"models", "train.plots"},
     "weights": {"configuration.field_types", "models", "pretrained", "data.hugging_face"},
-    "parallel": {"environment"},
+    "harness": set(), "parallel": {"environment"},
     "train": {"adapt", "configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline",
               "data.prefetch", "models.members", "optim.matrices", "tasks.base"},
     "planning": {"experiment", "parallel", "train"},
@@ -129,7 +129,7 @@ def test_no_file_imports_itself_over_others():
 
 
 def test_experiments_import_parts_only():
-    allowed = PARTS | {"adapt", "experiment", "pretrained", "weights"}
+    allowed = PARTS | {"adapt", "experiment", "harness", "pretrained", "weights"}
     for path in (ROOT / "experiments").glob("*.py"):
         found = imports(path.read_text())
         assert {name.split(".")[0] for name in found if not name.startswith("study.design")} <= allowed, path

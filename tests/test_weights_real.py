@@ -1,5 +1,6 @@
 """Real weights, from the packages of the extras `minilm` and `smollm2`, against forward passes in NumPy."""
 
+import gzip
 import importlib.util
 
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from lab.errors import UserError
+from lab.harness.perplexity import text_perplexity
+from lab.harness.scoring import Language
 from lab.train.experiment_file import load
 from lab.weights import find, read
 from lab.weights.location import locate
@@ -89,6 +92,20 @@ def test_smollm2_equals_a_forward_pass_in_numpy():
     rows = found.tensors.read("blk.0.attn_q.weight")
     halves = rows.reshape(9, 2, 32, 576).swapaxes(1, 2).reshape(576, 576)  # a rule without the permutation
     assert np.abs(variables["params"]["block_0"]["attn"]["query"]["kernel"].T - halves).max() > 0.1
+
+
+@needs[SMOLLM2]
+def test_smollm2_has_the_perplexity_that_transformers_gives(shared):
+    """The beginning of WikiText-2's test; stored from transformers 5.24 in float32, on the weights as safetensors."""
+    pytest.importorskip("gguf")
+    model, variables, fitted = read(SMOLLM2)
+    with gzip.open(shared / "data/wikitext2_valid_test/test.txt.gz") as file:
+        text = file.read().decode()[:3000]
+    found = text_perplexity(Language(model, variables, fitted), text, context=256, stride=128)
+    assert (found["tokens"], found["bytes"]) == (830, 3001)
+    assert found["perplexity"] == pytest.approx(20.4717256, rel=1e-4)
+    assert found["perplexity_recipe"] == pytest.approx(20.4786949, rel=1e-4)  # 3.4e-4 away: the recipe's weights
+    assert found["bits_per_byte"] == pytest.approx(np.log2(20.4717256) * 830 / 3001, rel=1e-4)
 
 
 @pytest.mark.parametrize(("location", "name"), [

@@ -10,6 +10,7 @@ import jax
 import tyro
 
 from lab.commands.arguments import call
+from lab.commands.evaluate_text import HarnessFlags, check_unused, evaluate_text
 from lab.commands.location import name_of, open_location
 from lab.data.pipeline import Arrays
 from lab.errors import UserError, forgiving
@@ -19,13 +20,15 @@ from lab.tasks.base import EvalResult
 from lab.train import evaluation
 from lab.train.description import check_same
 from lab.train.json_files import write_json
+from lab.train.program import Program
 from lab.train.reference import with_reference
 from lab.train.restore import open_run
+from lab.train.step import State
 from lab.weights.location import is_location
 
 
 def main(args: Sequence[str]) -> int:
-    """RUN [--step N], or LOCATION --experiment FILE"""
+    """RUN [--step N], or LOCATION --experiment FILE, or either with --tasks NAMES or --text FILE"""
     return call("evaluate", evaluate, args)
 
 
@@ -38,11 +41,14 @@ def evaluate(
     judge: Path | None = None,
     experiment: Path | None = None,
     output: Path | None = None,
+    more: Annotated[HarnessFlags, tyro.conf.arg(name="")] = HarnessFlags(),  # noqa: B008 (frozen)
 ) -> None:
     """Evaluates a checkpoint of a run and writes the task's full report to evaluation-<split>-<step>/ in its folder.
 
     Or evaluates pretrained weights on the data and the task of an experiment: ./launch.sh evaluate hf:ORG/NAME
     --experiment FILE.
+
+    A language model, of a run or a location, also by --tasks or --text: see lab/harness/README.md.
 
     Args:
       run: the run folder; or weights: a folder with config.json, a .gguf file, hf:ORG/NAME or package:NAME/PATH.
@@ -55,18 +61,13 @@ def evaluate(
         needed if it defines classes and was not run on this machine.
       output: the folder to write to, for a run by default its own, for weights evaluation-<name> in this folder.
     """
-    if is_location(str(run)):
-        found, data, program, state = open_location(run, experiment, step=step, best=best)
-        if getattr(found.task, "reference", None):
-            raise UserError(f"{type(found.task).__name__} compares a model with what it was as its run began, and "
-                            f"{run} are weights without a run: evaluate a run folder.")
-        place = output or Path(f"evaluation-{name_of(run)}")
-    else:
-        no_links(run)
-        found, program, state = open_run(run, step, best, file=experiment)
-        data, place = found.data.load(), output or run
-        check_same(run, found, data.fingerprint)
-        data = with_reference(found, program, data, run)
+    if more.tasks is not None or more.text is not None:
+        others = {"--experiment": experiment if is_location(str(run)) else None, "--records": records,
+                  "--judge": judge, "--split": None if split == "validation" else split}
+        return evaluate_text(run, step, best, experiment, output, more, others)
+    check_unused(more)
+    found, data, program, state, place = _open(run, step, best, experiment)
+    place = output or place
     if judge is not None and not isinstance(found.task, Adversarial):
         raise UserError("--judge is for a GAN: this run makes no images.")
     name = f"evaluation-{split}-{int(jax.device_get(state.step))}"
@@ -85,6 +86,21 @@ def evaluate(
         for line in found.task.artifacts(outcome):
             print(line)
     print(f"Written to {place / name}.json and {folder}")
+
+
+def _open(run: Path, step: int | None, best: bool, experiment: Path | None) -> tuple[Any, Any, Program, State, Path]:
+    """(experiment, data, program, state, the folder to write to) of a run or of pretrained weights."""
+    if is_location(str(run)):
+        found, data, program, state = open_location(run, experiment, step=step, best=best)
+        if getattr(found.task, "reference", None):
+            raise UserError(f"{type(found.task).__name__} compares a model with what it was as its run began, and "
+                            f"{run} are weights without a run: evaluate a run folder.")
+        return found, data, program, state, Path(f"evaluation-{name_of(run)}")
+    no_links(run)
+    found, program, state = open_run(run, step, best, file=experiment)
+    data = found.data.load()
+    check_same(run, found, data.fingerprint)
+    return found, with_reference(found, program, data, run), program, state, run
 
 
 def _judged(outcome: EvalResult, judge: Path, number: int = 2000) -> dict[str, Any]:

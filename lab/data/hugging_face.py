@@ -170,7 +170,7 @@ def _piece(model: dict[str, Any], byte_level: bool, byte: dict[str, int], name: 
 
 
 class FittedHuggingFace(Fitted):
-    """A tokenizer of the library. `decode` is the library's."""
+    """A tokenizer of the library. `decode` is the library's. `begin`: the id of its begin-of-text token, or None."""
 
     pads = True  # its ids stay
 
@@ -179,12 +179,17 @@ class FittedHuggingFace(Fitted):
         self._file, self.config = found.file, found.config  # special tokens and chat_template
         super().__init__(found.pieces, self._ids, found.id("eos_token"), state)
         self.byte_counts[found.special] = 0
+        self.begin = found.id("bos_token")
         pad = found.id("pad_token", "eos_token")
         self.pad = 0 if pad is None else pad
 
     def _ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=self._adds)
         return [np.array(one.ids, np.int32) for one in found]
+
+    def encode_plain(self, text: str) -> np.ndarray:
+        """The ids of one text without the tokens that the tokenizer adds, int32 (n,)."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """The ids of a rendered chat, int32 (n,): spelled special tokens are special, and none is added."""

@@ -36,6 +36,11 @@ def predict(program: Program, state: State, records: Any) -> dict[str, np.ndarra
     return program.predict(state, records, eval_batches(records, program.eval_batch, rows=program.eval_rows))
 
 
+def own_variables(model: Any, variables: Any) -> Any:
+    """The variables, for `Program.compute`: averaged where the optimizer averages, in the compute type."""
+    return variables
+
+
 def evaluate(program: Program, state: State, data: Any, split: str, folder: Path,
              records: int | None = None, stop: Callable[[], bool] = lambda: False) -> EvalResult | None:
     """Evaluates `state` on a split, or on `records` evenly spaced records. None if `stop` returned True before the end.

@@ -1,0 +1,1 @@
+"""The field's evaluation harness (lm-eval) on our language models, and the perplexity of a text."""
