@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from lab.configuration.field_types import check_types
 from lab.configuration.limits import check_devices, check_numbers, check_parallel
-from lab.configuration.protocols import DataPart, ModelPart, OptimPart, StartPart, TaskPart
+from lab.configuration.protocols import DataPart, HarnessPart, ModelPart, OptimPart, StartPart, TaskPart
 from lab.configuration.values import digest, flat, to_json
 from lab.errors import UserError
 from lab.pretrained import Adapt, Pretrained
@@ -35,6 +35,8 @@ class Evaluate:
     """Whether a lower (min) or a higher (max) metric is better."""
     patience: int | None = None
     """Stop after this many consecutive evaluations without a new best; None: never."""
+    harness: HarnessPart | None = field(default=None, metadata={"fingerprint": "if set"})
+    """Benchmarks of a finished run, such as Harness(("blimp",)) of lab/harness; None: none."""
 
 
 @dataclass(frozen=True)
@@ -161,19 +163,18 @@ class Experiment:
         check_numbers(flat(to_json(self)))
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed must be in [0, 2^32), not {self.seed}.")
-        for name, least in (("steps", 1), ("batch", 1), ("grad_accum_steps", 1), ("steps_per_call", 1)):
-            _at_least(f"--{name}", getattr(self, name), least)
+        for name in ("steps", "batch", "grad_accum_steps", "steps_per_call", "virtual_shards"):
+            _at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         if self.batch % self.grad_accum_steps:
             raise UserError(f"--batch {self.batch} is not divisible by --grad-accum-steps {self.grad_accum_steps}.")
         _at_least("--evaluate.every", self.evaluate.every, 0)
-        _at_least("--evaluate.records", self.evaluate.records, 1)
-        _at_least("--evaluate.patience", self.evaluate.patience, 1)
+        for name in ("records", "patience"):
+            _at_least(f"--evaluate.{name}", getattr(self.evaluate, name), 1)
         _at_least("--checkpoint.every", self.checkpoint.every, 0)
         _at_least("--checkpoint.keep", self.checkpoint.keep, 1)
         _at_least("--checkpoint.permanent", self.checkpoint.permanent, 1)
         _at_least("--log.every", self.log.every, 1)
         self.mesh.validate()
-        _at_least("--virtual-shards", self.virtual_shards, 1)
         check_parallel(self)
         for flag, value in (("--steps", self.steps), ("--evaluate.every", self.evaluate.every),
                             ("--checkpoint.every", self.checkpoint.every),
@@ -181,7 +182,7 @@ class Experiment:
             if (value or 0) % self.steps_per_call:
                 raise UserError(f"{flag} {value} is not a multiple of --steps-per-call {self.steps_per_call}.")
         self.optim.validate(self.steps)
-        for part in (self.data, self.model, self.task, self.init_from, self.adapt):
+        for part in (self.data, self.model, self.task, self.init_from, self.adapt, self.evaluate.harness):
             if hasattr(part, "validate"):  # optional in a user's model
                 part.validate()
         check_model(self.model, self.data.metadata())

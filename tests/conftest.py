@@ -50,6 +50,7 @@ MARKS = {
     "test_chunks": "slow",
     "test_forks": "slow",
     "test_weights_real": "slow",
+    "test_harness_study": "slow",
     "test_distributed": "processes",
     "test_launch_slurm": "clusters",
     "test_launch_hosts": "clusters",

@@ -50,3 +50,17 @@ class StartPart(Protocol):
 
     def frozen_rules(self) -> tuple[tuple[str, float], ...]:
         """Learning-rate multipliers (path regex, 0.0) of the frozen parameters."""
+
+
+@runtime_checkable
+class HarnessPart(Protocol):
+    """What evaluates the model when a run ends, such as Harness(...). See lab/harness/value.py."""
+
+    def metrics(self) -> list[str]:
+        """Names of the numbers."""
+
+    def check(self, model: Any, data: Any) -> None:
+        """Raises UserError before training for what would fail after it."""
+
+    def evaluate(self, model: Any, variables: Any, data: Any, run: Any, write_files: bool) -> dict[str, float]:
+        """The numbers; `run` is the run folder."""

@@ -49,6 +49,8 @@ def check_data(experiment: Experiment, data: Any) -> None:
             about_model = "output" in str(e)
             place = where(type(experiment.model) if about_model else type(experiment.data).load)
             raise UserError(f"{place}{e}") from None
+    if experiment.evaluate.harness is not None:
+        experiment.evaluate.harness.check(experiment.model, data)
 
 
 def _check_records(what: str, records: Any, spec: Mapping[str, Any]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+import jax
+
 from lab.data.pipeline import train_indices
 from lab.errors import UserError, forgiving
 from lab.signals import EXIT
 from lab.tasks.base import EvalResult
 from lab.train import plots
-from lab.train.evaluation import evaluate
+from lab.train.evaluation import evaluate, own_variables
 from lab.train.progress import describe_result
 from lab.train.restore import with_base
 from lab.train.run_folder import write_diverged, write_result
@@ -61,6 +63,8 @@ def finish(run: Any) -> int:
         outcome = evaluate(run.program, state, run.data, split, run.folder, limit, run.stop)
     if outcome is None or run.stop():
         return interrupted(run)
+    if run.experiment.evaluate.harness is not None:
+        result["harness"] = _benchmarks(run, state)
     if split == "test":
         result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
         if run.rows.rows[-1]["split"] != "test":
@@ -76,6 +80,15 @@ def finish(run: Any) -> int:
         run.screen.info(f"{signal.Signals(run.stop.signal).name}: the run is finished{rest}.")
         return EXIT[run.stop.signal]
     return 0
+
+
+def _benchmarks(run: Any, state: State) -> dict[str, float]:
+    """The numbers of `Evaluate.harness` for a state. Every process computes them on its own devices."""
+    variables = run.program.compute(state, own_variables)
+    found = run.experiment.evaluate.harness.evaluate(run.experiment.model, variables, run.data, run.folder,
+                                                     jax.process_index() == 0)
+    run.screen.info("  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    return found
 
 
 def _show(run: Any, outcome: EvalResult) -> bool:

@@ -131,7 +131,8 @@ ARM = {"name": str, "changes": dict[str, Any], "fingerprint": str, "fork": int |
        **dict.fromkeys(("parameters", "flops_per_step", "memory_bytes"), Number | None)}
 CELL = {"arm": str, "seed": int, "status": str, "mode": str | None, "seconds": Number | None, "error": str | None,
         "fingerprint": str | None, "code": dict[str, str] | None}
-RESULT = {"final": dict[str, Any], "best": dict[str, Any], "test": dict[str, Any], "seconds_per_step": Number}
+RESULT = {"final": dict[str, Any], "best": dict[str, Any], "test": dict[str, Any], "seconds_per_step": Number,
+          "harness": dict[str, Number]}
 ENVIRONMENT = {"devices": list[str] | None, "versions": dict[str, Any] | None, "settings": dict[str, Any] | None}
 UNIT = {"name": str, "cells": list[str], "group": int}
 
@@ -242,8 +243,9 @@ def read_cell(study_folder: Path, study: Results, arm: str, seed: int, code: dic
 
 
 def _metric(result: dict[str, Any], study: Results, folder: Path) -> float:
-    """The study's metric, at the end of the run or on the test split; accepts NaN as JSON writes it."""
+    """The study's metric, at the end of the run, on the test split or of a benchmark; accepts NaN as JSON writes it."""
     row = result.get("final" if study.split == "validation" else study.split)
+    row = row | result.get("harness", {}) if isinstance(row, dict) else row
     if not isinstance(row, dict) or not isinstance(row.get(study.metric), int | float):
         raise UserError(f"{folder / 'result.json'} has no {study.metric} of the {study.split} split; it has "
                         f"{', '.join(k for k in (row or result) if k not in ('step', 'split'))}. Name one of these as "
@@ -323,7 +325,7 @@ def cells_csv(results: Results) -> str:
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    numbers = {id(c): {f"{part}.{name}": value for part in ("final", "best", "test")
+    numbers = {id(c): {f"{part}.{name}": value for part in ("final", "best", "test", "harness")
                        if isinstance(c.result.get(part), dict)
                        for name, value in c.result[part].items() if isinstance(value, int | float)}
                for c in results.cells}

@@ -76,10 +76,11 @@ def preflight(study: Study) -> list[Arm]:
         except (TypeError, ValueError, LookupError, AttributeError, FlaxError) as e:  # raised by model or task code
             reason = str(e).strip().partition("\n")[0]
             raise UserError(f"Arm {name} cannot be built: {type(e).__name__}: {reason}") from e
-        for metric in (study.metric, experiment.evaluate.metric):
-            if metric not in produced:
-                near = difflib.get_close_matches(metric, produced, n=1)
-                raise UserError(f"Arm {name} does not produce the metric {metric!r}; there are {', '.join(produced)}."
+        benchmarks = experiment.evaluate.harness.metrics() if experiment.evaluate.harness else []
+        for metric, known in ((study.metric, produced + benchmarks), (experiment.evaluate.metric, produced)):
+            if metric not in known:
+                near = difflib.get_close_matches(metric, known, n=1)
+                raise UserError(f"Arm {name} does not produce the metric {metric!r}; there are {', '.join(known)}."
                                 + (f" Perhaps you meant {near[0]}." if near else ""))
         after = stated or (acts_from(base, experiment) if name != BASE else 0)
         after = after if stated or after >= WORTH * experiment.steps else 0

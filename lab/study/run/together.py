@@ -26,6 +26,7 @@ from lab.train.console import Screen, clock
 from lab.train.fitted import write_fitted
 from lab.train.restore import initial_arrays
 from lab.train.run_folder import open_folder, write_diverged, write_result
+from lab.train.step import eval_variables
 
 
 def run_together(stacked: Stacked, cells: Sequence[Cell], folders: Sequence[Path], home: Path, data: Any,
@@ -199,6 +200,9 @@ class _Together:
                 result["test"] = {"step": self.step, "split": "test", **tested[c]}
                 if self.rows[c].rows[-1]["split"] != "test":
                     self.rows[c].append(result["test"])
+            if settings.harness is not None:
+                variables = eval_variables(self.cells[c].experiment, states[c])
+                result["harness"] = settings.harness.evaluate(self.experiment.model, variables, self.data, folder)
             write_result(folder, result, self.rows[c].mark())
         return 0, self.lives
 
