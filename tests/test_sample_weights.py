@@ -119,5 +119,27 @@ def test_several_texts_of_a_prompt_and_their_report(tiny, typed, tmp_path, monke
     assert [row["seed"] for row in written["samples"]] == [4, 5, 6]
     assert written["statistics"]["texts"] == 3 and written["settings"]["temperature"] == 2
     assert typed(*how, "--report", "--output", tmp_path / "mine.json")[0] == 0 and (tmp_path / "mine.json").is_file()
-    for words, message in ((("--n", "0"), "--n 0 is out of range"), (("--output", "x"), "--output needs --report")):
+    for words, message in ((("--n", "0"), "--n 0 is out of range"), (("--output", "x"), "--output needs --report"),
+                           (("--judge", "x"), "--judge needs --report"),
+                           (("--report", "--judge", "nowhere"), "nowhere is not a run folder")):
         assert message in typed(*how, *words)[2]
+
+
+def test_a_judge_gives_the_perplexity_of_the_texts(tiny, typed, tmp_path):
+    """Beside a forward pass of each text without padding."""
+    folder, model, params = tiny
+    fitted = tokenizer_of(str(folder), model)
+    status, out, _ = typed(folder, "--prompt", "one two", "three", "--n", "2", "--new-tokens", "5", "--report",
+                           "--judge", folder, "--output", tmp_path / "report.json")
+    assert status == 0 and "judge_perplexity" in out
+    written = json.loads((tmp_path / "report.json").read_text())
+    own, whole = [], []
+    for row in written["samples"]:
+        before = fitted.encode(row["prompt"])
+        ids = np.concatenate([before, fitted.encode(row["text"])])
+        logits = model.apply({"params": params}, jnp.asarray(ids[None, :-1]), train=False)[0]
+        losses = -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
+        own, whole = [*own, *losses[len(before) - 1:]], [*whole, *losses]
+    found = written["statistics"]["judge_perplexity"]
+    assert found == pytest.approx(np.exp(np.mean(own)), rel=1e-5)
+    assert found != pytest.approx(np.exp(np.mean(whole)), rel=1e-3)  # negative control: with the prompts

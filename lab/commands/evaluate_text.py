@@ -87,12 +87,12 @@ def evaluate_text(run: Path, step: int | None, best: bool, experiment: Path | No
         no_links(run)
     if text is not None:
         content = read_text(text)
-        language, of_step = _open(run, step, best, experiment, flags.batch)
+        language, of_step = open_language(run, step, best, experiment, flags.batch)
         row = text_perplexity(language, content, flags.context, flags.stride)
         written = make_folder(place / of_step) / f"text-{file_name(text.stem)}.json"
         write_json(written, {"text": str(text), **row})
     else:
-        opened = functools.cache(lambda: _open(run, step, best, experiment, flags.batch))
+        opened = functools.cache(lambda: open_language(run, step, best, experiment, flags.batch))
         results = run_tasks(lambda: opened()[0], names, flags.data, flags.limit)
         row = numbers_of(results)
         written = write({"model_name": str(run), **results}, place / opened()[1], "+".join(names))[0]
@@ -102,8 +102,9 @@ def evaluate_text(run: Path, step: int | None, best: bool, experiment: Path | No
     print(f"Written to {written}" + ("" if text is not None else " and, item by item, samples_*.jsonl beside it"))
 
 
-def _open(run: Path, step: int | None, best: bool, experiment: Path | None, batch: int | None) -> tuple[Language, str]:
-    """(model with its tokenizer, "step-<n>" or "")."""
+def open_language(run: Path, step: int | None = None, best: bool = False, experiment: Path | None = None,
+                  batch: int | None = None) -> tuple[Language, str]:
+    """(model with its tokenizer, "step-<n>" or ""), of a run or a location. UserError if it continues no text."""
     if is_location(str(run)):
         return Language(*language_model(str(run)), batch), ""
     found, program, state = open_run(run, step, best, file=experiment)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from lab.commands.arguments import call
+from lab.commands.evaluate_text import open_language
 from lab.commands.location import name_of
 from lab.commands.sample_weights import check_flags, sample_weights
 from lab.errors import UserError
+from lab.harness.scoring import score
 from lab.models.generate import check_numbers, sample_texts
 from lab.tasks.text_quality import quality_table, text_quality
 from lab.train.fitted import data_of
@@ -43,6 +47,7 @@ def sample(
     system: str | None = None,
     report: bool = False,
     output: Path | None = None,
+    judge: Path | None = None,
 ) -> None:
     """Continues texts with a trained language model, or with pretrained weights.
 
@@ -64,10 +69,13 @@ def sample(
       report: print statistics of all continuations instead of these (length, distinct-1 and -2, repetition of 4-grams,
         self-BLEU), and write both to a JSON file.
       output: with --report: the file; by default samples.json in the run folder, or samples-<name>.json in this one.
+      judge: with --report: a run or a location of another language model, for the perplexity of the continuations.
     """
     check_numbers(new_tokens, temperature, top_k, top_p)
     for wrong, why in ((n < 1, f"--n {n} is out of range."), (system and not chat, "--system needs --chat."),
-                       (output is not None and not report, "--output needs --report.")):
+                       (chat and not is_location(run), f"--chat needs pretrained weights with a chat template; {run} is "
+                                                       f"none."),
+                       ((output or judge) and not report, f"--{'output' if output else 'judge'} needs --report.")):
         if wrong:
             raise UserError(why)
     prompts = [text for text in prompt or ("",) for _ in range(n)]
@@ -76,12 +84,10 @@ def sample(
     if is_location(run):
         check_flags(run, step, best, experiment)
         texts = sample_weights(run, prompts, chat=chat, system=system, **how)
-    elif chat:
-        raise UserError(f"--chat needs pretrained weights with a chat template; {run} is none.")
     else:
         texts = _of_run(Path(run), prompts, step, best, experiment, **how)
     if report:
-        _report(texts, prompts, how, output or _place(run))
+        _report(texts, prompts, how, output or _place(run), judge)
         return
     for text, continuation in zip(prompts, texts, strict=True):
         print((continuation if chat else text + continuation) + "\n---" * (len(prompts) > 1))
@@ -92,13 +98,31 @@ def _place(run: str) -> Path:
     return Path(f"samples-{name_of(Path(run))}.json") if is_location(run) else Path(run) / "samples.json"
 
 
-def _report(texts: Sequence[str], prompts: Sequence[str], how: dict[str, Any], path: Path) -> None:
+def _report(texts: Sequence[str], prompts: Sequence[str], how: dict[str, Any], path: Path, judge: Path | None) -> None:
     found = [{"prompt": prompt, "seed": seed, "text": text}
              for prompt, seed, text in zip(prompts, how.pop("seed"), texts, strict=True)]
-    values = text_quality(texts)
+    values = text_quality(texts) | (_judged(judge, prompts, texts) if judge else {})
     print("\n".join(quality_table({"samples": values})))
-    write_json(path, {"statistics": values, "settings": how, "samples": found})
+    write_json(path, {"statistics": values, "settings": how, "judge": judge and str(judge), "samples": found})
     print(f"Written to {path}")
+
+
+def _judged(judge: Path, prompts: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
+    """Perplexity and bits per byte of texts after their prompts, under another language model. A text longer than its
+    context is cut at the beginning; the first token of a text without a prompt is not counted, if nothing stands for
+    the beginning of a text."""
+    language = open_language(judge)[0]
+    encode, start = language.text.encode, [] if language.text.eot is None else [language.text.eot]
+    rows = [([*encode(prompt)] or start, [*encode(text)]) for prompt, text in zip(prompts, texts, strict=True) if text]
+    rows = [(before + own, len(own)) for before, own in rows if len(before + own) > 1]
+    if not rows:
+        return {}
+    scored = score(language, [ids[-language.context - 1:] for ids, _ in rows])
+    logs = np.concatenate([log[-count:] for (log, _), (_, count) in zip(scored, rows, strict=True)])
+    size = sum(int(language.text.byte_counts[ids[-len(log[-count:]):]].sum())
+               for (log, _), (ids, count) in zip(scored, rows, strict=True))
+    loss = float(-logs.sum(dtype=np.float64))
+    return {"judge_perplexity": math.exp(loss / len(logs)), "judge_bits_per_byte": loss / math.log(2) / size}
 
 
 def _of_run(run: Path, prompts: list[str], step: int | None, best: bool, experiment: Path | None,
