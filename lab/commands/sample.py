@@ -72,12 +72,11 @@ def sample(
       judge: with --report: a run or a location of another language model, for the perplexity of the continuations.
     """
     check_numbers(new_tokens, temperature, top_k, top_p)
-    for wrong, why in ((n < 1, f"--n {n} is out of range."), (system and not chat, "--system needs --chat."),
-                       (chat and not is_location(run), f"--chat needs pretrained weights with a chat template; {run} is "
-                                                       f"none."),
-                       ((output or judge) and not report, f"--{'output' if output else 'judge'} needs --report.")):
-        if wrong:
-            raise UserError(why)
+    needs = {"--system needs --chat.": (system, chat), "--output needs --report.": (output, report),
+             "--judge needs --report.": (judge, report), f"--n {n} is out of range.": (n, n > 0),
+             f"--chat needs pretrained weights with a chat template; {run} is none.": (chat, is_location(run))}
+    if wrong := [why for why, (flag, needed) in needs.items() if flag is not None and flag is not False and not needed]:
+        raise UserError(wrong[0])
     prompts = [text for text in prompt or ("",) for _ in range(n)]
     how = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "new_tokens": new_tokens,
            "seed": [seed + i for _ in prompt or ("",) for i in range(n)]}
