@@ -22,10 +22,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
-SHORTEST = 16
+SHORTEST = 8
 ROWS = PartitionSpec("rows")
 # (bytes of logits and activations, tokens) of a microbatch: enough to keep a device busy.
-CPU, ACCELERATOR = (512 << 20, 1024), (4 << 30, 16384)
+CPU, ACCELERATOR = (512 << 20, 512), (4 << 30, 16384)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Language:
 
 
 def padded_length(tokens: int, context: int) -> int:
-    """The length that a row is padded to: 2^n or 3 * 2^n, at least 16, at most the context."""
+    """The length that a row is padded to: 2^n or 3 * 2^n, at least 8, at most the context."""
     length = SHORTEST
     while length < tokens:
         length = length * 3 // 2 if length & (length - 1) == 0 else length // 3 * 4
