@@ -43,6 +43,7 @@ MARKS = {
     "test_gan": "slow",
     "test_pretrained": "slow",
     "test_lora": "slow",
+    "test_harness": "slow",
     "test_prefer": "slow",
     "test_continue": "slow",
     "test_launch": "slow",

@@ -60,7 +60,7 @@ class Assistant(LanguageModel):
         dialogues = self._dialogues(outcome)
         models = {"model": self._answers(outcome)}
         if (path := outcome.folder / BEFORE).is_file():
-            models = {"before": json.loads(path.read_text()), "after": models["model"]}
+            models = {"before": json.loads(path.read_text("utf-8")), "after": models["model"]}
         references = [messages[-1]["content"] for messages in dialogues]
         values = {name: text_quality(texts) | slot_scores(references, texts) for name, texts in models.items()}
         values["real answers"] = text_quality(references)
