@@ -26,6 +26,7 @@ ROOMS = {
     "train": {"adapt", "configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline",
               "data.prefetch", "models.members", "optim.matrices", "tasks.base"},
     "planning": {"experiment", "parallel", "train"},
+    "serve": {"models"},
     "launch": {"environment", "commands.arguments", "experiment", "parallel.shared_secret"},
     "api": {"experiment", "parallel", "train"},
 }

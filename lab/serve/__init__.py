@@ -1,0 +1,1 @@
+"""A trained or pretrained model for users, over HTTP."""
