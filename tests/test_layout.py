@@ -30,6 +30,7 @@ ROOMS = {
     "launch": {"environment", "commands.arguments", "experiment", "parallel.shared_secret"},
     "api": {"experiment", "parallel", "train"},
 }
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 EVERY = {"", "__main__", "bootstrap", "commands", "study"}  # may import all rooms
 
 
@@ -95,7 +96,7 @@ def test_the_import_rule_sees_a_violation():
 def defined(path: Path) -> set[str]:
     """The names that a file defines itself, not by an import."""
     return {getattr(node, "name", getattr(node, "id", "")) for node in ast.walk(parsed(path))
-            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            if isinstance(node, FUNCTION | ast.ClassDef)
             or isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
@@ -143,7 +144,7 @@ def test_sizes_and_names():
         tree, lines = parsed(path), path.read_text().count("\n")
         assert lines <= 350, f"{path} has {lines} lines"
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, FUNCTION):
                 length = node.end_lineno - node.lineno + 1
                 assert length <= 60, f"{path}: {node.name} has {length} lines"
     for path in (ROOT / "experiments").glob("*.py"):
@@ -164,10 +165,10 @@ def test_the_reading_path_does_not_grow():
 def test_public_functions_have_docstrings_and_types():
     for path in FILES:
         for node in parsed(path).body:
-            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            public = isinstance(node, FUNCTION | ast.ClassDef) and not node.name.startswith("_")
             if public:
                 assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
-            if public and isinstance(node, ast.FunctionDef):
+            if public and isinstance(node, FUNCTION):
                 arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
                 assert all(a.annotation for a in arguments) and node.returns, f"{path}: {node.name} lacks type hints"
 

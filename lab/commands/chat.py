@@ -62,7 +62,7 @@ def chat(run: Annotated[str, tyro.conf.Positional], system: str | None = None, n
         check_flags(run, step, best, experiment)
         (model, variables, text), own = language_model(run), None
     else:
-        model, variables, text, own = _run(Path(run), step, best, experiment)
+        model, variables, text, own = run_language_model(Path(run), step, best, experiment)
     template = getattr(text, "config", {}).get("chat_template")
     if system is not None and not (template or own):
         raise UserError(f"--system needs a chat template, and {run} has none.")
@@ -71,12 +71,17 @@ def chat(run: Annotated[str, tyro.conf.Positional], system: str | None = None, n
     session = Session(model, variables["params"], vocab=text.size, seed=seed,
                       temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
     opening = [] if system is None else [{"role": "system", "content": system}]
-    written = functools.partial(text.encode_messages, answers=True, title=run) if template else _plain(text)
+    written = functools.partial(text.encode_messages, answers=True, title=run) if template else plain_prompt(text)
     Talk(session, text, own or written, opening, min(new_tokens, model.context // 2)).go()
 
 
-def _run(run: Path, step: int | None, best: bool, experiment: Path | None) -> tuple[Any, Any, Any, Any]:
-    """Model, variables, tokenizer; and how dialogues are written, if the run learned from dialogues."""
+def run_language_model(run: Path, step: int | None, best: bool,
+                       experiment: Path | None) -> tuple[Any, Any, Any, Any]:
+    """Model, variables, tokenizer; and how dialogues are written, if the run learned from dialogues.
+
+    Raises:
+      UserError: no such run or checkpoint, or a run of no language model.
+    """
     import jax
 
     from lab.train.fitted import data_of
@@ -93,7 +98,8 @@ def _run(run: Path, step: int | None, best: bool, experiment: Path | None) -> tu
     return found.model, jax.device_get(eval_variables(found, state)), text, getattr(data, "prompt_ids", None)
 
 
-def _plain(text: Any) -> Callable[[list[Message]], Sequence[int]]:
+def plain_prompt(text: Any) -> Callable[[list[Message]], Sequence[int]]:
+    """Messages -> ids where there is no chat template: the text of all of them."""
     start = [] if text.eot is None else [text.eot]
     return lambda messages: start + text.encode("".join(m["content"] for m in messages)).tolist()
 

@@ -1,0 +1,108 @@
+"""The web application around a service: models, health, the API key, errors in JSON."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Route
+
+from lab.serve.fields import Problem
+from lab.serve.requests import Json, Limits
+
+OPEN = ("/", "/healthz", "/readyz")  # paths that need no key
+
+
+class Service(Protocol):
+    """What a kind of model offers. `start` begins to compile; `close` ends all within some seconds."""
+
+    name: str
+    kind: str
+
+    @property
+    def ready(self) -> bool: ...
+    def start(self) -> None: ...
+    def close(self, seconds: float) -> bool: ...
+    def described(self) -> dict[str, Any]: ...
+    def routes(self) -> list[Route]: ...
+
+
+class Guard:
+    """ASGI middleware: the key, if there is one, and no work before everything is compiled."""
+
+    def __init__(self, app: Any, service: Service, key: str | None):
+        self._app, self._service = app, service
+        self._key = None if key is None else f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if self._key is not None and not hmac.compare_digest(given, self._key):
+                problem = Problem(401, "This server needs its key: Authorization: Bearer LAB_API_KEY.")
+                return await problem_response(problem)(scope, receive, send)
+            if scope["method"] == "POST" and not self._service.ready:
+                problem = Problem(503, "The model is not compiled yet.", after=5)
+                return await problem_response(problem)(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
+def problem_response(problem: Problem) -> Json:
+    """The response of a problem."""
+    headers = {} if problem.after is None else {"Retry-After": str(problem.after)}
+    headers |= {"WWW-Authenticate": "Bearer"} if problem.status == 401 else {}
+    headers |= {"Connection": "close"} if problem.status == 408 else {}  # else its body would still come
+    return Json(problem.body(), problem.status, headers)
+
+
+async def _on_problem(request: Request, error: Problem) -> Json:
+    return problem_response(error)
+
+
+async def _on_http(request: Request, error: HTTPException) -> Json:
+    said = {404: "There is nothing at this path.", 405: "This path has another method."}
+    found = problem_response(Problem(error.status_code, said.get(error.status_code, str(error.detail))))
+    found.headers.update(error.headers or {})
+    return found
+
+
+async def _on_bug(request: Request, error: Exception) -> Json:
+    return problem_response(Problem(500, "The server failed at this request; it goes on."))
+
+
+def build(service: Service, *, limits: Limits, key: str | None = None) -> Starlette:
+    """The application. `key`: the API key that requests must have."""
+    created = int(time.time())
+
+    def described() -> dict[str, Any]:
+        return {"id": service.name, "object": "model", "created": created, "owned_by": "lab", "kind": service.kind,
+                **service.described()}
+
+    async def models(request: Request) -> Json:
+        return Json({"object": "list", "data": [described()]})
+
+    async def model(request: Request) -> Json:
+        if request.path_params["name"] != service.name:
+            raise Problem(404, f"There is no model of this name here; there is {service.name}.", "model")
+        return Json(described())
+
+    async def healthz(request: Request) -> Json:
+        return Json({"status": "alive"})
+
+    async def readyz(request: Request) -> Json:
+        if not service.ready:
+            raise Problem(503, "The model is not compiled yet.", after=5)
+        return Json({"status": "ready"})
+
+    routes: list[BaseRoute] = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/v1/models", models),
+                               Route("/v1/models/{name:path}", model), *service.routes()]
+    handlers: Any = {Problem: _on_problem, HTTPException: _on_http, Exception: _on_bug}
+    app = Starlette(routes=routes, exception_handlers=handlers,
+                    middleware=[Middleware(Guard, service=service, key=key)])
+    app.state.limits = limits
+    return app
