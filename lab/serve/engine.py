@@ -98,7 +98,8 @@ class Engine:
         with self._wake:
             if self._closing:
                 raise Closed("the engine is stopping")
-            if len(self.waiting) >= self.limit:
+            # A free slot counts: a request waits in the queue until the thread takes it.
+            if len(self.running) + len(self.waiting) >= len(self._used) + self.limit:
                 turns = (len(self.waiting) + 1) / len(self._used)
                 raise Busy(max(1, min(60, math.ceil(turns * self._seconds))))
             self.waiting.append(request)
@@ -182,10 +183,9 @@ class Engine:
                 if not self.waiting:
                     return
                 request = self.waiting.popleft()
-            slot, known = self._choose(request.ids)
-            self.slots.rewind(slot, known)
-            request.reused = known
-            self.running[slot] = request
+                slot, request.reused = self._choose(request.ids)
+                self.running[slot] = request
+            self.slots.rewind(slot, request.reused)
 
     def _choose(self, ids: Sequence[int]) -> tuple[int, int]:
         """(slot, how many of `ids` its cache already begins with). A text that the new one continues is taken up if
