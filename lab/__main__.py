@@ -44,7 +44,7 @@ def overview() -> str:
 COMMANDS = {
     "sample": ("sample", "RUN --prompt TEXT: continue a text with a trained model; --chat: ask pretrained weights"),
     "chat": ("chat", "RUN|LOCATION: talk with a language model in the terminal"),
-    "serve": ("serve", "RUN|LOCATION: a model for others, over HTTP: OpenAI's API"),
+    "serve": ("serve", "RUN|LOCATION: text by OpenAI's API, predictions or embeddings, over HTTP"),
     "evaluate": ("evaluate", "RUN: evaluate a checkpoint, or pretrained weights, and write the task's full report"),
     "predict": ("predict", "RUN --input FILE: predictions for new records, as CSV"),
     "export": ("export", "RUN --to FOLDER|FILE.gguf: a trained GPT for Hugging Face's transformers, or llama.cpp"),

@@ -62,7 +62,10 @@ def chat(run: Annotated[str, tyro.conf.Positional], system: str | None = None, n
         check_flags(run, step, best, experiment)
         (model, variables, text), own = language_model(run), None
     else:
-        model, variables, text, own = run_language_model(Path(run), step, best, experiment)
+        from lab.train.restore import open_run
+
+        found, _, state = open_run(Path(run), step, best, file=experiment)
+        model, variables, text, own = run_language_model(Path(run), found, state)
     template = getattr(text, "config", {}).get("chat_template")
     if system is not None and not (template or own):
         raise UserError(f"--system needs a chat template, and {run} has none.")
@@ -75,20 +78,18 @@ def chat(run: Annotated[str, tyro.conf.Positional], system: str | None = None, n
     Talk(session, text, own or written, opening, min(new_tokens, model.context // 2)).go()
 
 
-def run_language_model(run: Path, step: int | None, best: bool,
-                       experiment: Path | None) -> tuple[Any, Any, Any, Any]:
-    """Model, variables, tokenizer; and how dialogues are written, if the run learned from dialogues.
+def run_language_model(run: Path, found: Any, state: Any) -> tuple[Any, Any, Any, Any]:
+    """Model, variables, tokenizer; and how dialogues are written, if the run learned from dialogues. `found`, `state`:
+    its experiment and checkpoint.
 
     Raises:
-      UserError: no such run or checkpoint, or a run of no language model.
+      UserError: a run of no language model.
     """
     import jax
 
     from lab.train.fitted import data_of
-    from lab.train.restore import open_run
     from lab.train.step import eval_variables
 
-    found, _, state = open_run(run, step, best, file=experiment)
     if not isinstance(found.model, GPT):
         raise UserError(f"{run} is a {type(found.model).__name__}, which continues no text.")
     data = data_of(run, found)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import ipaddress
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from lab.commands.arguments import call
-from lab.commands.chat import plain_prompt, run_language_model
 from lab.commands.location import name_of
-from lab.commands.sample_weights import check_flags, language_model
 from lab.errors import UserError
-from lab.weights.location import is_location
 
 log = logging.getLogger(__name__)
 KEY = "LAB_API_KEY"
@@ -29,10 +25,12 @@ def main(args: Sequence[str]) -> int:
 
 
 def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str = "127.0.0.1", slots: int = 4,
-          context: int = 2048, queue: int = 64, deadline: float = 300.0, drain: float = 30.0, body: float = 1.0,
+          context: int = 2048, queue: int = 64, deadline: float = 300.0, drain: float = 30.0, body: float = 4.0,
           name: str | None = None, step: int | None = None, best: bool = False,
           experiment: Path | None = None) -> int:
-    """Serves a language model by OpenAI's API: /v1/models, /v1/completions, /v1/chat/completions, whole or streamed.
+    """Serves a model over HTTP. A language model by OpenAI's API: /v1/completions and /v1/chat/completions, whole or
+    streamed. An encoder: /v1/embeddings. Other runs: /v1/predict, for records of a table, messages or images.
+
     SIGTERM finishes what runs. If LAB_API_KEY is set, requests need it: Authorization: Bearer KEY.
 
     Args:
@@ -41,14 +39,15 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
       host: the address to listen at; by default only this machine can connect.
       slots: texts that grow at the same time; each has its own part of the key/value cache.
       context: tokens of a prompt and its answer, at most the model's own context.
-      queue: requests that may wait for a slot; further ones get status 429.
+      queue: requests that may wait; further ones get status 429.
       deadline: seconds for a request, waiting included; later it gets status 504.
       drain: seconds to finish what runs after SIGTERM.
       body: size of a request's body in MiB, at most.
       name: what clients call the model; by default the name of the folder or file.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
-      experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
+      experiment: the run's experiment file, needed if it defines classes and was not run on this machine. For the
+        weights of a classifier: the experiment file that has the data and the task.
     """
     for flag, value, good in (("port", port, 0 <= port < 65536), ("slots", slots, slots >= 1),
                               ("context", context, context >= 2), ("queue", queue, queue >= 1),
@@ -57,13 +56,15 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
         if not good:
             raise UserError(f"--{flag} {value} is out of range.")
     try:
+        from lab.commands.serve_models import Options, service_of
         from lab.serve import app, server
         from lab.serve.requests import Limits
     except ImportError as e:
         raise UserError(f"serve needs the package {e.name}: LAB_EXTRAS=serve ./launch.sh serve {run}") from None
     key = os.environ.get(KEY) or None
     sock = server.listen(host, port)
-    service = _language(run, name or name_of(Path(run)), slots, context, queue, deadline, step, best, experiment)
+    options = Options(name or name_of(Path(run)), slots, context, queue, deadline)
+    service = service_of(run, options, step, best, experiment)
     limits = Limits(body=int(body * (1 << 20)))
     if key is None and not _loopback(sock.getsockname()[0]):
         log.warning("warning: other machines can reach this server, and %s is not set: anybody may use it", KEY)
@@ -72,22 +73,3 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
 
 def _loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-
-
-def _language(run: str, name: str, slots: int, context: int, queue: int, deadline: float, step: int | None,
-              best: bool, experiment: Path | None) -> Any:
-    from lab.serve.engine import Engine
-    from lab.serve.language import Language
-    from lab.serve.slots import Slots
-
-    if is_location(run):
-        check_flags(run, step, best, experiment)
-        (model, variables, text), own = language_model(run), None
-    else:
-        model, variables, text, own = run_language_model(Path(run), step, best, experiment)
-    if model.position == "rotary":  # the cache has a row for each position
-        model = model.clone(context=min(context, model.context))
-    template = getattr(text, "config", {}).get("chat_template")
-    written = functools.partial(text.encode_messages, answers=True, title=name) if template else plain_prompt(text)
-    engine = Engine(Slots(model, variables["params"], slots=slots, vocab=text.size), queue)
-    return Language(name, engine, text, own or written, deadline)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 
 from lab.serve.fields import Problem
+from lab.serve.metrics import Counted, Metrics
 from lab.serve.requests import Json, Limits
 
 OPEN = ("/", "/healthz", "/readyz")  # paths that need no key
@@ -23,12 +25,14 @@ class Service(Protocol):
 
     name: str
     kind: str
+    metrics: Metrics
 
     @property
     def ready(self) -> bool: ...
     def start(self) -> None: ...
     def close(self, seconds: float) -> bool: ...
     def described(self) -> dict[str, Any]: ...
+    def gauges(self) -> dict[str, tuple[str, Callable[[], float]]]: ...
     def routes(self) -> list[Route]: ...
 
 
@@ -99,10 +103,13 @@ def build(service: Service, *, limits: Limits, key: str | None = None) -> Starle
             raise Problem(503, "The model is not compiled yet.", after=5)
         return Json({"status": "ready"})
 
-    routes: list[BaseRoute] = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/v1/models", models),
-                               Route("/v1/models/{name:path}", model), *service.routes()]
+    routes: list[BaseRoute] = [Route("/healthz", healthz), Route("/readyz", readyz),
+                               Route("/v1/models", models), Route("/v1/models/{name:path}", model), *service.routes()]
+    service.metrics = Metrics((route.path for route in routes if isinstance(route, Route)), service.gauges())
+    routes.append(Route("/metrics", service.metrics.page))
     handlers: Any = {Problem: _on_problem, HTTPException: _on_http, Exception: _on_bug}
     app = Starlette(routes=routes, exception_handlers=handlers,
-                    middleware=[Middleware(Guard, service=service, key=key)])
+                    middleware=[Middleware(Counted, metrics=service.metrics),
+                                Middleware(Guard, service=service, key=key)])
     app.state.limits = limits
     return app

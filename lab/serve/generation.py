@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from lab.serve.engine import Busy, Closed, Engine, Reason, Request, Token
 from lab.serve.fields import Problem
+from lab.serve.metrics import Metrics
 from lab.serve.sampling import Settings
 from lab.serve.text_stream import TextStream
 
@@ -23,17 +25,21 @@ class Generation:
       text: the tokenizer.
       stop: (ids that end the text, strings that end it).
       seconds: until its deadline.
+      metrics: counts it when it ends.
     """
 
     def __init__(self, engine: Engine, text: Any, ids: Sequence[int], new_tokens: int, settings: Settings,
-                 stop: tuple[Sequence[int], Sequence[str]], seconds: float):
+                 stop: tuple[Sequence[int], Sequence[str]], seconds: float, metrics: Metrics):
         self._loop, self._events, self._engine = asyncio.get_running_loop(), asyncio.Queue(), engine
         self._text, self._stream = text, TextStream(text, ids, stop[1])
-        self.seconds, self.finish = seconds, ""
+        self.seconds, self.finish, self._metrics = seconds, "", metrics
+        self._first: float | None = None
         self.request = Request(ids, new_tokens, settings, stop[0], self._emit)
         self.request.deadline = self.request.began + seconds
 
     def _emit(self, event: Token | Reason) -> None:
+        if self._first is None and isinstance(event, Token):
+            self._first = time.monotonic()
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
@@ -72,6 +78,8 @@ class Generation:
                 yield part, token
         finally:
             self.cancel()
+            request = self.request
+            self._metrics.generated(len(request.ids), request.reused, request.made, request.began, self._first)
 
     def usage(self, made: int) -> dict[str, Any]:
         """Counts of tokens: of the prompt, and `made`."""

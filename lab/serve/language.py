@@ -18,6 +18,7 @@ from lab.serve.engine import Engine, Token
 from lab.serve.fields import Fields, Problem, messages, parsed
 from lab.serve.forms import Chat, Completion
 from lab.serve.generation import Generation, while_connected
+from lab.serve.metrics import Metrics
 from lab.serve.requests import Json, body_of
 from lab.serve.sampling import TOP, Settings
 
@@ -45,6 +46,7 @@ class Language:
                  seconds: float):
         self.name, self.engine, self.text, self._chat, self.seconds = name, engine, text, chat, seconds
         self.stop = () if text.eot is None else (text.eot,)
+        self.metrics = Metrics((), {})
         # One thread: long prompts must not hold up the event loop, and a tokenizer is one at a time.
         self._encoding = ThreadPoolExecutor(1, "tokenizer")
 
@@ -65,6 +67,13 @@ class Language:
     def described(self) -> dict[str, Any]:
         """What /v1/models says of it."""
         return {"context": self.engine.slots.context}
+
+    def gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
+        """See `Metrics`."""
+        engine = self.engine
+        return {"slots": ("Slots.", lambda: len(engine.slots.ids)),
+                "slots_busy": ("Slots that hold a request.", lambda: len(engine.running)),
+                "queue": ("Requests that wait for a slot.", lambda: len(engine.waiting))}
 
     def routes(self) -> list[Route]:
         """Its endpoints."""
@@ -120,7 +129,7 @@ class Language:
         new_tokens = self._room(fields, len(ids), new_tokens)
         stream, counted = fields.flag("stream"), _wants_usage(fields)
         made = Generation(self.engine, self.text, ids, new_tokens, settings, (self.stop, fields.texts("stop", 16)),
-                          self.seconds)
+                          self.seconds, self.metrics)
         made.submit()
         if stream:
             return Events(made, form, counted)

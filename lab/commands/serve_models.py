@@ -1,0 +1,158 @@
+"""What `./launch.sh serve` can offer: the service of a run or of pretrained weights."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lab.commands.chat import plain_prompt, run_language_model
+from lab.commands.location import open_location
+from lab.commands.sample_weights import check_flags, language_model
+from lab.data.images.images import ImageData
+from lab.data.messages.messages import MessageData
+from lab.data.pipeline import eval_batches
+from lab.data.tables.features import Category
+from lab.data.tables.table_data import TableData
+from lab.errors import UserError
+from lab.models.bert import BERT
+from lab.models.gpt import GPT
+from lab.serve.app import Service
+from lab.serve.embeddings import Embeddings, embedder
+from lab.serve.engine import Engine
+from lab.serve.language import Language
+from lab.serve.records import Form, Predictions
+from lab.serve.slots import Slots
+from lab.serve.worker import Worker
+from lab.tasks.reports import class_names
+from lab.train.fitted import data_of
+from lab.train.restore import open_run
+from lab.train.step import make_predict_step
+from lab.weights.location import is_location
+from lab.weights.read import find, variables_of
+from lab.weights.tokenizer import tokenizer_of
+
+SIZES = (1, 16, 64)  # records of a batch, after padding
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of `serve` that say how a model is offered."""
+
+    name: str
+    slots: int
+    context: int
+    queue: int
+    deadline: float
+
+
+def service_of(run: str, options: Options, step: int | None, best: bool, experiment: Path | None) -> Service:
+    """The service of a run or of weights: text, predictions or embeddings, by the kind of the model.
+
+    Raises:
+      UserError: no such run or weights, or a model of another kind.
+    """
+    if is_location(run):
+        model = find(run).model
+        if isinstance(model, GPT):
+            check_flags(run, step, best, experiment)
+            return _language(options, *language_model(run), None)
+        if isinstance(model, BERT) and experiment is None:
+            check_flags(run, step, best, experiment)
+            return _embeddings(options, run, model)
+        found, data, program, state = open_location(Path(run), experiment, step=step, best=best)
+        return _predictions(options, run, found, data, program, state)
+    found, program, state = open_run(Path(run), step, best, file=experiment)
+    if isinstance(found.model, GPT):
+        model, variables, text, own = run_language_model(Path(run), found, state)
+        return _language(options, model, variables, text, own)
+    return _predictions(options, run, found, data_of(Path(run), found), program, state)
+
+
+def _language(options: Options, model: GPT, variables: Any, text: Any, own: Any) -> Service:
+    """`own`: how the run writes dialogues, or None."""
+    if model.position == "rotary":  # the cache has a row for each position
+        model = model.clone(context=min(options.context, model.context))
+    template = getattr(text, "config", {}).get("chat_template")
+    written = (functools.partial(text.encode_messages, answers=True, title=options.name) if template
+               else plain_prompt(text))
+    engine = Engine(Slots(model, variables["params"], slots=options.slots, vocab=text.size), options.queue)
+    return Language(options.name, engine, text, own or written, options.deadline)
+
+
+def _embeddings(options: Options, location: str, model: BERT) -> Service:
+    text = tokenizer_of(location, model)
+    variables = variables_of(find(location).arrays(lambda path, x: jax.device_put(x)))
+    embed, compile_all = embedder(model.clone(output="embedding"), variables, text.pad)
+    worker = Worker(compile_all, options.queue, options.deadline)
+    return Embeddings(options.name, worker, text, embed, model.context)
+
+
+def _predictions(options: Options, run: str, found: Any, data: Any, program: Any, state: Any) -> Service:
+    if isinstance(data, TableData):
+        form = Form("table", {f.name: f.values if isinstance(f, Category) else () for f in data.features},
+                    data.classes, data.form.decimal, data.encoding)
+    elif isinstance(data, MessageData):
+        form = Form("messages", {data.column or "text": ()}, data.classes, encoding=data.encoding)
+    elif isinstance(data, ImageData):
+        form = Form("images", classes=data.classes)
+    else:
+        raise UserError(f"The data of {run} is none that serve can read new records of: tables, messages or images.")
+    task, predict = found.task, _predictor(program, state)
+
+    def rows(path: Path) -> list[dict[str, Any]]:
+        given = predict(data.read(path, None, True).records)
+        columns = {name: [_plain(x) for x in values] for name, values in task.columns(given, data).items()}
+        if "probabilities" in given:
+            names = class_names(data.classes, given["probabilities"].shape[1])
+            columns = {"prediction": columns["prediction"], "probabilities": [
+                dict(zip(names, map(_plain, row), strict=True)) for row in given["probabilities"].tolist()]}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    spec = program.experiment.data.record_spec()
+    record = {name: np.zeros((1, *shape), kind) for name, (shape, kind) in spec.items()}
+
+    def compile_all() -> None:
+        for size in SIZES:
+            predict(_Same(record, size))
+
+    task.columns(predict(_Same(record, 1)), data)  # UserError: the task makes no predictions
+    return Predictions(options.name, Worker(compile_all, options.queue, options.deadline), form, rows)
+
+
+def _plain(x: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+class _Same:
+    """`count` times the same record."""
+
+    def __init__(self, record: dict[str, np.ndarray], count: int):
+        self._record, self._count = record, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: np.repeat(x, len(indices), axis=0) for name, x in self._record.items()}
+
+
+def _predictor(program: Any, state: Any) -> Callable[[Any], dict[str, np.ndarray]]:
+    """Records -> `Task.predict` of all of them, on the first device, in batches of a few sizes."""
+    experiment = program.experiment
+    state = jax.device_put(jax.device_get(state), jax.devices()[0])
+    step = jax.jit(make_predict_step(experiment))
+
+    def predict(records: Any) -> dict[str, np.ndarray]:
+        size = next((size for size in SIZES if size >= len(records)), SIZES[-1])
+        parts = [jax.device_get(step(state, batch)) for batch in eval_batches(records, size)]
+        return {name: np.concatenate([part[name] for part in parts])[:len(records)] for name in parts[0]}
+
+    return predict
