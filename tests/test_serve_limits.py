@@ -136,7 +136,7 @@ def test_what_is_not_http(port, service):
         assert raw(port, data, wait=5) in (400, 431, None), data[:80]
     for method, path, status in ((b"GET", b"/v1/completions", 405), (b"PUT", b"/v1/models", 405), (b"GET", b"/x", 404),
                                  (b"GET", b"/v1/models/../../etc/passwd", 404), (b"GET", b"/%2e%2e/%00", 404),
-                                 (b"DELETE", b"/", 404), (b"POST", b"/v1/files", 404)):
+                                 (b"DELETE", b"/", 405), (b"POST", b"/v1/files", 404)):
         assert raw(port, method + b" " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n") == status, path
     chunks = b"".join(b"%x\r\n%b\r\n" % (1, good[i:i + 1]) for i in range(len(good))) + b"0\r\n\r\n"
     assert raw(port, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks) == 200

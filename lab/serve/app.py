@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import hmac
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
+from starlette.responses import HTMLResponse
 from starlette.routing import BaseRoute, Route
 
 from lab.serve.fields import Problem
@@ -79,6 +84,16 @@ async def _on_bug(request: Request, error: Exception) -> Json:
     return problem_response(Problem(500, "The server failed at this request; it goes on."))
 
 
+def page() -> tuple[str, dict[str, str]]:
+    """The page at /, and headers that let a browser run its script and no other, and load nothing from elsewhere."""
+    text = (Path(__file__).parent / "page.html").read_text("utf-8")
+    script, = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    own = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (f"default-src 'none'; script-src 'sha256-{own}'; style-src 'unsafe-inline'; connect-src 'self'; "
+              f"img-src blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return text, {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+
 def build(service: Service, *, limits: Limits, key: str | None = None) -> Starlette:
     """The application. `key`: the API key that requests must have."""
     created = int(time.time())
@@ -95,6 +110,11 @@ def build(service: Service, *, limits: Limits, key: str | None = None) -> Starle
             raise Problem(404, f"There is no model of this name here; there is {service.name}.", "model")
         return Json(described())
 
+    text, headers = page()
+
+    async def shown(request: Request) -> HTMLResponse:
+        return HTMLResponse(text, headers=headers)
+
     async def healthz(request: Request) -> Json:
         return Json({"status": "alive"})
 
@@ -103,7 +123,7 @@ def build(service: Service, *, limits: Limits, key: str | None = None) -> Starle
             raise Problem(503, "The model is not compiled yet.", after=5)
         return Json({"status": "ready"})
 
-    routes: list[BaseRoute] = [Route("/healthz", healthz), Route("/readyz", readyz),
+    routes: list[BaseRoute] = [Route("/", shown), Route("/healthz", healthz), Route("/readyz", readyz),
                                Route("/v1/models", models), Route("/v1/models/{name:path}", model), *service.routes()]
     service.metrics = Metrics((route.path for route in routes if isinstance(route, Route)), service.gauges())
     routes.append(Route("/metrics", service.metrics.page))
