@@ -52,6 +52,8 @@ MARKS = {
     "test_forks": "slow",
     "test_weights_real": "slow",
     "test_harness_study": "slow",
+    "test_serve_command": "slow",
+    "test_serve_predict": "slow",
     "test_distributed": "processes",
     "test_launch_slurm": "clusters",
     "test_launch_hosts": "clusters",

@@ -11,6 +11,7 @@ from typing import Any
 
 from lab.data.tokenizers import Bytes
 from lab.models.gpt import GPT
+from tests.launching import wait_for
 from tests.test_generate import random_params
 
 MODEL = {"depth": 1, "width": 16, "heads": 2, "vocab": 256, "context": 96, "tied": False}
@@ -58,6 +59,7 @@ def live(service: Any, **how: Any) -> Iterator[int]:
     thread = threading.Thread(target=lambda: asyncio.run(running.serve(sockets=[sock])))
     thread.start()
     try:
+        wait_for(lambda: running.started, 20, "the start of the server")
         yield sock.getsockname()[1]
     finally:
         running.should_exit = True

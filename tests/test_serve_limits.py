@@ -223,3 +223,9 @@ def test_the_key():
             assert post(port, "/v1/completions", TEXT, headers)[0] == status
         assert raw(port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n") == 200
         assert raw(port, b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n") == 401
+
+
+def test_pages_of_other_sites_may_not_use_it(port):
+    own = f"http://127.0.0.1:{port}"
+    for origin, status in ((own, 200), ("http://example.com", 403), ("null", 403), (f"http://localhost:{port}", 403)):
+        assert post(port, "/v1/completions", TEXT, {"Origin": origin})[0] == status

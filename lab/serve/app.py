@@ -42,7 +42,8 @@ class Service(Protocol):
 
 
 class Guard:
-    """ASGI middleware: the key, if there is one, and no work before everything is compiled."""
+    """ASGI middleware: the key, if there is one, else no requests by pages of other sites; and no work before all is
+    compiled."""
 
     def __init__(self, app: Any, service: Service, key: str | None):
         self._app, self._service = app, service
@@ -51,9 +52,13 @@ class Guard:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """ASGI."""
         if scope["type"] == "http" and scope["path"] not in OPEN:
-            given = dict(scope["headers"]).get(b"authorization", b"")
+            headers = dict(scope["headers"])
+            given, origin = headers.get(b"authorization", b""), headers.get(b"origin")
             if self._key is not None and not hmac.compare_digest(given, self._key):
                 problem = Problem(401, "This server needs its key: Authorization: Bearer LAB_API_KEY.")
+                return await problem_response(problem)(scope, receive, send)
+            if self._key is None and origin is not None and origin.partition(b"//")[2] != headers.get(b"host"):
+                problem = Problem(403, "Pages of other sites may not use this server without a key.")
                 return await problem_response(problem)(scope, receive, send)
             if scope["method"] == "POST" and not self._service.ready:
                 problem = Problem(503, "The model is not compiled yet.", after=5)
