@@ -80,6 +80,14 @@ def test_items_of_tasks_groups_and_filters(tmp_path):
     assert sorted(read_items(tmp_path, "group.acc").values()) == [0, 0, 1, 1, 1]
     assert read_items(tmp_path, "gsm8k.acc,strict-match") == {"gsm8k 0 h0": 1.0}
     assert not read_items(tmp_path, "gsm8k.acc") and not read_items(tmp_path, "loss")
+    answer(tmp_path, "maths_0.5k_(hard)", [1, 0])
+    odd = tmp_path / "evaluations" / "samples_maths_0.5k_(hard).jsonl"
+    odd.rename(odd.with_name("samples_maths_0.5k__hard_.jsonl"))  # as `lab.harness.run.write` names it
+    assert len(read_items(tmp_path, "maths_0.5k_(hard).acc")) == 2
+    text = json.dumps({"doc": "a\u2028b\x85c", "doc_id": 0, "doc_hash": "h", "filter": "none", "acc": 1},
+                      ensure_ascii=False)  # separators of str.splitlines
+    (tmp_path / "evaluations" / "samples_two.jsonl").write_text(f"{text}\n", "utf-8")
+    assert read_items(tmp_path, "two.acc") == {"two 0 h": 1.0}
     (tmp_path / "evaluations" / "samples_one.jsonl").write_text("{")
     with pytest.raises(UserError, match="samples_one.jsonl is damaged"):
         read_items(tmp_path, "one.acc")

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import special
 
 from lab.errors import UserError
+from lab.harness.run import file_name
 from lab.study.report.analysis import Against, Section
 from lab.study.report.render import Block, Table, Text
 from lab.study.report.results import Results
@@ -52,15 +53,15 @@ def read_items(run: Path, metric: str) -> dict[str, float]:
     Raises:
       UserError: a file is damaged.
     """
-    task, _, name = metric.partition(".")
-    name, _, filtered = name.partition(",")
+    name, _, filtered = metric.partition(",")
+    task, _, name = name.rpartition(".")  # lab.harness.tasks.named; a task's own name may have a point
     found: dict[str, float] = {}
     for leaf in _leaves(run / FOLDER, task):
-        path = run / FOLDER / f"samples_{leaf}.jsonl"
+        path = run / FOLDER / f"samples_{file_name(leaf)}.jsonl"
         if not path.is_file():
             return {}
         try:
-            for line in path.read_text("utf-8").splitlines():
+            for line in path.read_text("utf-8").rstrip("\n").split("\n"):  # texts may have other separators
                 item = json.loads(line)
                 if item["filter"] == (filtered or "none") and isinstance(item.get(name), int | float):
                     found[f"{leaf} {item['doc_id']} {item['doc_hash']}"] = float(item[name])
