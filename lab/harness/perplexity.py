@@ -51,11 +51,18 @@ def perplexity(language: Language, ids: Sequence[int], size: int, context: int, 
     weights = [end - new - 1 for _, end, new in places]
     means = [s / n for s, n in zip(sums, counts, strict=True)]
     recipe = sum(weights) and math.fsum(m * w for m, w in zip(means, weights, strict=True)) / sum(weights)
-    firsts = [begin for begin, _, new in places if new <= begin]
-    size -= int(language.text.byte_counts[ids[firsts]].sum())
-    return {"loss": total / number, "perplexity": math.exp(total / number), "perplexity_recipe": math.exp(recipe),
+    unscored = np.ones(len(ids), bool)
+    for begin, end, new in places:
+        unscored[max(new, begin + 1):end] = False
+    size -= int(language.text.byte_counts[ids[unscored]].sum())
+    return {"loss": total / number, "perplexity": exp(total / number), "perplexity_recipe": exp(recipe),
             "bits_per_byte": total / math.log(2) / size, "tokens": number, "bytes": size, "windows": len(places),
             "context": context, "stride": stride}
+
+
+def exp(loss: float) -> float:
+    """e^loss, infinite where that is no float64."""
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 def check_window(language: Language, context: int | None, stride: int | None) -> tuple[int, int]:
