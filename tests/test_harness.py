@@ -22,7 +22,7 @@ from lab.errors import UserError
 from lab.harness import tasks as tasks_file
 from lab.harness.generation import continue_greedily
 from lab.harness.local_data import read_local
-from lab.harness.perplexity import perplexity, windows
+from lab.harness.perplexity import exp, perplexity, windows
 from lab.harness.scoring import Language, microbatch, padded_length, score
 from lab.harness.value import text_of
 from lab.models.bert import BERT
@@ -165,6 +165,13 @@ def test_perplexity_is_that_of_the_recipe(language, context, stride):
     assert stride < context or found["perplexity"] == found["perplexity_recipe"]
 
 
+def test_bytes_are_those_of_the_scored_tokens(language):
+    for tokens in (16, 17):  # the last window of 17 has one token, of which nothing is scored
+        found = perplexity(language, rows_of([tokens])[0], tokens, 8, 8)
+        assert found["bytes"] == found["tokens"] == 14
+    assert exp(710) == math.inf and exp(1) == math.e and math.isnan(exp(math.nan))
+
+
 def test_perplexity_is_that_of_transformers(place):
     """Live, where transformers is installed: its page's loop on the same files."""
     torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -217,7 +224,16 @@ def test_data_is_found_in_the_usual_layouts(tmp_path):
     (math_ / "dev-00000-of-00001.csv.gz").write_bytes(gzip.compress(b"n,m\n4,x\n"))
     (math_ / "README.md").write_text("no data")
     assert read_local(tmp_path, "math", "main") == {"test": [{"n": 1}, {"n": 2}], "train": [{"n": 3}],
-                                                    "validation": [{"n": "4", "m": "x"}]}
+                                                    "validation": [{"n": "4", "m": "x"}],
+                                                    "dev": [{"n": "4", "m": "x"}]}
+    (math_ / "other").mkdir()
+    (math_ / "other" / "test.jsonl").write_text(row(6))
+    assert read_local(tmp_path, "math", "main")["test"] == [{"n": 1}, {"n": 2}]  # nothing of another configuration
+    assert read_local(tmp_path, "math", "other") == {"test": [{"n": 6}]}
+    (math_ / "other" / "validation.jsonl").write_text(row(7))
+    (math_ / "other" / "dev.jsonl").write_text(row(8))
+    found = read_local(tmp_path, "math", "other")
+    assert found["validation"] == [{"n": 7}] and found["dev"] == [{"n": 8}]  # as MMLU has them
     (math_ / "main").mkdir()
     (math_ / "main" / "test.jsonl").write_text(row(5))
     assert read_local(tmp_path, "math", "main") == {"test": [{"n": 5}]}
@@ -357,6 +373,10 @@ def test_mistakes_with_tasks(mistake, place, monkeypatch):
     assert "bert is a BERT, which continues no text" in mistake("evaluate", "bert", *tasks[2:], "gsm8k")
     (place / "data" / "gsm8k" / "train.jsonl").rename(place / "train.jsonl")
     try:
+        whole = place / "data" / "gsm8k" / "main.jsonl"  # of which the five examples would be the questions
+        whole.write_bytes((place / "train.jsonl").read_bytes())
+        assert "takes its examples from the split train, and --data has one file" in mistake(*tasks, "gsm8k")
+        whole.unlink()
         assert "needs the split train; --data has test of openai/gsm8k" in mistake(*tasks, "gsm8k")
     finally:
         (place / "train.jsonl").rename(place / "data" / "gsm8k" / "train.jsonl")

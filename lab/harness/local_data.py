@@ -42,13 +42,16 @@ def read_local(folder: Path, path: str, name: str | None) -> dict[str, Rows] | N
     own = [file for file in files if name and _stem(file) == name]
     if own:
         return {"": _rows(own[0], files[own[0]])}
-    inside = [file for file in files if name and name in file.parts[:-1]] or list(files)
+    inside = [file for file in files if name and name in file.parts[:-1]]
+    if not inside:  # other folders are other configurations
+        inside = [file for file in files if name is None or file.parts[:-1] in ((), ("data",))]
     found: dict[str, Rows] = {}
     for file in sorted(inside):
-        split = SPLITS.get(re.split(r"[^a-z]", _stem(file).lower())[0])
-        if split:
+        split = re.split(r"[^a-z]", _stem(file).lower())[0]
+        if split in SPLITS:
             found.setdefault(split, []).extend(_rows(file, files[file]))
-    return found or None
+    # A set may have both dev and validation, as MMLU has.
+    return {SPLITS[split]: rows for split, rows in found.items() if SPLITS[split] not in found} | found or None
 
 
 def _stem(file: PurePosixPath) -> str:

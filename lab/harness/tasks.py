@@ -147,11 +147,15 @@ def _splits(rows: dict[str, Rows], config: dict[str, Any]) -> dict[str, Any]:
     import datasets
 
     used = [config.get(f"{kind}_split") for kind in ("training", "validation", "test", "fewshot")]
-    if "" in rows:  # one file is all of it
-        whole = datasets.Dataset.from_list(rows[""])
-        return {split: whole for split in used if split}
     scored = config.get("test_split") or config.get("validation_split") or config.get("training_split")
     shots = config.get("fewshot_split") or config.get("training_split") or config.get("validation_split") or scored
+    if "" in rows:  # one file is all of it
+        if config.get("num_fewshot") and shots != scored:  # the examples would be the questions, with their answers
+            raise UserError(f"The task {config['task']} takes its examples from the split {shots}, and --data has one "
+                            f"file of {config['dataset_path']} without splits: give {scored}.jsonl and {shots}.jsonl "
+                            f"in a folder {config.get('dataset_name')}.")
+        whole = datasets.Dataset.from_list(rows[""])
+        return {split: whole for split in used if split}
     if lacks := [split for split in [scored, *([shots] if config.get("num_fewshot") else [])] if split not in rows]:
         raise UserError(f"The task {config['task']} needs the split {lacks[0]}; --data has "
                         f"{', '.join(rows)} of {config['dataset_path']}.")
