@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
+from tokenizers.processors import TemplateProcessing
 
 from lab.__main__ import main
+from lab.commands.sample import _judged
 from lab.models import generate
 from lab.models.gpt import GPT
 from lab.weights.read import parameter_shapes
@@ -143,3 +146,24 @@ def test_a_judge_gives_the_perplexity_of_the_texts(tiny, typed, tmp_path):
     found = written["statistics"]["judge_perplexity"]
     assert found == pytest.approx(np.exp(np.mean(own)), rel=1e-5)
     assert found != pytest.approx(np.exp(np.mean(whole)), rel=1e-3)  # negative control: with the prompts
+
+
+def test_a_judge_that_marks_the_beginning_does_not_within_a_text(tiny, tmp_path):
+    folder, *_ = tiny
+    marking = shutil.copytree(folder, tmp_path / "marking")
+    tokenizer = byte_level()
+    tokenizer.post_processor = TemplateProcessing(single=f"{EOT} $A", special_tokens=[
+        (EOT, tokenizer.token_to_id(EOT))])
+    tokenizer.save(str(marking / "tokenizer.json"))
+    # The mark stands for the beginning, as the end-of-text token does for the other judge where there is no prompt.
+    found, expected = (_judged(judge, ["", ""], ["three", "one two"]) for judge in (marking, folder))
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert _judged(marking, [EOT], ["three"]) != pytest.approx(_judged(folder, [EOT], ["three"]), rel=1e-3)
+
+
+def test_the_texts_outlive_a_mistake_about_the_judge(tiny, typed, tmp_path):
+    folder, *_ = tiny
+    status, _, err = typed(folder, "--report", "--new-tokens", "3", "--judge", "nowhere",
+                           "--output", tmp_path / "new" / "x.json")
+    assert status == 2 and "nowhere is not a run folder" in err
+    assert len(json.loads((tmp_path / "new" / "x.json").read_text())["samples"]) == 1

@@ -16,6 +16,8 @@ from lab.commands.evaluate_text import open_language
 from lab.commands.location import name_of
 from lab.commands.sample_weights import check_flags, sample_weights
 from lab.errors import UserError
+from lab.files import make_folder
+from lab.harness.perplexity import exp
 from lab.harness.scoring import score
 from lab.models.generate import check_numbers, sample_texts
 from lab.tasks.text_quality import quality_table, text_quality
@@ -100,9 +102,14 @@ def _place(run: str) -> Path:
 def _report(texts: Sequence[str], prompts: Sequence[str], how: dict[str, Any], path: Path, judge: Path | None) -> None:
     found = [{"prompt": prompt, "seed": seed, "text": text}
              for prompt, seed, text in zip(prompts, how.pop("seed"), texts, strict=True)]
-    values = text_quality(texts) | (_judged(judge, prompts, texts) if judge else {})
+    values = text_quality(texts)
+    report = {"statistics": values, "settings": how, "judge": judge and str(judge), "samples": found}
+    make_folder(path.parent)
+    write_json(path, report)  # first, so that no mistake about the judge loses the texts
+    if judge:
+        values |= _judged(judge, prompts, texts)
+        write_json(path, report)
     print("\n".join(quality_table({"samples": values})))
-    write_json(path, {"statistics": values, "settings": how, "judge": judge and str(judge), "samples": found})
     print(f"Written to {path}")
 
 
@@ -112,8 +119,9 @@ def _judged(judge: Path, prompts: Sequence[str], texts: Sequence[str]) -> dict[s
     the beginning of a text."""
     language = open_language(judge)[0]
     encode, start = language.text.encode, [] if language.text.eot is None else [language.text.eot]
-    rows = [([*encode(prompt)] or start, [*encode(text)]) for prompt, text in zip(prompts, texts, strict=True) if text]
-    rows = [(before + own, len(own)) for before, own in rows if len(before + own) > 1]
+    plain = getattr(language.text, "encode_plain", encode)  # a text goes on: nothing marks its beginning
+    rows = [([*encode(prompt)] or start, [*plain(text)]) for prompt, text in zip(prompts, texts, strict=True)]
+    rows = [(before + own, len(own)) for before, own in rows if own and len(before + own) > 1]
     if not rows:
         return {}
     scored = score(language, [ids[-language.context - 1:] for ids, _ in rows])
@@ -121,7 +129,7 @@ def _judged(judge: Path, prompts: Sequence[str], texts: Sequence[str]) -> dict[s
     size = sum(int(language.text.byte_counts[ids[-len(log[-count:]):]].sum())
                for (log, _), (ids, count) in zip(scored, rows, strict=True))
     loss = float(-logs.sum(dtype=np.float64))
-    return {"judge_perplexity": math.exp(loss / len(logs)), "judge_bits_per_byte": loss / math.log(2) / size}
+    return {"judge_perplexity": exp(loss / len(logs)), "judge_bits_per_byte": loss / math.log(2) / size}
 
 
 def _of_run(run: Path, prompts: list[str], step: int | None, best: bool, experiment: Path | None,
