@@ -201,8 +201,9 @@ class _Together:
                 if self.rows[c].rows[-1]["split"] != "test":
                     self.rows[c].append(result["test"])
             if settings.harness is not None:
-                variables = eval_variables(self.cells[c].experiment, states[c])
-                result["harness"] = settings.harness.evaluate(self.experiment.model, variables, self.data, folder)
+                own = self.cells[c].experiment  # numbers of the model may differ between cells
+                result["harness"] = settings.harness.evaluate(own.model, eval_variables(own, states[c]), self.data,
+                                                              folder)
             write_result(folder, result, self.rows[c].mark())
         return 0, self.lives
 
