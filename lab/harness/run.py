@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lab.errors import UserError
 from lab.files import make_folder, replace_file
@@ -16,6 +19,7 @@ from lab.harness.scoring import Language
 from lab.harness.tasks import check_package, load_tasks, named
 
 SEED = 1234  # of few-shot examples: lm-eval's own
+RANDOM = 0  # of Python's generator, by which some tasks shuffle choices as they load: lm-eval's own
 RESAMPLES = 1000  # for the standard error of metrics that are no means
 
 
@@ -40,6 +44,8 @@ def run_tasks(language: Callable[[], Language], names: Sequence[str], data: Path
       UserError: lm-eval is not installed; an unknown task; no data; a task that this model cannot answer.
     """
     check_package()
+    random.seed(RANDOM)
+    np.random.seed(SEED)
     tasks = load_tasks(names, data)
     from lm_eval import __version__, evaluator
 
@@ -57,7 +63,8 @@ def run_tasks(language: Callable[[], Language], names: Sequence[str], data: Path
         if not str(e).startswith("Attempted to run task"):
             raise
         raise UserError(f"{str(e).splitlines()[0]} This is not possible here.") from None
-    config = {"limit": limit, "fewshot_seed": SEED, "bootstrap_iters": RESAMPLES}
+    config = {"limit": limit, "random_seed": RANDOM, "numpy_seed": SEED, "fewshot_seed": SEED,
+              "bootstrap_iters": RESAMPLES}
     return {**found, "config": config, "lm_eval_version": __version__, "date": begin,
             "total_evaluation_time_seconds": str(time.time() - begin)}
 
