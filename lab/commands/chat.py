@@ -128,7 +128,13 @@ class Talk:
             if line.startswith("/"):
                 self._command(*line.strip().partition(" ")[::2])
             elif line.strip():
-                self.answer(line.rstrip("\n"))
+                try:
+                    self.answer(line.rstrip("\n"))
+                except UserError as e:
+                    if not terminal:
+                        raise
+                    print(e)
+                    del self.messages[-1]  # the question; those forgotten for it stay so
 
     def _command(self, name: str, argument: str) -> None:
         if name == "/reset":
