@@ -14,7 +14,7 @@ from lab.optim import AdamW, LinearDecay
 from lab.pretrained import Pretrained
 from lab.study.design import Study
 
-HEAD = "^(?!classify/)"  # everything but the output layer
+ENCODER = "^(?!classify/)"  # everything but the output layer
 ADAPTERS = LoRA(rank=8, alpha=16, targets=r"attn/(query|value)/kernel", full=("^classify/",))
 
 study = Study(
@@ -23,7 +23,7 @@ study = Study(
                  evaluate=Evaluate(every=200, metric="f1", mode="max"),
                  checkpoint=Checkpoint(every=0, keep=1, best=False)),
     arms={"LoRA": {"adapt": ADAPTERS, "optim.lr.peak": 3e-3},
-          "frozen": {"init_from.freeze": (HEAD,), "optim.lr.peak": 0.02},
+          "frozen": {"init_from.freeze": (ENCODER,), "optim.lr.peak": 0.02},
           "scratch": {"init_from": Pretrained(), "optim.lr.peak": 1e-3}},
 )
 
@@ -32,5 +32,5 @@ local = replace(
     base=replace(intents_finetune.local, evaluate=Evaluate(every=150),
                  checkpoint=Checkpoint(every=0, keep=1, best=False)),
     arms={"LoRA": {"adapt": ADAPTERS, "optim.lr.peak": 3e-3},
-          "frozen": {"init_from.freeze": (HEAD,), "optim.lr.peak": 0.02}},
+          "frozen": {"init_from.freeze": (ENCODER,), "optim.lr.peak": 0.02}},
 )

@@ -39,7 +39,7 @@ class HarnessFlags:
     limit: int | None = None
     """With --tasks: items per task; by default all."""
     batch: int | None = None
-    """Rows per call; by default what a device's memory holds. Changes no result."""
+    """Rows per call; by default one microbatch per device (lab/harness/scoring.py). Changes no result."""
     stride: int | None = None
     """With --text: tokens by which the window moves on; by default half of it."""
     context: int | None = None

@@ -28,7 +28,7 @@ class Harness:
     limit: int | None = None
     """Items per task; None: all."""
     batch: int | None = field(default=None, metadata={"fingerprint": False})
-    """Rows per call; None: what a device's memory holds. Does not change the result."""
+    """Rows per call; None: one microbatch per device (scoring.py). Does not change the result."""
 
     def validate(self) -> None:
         """Raises UserError for no tasks or numbers below 1."""
