@@ -1,13 +1,27 @@
-"""An assistant: SmolLM2-135M-Instruct on Taskmaster-4, 3,710 orders in a coffee shop between customer and barista.
+"""An assistant: SmolLM2-135M-Instruct with LoRA on Taskmaster-4, 3,710 orders in a coffee shop.
 
-    LAB_EXTRAS=smollm2 ./launch.sh experiments/assistant_finetune.py --full --data.source.path taskmaster4
+    LAB_EXTRAS=smollm2,sacrebleu ./launch.sh experiments/assistant_finetune.py --full --data.source.path taskmaster4
     ./launch.sh chat RUN                                            # talk with it
 
-Only the barista's words are learned, in the model's own chat template; `--dry-run` shows an example. The weights come
-from a Python package. Other dialogues: `Jsonl(path)`, `QuestionsAnswers(path)`; see lab/data/dialogues/sources.py.
+Only the barista's words are learned, in the model's own chat template; `--dry-run` shows an example. The last answer
+ends with the order that the data's API calls record, "[mocha; oat milk]". The weights come from a Python package. Other
+dialogues: `Jsonl(path)`, `QuestionsAnswers(path)`; see lab/data/dialogues/sources.py.
+
+Measured (2-core CPU, AMD EPYC, busy, 2026-11-27; 60 steps of 2,048 tokens, 18 and 38 minutes; seeds 0 and 1):
+
+    perplexity of held-out answers   31.2 before; 4.9, 5.1 after (validation); 4.59, 4.67 on the test split
+    slots of 100 test orders         precision 0.77, 0.79; recall 0.62, 0.68; F1 0.69, 0.73; before 0 (no list)
+    whole orders right               42 %, 49 %
+    slots named anywhere             0.75, 0.80; before 0.22
+    words per answer                 17.7, 20.2; before 34.3; real answers 19.5
+    distinct-1, distinct-2           0.08, 0.19 to 0.21; before 0.13, 0.35; real answers 0.12, 0.35
+    repetition, self-BLEU            0.01 to 0.03, 79; before 0.05, 57; real answers 0.00, 64
+
+So it learns the shop's words and most of the order, and is more uniform than people. Memory of a step as compiled: 3.5
+GiB, fine-tuning everything (`adapt=None`) 5.3 GiB, in float32 parameters. answers/ in the run folder has all answers.
 
 The local config is a small model from random weights that answers a function of Python's standard library with the
-first line of its documentation. Neither has been trained to its end here.
+first line of its documentation; all of it is trained.
 """
 
 from dataclasses import replace

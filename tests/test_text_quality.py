@@ -97,7 +97,6 @@ def test_the_answers_are_those_of_the_state(experiment, tmp_path):
         assert train(long, tmp_path / "run", screen) == 0
     found = json.loads((tmp_path / "run/answers/answers.json").read_text())["statistics"]
     assert found["after"]["slot_f1"] > 0.9 > found["before"]["slot_f1"]
-    assert found["after"]["self_bleu"] > 50 if "self_bleu" in found["after"] else True
 
 
 def test_mistakes(experiment):

@@ -88,8 +88,8 @@ def sample(
     else:
         texts = _of_run(Path(run), prompts, step, best, experiment, **how)
     if report:
-        _report(texts, prompts, how, output or _place(run), judge)
-        return
+        of = {"model": run, "step": step, "best": best, "chat": chat, "system": system}
+        return _report(texts, prompts, of | how, output or _place(run), judge)
     for text, continuation in zip(prompts, texts, strict=True):
         print((continuation if chat else text + continuation) + "\n---" * (len(prompts) > 1))
 
