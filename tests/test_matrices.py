@@ -130,7 +130,8 @@ GOLDEN = {
 
 
 def parts_of(experiment: Experiment) -> dict[str, tuple[str, Matrix | None]]:
-    """Path -> (hidden, head or none; the matrix), of all parameters."""
+    """Path -> (hidden, head or none; the matrix), of all parameters of the model."""
+    experiment = replace(experiment, adapt=None)
     found = matrices(experiment, batch_spec(experiment))
     params = leaves(abstract_state(experiment).params)
     assert found.keys() <= params.keys()

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import lab
 from lab.adapt import LoRA
@@ -204,10 +206,10 @@ def test_a_run_begins_at_log_2_and_learns(place, done):
 def test_the_reference_is_what_the_run_began_with(place, done):
     experiment = on(place)
     program, data = Program(experiment), experiment.data.load()
-    with np.load(done / reference.FILE) as file:
+    with safe_open(done / reference.FILE, "np") as file:
         for split in ("train", "validation", "test"):
             wanted = predict(program, program.init(), getattr(data, split))["log_probs"]
-            assert np.array_equal(file[f"{split}/reference"], wanted)
+            assert np.array_equal(file.get_tensor(f"{split}/reference"), wanted)
     later = predict(program, open_run(done)[2], data.train)["log_probs"]  # the negative control
     assert apart(later, predict(program, program.init(), data.train)["log_probs"]) > 1
 
@@ -234,9 +236,12 @@ def test_a_resumed_run_reads_the_file_or_computes_it_again(place, done, shared, 
     assert go(on(place), folder, shared=shared)[0] == 0
     assert rows(folder) == rows(done)
     assert go(on(place), tmp_path / "other", 2, interrupt(), shared=shared)[0] == 75  # the negative control
-    with np.load(tmp_path / "other" / reference.FILE) as file:
-        moved = {name: x + 5 * np.arange(2) if name != "data" else x for name, x in file.items()}
-    np.savez(tmp_path / "other" / reference.FILE, **moved)
+    path = tmp_path / "other" / reference.FILE
+    with safe_open(path, "np") as file:
+        names = list(file.keys())
+        moved = {name: file.get_tensor(name) + np.float32(5) * np.arange(2, dtype=np.float32) for name in names}
+        metadata = file.metadata()
+    save_file(moved, path, metadata)
     assert go(on(place), tmp_path / "other", shared=shared)[0] == 0
     assert abs(rows(tmp_path / "other")[-1]["margin"] - rows(done)[-1]["margin"]) > 1
 
@@ -247,8 +252,8 @@ def test_eval_and_the_api_have_the_same_reference(place, done, tmp_path, capsys)
     found = json.loads((tmp_path / "evaluation-validation-4.json").read_text())
     assert found == last
     opened = lab.open_run(done).batch(4)["reference"]
-    with np.load(done / reference.FILE) as file:
-        assert np.array_equal(opened, file["validation/reference"][:4])
+    with safe_open(done / reference.FILE, "np") as file:
+        assert np.array_equal(opened, file.get_tensor("validation/reference")[:4])
 
 
 def test_with_adapters_the_base_is_the_reference(place, tmp_path):
@@ -264,8 +269,8 @@ def test_with_adapters_the_base_is_the_reference(place, tmp_path):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and last["loss"] < 0.69
     program = Program(on(place))
     base = predict(program, program.init(), experiment.data.load().train)["log_probs"]
-    with np.load(tmp_path / "run" / reference.FILE) as file:
-        assert apart(file["train/reference"], base) < 1e-5
+    with safe_open(tmp_path / "run" / reference.FILE, "np") as file:
+        assert apart(file.get_tensor("train/reference"), base) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes
@@ -285,7 +290,7 @@ def test_mistakes(place, done, tmp_path, monkeypatch):
     experiment = on(place)
     data = load_data(experiment)
     (tmp_path / reference.FILE).write_bytes((done / reference.FILE).read_bytes()[:-40])
-    with pytest.raises(UserError, match="reference.npz is damaged .* delete it: it is computed again"):
+    with pytest.raises(UserError, match="reference.safetensors is damaged .* delete it: it is computed again"):
         with_reference(experiment, None, data, tmp_path)
     data.test = object()
     with pytest.raises(UserError, match="Prefer needs records in memory .* the test split is a object"):

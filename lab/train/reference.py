@@ -8,12 +8,12 @@ computed again, from where the run began.
 from __future__ import annotations
 
 import copy
-import io
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from lab.data.pipeline import Arrays
 from lab.errors import UserError
@@ -25,7 +25,7 @@ from lab.train.program import Program
 from lab.train.restore import initial_arrays
 from lab.train.step import State
 
-FILE = "reference.npz"
+FILE = "reference.safetensors"
 Found = dict[str, dict[str, Any]]
 """split -> field -> numbers, an array or (nested) list."""
 
@@ -61,11 +61,9 @@ def with_reference(experiment: Experiment, program: Program, data: Any, folder: 
 
 def keep_reference(experiment: Experiment, data: Any, folder: Path) -> None:
     """Writes the reference fields of the data to the run's folder."""
-    found = {f"{split}/{name}": records.arrays[name] for split in ("train", "validation", "test")
+    found = {f"{split}/{name}": np.ascontiguousarray(records.arrays[name]) for split in ("train", "validation", "test")
              if (records := getattr(data, split)) is not None for name in experiment.task.reference}
-    content = io.BytesIO()
-    np.savez(content, data=data.fingerprint, **found)
-    replace_file(folder / FILE, content.getvalue())
+    replace_file(folder / FILE, save(found, {"data": data.fingerprint}))
 
 
 def _read(folder: Path, fingerprint: str) -> Found | None:
@@ -78,14 +76,13 @@ def _read(folder: Path, fingerprint: str) -> Found | None:
     if not path.exists():
         return None
     try:
-        with np.load(path) as file:
-            if file["data"] != fingerprint:
+        with safe_open(path, "np") as file:
+            if (file.metadata() or {}).get("data") != fingerprint:
                 return None
-            for key in file.files:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
                 split, _, name = key.partition("/")
-                if name:
-                    found.setdefault(split, {})[name] = file[key].tolist()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+                found.setdefault(split, {})[name] = file.get_tensor(key).tolist()
+    except (OSError, SafetensorError) as e:
         raise UserError(f"{path} is damaged ({e}). Restore it, or delete it: it is computed again from where the run "
                         f"began.") from None
     return found

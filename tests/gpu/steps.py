@@ -428,7 +428,8 @@ def sampling() -> None:
         prompts = np.random.default_rng(0).integers(0, model.vocab, (rows, length)).astype(np.int32)
         lengths, seconds = np.full(rows, length, np.int32), {}
         for count in (1, new):
-            run = functools.partial(generate, model, params, prompts, lengths, jax.random.key(1), new_tokens=count,
+            each = jax.random.split(jax.random.key(1), rows)
+            run = functools.partial(generate, model, params, prompts, lengths, each, new_tokens=count,
                                     temperature=0.8, top_k=50)
             jax.block_until_ready(run())  # compiled
             seconds[count] = min(timed(lambda run=run: jax.block_until_ready(run())) for _ in range(3))
