@@ -3,6 +3,11 @@
     D="--full --data.source.path train.csv --data.source.test test.csv"; export LAB_EXTRAS=minilm
     ./launch.sh experiments/ablate_intents.py $D
     ./launch.sh experiments/ablate_intents.py            # the local config: a small model from scratch, on Python code
+
+Measured (2-core CPU, AMD EPYC, busy, 2026-11-27): macro F1 on BANKING77's 3,080 test messages, seeds 0, 1, 2: all of it
+0.916, 0.918, 0.916; LoRA 0.909, 0.910, 0.908; the output layer alone 0.916, 0.916, 0.914; from scratch 0.843, 0.854,
+0.862. On validation, against all of it (0.916, sd 0.004), paired, with 95 % intervals: LoRA -0.011 (-0.017 to -0.004),
+output layer 0.001 (-0.019 to 0.020), from scratch -0.068 (-0.095 to -0.041). No arm's learning rate was tuned.
 """
 
 from dataclasses import replace
