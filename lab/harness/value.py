@@ -8,11 +8,10 @@ from typing import Any
 
 from lab.errors import UserError
 from lab.files import user_path
+from lab.harness import FOLDER
 from lab.harness.run import check_limit, numbers_of, run_tasks, write
 from lab.harness.scoring import Language
 from lab.harness.tasks import check_package, load_tasks, metric_names
-
-FOLDER = "evaluations"  # in a run folder
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,22 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 
+from lab.errors import UserError
+
+
+def check_chunk(chunk: int | None) -> None:
+    """Raises UserError for a field `chunk` of a task below 1."""
+    if chunk is not None and chunk < 1:
+        raise UserError(f"--task.chunk must be at least 1, or None, not {chunk}.")
+
+
+def check_head(model: Any, chunk: int | None) -> None:
+    """Raises UserError if `chunk` is set, but the model cannot return hidden states without the head."""
+    if chunk is not None and not hasattr(model, "logits"):
+        raise UserError(f"--task.chunk needs a model with a method `logits` (see GPT); {type(model).__name__} has "
+                        f"none. Leave it out.")
+
+
 Sums = Callable[[Array, Array, Any, Any], tuple[Array, Any]]
 """(hidden (B, C, D), kernel, each of `given` (B, C), numbers) -> (objective, other sums)."""
 

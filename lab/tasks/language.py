@@ -13,7 +13,7 @@ from jax import Array
 
 from lab.errors import UserError
 from lab.tasks.base import EvalResult, Loss, Task, apply
-from lab.tasks.chunks import over_chunks
+from lab.tasks.chunks import check_chunk, check_head, over_chunks
 from lab.tasks.cross_entropy import cross_entropy
 from lab.tasks.text_report import text_report
 
@@ -46,8 +46,7 @@ class LanguageModel(Task):
             raise UserError(f"--task.label-smoothing must be in [0, 1), not {self.label_smoothing}.")
         if isinstance(self.z_loss, int | float) and not 0 <= self.z_loss < float("inf"):
             raise UserError(f"--task.z-loss must be 0 or more, not {self.z_loss}.")
-        if self.chunk is not None and self.chunk < 1:
-            raise UserError(f"--task.chunk must be at least 1, or None, not {self.chunk}.")
+        check_chunk(self.chunk)
         if self.samples < 0:
             raise UserError(f"--task.samples must be 0 or more, not {self.samples}.")
 
@@ -57,9 +56,7 @@ class LanguageModel(Task):
         Raises:
           UserError: `chunk` is set, but the model cannot return hidden states without the head.
         """
-        if self.chunk is not None and not hasattr(model, "logits"):
-            raise UserError(f"--task.chunk needs a model with a method `logits` (see GPT); {type(model).__name__} has "
-                            f"none. Leave it out.")
+        check_head(model, self.chunk)
         return model.init(key, batch["tokens"][:1, :-1], train=False)
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],

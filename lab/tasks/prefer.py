@@ -15,7 +15,7 @@ from jax import Array
 
 from lab.errors import UserError
 from lab.tasks.base import Loss, Task, apply
-from lab.tasks.chunks import row_sums
+from lab.tasks.chunks import check_chunk, check_head, row_sums
 from lab.tasks.cross_entropy import cross_entropy
 
 
@@ -54,8 +54,7 @@ class Prefer(Task):
         if isinstance(self.label_smoothing, int | float) and not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--task.label-smoothing must be in [0, 0.5), not {self.label_smoothing}: from 0.5 on the "
                             f"rejected answers would be preferred.")
-        if self.chunk is not None and self.chunk < 1:
-            raise UserError(f"--task.chunk must be at least 1, or None, not {self.chunk}.")
+        check_chunk(self.chunk)
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
         """Variables for `batch`, which has "pair" int (B, 2, L+1).
@@ -63,9 +62,7 @@ class Prefer(Task):
         Raises:
           UserError: `chunk` is set, but the model cannot return hidden states without the head.
         """
-        if self.chunk is not None and not hasattr(model, "logits"):
-            raise UserError(f"--task.chunk needs a model with a method `logits` (see GPT); {type(model).__name__} has "
-                            f"none. Leave it out.")
+        check_head(model, self.chunk)
         return model.init(key, batch["pair"][:1, 0, :-1], train=False)
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],

@@ -14,12 +14,12 @@ import numpy as np
 from scipy import special
 
 from lab.errors import UserError
+from lab.harness import FOLDER
 from lab.harness.run import file_name
 from lab.study.report.analysis import Against, Section
 from lab.study.report.render import Block, Table, Text
 from lab.study.report.results import Results
 
-FOLDER = "evaluations"  # in a run folder, see lab/harness/value.py
 RESAMPLES, LEVEL = 9_999, 0.95
 NOTE = ("Item by item: both arms answer the same questions; per seed, McNemar's exact test of the questions that one "
         "arm alone answers right. The interval resamples the questions (bootstrap, percentiles), with the difference "
