@@ -23,11 +23,11 @@ from lab.data.tables.table_data import TableData
 from lab.errors import UserError
 from lab.models.bert import BERT
 from lab.models.gpt import GPT
-from lab.serve.app import Service
 from lab.serve.embeddings import Embeddings, embedder
 from lab.serve.engine import Engine
 from lab.serve.language import Language
 from lab.serve.records import Form, Predictions
+from lab.serve.service import Service
 from lab.serve.slots import Slots
 from lab.serve.worker import Worker
 from lab.tasks.reports import class_names

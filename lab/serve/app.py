@@ -7,9 +7,8 @@ import hashlib
 import hmac
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,24 +20,9 @@ from starlette.routing import BaseRoute, Route
 from lab.serve.fields import Problem
 from lab.serve.metrics import Counted, Metrics
 from lab.serve.requests import Json, Limits
+from lab.serve.service import Service
 
 OPEN = ("/", "/healthz", "/readyz")  # paths that need no key
-
-
-class Service(Protocol):
-    """What a kind of model offers. `start` begins to compile; `close` ends all within some seconds."""
-
-    name: str
-    kind: str
-    metrics: Metrics
-
-    @property
-    def ready(self) -> bool: ...
-    def start(self) -> None: ...
-    def close(self, seconds: float) -> bool: ...
-    def described(self) -> dict[str, Any]: ...
-    def gauges(self) -> dict[str, tuple[str, Callable[[], float]]]: ...
-    def routes(self) -> list[Route]: ...
 
 
 class Guard:
@@ -111,8 +95,7 @@ def build(service: Service, *, limits: Limits, key: str | None = None) -> Starle
         return Json({"object": "list", "data": [described()]})
 
     async def model(request: Request) -> Json:
-        if request.path_params["name"] != service.name:
-            raise Problem(404, f"There is no model of this name here; there is {service.name}.", "model")
+        service.check_name(request.path_params["name"])
         return Json(described())
 
     text, headers = page()

@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from lab.serve.fields import Fields, Problem, parsed
-from lab.serve.metrics import Metrics
 from lab.serve.requests import Json, body_of
+from lab.serve.service import Service
 from lab.serve.worker import Worker
 
 ROWS = 16  # texts that are computed at once
@@ -56,7 +56,7 @@ def embedder(model: nn.Module, variables: Any, pad: int) -> tuple[Embed, Callabl
     return embed, compile_all
 
 
-class Embeddings:
+class Embeddings(Service):
     """The service of an encoder.
 
     Args:
@@ -67,29 +67,12 @@ class Embeddings:
     kind = "embeddings"
 
     def __init__(self, name: str, worker: Worker, text: Any, embed: Embed, context: int):
-        self.metrics = Metrics((), {})
-        self.name, self.worker, self._text, self._embed, self._context = name, worker, text, embed, context
-
-    def start(self) -> None:
-        """Starts the thread that compiles and computes."""
-        self.worker.start()
-
-    @property
-    def ready(self) -> bool:
-        """Whether everything is compiled."""
-        return self.worker.ready.is_set()
-
-    def close(self, seconds: float) -> bool:
-        """See `Worker.close`."""
-        return self.worker.close(seconds)
+        super().__init__(name, worker)
+        self.worker, self._text, self._embed, self._context = worker, text, embed, context
 
     def described(self) -> dict[str, Any]:
         """What /v1/models says of it."""
         return {"context": self._context}
-
-    def gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
-        """See `Metrics`."""
-        return self.worker.gauges()
 
     def routes(self) -> list[Route]:
         """Its endpoint."""
@@ -97,8 +80,7 @@ class Embeddings:
 
     async def _answer(self, request: Request) -> Json:
         fields = Fields(parsed(await body_of(request)))
-        if fields.text("model", self.name) != self.name:
-            raise Problem(404, f"There is no model of this name here; there is {self.name}.", "model")
+        self.check_model(fields)
         form = fields.text("encoding_format", "float")
         if form not in ("float", "base64"):
             raise Problem(422, "encoding_format must be float or base64.", "encoding_format")

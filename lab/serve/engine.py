@@ -85,6 +85,12 @@ class Engine:
         """Starts the thread, which compiles first; `ready` is set when it has. Earlier requests wait."""
         self._thread.start()
 
+    def gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
+        """See `lab.serve.metrics.Metrics`."""
+        return {"slots": ("Slots.", lambda: len(self.slots.ids)),
+                "slots_busy": ("Slots that hold a request.", lambda: len(self.running)),
+                "queue": ("Requests that wait for a slot.", lambda: len(self.waiting))}
+
     def submit(self, request: Request) -> None:
         """Queues a request.
 

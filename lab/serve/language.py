@@ -18,9 +18,9 @@ from lab.serve.engine import Engine, Token
 from lab.serve.fields import Fields, Problem, messages, parsed
 from lab.serve.forms import Chat, Completion
 from lab.serve.generation import Generation, while_connected
-from lab.serve.metrics import Metrics
 from lab.serve.requests import Json, body_of
 from lab.serve.sampling import TOP, Settings
+from lab.serve.service import Service
 
 TO_SEND = 30.0  # seconds beyond the deadline for a client to read its answer
 # What would change an answer and is not here, with the values that ask for nothing.
@@ -29,7 +29,7 @@ IGNORED = {"n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "logit
            "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": ()}
 
 
-class Language:
+class Language(Service):
     """The service of a language model.
 
     Args:
@@ -44,36 +44,20 @@ class Language:
 
     def __init__(self, name: str, engine: Engine, text: Any, chat: Callable[[list[dict[str, str]]], Sequence[int]],
                  seconds: float):
-        self.name, self.engine, self.text, self._chat, self.seconds = name, engine, text, chat, seconds
+        super().__init__(name, engine)
+        self.engine, self.text, self._chat, self.seconds = engine, text, chat, seconds
         self.stop = () if text.eot is None else (text.eot,)
-        self.metrics = Metrics((), {})
         # One thread: long prompts must not hold up the event loop, and a tokenizer is one at a time.
         self._encoding = ThreadPoolExecutor(1, "tokenizer")
 
-    def start(self) -> None:
-        """Starts the thread that compiles and computes."""
-        self.engine.start()
-
-    @property
-    def ready(self) -> bool:
-        """Whether everything is compiled."""
-        return self.engine.ready.is_set()
-
     def close(self, seconds: float) -> bool:
-        """See `Engine.close`."""
+        """See `Service.close`."""
         self._encoding.shutdown(wait=False)
-        return self.engine.close(seconds)
+        return super().close(seconds)
 
     def described(self) -> dict[str, Any]:
         """What /v1/models says of it."""
         return {"context": self.engine.slots.context}
-
-    def gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
-        """See `Metrics`."""
-        engine = self.engine
-        return {"slots": ("Slots.", lambda: len(engine.slots.ids)),
-                "slots_busy": ("Slots that hold a request.", lambda: len(engine.running)),
-                "queue": ("Requests that wait for a slot.", lambda: len(engine.waiting))}
 
     def routes(self) -> list[Route]:
         """Its endpoints."""
@@ -122,8 +106,7 @@ class Language:
                       form: Completion) -> Any:
         """The response. `new_tokens`: at most, by default; None: what the context has room for."""
         fields.refuse(IGNORED)
-        if fields.text("model", self.name) != self.name:
-            raise Problem(404, f"There is no model of this name here; there is {self.name}.", "model")
+        self.check_model(fields)
         settings = Settings(fields.number("temperature", 1.0, 0, 10), fields.number("top_p", 1.0, 1e-6, 1),
                             fields.integer("top_k", None, -1, 1 << 30), _seed(fields))
         new_tokens = self._room(fields, len(ids), new_tokens)

@@ -21,8 +21,8 @@ from starlette.routing import Route
 
 from lab.errors import UserError
 from lab.serve.fields import Fields, Problem, kind, parsed
-from lab.serve.metrics import Metrics
 from lab.serve.requests import Json, body_of
+from lab.serve.service import Service
 from lab.serve.worker import Worker
 
 IMAGES = {b"\x89PNG\r\n\x1a\n": ".png", b"\xff\xd8\xff": ".jpg"}
@@ -41,7 +41,7 @@ class Form:
     encoding: str = "UTF-8"
 
 
-class Predictions:
+class Predictions(Service):
     """The service of a classifier or regressor.
 
     Args:
@@ -51,30 +51,13 @@ class Predictions:
     kind = "predict"
 
     def __init__(self, name: str, worker: Worker, form: Form, predict: Callable[[Path], list[dict[str, Any]]]):
-        self.metrics = Metrics((), {})
-        self.name, self.worker, self.form, self._predict = name, worker, form, predict
-
-    def start(self) -> None:
-        """Starts the thread that compiles and computes."""
-        self.worker.start()
-
-    @property
-    def ready(self) -> bool:
-        """Whether everything is compiled."""
-        return self.worker.ready.is_set()
-
-    def close(self, seconds: float) -> bool:
-        """See `Worker.close`."""
-        return self.worker.close(seconds)
+        super().__init__(name, worker)
+        self.worker, self.form, self._predict = worker, form, predict
 
     def described(self) -> dict[str, Any]:
         """What /v1/models says of it."""
         columns = [{"name": name, "values": list(values)} for name, values in self.form.columns.items()]
         return {"input": self.form.kind, "columns": columns, "classes": list(self.form.classes)}
-
-    def gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
-        """See `Metrics`."""
-        return self.worker.gauges()
 
     def routes(self) -> list[Route]:
         """Its endpoint."""
@@ -88,8 +71,7 @@ class Predictions:
             files = [_image(body, "the body")]
         else:
             fields = Fields(parsed(body))
-            if fields.text("model", self.name) != self.name:
-                raise Problem(404, f"There is no model of this name here; there is {self.name}.", "model")
+            self.check_model(fields)
             files = self._files(fields.any("records"))
         found = await self.worker.run(request, lambda: self._computed(files))
         return Json({"object": "list", "model": self.name,

@@ -20,8 +20,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lab import signals
 from lab.errors import UserError
-from lab.serve.app import Service
 from lab.serve.requests import Limits
+from lab.serve.service import Service
 
 log = logging.getLogger(__name__)
 HEAD = 64 << 10  # bytes of the head of a request
