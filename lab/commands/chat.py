@@ -74,8 +74,7 @@ def chat(run: Annotated[str, tyro.conf.Positional], system: str | None = None, n
     session = Session(model, variables["params"], vocab=text.size, seed=seed,
                       temperature=0.0 if greedy else temperature, top_k=top_k, top_p=top_p)
     opening = [] if system is None else [{"role": "system", "content": system}]
-    written = functools.partial(text.encode_messages, answers=True, title=run) if template else plain_prompt(text)
-    Talk(session, text, own or written, opening, min(new_tokens, model.context // 2)).go()
+    Talk(session, text, own or prompt_of(text, run), opening, min(new_tokens, model.context // 2)).go()
 
 
 def run_language_model(run: Path, found: Any, state: Any) -> tuple[Any, Any, Any, Any]:
@@ -99,8 +98,11 @@ def run_language_model(run: Path, found: Any, state: Any) -> tuple[Any, Any, Any
     return found.model, jax.device_get(eval_variables(found, state)), text, getattr(data, "prompt_ids", None)
 
 
-def plain_prompt(text: Any) -> Callable[[list[Message]], Sequence[int]]:
-    """Messages -> ids where there is no chat template: the text of all of them."""
+def prompt_of(text: Any, title: str) -> Callable[[list[Message]], Sequence[int]]:
+    """Messages -> ids, by the tokenizer's chat template; without one, the text of all of them. `title`: names the model
+    in errors."""
+    if getattr(text, "config", {}).get("chat_template"):
+        return functools.partial(text.encode_messages, answers=True, title=title)
     start = [] if text.eot is None else [text.eot]
     return lambda messages: start + text.encode("".join(m["content"] for m in messages)).tolist()
 

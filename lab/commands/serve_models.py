@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lab.commands.chat import plain_prompt, run_language_model
+from lab.commands.chat import prompt_of, run_language_model
 from lab.commands.location import open_location
 from lab.commands.sample_weights import check_flags, language_model
 from lab.data.images.images import ImageData
@@ -35,7 +34,7 @@ from lab.train.fitted import data_of
 from lab.train.restore import open_run
 from lab.train.step import make_predict_step
 from lab.weights.location import is_location
-from lab.weights.read import find, variables_of
+from lab.weights.read import Found, find, variables_of
 from lab.weights.tokenizer import tokenizer_of
 
 SIZES = (1, 16, 64)  # records of a batch, after padding
@@ -59,13 +58,13 @@ def service_of(run: str, options: Options, step: int | None, best: bool, experim
       UserError: no such run or weights, or a model of another kind.
     """
     if is_location(run):
-        model = find(run).model
-        if isinstance(model, GPT):
+        weights = find(run)
+        if isinstance(weights.model, GPT):
             check_flags(run, step, best, experiment)
             return _language(options, *language_model(run), None)
-        if isinstance(model, BERT) and experiment is None:
+        if isinstance(weights.model, BERT) and experiment is None:
             check_flags(run, step, best, experiment)
-            return _embeddings(options, run, model)
+            return _embeddings(options, weights)
         found, data, program, state = open_location(Path(run), experiment, step=step, best=best)
         return _predictions(options, run, found, data, program, state)
     found, program, state = open_run(Path(run), step, best, file=experiment)
@@ -79,16 +78,14 @@ def _language(options: Options, model: GPT, variables: Any, text: Any, own: Any)
     """`own`: how the run writes dialogues, or None."""
     if model.position == "rotary":  # the cache has a row for each position
         model = model.clone(context=min(options.context, model.context))
-    template = getattr(text, "config", {}).get("chat_template")
-    written = (functools.partial(text.encode_messages, answers=True, title=options.name) if template
-               else plain_prompt(text))
     engine = Engine(Slots(model, variables["params"], slots=options.slots, vocab=text.size), options.queue)
-    return Language(options.name, engine, text, own or written, options.deadline)
+    return Language(options.name, engine, text, own or prompt_of(text, options.name), options.deadline)
 
 
-def _embeddings(options: Options, location: str, model: BERT) -> Service:
-    text = tokenizer_of(location, model)
-    variables = variables_of(find(location).arrays(lambda path, x: jax.device_put(x)))
+def _embeddings(options: Options, weights: Found) -> Service:
+    model = weights.model
+    text = tokenizer_of(weights.location, model)
+    variables = variables_of(weights.arrays(lambda path, x: jax.device_put(x)))
     embed, compile_all = embedder(model.clone(output="embedding"), variables, text.pad)
     worker = Worker(compile_all, options.queue, options.deadline)
     return Embeddings(options.name, worker, text, embed, model.context)
