@@ -1,6 +1,7 @@
 """Exceptions for errors that the user can fix: the command line prints them without a traceback and exits with 2."""
 
 import contextlib
+import difflib
 import errno
 import inspect
 import logging
@@ -8,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,12 @@ def forgiving(what: str) -> Iterator[None]:
     except Exception as e:
         reason = (str(e).splitlines() or [""])[0][:200]
         log.warning("warning: %s failed: %s", what, f"{type(e).__name__}: {reason}" if reason else type(e).__name__)
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6) -> str:
+    """The end of a message on an unknown word: the known one that is most like it, else `otherwise`."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f" Perhaps you meant {near[0]}." if near else otherwise
 
 
 def check_words(args: Sequence[str]) -> None:

@@ -36,6 +36,7 @@ from lab.train.experiment_file import load
 from lab.train.metrics import read_rows
 from lab.train.run_folder import checkpoint_folder
 from tests.conftest import ROOT
+from tests.launching import free_port
 from tests.test_cli import furnished
 from tests.test_loop import Quiet
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
@@ -47,12 +48,6 @@ LIMIT = 120  # seconds after which a process that should have ended is a failure
 def place(tmp_path_factory) -> Path:
     """A folder with small.py and its text."""
     return furnished(tmp_path_factory.mktemp("processes"))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return min(s.getsockname()[1], 65000)
 
 
 def start(place: Path, *words: str, devices: int = 2, **variables: object) -> subprocess.Popen:

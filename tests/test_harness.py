@@ -5,6 +5,10 @@ import io
 import json
 import lzma
 import math
+import os
+import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +27,13 @@ from lab.harness import tasks as tasks_file
 from lab.harness.generation import continue_greedily
 from lab.harness.local_data import read_local
 from lab.harness.perplexity import exp, perplexity, windows
-from lab.harness.scoring import Language, microbatch, padded_length, score
+from lab.harness.scoring import Language, padded_length, score, together
 from lab.harness.value import text_of
 from lab.models.bert import BERT
 from lab.models.gpt import GPT
 from lab.weights.read import parameter_shapes
 from lab.weights.write import write
+from tests.launching import free_port
 from tests.test_cli import furnished
 from tests.test_hugging_face_tokenizer import EOT, byte_level
 
@@ -105,10 +110,54 @@ def test_shapes_are_few_and_follow_from_the_length(language):
     lengths = {padded_length(n, 1000) for n in range(1, 1001)}
     assert sorted(lengths) == [8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000]
     assert all(padded_length(n, 1000) >= n for n in range(1, 1001))
-    sizes = [microbatch(language.model, length, "cpu") for length in sorted(lengths)]
+    sizes = [together(language, length) for length in sorted(lengths)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 64 and sizes[-1] == 1
-    huge = language.model.clone(vocab=2**17, width=4096)
-    assert microbatch(huge, 512, "gpu") < microbatch(language.model, 512, "gpu")
+
+
+@pytest.mark.parametrize(("stats", "memory"), [({"bytes_limit": 64 << 30}, 8 << 30), (None, 4 << 30)])
+def test_rows_follow_from_the_memory_of_a_gpu(language, stats, memory):
+    def of(width: int) -> Language:
+        found = Language(language.model.clone(vocab=2**17, width=width), None, None)
+        device = SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+        vars(found)["mesh"] = SimpleNamespace(devices=np.array([device]), local_devices=[device])
+        return found
+
+    rows, one = together(of(4096), 512), 4 * 512 * (3 * 2**17 + 16 * 4096 + 2 * 4 * 512)
+    assert of(4096).memory == memory and rows * one <= memory < 2 * rows * one
+    assert together(of(2**17), 512) < rows and language.memory <= 512 << 20
+
+
+TWO = """
+import pickle, sys
+from lab.parallel import processes
+group = processes.start()
+import jax
+from lab.data.tokenizers import Bytes
+from lab.harness.generation import continue_greedily
+from lab.harness.scoring import Language, score
+model, variables, rows = pickle.load(open(sys.argv[1], "rb"))
+language = Language(model, variables, Bytes().fit(None, 0))
+assert language.mesh.size == 2 and len(jax.local_devices()) == 1
+texts = continue_greedily(language, rows[:2], 20, lambda ids: False)
+pickle.dump((score(language, rows), texts), open(sys.argv[2] + str(jax.process_index()), "wb"))
+group.close()
+"""
+
+
+def test_processes_share_the_rows(language, tmp_path):
+    """Two processes with a device each: both get all answers, with the bits of one device."""
+    given, out = tmp_path / "given", tmp_path / "out"
+    given.write_bytes(pickle.dumps((language.model, language.variables, ROWS[:2])))
+    env = os.environ | {"LAB_COORDINATOR": f"127.0.0.1:{free_port()}", "LAB_PROCESSES": "2", "JAX_PLATFORMS": "cpu",
+                        "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    both = [subprocess.Popen([sys.executable, "-c", TWO, str(given), str(out)], env=env | {"LAB_PROCESS_ID": str(k)})
+            for k in range(2)]
+    assert [process.wait(300) for process in both] == [0, 0]
+    alone = on(language, 1)
+    for k in range(2):
+        scores, texts = pickle.loads((tmp_path / f"out{k}").read_bytes())
+        assert bits(scores) == bits(score(alone, ROWS[:2]))
+        assert texts == continue_greedily(alone, ROWS[:2], 20, lambda ids: False)
 
 
 def greedy(language: Language, apply: Callable, ids: list[int], new: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import os
 import warnings
@@ -12,7 +11,7 @@ from dataclasses import make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lab.errors import UserError
+from lab.errors import UserError, nearest
 from lab.files import ROOT
 from lab.parallel.backend import start_jax
 
@@ -39,9 +38,8 @@ def find_experiment(name: str) -> Path:
     for path in (Path(name), ROOT / name, ROOT / "experiments" / Path(name).name):
         if path.is_file():
             return path.resolve()
-    near = difflib.get_close_matches(f"experiments/{Path(name).name}", experiments(), n=1, cutoff=0.75)
-    raise UserError(f"There is no experiment {name}." + (f" Perhaps you meant {near[0]}." if near else
-                                                         f" There are {', '.join(experiments())}."))
+    others = nearest(f"experiments/{Path(name).name}", experiments(), f" There are {', '.join(experiments())}.", 0.75)
+    raise UserError(f"There is no experiment {name}.{others}")
 
 
 def check_run_dir(run_dir: str | None) -> None:

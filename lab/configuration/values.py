@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.configuration.field_types import fields
-from lab.errors import UserError
+from lab.errors import UserError, nearest
 
 
 def digest(value: Any) -> str:
@@ -66,8 +65,7 @@ def override(experiment: Any, changes: Mapping[str, Any]) -> Any:
 def _set(part: Any, path: str, names: list[str], value: Any, whole: Any) -> Any:
     head, *rest = names
     if not dataclasses.is_dataclass(part) or head not in {f.name for f in fields(part)}:
-        near = difflib.get_close_matches(path, _paths(whole), n=1, cutoff=0.5)
-        raise UserError(f"the experiment has no field {path}." + (f" Perhaps you meant {near[0]}." if near else ""))
+        raise UserError(f"the experiment has no field {path}.{nearest(path, _paths(whole), cutoff=0.5)}")
     before = getattr(part, head)
     if rest:
         value = _set(before, path, rest, value, whole)

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, PartitionSpec
 
 from lab.harness.scoring import ROWS, Language, Progress, batches, by_length
 
 STEPS = 16  # tokens per compiled call, after which the texts are searched for their stop
-MOST = (1 << 30, 8), (8 << 30, 32)  # (bytes, rows) on a CPU, on an accelerator
 
 
 def _cache_spec(model: Any) -> PartitionSpec:
@@ -87,7 +87,7 @@ def continue_greedily(language: Language, prompts: Sequence[Sequence[int]], new_
 
 def _rows(model: Any, length: int, language: Language) -> int:
     """Rows of a device, by the memory of their cache and attention scores."""
-    most, rows = MOST[language.mesh.devices.flat[0].platform != "cpu"]
+    most, rows = 2 * language.memory, 32 if language.on_accelerator else 8
     one = 4 * model.context * (2 * model.depth * model.width + 2 * model.heads * length)
     return 1 << max(min(most // one, rows), 1).bit_length() - 1
 
@@ -105,7 +105,7 @@ def _group(language: Language, model: Any, length: int, prompts: Sequence[list[i
     done = [False] * len(prompts)
     for first in range(0, new_tokens, STEPS):
         tokens, token, cache = _extend(language.placed, cache, token, language.put(lengths + np.int32(first)), **how)
-        for i, new in enumerate(np.asarray(tokens)[: len(prompts)].tolist()):
+        for i, new in enumerate(process_allgather(tokens, tiled=True)[: len(prompts)].tolist()):
             if not done[i]:
                 out[i] = _until(out[i] + new, language.text.eot)[:new_tokens]
                 done[i] = len(out[i]) < min(first + STEPS, new_tokens) or ended(out[i])

@@ -18,14 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax import Array
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 log = logging.getLogger(__name__)
 SHORTEST = 8
 ROWS = PartitionSpec("rows")
-# (bytes of logits and activations, tokens) of a microbatch: enough to keep a device busy.
-CPU, ACCELERATOR = (512 << 20, 512), (4 << 30, 16384)
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Language:
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """All devices of this process, in one axis."""
-        return Mesh(np.array(jax.local_devices()), ("rows",))
+        """All devices of all processes, in one axis."""
+        return Mesh(np.array(jax.devices()), ("rows",))
 
     @functools.cached_property
     def placed(self) -> Any:
@@ -56,8 +56,22 @@ class Language:
         return self.model.context
 
     def put(self, rows: np.ndarray) -> Array:
-        """An array whose leading axis is divided among the devices."""
-        return jax.device_put(rows, NamedSharding(self.mesh, ROWS))
+        """An array whose leading axis is divided among the devices. Every process passes all rows."""
+        return jax.make_array_from_callback(rows.shape, NamedSharding(self.mesh, ROWS), lambda index: rows[index])
+
+    @functools.cached_property
+    def memory(self) -> int:
+        """Bytes for one call on a device: an eighth of a GPU's or TPU's memory. On CPUs 512 MiB (or a 32nd of the
+        machine's memory): more is no faster, and all CPUs with 16 GiB compute the same bits."""
+        stats = self.mesh.local_devices[0].memory_stats() if self.on_accelerator else None
+        if stats and "bytes_limit" in stats:
+            return stats["bytes_limit"] // 8
+        return 4 << 30 if self.on_accelerator else min(512 << 20, psutil.virtual_memory().total // 32)
+
+    @property
+    def on_accelerator(self) -> bool:
+        """Whether the devices are GPUs or TPUs."""
+        return self.mesh.devices.flat[0].platform != "cpu"
 
 
 def padded_length(tokens: int, context: int) -> int:
@@ -68,16 +82,16 @@ def padded_length(tokens: int, context: int) -> int:
     return min(length, context)
 
 
-def microbatch(model: Any, length: int, platform: str) -> int:
-    """How many rows of this padded length are computed together: a power of two, by an estimate of their memory.
+def together(language: Language, length: int) -> int:
+    """How many rows of this padded length are computed together: a power of two, by the device's memory.
 
-    Depends on nothing else, so that neither does a row's result. Float32: logits and what the log-softmax makes of
+    Depends on no other rows, so that neither does a row's result. Float32: logits and what the log-softmax makes of
     them (3 V per token), a block's hidden states (16 D) and attention scores (2 N per pair of tokens).
     """
-    most, tokens = CPU if platform == "cpu" else ACCELERATOR
+    model, tokens = language.model, 16384 if language.on_accelerator else 512  # enough to keep a device busy
     width, heads = getattr(model, "width", 0), getattr(model, "heads", 0)  # a model of a user's own may lack them
     one = 4 * length * (3 * model.vocab + 16 * width + 2 * heads * length)
-    return 1 << max(min(most // one, tokens // length), 1).bit_length() - 1
+    return 1 << max(min(language.memory // one, tokens // length), 1).bit_length() - 1
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh", "rows"))
@@ -103,13 +117,13 @@ def score(language: Language, rows: Sequence[Sequence[int]]) -> list[tuple[np.nd
     found: list[Any] = [None] * len(rows)
     done, progress = 0, Progress()
     for length, places in by_length([len(row) - 1 for row in rows], language.context):
-        size = microbatch(language.model, length, language.mesh.devices.flat[0].platform)
+        size = together(language, length)
         for chosen in batches(places, calls(size, language)):
             tokens = np.zeros((calls(size, language), length + 1), np.int32)
             for row, place in zip(tokens, chosen, strict=False):
                 row[: len(rows[place])] = rows[place]
-            values = jax.device_get(_scores(language.placed, language.put(tokens), model=language.model,
-                                            mesh=language.mesh, rows=size))
+            values = process_allgather(_scores(language.placed, language.put(tokens), model=language.model,
+                                               mesh=language.mesh, rows=size), tiled=True)
             for i, place in enumerate(chosen):
                 found[place] = tuple(x[i, : len(rows[place]) - 1] for x in values)
             done += len(chosen)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lab.errors import UserError
+from lab.errors import UserError, nearest
 
 ENGINES = ("--slurm", "--hosts", "--tpu", "--sky")
 HELP = """\
@@ -76,9 +75,8 @@ def parse(words: Sequence[str]) -> tuple[Options, list[str]]:
         name = "help" if flag == "-h" else flag[2:].replace("-", "_")
         if name not in vars(options):
             known = ["--" + n.replace("_", "-") for n in vars(options)]
-            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
-            raise UserError(f"There is no option {flag} before the command." + (f" Perhaps you meant {near[0]}." if near
-                            else f" The flags of the experiment come after its file; there are {', '.join(known)}."))
+            others = f" The flags of the experiment come after its file; there are {', '.join(known)}."
+            raise UserError(f"There is no option {flag} before the command.{nearest(flag, known, others, 0.75)}")
         if isinstance(getattr(options, name), bool):
             if equals:
                 raise UserError(f"{flag} takes no value.")

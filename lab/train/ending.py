@@ -83,7 +83,7 @@ def finish(run: Any) -> int:
 
 
 def _benchmarks(run: Any, state: State) -> dict[str, float]:
-    """The numbers of `Evaluate.harness` for a state. Every process computes them on its own devices."""
+    """The numbers of `Evaluate.harness` for a state. The devices of all processes share the work."""
     variables = run.program.compute(state, own_variables)
     found = run.experiment.evaluate.harness.evaluate(run.experiment.model, variables, run.data, run.folder,
                                                      jax.process_index() == 0)

@@ -17,7 +17,7 @@ from lab.experiment import Experiment
 from lab.tasks.base import EvalResult
 from lab.train.program import Program
 from lab.train.restore import leaves
-from lab.train.step import State
+from lab.train.step import Batch, State, make_eval_step
 
 
 def make_eval_result(program: Program, state: State, data: Any, split: str, means: Mapping[str, float],
@@ -53,6 +53,30 @@ def evaluate(program: Program, state: State, data: Any, split: str, folder: Path
         raise UserError(f"This data has no {split} split.")
     found = program.evaluate(state, eval_batches(rows, program.eval_batch, records, program.eval_rows), stop)
     return found and make_eval_result(program, state, data, split, *found, folder)
+
+
+def by_record(program: Program, state: State, data: Any, split: str,
+              records: int | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Metric -> (sums, weights) of each record of a split, (records,) float64, on one device: each record is a batch of
+    its own. `records`: of that many evenly spaced ones.
+
+    Raises:
+      UserError: the data has no such split.
+    """
+    rows = getattr(data, split)
+    if rows is None:
+        raise UserError(f"This data has no {split} split.")
+    one = make_eval_step(program.experiment)
+
+    @jax.jit
+    def step(state: State, batch: Batch) -> Any:
+        return jax.vmap(lambda record: one(state, jax.tree.map(lambda x: x[None], record)))(batch)
+
+    state = jax.device_put(jax.device_get(state), jax.devices()[0])
+    parts = [jax.device_get(step(state, batch)) for batch in eval_batches(rows, program.eval_batch, records)]
+    count = min(records or len(rows), len(rows))
+    return {name: tuple(np.concatenate([part[name][i] for part in parts])[:count].astype(np.float64) for i in (0, 1))
+            for name in parts[0]}
 
 
 def frozen_paths(experiment: Experiment, params: Any) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lab.configuration.values import digest
-from lab.errors import UserError, forgiving
+from lab.errors import UserError, forgiving, nearest
 from lab.experiment import Experiment
 from lab.study.design.arms import BASE, Design, Study, grid, one_at_a_time
 from lab.study.run import leases
@@ -190,9 +189,9 @@ def _cells(arms: Sequence[Arm], study: Study, only: str | None, bench: Bench) ->
     """Cells of all arms, or of `only`, plus the base's if that arm forks from it."""
     wanted = [arm for arm in arms if only in (None, arm.name)]
     if not wanted:
-        near = difflib.get_close_matches(only, [arm.name for arm in arms], n=1)
-        raise UserError(f"There is no arm {only}." + (f" Perhaps you meant {near[0]}." if near else
-                        f" There are {', '.join(arm.name for arm in arms)}."))
+        names = [arm.name for arm in arms]
+        others = f" There are {', '.join(names)}."
+        raise UserError(f"There is no arm {only}.{nearest(only, names, others)}")
     if any(arm.stated for arm in wanted) and arms[0] not in wanted:
         wanted = [arms[0], *wanted]
     found = []

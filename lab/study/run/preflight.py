@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import time
@@ -18,7 +17,7 @@ from rich.table import Table
 from lab.configuration.field_types import fields, is_part
 from lab.configuration.values import flat, to_json
 from lab.data.pipeline import eval_batches, reader
-from lab.errors import UserError
+from lab.errors import UserError, nearest
 from lab.experiment import Experiment
 from lab.study.design.arms import BASE, Changes, Study
 from lab.study.run.forks import WORTH, acts_from, check_fork
@@ -79,9 +78,8 @@ def preflight(study: Study) -> list[Arm]:
         benchmarks = experiment.evaluate.harness.metrics() if experiment.evaluate.harness else []
         for metric, known in ((study.metric, produced + benchmarks), (experiment.evaluate.metric, produced)):
             if metric not in known:
-                near = difflib.get_close_matches(metric, known, n=1)
                 raise UserError(f"Arm {name} does not produce the metric {metric!r}; there are {', '.join(known)}."
-                                + (f" Perhaps you meant {near[0]}." if near else ""))
+                                f"{nearest(metric, known)}")
         after = stated or (acts_from(base, experiment) if name != BASE else 0)
         after = after if stated or after >= WORTH * experiment.steps else 0
         arms.append(Arm(name, changes, experiment, cost.parameters, flops, _memory(cost), after, bool(stated)))
