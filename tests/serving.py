@@ -43,8 +43,9 @@ def idle(service: Any, seconds: float = 20.0) -> bool:
 
 
 @contextlib.contextmanager
-def live(service: Any, **how: Any) -> Iterator[int]:
-    """Serves on a free port of this machine, in a thread; gives the port. `how`: see `lab.serve.app.build`."""
+def live(service: Any, application: Any = None, **how: Any) -> Iterator[int]:
+    """Serves on a free port of this machine, in a thread; gives the port. `application`, `how`: see
+    `lab.serve.app.build`."""
     import uvicorn
 
     from lab.serve import app, server
@@ -52,7 +53,8 @@ def live(service: Any, **how: Any) -> Iterator[int]:
 
     limits = how.pop("limits", Limits())
     sock = server.listen("127.0.0.1", 0)
-    config = uvicorn.Config(app.build(service, limits=limits, **how), http=server.protocol_of(limits), lifespan="off",
+    application = application or app.build(service, limits=limits, **how)
+    config = uvicorn.Config(application, http=server.protocol_of(limits), lifespan="off",
                             ws="none", log_config=None, h11_max_incomplete_event_size=server.HEAD,
                             timeout_graceful_shutdown=5)
     running = server.Server(config, service)

@@ -34,7 +34,8 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
     SIGTERM finishes what runs. If LAB_API_KEY is set, requests need it: Authorization: Bearer KEY.
 
     Args:
-      run: the run folder; or weights: hf:ORG/NAME, package:NAME/PATH, a .gguf file, a folder with config.json.
+      run: the run folder; or weights: hf:ORG/NAME, package:NAME/PATH, a .gguf file, a folder with config.json. Or a
+        link to one of these: when `promote` moves it, the new model takes over without losing a request.
       port: the port to listen at; 0: a free one.
       host: the address to listen at; by default only this machine can connect.
       slots: texts that grow at the same time; each has its own part of the key/value cache.
@@ -59,16 +60,22 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
         from lab.commands.serve_models import Options, service_of
         from lab.serve import app, server
         from lab.serve.requests import Limits
+        from lab.serve.switch import Switch
     except ImportError as e:
         raise UserError(f"serve needs the package {e.name}: LAB_EXTRAS=serve ./launch.sh serve {run}") from None
     key = os.environ.get(KEY) or None
     sock = server.listen(host, port)
     options = Options(name or name_of(Path(run)), slots, context, queue, deadline)
-    service = service_of(run, options, step, best, experiment)
     limits = Limits(body=int(body * (1 << 20)))
+    opened = lambda place: service_of(str(place), options, step, best, experiment)
+    built = lambda service: app.build(service, limits=limits, key=key)
+    if Path(run).is_symlink():
+        service = application = Switch(Path(run), opened, built)
+    else:
+        application = built(service := opened(run))
     if key is None and not _loopback(sock.getsockname()[0]):
         log.warning("warning: other machines can reach this server, and %s is not set: anybody may use it", KEY)
-    return server.serve(app.build(service, limits=limits, key=key), service, sock, limits=limits, drain=drain)
+    return server.serve(application, service, sock, limits=limits, drain=drain)
 
 
 def _loopback(address: str) -> bool:

@@ -73,6 +73,8 @@ class Engine:
         """`queue`: requests that may wait for a slot."""
         self.slots, self.limit = slots, queue
         self.ready = threading.Event()
+        self.failed = False
+        """Whether the model could not be compiled."""
         self.running: dict[int, Request] = {}
         self.waiting: deque[Request] = deque()
         self._used = [0.0] * len(slots.ids)
@@ -139,7 +141,7 @@ class Engine:
             self.slots.compile()
         except Exception:
             log.exception("the model could not be compiled")
-            self._closing = self._stopped = True
+            self.failed = self._closing = self._stopped = True
             return
         self.ready.set()
         while self._wait():

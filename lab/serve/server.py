@@ -22,6 +22,7 @@ from lab import signals
 from lab.errors import UserError
 from lab.serve.requests import Limits
 from lab.serve.service import Service
+from lab.serve.switch import Switch
 
 log = logging.getLogger(__name__)
 HEAD = 64 << 10  # bytes of the head of a request
@@ -45,7 +46,7 @@ def listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, with lab's signals: SIGTERM, SIGINT, SIGHUP end it after what runs; a second one ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service):
+    def __init__(self, config: uvicorn.Config, service: Service | Switch):
         super().__init__(config)
         self._service = service
         self.asked: int | None = None
@@ -107,7 +108,7 @@ def protocol_of(limits: Limits) -> type[H11Protocol]:
     return Protocol
 
 
-def serve(app: Any, service: Service, sock: socket.socket, *, limits: Limits, drain: float) -> int:
+def serve(app: Any, service: Service | Switch, sock: socket.socket, *, limits: Limits, drain: float) -> int:
     """Serves until a signal; returns the exit status: 0, or 130 after Ctrl-C."""
     config = uvicorn.Config(app, http=protocol_of(limits), ws="none", lifespan="off", log_config=None,
                             access_log=False, server_header=False, h11_max_incomplete_event_size=HEAD,

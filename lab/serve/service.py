@@ -36,6 +36,11 @@ class Service:
         """Whether everything is compiled."""
         return self._runner.ready.is_set()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be compiled."""
+        return self._runner.failed
+
     def close(self, seconds: float) -> bool:
         """Accepts no more requests and waits for those that run. Returns whether the thread has ended."""
         return self._runner.close(seconds)

@@ -31,6 +31,8 @@ class Worker:
         self._compile, self._queue, self._seconds = compile, queue, seconds
         self._thread = ThreadPoolExecutor(1, "worker")
         self.ready = threading.Event()
+        self.failed = False
+        """Whether the model could not be compiled."""
         self.pending = 0
         """Jobs that wait or run. Changed on the event loop only."""
 
@@ -43,6 +45,7 @@ class Worker:
             self._compile()
         except Exception:
             log.exception("the model could not be compiled")
+            self.failed = True
             return
         self.ready.set()
 

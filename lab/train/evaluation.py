@@ -58,7 +58,7 @@ def evaluate(program: Program, state: State, data: Any, split: str, folder: Path
 def by_record(program: Program, state: State, data: Any, split: str,
               records: int | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Metric -> (sums, weights) of each record of a split, (records,) float64, on one device: each record is a batch of
-    its own. `records`: of that many evenly spaced ones.
+    its own. Without tasks' counts. `records`: of that many evenly spaced ones.
 
     Raises:
       UserError: the data has no such split.
@@ -76,7 +76,7 @@ def by_record(program: Program, state: State, data: Any, split: str,
     parts = [jax.device_get(step(state, batch)) for batch in eval_batches(rows, program.eval_batch, records)]
     count = min(records or len(rows), len(rows))
     return {name: tuple(np.concatenate([part[name][i] for part in parts])[:count].astype(np.float64) for i in (0, 1))
-            for name in parts[0]}
+            for name, found in parts[0].items() if isinstance(found, tuple)}
 
 
 def frozen_paths(experiment: Experiment, params: Any) -> list[str]:
