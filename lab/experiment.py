@@ -16,7 +16,7 @@ from lab.configuration.limits import check_devices, check_numbers, check_paralle
 from lab.configuration.protocols import DataPart, HarnessPart, ModelPart, OptimPart, StartPart, TaskPart
 from lab.configuration.values import digest, flat, to_json
 from lab.errors import UserError
-from lab.pretrained import Adapt, Pretrained
+from lab.pretrained import Adapt, Pretrained, Private
 
 HOW = {"fingerprint": False}  # marks fields that change how a run executes, not what it computes
 
@@ -118,6 +118,8 @@ class Experiment:
     """Pretrained parameters to start from, and which of them to freeze."""
     adapt: Adapt | None = field(default=None, metadata={"fingerprint": "if set"})
     """Adapters to train beside the frozen model, such as LoRA(rank=8) of lab/adapt; None: train the model itself."""
+    private: Private | None = field(default=None, metadata={"fingerprint": "if set"})
+    """Differential privacy of the training records, such as DPSGD(target_epsilon=3) of lab/private."""
     checkpoint: Checkpoint = field(default=Checkpoint(), metadata=HOW)
     log: Log = field(default=Log(), metadata=HOW)
     mesh: Mesh = field(default=Mesh(), metadata=HOW)
@@ -146,6 +148,8 @@ class Experiment:
 
         Loads the data if the size depends on it (`Chars`). Raises UserError if the data has no tokenizer.
         """
+        if self.private is not None:
+            self = dataclasses.replace(self, private=self.private.filled(self))
         if getattr(self.model, "vocab", 0) is not None:
             return self
         size = self.data.metadata().get("vocab") or self.data.load().metadata.get("vocab")
@@ -182,7 +186,7 @@ class Experiment:
             if (value or 0) % self.steps_per_call:
                 raise UserError(f"{flag} {value} is not a multiple of --steps-per-call {self.steps_per_call}.")
         self.optim.validate(self.steps)
-        for part in (self.data, self.model, self.task, self.init_from, self.adapt, self.evaluate.harness):
+        for part in (self.data, self.model, self.task, self.init_from, self.adapt, self.private, self.evaluate.harness):
             if hasattr(part, "validate"):  # optional in a user's model
                 part.validate()
         check_model(self.model, self.data.metadata())

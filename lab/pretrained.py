@@ -41,6 +41,12 @@ class Adapt:
 
 
 @dataclass(frozen=True)
+class Private:
+    """Base class for `Experiment.private`: how training protects its records, such as DPSGD of lab/private, which has
+    the methods."""
+
+
+@dataclass(frozen=True)
 class Pretrained(Start):
     """Loads the parameters of another run by path. Paths that the run lacks are initialised at random.
 

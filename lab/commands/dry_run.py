@@ -65,6 +65,8 @@ def show(experiment: Experiment) -> None:
         costs.add_row("and of the optimizer", f"{human(optimizer)} ({optimizer / max(cost.flops, 1):+.0%})")
     costs.add_row("total FLOPs", human((cost.flops + optimizer) * experiment.steps))
     console.print(costs)
+    if experiment.private is not None:
+        console.print(experiment.private.describe(experiment), soft_wrap=True)
 
     memory = Table("", "bytes", show_header=False, title="Memory (all devices together)", title_justify="left")
     memory.add_row("parameters", human(size_of(cost.state.params)) + "B")

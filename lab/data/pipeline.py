@@ -97,10 +97,11 @@ def _in_epoch(records: Records, indices: np.ndarray, epochs: np.ndarray, seed: i
 
 
 def reader(program: Any) -> Callable[[int], Batch]:
-    """For a `lab.train.program.Program`: a function from the call number (from 0) to this process's rows of that call's
-    training batch. With several steps per call, steps are the first axis.
-    """
+    """For a `lab.train.program.Program`: a function from a call's number (from 0) to this process's rows of its
+    training batch, with an axis of steps first if a call makes several."""
     experiment, records = program.experiment, program.train_records
+    if experiment.private is not None and (private := experiment.private.reader(program)):
+        return private
     own = {"batch": experiment.batch, "seed": experiment.seed, "rows": program.rows}
     if program.stacked:
         return lambda call: train_batches(records, call, experiment.steps_per_call, **own)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lab.adapt.lora import describe
 from lab.errors import UserError
+from lab.experiment import Experiment
 from lab.train import metrics
 from lab.train.evaluation import frozen_paths
 from lab.train.json_files import write_json
@@ -82,12 +83,21 @@ def open_rows(run: Any) -> metrics.Rows:
     processes, path = run.stop.processes, run.folder / "metrics.jsonl"
     saved = run.checkpoints.beside(run.step) if run.step in run.checkpoints.steps() else None
     rows = metrics.Rows(path, run.step, saved if processes.first else None)
+    if run.experiment.private is not None:
+        run.screen.info(run.experiment.private.describe(run.experiment))
+        rows.beside = lambda step: {"epsilon": run.experiment.private.epsilon(step)}
     evaluations = processes.share([row for row in rows.rows if row["split"] != "train"])
     if not processes.first:
         rows.rows = evaluations
     if run.step and not rows.rows:  # a resumed run has at least its first evaluation
         run.screen.info("The run folder is new: metrics, the best state and patience count from here.")
     return rows
+
+
+def last_step(experiment: Experiment, stride: int) -> int:
+    """The step at which a run ends: that of the experiment, or the last within its privacy budget. `stride`: the steps
+    of a call, which divide it."""
+    return experiment.private.last_step(experiment.steps, stride) if experiment.private else experiment.steps
 
 
 def open_tensorboard(folder: Path) -> Any:

@@ -15,7 +15,7 @@ from lab.errors import UserError, authors_line, where
 from lab.experiment import Experiment, check_model
 from lab.optim.matrices import outputs
 from lab.train import metrics
-from lab.train.shapes import batch_spec
+from lab.train.shapes import abstract_state, batch_spec
 from lab.train.step import init_state, make_eval_step, make_loss, prepare
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ def check_data(experiment: Experiment, data: Any) -> None:
             about_model = "output" in str(e)
             place = where(type(experiment.model) if about_model else type(experiment.data).load)
             raise UserError(f"{place}{e}") from None
+    if experiment.private is not None:
+        experiment.private.check(experiment, data, abstract_state(experiment))
     if experiment.evaluate.harness is not None:
         experiment.evaluate.harness.check(experiment.model, data)
 

@@ -65,6 +65,8 @@ def finish(run: Any) -> int:
         return interrupted(run)
     if run.experiment.evaluate.harness is not None:
         result["harness"] = _benchmarks(run, state)
+    if run.experiment.private is not None:
+        result["privacy"] = run.experiment.private.spent(run.step)
     if split == "test":
         result["test"] = {"step": outcome.step, "split": "test", **outcome.means}
         if run.rows.rows[-1]["split"] != "test":

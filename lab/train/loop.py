@@ -19,7 +19,7 @@ from lab.parallel.processes import ALONE, Processes
 from lab.signals import Stop
 from lab.tasks.base import EvalResult
 from lab.train import metrics
-from lab.train.beginning import add_reference, first_state, open_rows, open_tensorboard
+from lab.train.beginning import add_reference, first_state, last_step, open_rows, open_tensorboard
 from lab.train.check import check_metric, load_data
 from lab.train.checkpoint import Checkpoints
 from lab.train.console import Screen, facts
@@ -111,7 +111,7 @@ class TrainingRun:
         if self.step % self.program.experiment.steps_per_call:
             raise UserError(f"The run is at step {self.step}, which is not a multiple of --steps-per-call "
                             f"{self.program.experiment.steps_per_call}: resume with --steps-per-call 1.")
-        self.rows = open_rows(self)
+        self.rows, self.end = open_rows(self), last_step(experiment, self.program.experiment.steps_per_call)
         self.evaluations = [row for row in self.rows.rows if row["split"] == "validation"]
         self.board = open_tensorboard(folder) if tensorboard else None
         self.pending: tuple[int, Any] | None = None
@@ -121,8 +121,8 @@ class TrainingRun:
 
     def go(self) -> int:
         """Compiles, then trains until the last step, early stopping or a signal; returns the exit status."""
-        experiment, n = self.experiment, self.program.experiment.steps_per_call
-        read, first, last = reader(self.program), self.step // n, experiment.steps // n
+        n = self.program.experiment.steps_per_call
+        read, first, last = reader(self.program), self.step // n, self.end // n
         with Prefetch(lambda call: self.program.batch(read, call), first, last) as self.batches:
             if first < last:
                 self.screen.progress("Compiling ...")
@@ -134,10 +134,10 @@ class TrainingRun:
 
     def _steps(self) -> int:
         """The loop: evaluates and saves if due, then makes the next step, until the run ends or is stopped."""
-        experiment, n = self.experiment, self.program.experiment.steps_per_call
+        n = self.program.experiment.steps_per_call
         while not self.stop():
             self._evaluate_if_due()
-            done = self.step == experiment.steps or self._out_of_patience()
+            done = self.step == self.end or self._out_of_patience()
             self._save_if_due(done)
             if done and not self.stop():
                 return finish(self)
@@ -174,8 +174,7 @@ class TrainingRun:
 
     def _evaluate_if_due(self) -> None:
         settings = self.experiment.evaluate
-        ends = self.step in (self.begun_at, self.experiment.steps)
-        due = ends or (settings.every and self.step % settings.every == 0)
+        due = self.step in (self.begun_at, self.end) or (settings.every and self.step % settings.every == 0)
         if not due or (self.evaluations and self.evaluations[-1]["step"] == self.step):
             return
         self.flush()

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,8 @@ class Rows:
             rows = list(itertools.takewhile(lambda row: row["step"] <= last_step, read_rows(path)))
         else:
             rows = marked_rows(path, saved)
+        self.beside: Callable[[int], dict[str, float]] = lambda step: {}
+        """What every row gets besides its metrics, by its step."""
         self.path, self.rows, self._digest = path, rows, hashlib.sha256()
         lines = [self._line(row) for row in rows]
         replace_file(path, "".join(lines))
@@ -133,7 +135,8 @@ class Rows:
         return line
 
     def append(self, row: dict[str, Any]) -> None:
-        """Appends a row and flushes it to the operating system."""
+        """Appends a row, with what `beside` adds, and flushes it to the operating system."""
+        row |= self.beside(row["step"])
         self.rows.append(row)
         with naming(self.path):
             self._file.write(self._line(row))

@@ -143,6 +143,8 @@ def make_train_step(experiment: Experiment, sum_gradients: SumGradients | None =
     """
     rate = experiment.optim.rate(experiment.steps)
     sum_gradients = sum_gradients or microbatched(experiment.grad_accum_steps)
+    if experiment.private is not None:
+        sum_gradients = experiment.private.protected(sum_gradients, key_for(experiment.seed, "noise"))
 
     def train_step(state: State, batch: Batch) -> tuple[State, Metrics]:
         optimizer = make_optimizer(experiment, batch)
