@@ -139,9 +139,7 @@ class Experiment:
     def optimizer(self) -> Any:
         """The optimizer, with learning rate 0 for the frozen parameters."""
         frozen = self.init_from.frozen_rules()
-        if not frozen:
-            return self.optim
-        return dataclasses.replace(self.optim, lr_multipliers=frozen + self.optim.lr_multipliers)
+        return self.optim.freezing(frozen) if frozen else self.optim
 
     def filled(self) -> Experiment:
         """The experiment with derived fields set: a `model.vocab` of None becomes the tokenizer's vocabulary size.

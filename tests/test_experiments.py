@@ -7,13 +7,16 @@ from dataclasses import replace
 
 import pytest
 
+from lab.configuration.values import override
 from lab.experiment import Checkpoint
 from lab.models.cnn import ConvNet, ResNet
 from lab.models.gan import GAN
 from lab.models.layers import Transformer
 from lab.models.multitask import ClassifyAndReconstruct
 from lab.models.rnn import LSTM
+from lab.optim import Prune
 from lab.pretrained import Pretrained
+from lab.tasks.distill import Distill
 from lab.tasks.language import LanguageModel
 from lab.train.console import Screen
 from lab.train.cost import cost_of
@@ -43,13 +46,24 @@ def no_packages_with_weights(monkeypatch):
                         else find_spec(name, *rest))
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The run folder of a classifier of digits, for experiments whose task has a teacher."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    with Screen(quiet=True) as screen:
+        assert train(shrunk(load(ROOT / "experiments/mnist_cnn.py").local), folder, screen) == 0
+    return str(folder)
+
+
 def shrunk(experiment):
     """The same experiment, small enough for a test: two blocks, narrow, three updates."""
     model, lr = experiment.model, experiment.optim.lr
     for kind, fields in SMALL.items():
         if isinstance(model, kind):
             model = model.clone(**fields)
-    optim = replace(experiment.optim, lr=replace(lr, warmup=min(lr.warmup, 1)))
+    warm = replace(lr, warmup=min(lr.warmup, 1))
+    optim = (replace(experiment.optim, optimizer=replace(experiment.optim.optimizer, lr=warm), begin=1, end=2)
+             if isinstance(experiment.optim, Prune) else replace(experiment.optim, lr=warm))
     evaluate = replace(experiment.evaluate, every=0, records=8, patience=None)
     start = Pretrained() if isinstance(experiment.init_from, Weights) else experiment.init_from
     return replace(experiment, model=model, init_from=start, optim=optim, steps=3, batch=8, steps_per_call=1,
@@ -66,8 +80,10 @@ def test_the_last_arm_of_a_study_trains(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
-def test_the_twin_trains(path, tmp_path):
+def test_the_twin_trains(path, tmp_path, request):
     experiment = shrunk(load(path).local)
+    if isinstance(experiment.task, Distill):
+        experiment = override(experiment, {"task.teacher": request.getfixturevalue("teacher")})
     experiment.validate()
     later = [shrunk(load(other).local).fingerprint() for other in EXPERIMENTS[EXPERIMENTS.index(path) + 1:]]
     if experiment.fingerprint() in later:

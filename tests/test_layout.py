@@ -24,7 +24,7 @@ ROOMS = {
     "weights": {"configuration.field_types", "models", "pretrained", "data.hugging_face"},
     "harness": set(), "parallel": {"environment"},
     "train": {"adapt", "configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline",
-              "data.prefetch", "models.members", "optim.matrices", "tasks.base"},
+              "data.prefetch", "models.members", "optim.matrices", "tasks.base", "weights.location", "weights.read"},
     "planning": {"experiment", "parallel", "train"},
     "serve": {"models"},
     "launch": {"environment", "commands.arguments", "experiment", "parallel.shared_secret"},

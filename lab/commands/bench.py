@@ -31,6 +31,7 @@ from lab.train.console import Screen, human
 from lab.train.cost import cost_of
 from lab.train.program import Program
 from lab.train.step import State, make_loss, microbatched, prepare
+from lab.train.teacher import with_teacher
 
 WARM = 3  # untimed calls
 TRACED = 5  # calls in a profile
@@ -73,7 +74,7 @@ def measure(experiment: Experiment, options: BenchOptions) -> dict[str, Any]:
 
     Steps are timed as in the training loop: the metrics of a step are fetched after the next one is dispatched.
     """
-    data = load_data(experiment)
+    data, experiment = load_data(experiment), with_teacher(experiment)
     program = Program(experiment, data.train)
     program.options = program.options | xla_options(options.xla)
     state, update, read, n = program.init(), program.train, reader(program), experiment.steps_per_call

@@ -20,8 +20,9 @@ from lab.parallel.sharding import AXES, describe_state, mesh_sizes, state_shardi
 from lab.train.check import LOOKS, load_data, model_outputs, try_out
 from lab.train.console import facts, human
 from lab.train.cost import Cost, cost_of, optimizer_flops, size_of
-from lab.train.shapes import batch_spec
+from lab.train.shapes import batch_spec, taught_of
 from lab.train.step import State
+from lab.train.teacher import with_teacher
 
 SMALL, QUICK = 10**7, 10**10  # parameters, and FLOPs of a few records, of models that are tried out
 RECORDS = [f"validation {unit}" for unit in (
@@ -38,6 +39,7 @@ def show(experiment: Experiment) -> None:
     with contextlib.suppress(Absent):  # reported below
         if not getattr(experiment.data, "slow", False):
             data = load_data(experiment)
+    experiment = with_teacher(experiment)
     cost = cost_of(experiment)
     if data and cost.parameters < SMALL and cost.flops * LOOKS < QUICK * experiment.batch:
         try_out(experiment, data)
@@ -72,6 +74,8 @@ def show(experiment: Experiment) -> None:
     memory.add_row("parameters", human(size_of(cost.state.params)) + "B")
     if experiment.adapt is not None:
         memory.add_row(f"frozen base, {experiment.adapt.base_dtype}", human(size_of(cost.state.base)) + "B")
+    if (taught := taught_of(experiment)) is not None:
+        memory.add_row("teacher", human(size_of(taught)) + "B")
     memory.add_row("optimizer state", human(size_of(cost.state.opt_state)) + "B")
     memory.add_row("gradients", human(size_of(cost.state.params)) + "B")
     memory.add_row("peak activations", human(cost.activations) + "B")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,13 +19,16 @@ from lab.files import make_folder, no_links
 from lab.tasks.adversarial import Adversarial, generate_images, judge_scores
 from lab.tasks.base import EvalResult
 from lab.train import evaluation
-from lab.train.description import check_same
+from lab.train.description import check_same, read_folder
 from lab.train.json_files import write_json
 from lab.train.program import Program
 from lab.train.reference import with_reference
 from lab.train.restore import open_run
 from lab.train.step import State
+from lab.train.teacher import check_teacher, with_teacher
 from lab.weights.location import is_location
+
+log = logging.getLogger(__name__)
 
 
 def main(args: Sequence[str]) -> int:
@@ -97,9 +101,16 @@ def _open(run: Path, step: int | None, best: bool, experiment: Path | None) -> t
                             f"{run} are weights without a run: evaluate a run folder.")
         return found, data, program, state, Path(f"evaluation-{name_of(run)}")
     no_links(run)
-    found, program, state = open_run(run, step, best, file=experiment)
+    found = read_folder(run, experiment)
     data = found.data.load()
     check_same(run, found, data.fingerprint)
+    try:
+        taught = with_teacher(found)
+        check_teacher(taught, data, run)
+        found = taught
+    except UserError as e:
+        log.warning("note: metrics of the distillation are left out. %s", e)
+    found, program, state = open_run(run, step, best, found)
     return found, with_reference(found, program, data, run), program, state, run
 
 

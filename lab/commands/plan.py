@@ -35,6 +35,7 @@ def main(args: Sequence[str]) -> int:
     real = args if {"--full", "--local"} & set(args) else [*args, "--full"]
     experiment, options, _ = parse(find_experiment(args[0]), real[1:], PlanOptions, verb="plan")
     from lab.planning.tables import show
+    from lab.train.teacher import with_teacher
 
-    show(experiment, options.on)
+    show(with_teacher(experiment), options.on)
     return 0

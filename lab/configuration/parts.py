@@ -24,7 +24,7 @@ PARTS = {
     ),
     "optim": (
         "lab.optim.optimizers.Optimizer",
-        ("build", "direction", "validate", "lr", "lr_multipliers"),
+        ("build", "direction", "validate", "lr", "freezing"),
         "AdamW(lr=1e-3)",
     ),
 }

@@ -17,7 +17,7 @@ found in the model's jaxpr (lab/optim/matrices.py), not by name.
 
 import re
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
@@ -141,6 +141,10 @@ class Optimizer:
 
     def _labels(self, params: Params) -> Any:
         return map_paths(lambda path, _: "frozen" if self.frozen(path) else "trained", params)
+
+    def freezing(self, rules: tuple[tuple[str, float], ...]) -> "Optimizer":
+        """This optimizer with further multipliers, tried before its own."""
+        return replace(self, lr_multipliers=rules + self.lr_multipliers)
 
     def frozen(self, path: str) -> bool:
         """Whether a parameter is frozen (multiplier 0)."""

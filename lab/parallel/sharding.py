@@ -141,6 +141,11 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh | AbstractMesh, own: Rul
     return placed
 
 
+def spread(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Shardings of arrays beside the state, by the default rule."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, _largest(x.shape, mesh.shape["fsdp"])), tree)
+
+
 def _largest(shape: tuple[int, ...], devices: int) -> PartitionSpec:
     """Shards the largest divisible dimension over "fsdp"; replicates small arrays."""
     dividing = [(size, -i) for i, size in enumerate(shape) if size % devices == 0]

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+def token_weights(batch: Mapping[str, Array]) -> Array:
+    """float32 (B, L) for "tokens" (B, L+1): the weight of each target, 0 for padding and where "learn" is 0."""
+    shape = batch["tokens"][:, 1:].shape
+    weight_BL = jnp.broadcast_to(batch["weight"][:, None], shape).astype(jnp.float32)
+    return weight_BL * batch["learn"] if "learn" in batch else weight_BL
 
 
 @jax.custom_jvp

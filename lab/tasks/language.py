@@ -14,7 +14,7 @@ from jax import Array
 from lab.errors import UserError
 from lab.tasks.base import EvalResult, Loss, Task, apply
 from lab.tasks.chunks import check_chunk, check_head, over_chunks
-from lab.tasks.cross_entropy import cross_entropy
+from lab.tasks.cross_entropy import cross_entropy, token_weights
 from lab.tasks.text_report import text_report
 
 
@@ -65,8 +65,7 @@ class LanguageModel(Task):
         optionally "vocab" (B,), the tokenizer's number of ids, if the model's vocabulary is padded; "learn" (B, L), 1
         where a target counts; "positions" and "documents" (B, L): see `GPT`."""
         inputs_BL, targets_BL = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        weight_BL = jnp.broadcast_to(batch["weight"][:, None], targets_BL.shape).astype(jnp.float32)
-        weight_BL = weight_BL * batch["learn"] if "learn" in batch else weight_BL
+        weight_BL = token_weights(batch)
         given = {"rngs": rngs, "train": train} | {x: batch[x] for x in ("positions", "documents") if x in batch}
         numbers = None if self._plain() else (self.label_smoothing, self.z_loss, batch.get("vocab", [None])[0])
         if self.chunk is None:

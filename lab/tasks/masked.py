@@ -62,20 +62,23 @@ class MaskedLM(Task):
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:
         """Cross-entropy at the chosen positions; logits at other positions are not computed."""
-        tokens_BL, fields = _texts(batch)
-        real_BL = fields["mask"] if "mask" in fields else jnp.ones_like(tokens_BL)
-        known = batch["vocab"][0] if "vocab" in batch else None
-        inputs_BL, chosen_BM, weight_BM = self.hide(tokens_BL, real_BL, batch["key"], model.vocab, known,
-                                                    mask_id(model))
+        (tokens_BL, fields), (inputs_BL, chosen_BM, weight_BM) = _texts(batch), self.hidden(model, batch)
         logits_BMV, model_state = apply(model, variables, inputs_BL, rngs=rngs, train=train, select=chosen_BM, **fields)
-        weight_BM = weight_BM * batch["weight"][:, None]
         targets_BM = jnp.take_along_axis(tokens_BL, chosen_BM, axis=1)
         nll_BM, _, right_BM = cross_entropy(logits_BMV, targets_BM)
         weight, nll = weight_BM.sum(), (nll_BM * weight_BM).sum()
-        real = (real_BL.sum(axis=1) * batch["weight"]).sum()
+        real = (_real(tokens_BL, fields).sum(axis=1) * batch["weight"]).sum()
         metrics = {"loss": (nll, weight), "accuracy": ((right_BM * weight_BM).sum(), weight),
                    "masked_share": (weight, real)}
         return nll, weight, metrics, model_state
+
+    def hidden(self, model: nn.Module, batch: Mapping[str, Array]) -> tuple[Array, Array, Array]:
+        """`hide` for a batch; weights are 0 for padding."""
+        tokens_BL, fields = _texts(batch)
+        known = batch["vocab"][0] if "vocab" in batch else None
+        inputs_BL, chosen_BM, weight_BM = self.hide(tokens_BL, _real(tokens_BL, fields), batch["key"], model.vocab,
+                                                    known, mask_id(model))
+        return inputs_BL, chosen_BM, weight_BM * batch["weight"][:, None]
 
     def hide(self, tokens_BL: Array, real_BL: Array, keys_B: Array, vocab: int,
              known: Array | None = None, mask_id: int | None = None) -> tuple[Array, Array, Array]:
@@ -155,6 +158,11 @@ def _texts(batch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     if "tokens" in batch:
         return batch["tokens"][:, :-1], {}
     return batch["inputs"], {name: batch[name] for name in ("mask", "segments") if name in batch}
+
+
+def _real(tokens_BL: Any, fields: Mapping[str, Any]) -> Any:
+    """1 where a token is real."""
+    return fields["mask"] if "mask" in fields else jnp.ones_like(tokens_BL)
 
 
 def _rounded_up(rate: float, length: int) -> np.ndarray:

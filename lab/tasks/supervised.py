@@ -112,7 +112,7 @@ class Classify(Supervised):
         weight_B = batch["weight"].astype(jnp.float32)
         weight = weight_B.sum()
         logp_BMC = jax.nn.log_softmax(logits_BMC)
-        logp_BC = _mean_probability(logp_BMC)
+        logp_BC = mean_probability(logp_BMC)
 
         def total(value_B: Array) -> tuple[Array, Array]:
             return (value_B * weight_B).sum(), weight
@@ -174,7 +174,7 @@ class Classify(Supervised):
 
     def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
         """"probabilities" (B, C), the mean over members, and "prediction" int32 (B,)."""
-        logp_BC = _mean_probability(jax.nn.log_softmax(self._logits(output)))
+        logp_BC = mean_probability(jax.nn.log_softmax(self._logits(output)))
         return {"probabilities": jnp.exp(logp_BC), "prediction": jnp.argmax(logp_BC, -1).astype(jnp.int32)}
 
     def columns(self, predictions: Mapping[str, np.ndarray], data: Any) -> dict[str, list[Any]]:
@@ -258,10 +258,10 @@ def _one_hot(targets: Any, C: int) -> Array:
     return jnp.where(known_B[:, None], jax.nn.one_hot(targets, C, dtype=jnp.float32), jnp.nan)
 
 
-def _mean_probability(logp_BMC: Array) -> Array:
-    """Log of the members' mean probability: (B, C)."""
-    M = logp_BMC.shape[1]
-    return logp_BMC[:, 0] if M == 1 else jax.nn.logsumexp(logp_BMC, axis=1) - np.log(M)
+def mean_probability(logp_BMC: Array) -> Array:
+    """Log of the members' mean probability: (..., C) of (..., M, C)."""
+    M = logp_BMC.shape[-2]
+    return logp_BMC[..., 0, :] if M == 1 else jax.nn.logsumexp(logp_BMC, axis=-2) - np.log(M)
 
 
 def _counts(logits_BC: Array, target_BC: Array, weight_B: Array) -> dict[str, Array]:

@@ -15,6 +15,7 @@ from lab.train.records_on_device import exchanged
 from lab.train.reference import keep_reference, with_reference
 from lab.train.restore import initial_arrays, with_base
 from lab.train.step import State
+from lab.train.teacher import check_teacher
 
 
 def first_state(run: Any) -> tuple[State, int]:
@@ -44,7 +45,8 @@ def first_state(run: Any) -> tuple[State, int]:
 
 def add_reference(run: Any) -> None:
     """Gives the records and the program of a `TrainingRun` what its task needs of the model as the run begins, if
-    anything, and keeps it in the run folder: see reference.py."""
+    anything, and keeps it in the run folder: see reference.py and teacher.py."""
+    check_teacher(run.program.experiment, run.data, run.folder, run.stop.processes)
     if not getattr(run.experiment.task, "reference", None):
         return
     run.screen.progress("Computing the reference ...")

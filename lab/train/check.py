@@ -143,7 +143,7 @@ def model_outputs(experiment: Experiment) -> list[Any]:
         raise UserError(f"{task} needs records with {' or '.join(wanted)}, and this data has "
                         f"{', '.join(name for name in spec if name not in ('weight', 'index'))}.")
     here = where(type(experiment.model))
-    with _explained(f"{here}{model} cannot be applied to this data's records ({_shown(spec)})"):
+    with explained(f"{here}{model} cannot be applied to this data's records ({_shown(spec)})"):
         found = outputs(experiment, spec)
     for output in found:
         if output is None:
@@ -156,7 +156,7 @@ def model_outputs(experiment: Experiment) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Turns an exception of JAX or Flax into a UserError, unless the user's own code raised it."""
     try:
         yield

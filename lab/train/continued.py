@@ -13,7 +13,7 @@ import numpy as np
 
 WRAPPERS = {"inner", "inner_state", "inner_states"}  # state fields of wrapper transformations
 SETTINGS = {"ScheduleFreeState.b1"}  # state fields that are set from the experiment
-COUNTS = {"ScaleByScheduleState.count", "EmaState.count"}  # always the run's step count
+COUNTS = {"ScaleByScheduleState.count", "EmaState.count", "PruneState.count"}  # always the run's step count
 
 
 def take_over(there: Any, here: Any, step: int) -> tuple[dict[str, np.ndarray], list[str], list[str]]:

@@ -13,7 +13,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from lab.adapt.lora import every
 from lab.experiment import Experiment
 from lab.parallel.sharding import path_of
-from lab.train.shapes import abstract_state, batch_spec
+from lab.train.shapes import abstract_state, batch_spec, taught_of
 from lab.train.step import State, make_loss, make_optimizer, make_train_step, prepare
 
 
@@ -55,7 +55,7 @@ class Cost:
     state: State
     flops: int
     """Per step: 3 x the forward FLOPs (the backward pass takes twice the forward FLOPs). Excludes recomputation. With
-    adapters: the FLOPs of the gradient as traced, which has none of the frozen parameters."""
+    adapters or a teacher: the FLOPs of the gradient as traced, which has none of the frozen parameters."""
     activations: int
     """Bytes of residuals for the backward pass of one microbatch, before compiler fusion."""
 
@@ -101,7 +101,7 @@ def cost_of(experiment: Experiment) -> Cost:
     forward = jax.make_jaxpr(loss)(state.params, state.model_state, batch, base)
     kept = jax.eval_shape(residuals, state.params, state.model_state, batch, base)
     flops = 3 * count_flops(forward)
-    if base is not None:
+    if base is not None or taught_of(experiment) is not None:
         gradient = jax.make_jaxpr(jax.grad(loss, has_aux=True))(state.params, state.model_state, batch, base).jaxpr
         flops = count_flops(dce_jaxpr(gradient, [True] * len(gradient.outvars))[0])  # custom derivatives have all
     return Cost(state, flops * experiment.grad_accum_steps, size_of(kept))

@@ -31,6 +31,7 @@ from lab.train.progress import Clock, shown
 from lab.train.run_copy import bring_back, copied
 from lab.train.run_folder import check_shared_disk, checkpoint_folder, lock_run_folder, open_folder
 from lab.train.step import State
+from lab.train.teacher import with_teacher
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class TrainingRun:
                  tensorboard: bool, shared: Shared | None):
         self.experiment, self.screen, self.data, self.stop = experiment, screen, data, stop
         self.folder = stop.processes.own_folder(folder)
-        self.shared, self.pictures = shared or Shared(data, Program(experiment, data.train)), shared is None
+        self.pictures = shared is None
+        self.shared = shared or Shared(data, Program(with_teacher(experiment), data.train))
         self.program, keep = self.shared.program, self.shared.keep
         self.checkpoints = Checkpoints(checkpoints, experiment.checkpoint, lambda: self.best_step, stop.processes, keep)
         self.state, self.begun_at = first_state(self)

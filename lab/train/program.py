@@ -17,17 +17,12 @@ from lab.configuration.values import override, value_at
 from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.parallel.backend import EXACT, compiler_options
-from lab.parallel.sharding import batch_sharding, constrained, make_mesh, process_rows, put, state_shardings
+from lab.parallel.sharding import batch_sharding, constrained, make_mesh, process_rows, put, spread, state_shardings
 from lab.train import metrics
 from lab.train.gradients import by_compiler, in_fixed_order, pmapped
 from lab.train.records_on_device import OnlyNumbered, fits
-from lab.train.shapes import abstract_state, batch_spec, numbered, one_record
+from lab.train.shapes import abstract_state, batch_spec, given_to, numbered, one_record
 from lab.train.step import State, eval_variables, init_state, make_eval_step, make_predict_step, make_train_step
-
-
-def numbers_of(experiment: Experiment, paths: Sequence[str] = ()) -> dict[str, np.generic]:
-    """The seed and the values of the (dotted) fields `paths`, as arguments of a compiled program."""
-    return {"seed": np.uint32(experiment.seed)} | {path: np.float32(value_at(experiment, path)) for path in paths}
 
 
 class Program:
@@ -70,8 +65,9 @@ class Program:
 
     @functools.cached_property
     def given(self) -> dict[str, jax.Array]:
-        """The experiment's seed and `numbers`, replicated."""
-        return jax.device_put(numbers_of(self.experiment, self.numbers), self.everywhere)
+        """The experiment's seed, `numbers` and teacher."""
+        given = given_to(self.experiment, self.numbers)
+        return jax.device_put(given, spread(given, self.mesh))
 
     @functools.cached_property
     def rows(self) -> slice:
@@ -125,12 +121,13 @@ class Program:
             return result
 
         rows_sharding = batch_sharding(self.mesh, experiment.batch, experiment.grad_accum_steps)
-        jitted = jax.jit(update, donate_argnums=0,
-                         in_shardings=(self.shardings, self.train_sharding, self.everywhere, self.everywhere),
+        given = given_to(experiment, self.numbers)
+        placed = self.shardings, self.train_sharding, spread(given, self.mesh), self.everywhere
+        jitted = jax.jit(update, donate_argnums=0, in_shardings=placed,
                          out_shardings=(self.shardings, self.everywhere))
         leading = (experiment.steps_per_call,) if self.stacked else ()
         batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype), self.train_spec)
-        given = {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in numbers_of(experiment, self.numbers).items()}
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
         lowered = jitted.lower(self.abstract, batch, given, self.resident)
         if self.mesh.shape["sequence"] > 1 and "sequence" not in used:
             raise UserError(f"--mesh.sequence {self.mesh.shape['sequence']} shards no activation of this model: it "

@@ -119,7 +119,7 @@ def initial_arrays(start: Any, state: Any, data: Any) -> tuple[Given, Report]:
     return start.load(state, data)
 
 
-def _place(run: str) -> tuple[Path, int | None]:
+def run_and_step(run: str) -> tuple[Path, int | None]:
     """The run folder, and the checkpoint's step if the path names one."""
     folder = user_path(run)
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
@@ -127,7 +127,7 @@ def _place(run: str) -> tuple[Path, int | None]:
     return folder, None
 
 
-def _same_tokenizer(folder: Path, data: Any) -> None:
+def same_tokenizer(folder: Path, data: Any) -> None:
     """Raises UserError if the tokenizers differ. No later check would notice that token ids mean something else."""
     saved, here = folder / "tokenizer.json", getattr(data, "tokenizer_state", None)
     if here is not None and saved.exists() and saved.read_text("utf-8") != here:
@@ -143,8 +143,8 @@ def from_run(start: Pretrained, state: Any, data: Any) -> tuple[Given, Report]:
     """
     if start.run is None:
         return {}, {}
-    folder, step = _place(start.run)
-    _same_tokenizer(folder, data)
+    folder, step = run_and_step(start.run)
+    same_tokenizer(folder, data)
     experiment, _, found = open_run(folder, step, file=user_path(start.experiment) if start.experiment else None)
     averaged = eval_params(replace(experiment, precision="float32"), found)
     model_state = experiment.optim.eval_model_state(found.opt_state, found.model_state)
@@ -175,10 +175,10 @@ def from_checkpoint(start: Continue, state: Any, data: Any) -> tuple[Given, Repo
     Raises:
       UserError: no such run or checkpoint, shapes differ (names the path), or tokenizers differ.
     """
-    folder, step = _place(start.run)
+    folder, step = run_and_step(start.run)
     if step is not None and start.step not in (None, step):
         raise UserError(f"--init-from.step {start.step} and --init-from.run {start.run} name two checkpoints.")
-    _same_tokenizer(folder, data)
+    same_tokenizer(folder, data)
     file = user_path(start.experiment) if start.experiment else None
     experiment, _, found = open_run(folder, start.step if step is None else step, file=file)
     if experiment.adapt is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from lab.configuration.values import value_at
 from lab.experiment import Experiment
 from lab.train.step import State, init_state
 
@@ -22,6 +24,18 @@ def batch_spec(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 def numbered(batch: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the weights and indices of a batch."""
     return {"weight": jax.ShapeDtypeStruct((batch,), np.float32), "index": jax.ShapeDtypeStruct((batch,), np.int32)}
+
+
+def given_to(experiment: Experiment, paths: Sequence[str] = ()) -> dict[str, Any]:
+    """(Dotted) field -> value, for the fields of an experiment that are arguments of a compiled program: the seed, the
+    numbers at `paths`, and what the task's teacher is (lab/train/teacher.py)."""
+    numbers = {"seed": np.uint32(experiment.seed)} | {path: np.float32(value_at(experiment, path)) for path in paths}
+    return numbers | ({} if (taught := taught_of(experiment)) is None else {"task.taught": taught})
+
+
+def taught_of(experiment: Experiment) -> Any:
+    """The teacher that a task has read: a pytree. None without one."""
+    return getattr(experiment.task, "taught", None)
 
 
 def one_record(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:

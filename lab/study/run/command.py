@@ -29,6 +29,7 @@ from lab.study.run.workers import CORE, cores
 from lab.train.check import check_data
 from lab.train.console import Screen
 from lab.train.json_files import read_json, write_json
+from lab.train.teacher import with_teacher
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
 def _work(study: Study, options: StudyOptions, folder: Path, file: Path) -> int:
     """Runs cells of a study that another process has prepared; returns the exit status."""
     planned = {arm["name"]: arm for arm in read_json(folder / "study.json")["arms"]}
-    arms = [Arm(name, changes, experiment, planned[name]["parameters"], planned[name]["flops_per_step"],
+    arms = [Arm(name, changes, with_teacher(experiment), planned[name]["parameters"], planned[name]["flops_per_step"],
                 planned[name]["memory_bytes"], planned[name]["forked_after"], bool(planned[name]["fork"]))
             for name, (changes, experiment) in study.experiments().items()]
     bench = Bench(sorted({arm.after for arm in arms if arm.after}))

@@ -20,6 +20,7 @@ from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.files import replace_file
 from lab.models.members import Several
+from lab.optim import Prune
 from lab.train.checkpoint import Checkpoints
 from lab.train.metrics import marked_rows
 from lab.train.program import Program
@@ -33,6 +34,8 @@ WORTH = 0.1  # minimum fraction of steps to share; less does not repay waiting f
 def acts_from(base: Experiment, arm: Experiment) -> int:
     """Number of initial steps in which the arm cannot differ from the base; 0 if unknown."""
     if base.evaluate.patience is not None or arm.evaluate.patience is not None or base.exact or arm.exact:
+        return 0
+    if isinstance(arm.optim, Prune) or isinstance(base.optim, Prune):
         return 0
     ours, theirs, first = arm.optim, base.optim, min(arm.steps, base.steps)
     if (ours.lr, arm.steps) != (theirs.lr, base.steps):

@@ -26,6 +26,7 @@ from lab.train.cost import Cost, cost_of, size_of, step_flops
 from lab.train.program import Program
 from lab.train.shapes import batch_spec
 from lab.train.step import State, make_eval_step
+from lab.train.teacher import with_teacher
 
 TIMED_FLOPS = 2e12  # on a CPU, a base with costlier steps is not timed, as that would take minutes
 
@@ -66,6 +67,7 @@ def preflight(study: Study) -> list[Arm]:
     base = found[BASE][1]
     for name, (changes, experiment) in found.items():
         try:
+            experiment = with_teacher(experiment)
             cost = cost_of(experiment)
             flops, produced = step_flops(experiment), metric_names(experiment, cost.state)
             if (stated := study.forked(name)) is not None:

@@ -16,13 +16,14 @@ def probe() -> None:
     from lab.study.run.shared import Bench
     from lab.study.run.units import time_alone
     from lab.train.experiment_file import load
+    from lab.train.teacher import with_teacher
 
     start_jax()
     told = json.load(sys.stdin)
     if told["file"]:
         load(Path(told["file"]))
     bench = Bench(told["stops"])
-    print(time_alone(from_json(told["experiment"]), told["numbers"], told["steps_per_call"], bench))
+    print(time_alone(with_teacher(from_json(told["experiment"])), told["numbers"], told["steps_per_call"], bench))
     bench.close()
 
 

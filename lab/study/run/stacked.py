@@ -17,9 +17,8 @@ from lab.data.pipeline import train_batches
 from lab.experiment import Experiment
 from lab.parallel.backend import compiler_options
 from lab.train import metrics
-from lab.train.program import numbers_of
 from lab.train.records_on_device import OnlyNumbered, fits
-from lab.train.shapes import abstract_state, batch_spec, one_record
+from lab.train.shapes import abstract_state, batch_spec, given_to, one_record
 from lab.train.step import State, init_state, make_eval_step, make_train_step
 
 FINITE = ("loss", "gradient_norm", "update_norm", "parameter_norm")
@@ -46,7 +45,7 @@ class Stacked:
         one = abstract_state(self.experiment)
         self.abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(experiments), *x.shape), x.dtype,
                                                                     sharding=self.cells), one)
-        each = [numbers_of(experiment, self.numbers) for experiment in experiments]
+        each = [given_to(experiment, self.numbers) for experiment in experiments]
         self.given = jax.device_put({name: np.stack([g[name] for g in each]) for name in each[0]}, self.cells)
         self.seeds = sorted({experiment.seed for experiment in experiments})
         place = np.array([self.seeds.index(experiment.seed) for experiment in experiments], np.int32)
