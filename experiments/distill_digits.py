@@ -9,8 +9,8 @@ digits are partly this file's validation digits, the 359 test digits are nobody'
 
 Measured by that study (busy 2-core Intel Xeon VM with AMX, 2026-11-27): accuracy of the test digits, seeds 0, 1, 2:
 96.1, 97.2, 95.5 % (mean 96.3); without distillation 94.7, 96.4, 94.2 % (95.1), 1.2 points less (95 % interval 0.4 to
-2.0); with weight 0.5 95.5, 97.8, 96.4 % (96.6). The teacher has 100 %. With all 1,294 digits: no difference (98.5 % with
-weight 0.9, 98.6 % without). 45 s.
+2.0); with weight 0.5 95.5, 97.8, 96.4 % (96.6). The teacher has 100 %. With all 1,294 digits there is no difference:
+98.5 % with weight 0.9, 98.6 % without. 45 s.
 """
 
 from dataclasses import replace

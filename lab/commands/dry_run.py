@@ -72,10 +72,8 @@ def show(experiment: Experiment) -> None:
 
     memory = Table("", "bytes", show_header=False, title="Memory (all devices together)", title_justify="left")
     memory.add_row("parameters", human(size_of(cost.state.params)) + "B")
-    if experiment.adapt is not None:
-        memory.add_row(f"frozen base, {experiment.adapt.base_dtype}", human(size_of(cost.state.base)) + "B")
-    if (taught := taught_of(experiment)) is not None:
-        memory.add_row("teacher", human(size_of(taught)) + "B")
+    for name, frozen in _frozen(experiment, cost.state).items():
+        memory.add_row(name, human(size_of(frozen)) + "B")
     memory.add_row("optimizer state", human(size_of(cost.state.opt_state)) + "B")
     memory.add_row("gradients", human(size_of(cost.state.params)) + "B")
     memory.add_row("peak activations", human(cost.activations) + "B")
@@ -93,6 +91,12 @@ def show(experiment: Experiment) -> None:
         console.print(line, soft_wrap=True)
     if example:
         _example(console, example)
+
+
+def _frozen(experiment: Experiment, state: State) -> dict[str, Any]:
+    """What takes memory and is not trained: name -> (abstract) arrays."""
+    found = {f"frozen base, {experiment.adapt.base_dtype}": state.base} if experiment.adapt is not None else {}
+    return found | ({} if (taught := taught_of(experiment)) is None else {"teacher": taught})
 
 
 def _example(console: Console, pieces: Sequence[tuple[str, bool]]) -> None:
