@@ -76,8 +76,8 @@ def read_teacher(place: str | None) -> Teacher:
         return _of_weights(place, locate(place).stat().st_mtime_ns)
     folder, step = run_and_step(place)
     if not (folder / "experiment.json").exists():
-        raise UserError(f"The teacher {place} is not there: train it first (the experiment's file says how), or name "
-                        f"another run or weights with --task.teacher.")
+        raise UserError(f"The teacher {place} is not there. ./launch.sh EXPERIMENT --run-dir {folder} trains it (which "
+                        f"one, the experiment's file says); or name another run or weights with --task.teacher.")
     if step is None and finished(folder) is None:
         raise UserError(f"The run of the teacher {place} is not finished: type its command again, or name one of its "
                         f"checkpoints, {place}/checkpoints/STEP.")
