@@ -60,6 +60,11 @@ def chosen_tests(words: list[str]) -> list[str]:
     return words if named else ["-m", QUICK, *words]
 
 
+def to_onnx(words: list[str]) -> bool:
+    """Whether `export` writes an ONNX file, which needs packages that nothing else does."""
+    return "onnx" in words or any(word.endswith(".onnx") for word in words)
+
+
 def main(arguments: list[str]) -> None:
     """Finds or builds the environment, then executes the command in it (exec)."""
     verb, rest = (arguments or [""])[0], arguments[1:]
@@ -87,7 +92,8 @@ def main(arguments: list[str]) -> None:
         environ = process_environ(os.environ, choice.accelerator)
         shown = existing.describe(python, choice, found, pyproject)
     else:
-        extras = [choice.accelerator, *(["test"] if verb in ("tests", "ruff") else []), *asked_extras(os.environ)]
+        extras = [choice.accelerator, *(["test"] if verb in ("tests", "ruff") else []),
+                  *asked_extras(os.environ, ["onnx"] if verb == "export" and to_onnx(rest) else [])]
         folder = ensure(plan_environment(extras, f"accelerator {choice.accelerator}: {choice.reason}"))
         python, shown = str(folder / "bin/python"), describe(folder, choice)
         environ = built_environ(os.environ, folder, choice.accelerator)

@@ -26,7 +26,7 @@ ROOMS = {
     "train": {"adapt", "configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline",
               "data.prefetch", "models.members", "optim.matrices", "tasks.base", "weights.location", "weights.read"},
     "planning": {"experiment", "parallel", "train"},
-    "serve": {"models"},
+    "serve": {"models"}, "exported": {"data", "models", "tasks"},
     "launch": {"environment", "commands.arguments", "experiment", "parallel.shared_secret"},
     "api": {"experiment", "parallel", "train"},
 }

@@ -1,7 +1,9 @@
-"""`./launch.sh export RUN --to FOLDER`: a trained model for Hugging Face's transformers or timm, or as a GGUF file."""
+"""`./launch.sh export RUN --to FOLDER`: a trained model for Hugging Face's transformers or timm, or as one file: GGUF,
+StableHLO or ONNX."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,26 +16,60 @@ from lab.commands.arguments import call
 from lab.data.tokenizers import EOT
 from lab.errors import UserError
 
+FORMATS = ("stablehlo", "onnx")
+
 
 def main(args: Sequence[str]) -> int:
-    """RUN --to FOLDER|FILE.gguf"""
-    return call("export", export, args)
+    """RUN --to FOLDER|FILE.gguf, RUN|LOCATION --to stablehlo|onnx FILE"""
+    return call("export", export, _in_flags(args))
 
 
-def export(run: Annotated[Path, tyro.conf.Positional], to: Path, type: Literal["F32", "F16", "Q8_0"] | None = None,
-           adapter: bool = False, step: int | None = None, best: bool = False, experiment: Path | None = None) -> None:
+def _in_flags(args: Sequence[str]) -> list[str]:
+    """`--to stablehlo FILE` as `--to FILE --format stablehlo`. UserError without a file."""
+    for i, (flag, kind) in enumerate(itertools.pairwise(args)):
+        if flag == "--to" and kind in FORMATS:
+            if len(args) == i + 2 or args[i + 2].startswith("-"):
+                raise UserError(f"--to {kind} needs a file, too: --to {kind} model.{kind} (a folder: --to ./{kind}).")
+            return [*args[:i], "--to", args[i + 2], "--format", kind, *args[i + 3:]]
+    return list(args)
+
+
+def export(run: Annotated[str, tyro.conf.Positional], to: Path, type: Literal["F32", "F16", "Q8_0"] | None = None,
+           adapter: bool = False, step: int | None = None, best: bool = False, experiment: Path | None = None,
+           format: Literal["stablehlo", "onnx"] | None = None, weights: Literal["inside", "beside"] = "inside") -> None:
     """Writes config.json, model.safetensors, tokenizer.json, generation_config.json and a model card; or one .gguf
-    file, for llama.cpp.
+    file, for llama.cpp; or any model as one function, for jax.export (--to stablehlo FILE) or ONNX (--to onnx FILE).
 
     Args:
-      run: the run folder of a GPT, BERT, ViT or ResNet.
-      to: the folder to write, new or empty; or a new .gguf file (LAB_EXTRAS=gguf), for a model of Llama's shape.
+      run: the run folder of a GPT, BERT, ViT or ResNet. For stablehlo and onnx: of any model, or pretrained weights.
+      to: the folder to write, new or empty; or a new .gguf file (LAB_EXTRAS=gguf), for a model of Llama's shape; or
+        a new file of `format`, which --to stablehlo FILE and --to onnx FILE also say.
       type: how a .gguf file stores matrices: F32, F16 (the default) or Q8_0, 8 bits and a scale for 32 values.
       adapter: write only the adapters of a run with adapt=LoRA(...), in PEFT's format; by default they are merged.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
       experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
+      format: stablehlo: a file of jax.export, for CPUs, GPUs and TPUs; onnx: checked with onnxruntime. By default by
+        the ending of the file.
+      weights: where a stablehlo file has its weights: inside, or beside it as .safetensors.
     """
+    if format or to.suffix[1:] in FORMATS:
+        _function(run, to, format or to.suffix[1:], weights, type, adapter, step, best, experiment)
+    else:
+        _export(Path(run), to, type, adapter, step, best, experiment)
+
+
+def _function(run: str, to: Path, form: Any, weights: Any, type: str | None, adapter: bool, *which: Any) -> None:
+    from lab.commands.export_function import export_function
+
+    if type is not None or adapter:
+        raise UserError(f"--type and --adapter are for other formats than {form}.")
+    export_function(run, to, form, weights, *which, tokenizer=_tokenizer(Path(run))[0])
+
+
+def _export(run: Path, to: Path, type: Literal["F32", "F16", "Q8_0"] | None, adapter: bool, step: int | None,
+            best: bool, experiment: Path | None) -> None:
+    """Writes a folder or a .gguf file."""
     import jax
     import numpy as np
 

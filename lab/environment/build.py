@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -62,9 +62,9 @@ def environment_name(labels: list[str], *contents: str | bytes) -> str:
     return "-".join([*labels, version, key])
 
 
-def asked_extras(environ: Mapping[str, str]) -> list[str]:
-    """The extras in LAB_EXTRAS, checked against pyproject.toml."""
-    names = sorted(set(re.findall(r"[^,\s]+", environ.get("LAB_EXTRAS", ""))))
+def asked_extras(environ: Mapping[str, str], needed: Sequence[str] = ()) -> list[str]:
+    """The extras in LAB_EXTRAS, checked against pyproject.toml, and those that the command needs."""
+    names = sorted({*re.findall(r"[^,\s]+", environ.get("LAB_EXTRAS", "")), *needed})
     if names:
         import tomllib  # saves 10 ms on most starts
 

@@ -109,7 +109,7 @@ class ConvNet(nn.Module):
                     x = image_norm("batch", channels, train, name=f"norm_{i}_{j}")(x)
                 x = nn.relu(x)
             x = dropout(self, max_pool(x, 2), self.dropout, train)
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         if self.dense is not None:
             x = nn.relu(Dense(self.dense, bias=True, stddev=(2 / x.shape[1]) ** 0.5, name="dense")(x))
             x = dropout(self, x, self.dense_dropout, train)

@@ -65,7 +65,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
-        return output(inputs.reshape(len(inputs), -1), self.classes)
+        return output(inputs.reshape(inputs.shape[0], -1), self.classes)
 
 
 class MLP(nn.Module):
@@ -95,7 +95,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Array, *, train: bool) -> Array:
-        x_BF = inputs.reshape(len(inputs), -1)
+        x_BF = inputs.reshape(inputs.shape[0], -1)
         for i in range(self.depth):
             he = (2 / x_BF.shape[1]) ** 0.5
             x_BF = nn.relu(Dense(self.width, bias=True, stddev=he, name=f"dense_{i}")(x_BF))

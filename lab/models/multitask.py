@@ -57,7 +57,7 @@ class ClassifyAndReconstruct(nn.Module):
         for i, width in enumerate(self.channels):
             sizes.append(x_BHWC.shape[1:3])
             x_BHWC = max_pool(nn.relu(conv(width, 3, bias=True, name=f"conv_{i}")(x_BHWC)), 2)
-        code_BD = nn.relu(nn.Dense(self.code, name="code_layer")(x_BHWC.reshape(len(x_BHWC), -1)))
+        code_BD = nn.relu(nn.Dense(self.code, name="code_layer")(x_BHWC.reshape(x_BHWC.shape[0], -1)))
         kept_BD = dropout(self, code_BD, self.dropout, train)
         outputs = {"class": nn.Dense(self.classes, dtype=jnp.float32, name="class_head")(kept_BD)}
         if self.groups:
