@@ -115,8 +115,9 @@ def _onnx(function: Function, place: Path, weights: str, about: dict[str, Any]) 
     """Writes the model; returns a line to print."""
     from lab.exported.onnx import write_onnx
 
-    worst = write_onnx(function, place, place.stem)
-    about |= {"versions": metadata.versions(("jax", "jax2onnx", "onnx", "onnxruntime")), "largest_difference": worst}
+    function, worst = write_onnx(function, place, place.stem)
+    about |= {**metadata.described(function), "largest_difference": worst,
+              "versions": metadata.versions(("jax", "jax2onnx", "onnx", "onnxruntime"))}
     size = sum(path.stat().st_size for path in place.parent.iterdir())
     return f"ONNX, {size / 1e6:.1f} MB; largest difference of onnxruntime from the model {worst:.1e}"
 

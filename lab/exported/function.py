@@ -14,7 +14,6 @@ from jax import Array
 
 from lab.data.tables.table_data import TableData
 from lab.errors import UserError
-from lab.models.bert import BERT
 from lab.models.gan import GAN
 from lab.models.gpt import GPT
 from lab.tasks.base import apply
@@ -83,12 +82,12 @@ def of_run(experiment: Any, data: Any, variables: Mapping[str, Any]) -> Function
 
 
 def of_weights(model: Any, variables: Mapping[str, Any], images: tuple[int, ...] = ()) -> Function:
-    """The function of a pretrained model, without data: token ids, and for an encoder a mask; or images of a shape (H,
+    """The function of a pretrained model, without data: token ids, and but for GPT a mask; or images of a shape (H,
     W, C), float32 and normalised."""
     if isinstance(model, GPT):
         return _of_model(model, variables, {"tokens": Input(("B", "L"), np.int32)}, lambda model, variables, given: {
             "logits": apply(model, variables, given["tokens"], rngs={}, train=False)[0]})
-    if isinstance(model, BERT):
+    if hasattr(model, "vocab"):
         inputs = {"inputs": Input(("B", "L"), np.int32), "mask": Input(("B", "L"), np.uint8)}
     else:
         inputs = {"inputs": Input(("B", *images), np.float32)}
@@ -137,7 +136,7 @@ def example(function: Function, batch: int, length: int, seed: int = 0) -> dict[
     for name, (shape, kind) in function.inputs.items():
         size = [{"B": batch, "L": length}.get(side, side) for side in shape]
         if name == "mask":
-            found[name] = (np.arange(length) < rng.integers(1, length + 1, (batch, 1))).astype(kind)
+            found[name] = (np.arange(size[1]) < rng.integers(1, size[1] + 1, (batch, 1))).astype(kind)
         elif np.issubdtype(kind, np.integer):
             most = 2 if name == "segments" else min(function.most, 256 if np.dtype(kind).itemsize == 1 else 1 << 30)
             found[name] = rng.integers(0, most, size).astype(kind)
