@@ -54,6 +54,8 @@ MARKS = {
     "test_harness_study": "slow",
     "test_serve_command": "slow",
     "test_serve_predict": "slow",
+    "test_export_function": "slow",
+    "test_export_onnx": "slow",
     "test_distributed": "processes",
     "test_launch_slurm": "clusters",
     "test_launch_hosts": "clusters",

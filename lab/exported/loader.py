@@ -15,8 +15,14 @@ def load(path):
     about = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
     model = jax.jit(jax.export.deserialize(bytearray(Path(path).read_bytes())).call)
     weights = jax.device_put(read(Path(path).parent / about["weights"])) if about["weights"] != "inside" else {}
-    kinds = {name: form["dtype"] for name, form in about["inputs"].items()}
-    return lambda **arrays: model(weights, {name: np.asarray(arrays[name], kind) for name, kind in kinds.items()})
+
+    def run(**arrays):
+        inputs = {name: np.asarray(arrays[name], form["dtype"]) for name, form in about["inputs"].items()}
+        if any(x.shape[1] > about["longest"] for x in inputs.values() if "longest" in about):
+            raise ValueError(f"A text has more tokens than {about['longest']}.")
+        return model(weights, inputs)
+
+    return run
 
 
 def read(path):
