@@ -502,3 +502,12 @@ def test_an_existing_environment_must_know_the_accelerator():
     for found in ({}, {"libtpu": "0.1"}):
         with pytest.raises(SetupError, match=r"no cuda13\. Install it: python -m pip install 'jax\[cuda13\]'"):
             existing.accelerator_there(cuda13, found, "python")
+
+
+def test_an_onnx_file_needs_packages_of_its_own():
+    from lab.bootstrap import to_onnx
+
+    assert to_onnx(["run", "--to", "onnx", "x.bin"]) and to_onnx(["run", "--to=x.onnx"])
+    assert not to_onnx(["run", "--to", "stablehlo", "x.stablehlo"])
+    assert build.asked_extras({"LAB_EXTRAS": "chat"}, ["onnx"]) == ["chat", "onnx"]
+    assert build.asked_extras({}) == []

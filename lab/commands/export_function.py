@@ -93,7 +93,7 @@ def _check_onnx(run: str, to: Path, weights: str) -> None:
 
 def _stablehlo(function: Function, place: Path, weights: str, about: dict[str, Any]) -> str:
     """Writes model, weights and loader; returns a line to print."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     beside = weights == "beside"
     found = stablehlo.exported(function, beside)
@@ -104,10 +104,10 @@ def _stablehlo(function: Function, place: Path, weights: str, about: dict[str, A
     if beside:
         about["weights"] = place.with_suffix(".safetensors").name
         arrays = flatten_dict(function.variables, sep="/")
-        save_file({path: np.ascontiguousarray(x) for path, x in arrays.items()}, place.with_suffix(".safetensors"))
+        place.with_suffix(".safetensors").write_bytes(save({p: np.ascontiguousarray(x) for p, x in arrays.items()}))
     about |= {"platforms": list(found.platforms), "calling_convention_version": found.calling_convention_version,
               "versions": metadata.versions(("jax", "jaxlib")), "largest_difference": worst}
-    return (f"StableHLO for {', '.join(found.platforms)}, {len(content) / 1e6:.1f} MB, weights "
+    return (f"StableHLO for {', '.join(found.platforms)}, {len(content) / 1e6:.2f} MB, weights "
             f"{'in ' + about['weights'] if beside else 'inside'}; largest difference from the model {worst:.1e}")
 
 

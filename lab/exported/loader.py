@@ -4,16 +4,18 @@
 """
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax import export
 
 
-def load(path):
+def load(path: str) -> Callable:
     """A function of arrays by name, which returns arrays by name; MODEL.json says which, and what they mean."""
     about = json.loads(Path(path).with_suffix(".json").read_text("utf-8"))
-    model = jax.jit(jax.export.deserialize(bytearray(Path(path).read_bytes())).call)
+    model = jax.jit(export.deserialize(bytearray(Path(path).read_bytes())).call)
     weights = jax.device_put(read(Path(path).parent / about["weights"])) if about["weights"] != "inside" else {}
 
     def run(**arrays):
@@ -25,7 +27,7 @@ def load(path):
     return run
 
 
-def read(path):
+def read(path: Path) -> dict:
     """The arrays of a safetensors file."""
     raw = np.memmap(path, np.uint8, "r")
     start = 8 + int(raw[:8].view("<u8")[0])
