@@ -345,8 +345,7 @@ def test_teachers_that_do_not_fit(teacher, tmp_path):
             with_teacher(experiment)
 
     refused(base(task=Distill()), "needs a teacher")
-    refused(student(tmp_path / "none"),
-            "The teacher .*none is not there. ./launch.sh EXPERIMENT --run-dir .*none trains it")
+    refused(student(tmp_path / "none"), "none is not there. ./launch.sh EXPERIMENT --run-dir .*none trains it")
     shutil.copytree(teacher, tmp_path / "unfinished")
     (tmp_path / "unfinished/result.json").unlink()
     refused(student(tmp_path / "unfinished"), "is not finished: type its command again, or name one of its checkpoints")

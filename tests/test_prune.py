@@ -177,7 +177,7 @@ def done(tmp_path_factory) -> Any:
 
 def test_a_stopped_run_resumes_to_the_bit(done, tmp_path):
     experiment = toy(optim=replace(PRUNE, optimizer=AdamW(lr=0.05, ema=0.9)))
-    assert go(experiment, tmp_path / "run", 4, interrupt())[0] == 75
+    assert go(experiment, tmp_path / "run", 5, interrupt())[0] == 75
     stopped = open_run(tmp_path / "run", experiment=experiment)[2]
     assert 0 < sum(zeros(stopped.params).values()) < 60  # in the middle of the schedule
     assert go(experiment, tmp_path / "run")[0] == 0
