@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 from lab.errors import forgiving
 
 STYLE = """
+:root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .6em 0 .3em; }
@@ -24,6 +25,10 @@ td:first-child { min-width: 7em; } td.words { min-width: 11em; } td span { white
 .wide { overflow-x: auto; margin: 1em 0; }
 figure { margin: 1.5em 0; } img { max-width: 100%; } figcaption { font-size: 13px; color: #555; }
 p.warning { background: #fff3e6; border-left: 4px solid #c8501e; padding: .5em 1em; }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #181818; } th, td { border-color: #444; } figcaption { color: #aaa; }
+  p.warning { background: #3a2618; } img { background: #fff; border-radius: 6px; }
+}
 """
 
 
@@ -64,7 +69,15 @@ class Picture:
     png: bytes = b""
 
 
-Block = Heading | Text | Table | Picture
+@dataclass(frozen=True)
+class Markup:
+    """HTML of the caller's own, escaped where it must be; Markdown and the terminal have `text` instead."""
+
+    html: str
+    text: str
+
+
+Block = Heading | Text | Table | Picture | Markup
 
 
 def drawn(blocks: Sequence[Block]) -> list[Block]:
@@ -98,6 +111,8 @@ def markdown(blocks: Sequence[Block]) -> str:
             parts.append(f"{'#' * b.depth} {_plain(b.text)}")
         elif isinstance(b, Text):
             parts.append(f"**{_plain(b.text)}**" if b.text.startswith("WARNING") else _plain(b.text))
+        elif isinstance(b, Markup):
+            parts.append(_plain(b.text))
         elif isinstance(b, Picture):
             parts.append(f"![{_plain(b.caption)}](pictures/{b.name}.png)\n\n*{_plain(b.caption)}*")
         else:
@@ -110,7 +125,8 @@ def markdown(blocks: Sequence[Block]) -> str:
 def html(blocks: Sequence[Block]) -> str:
     """The report as one self-contained HTML file."""
     title = next((b.text for b in blocks if isinstance(b, Heading)), "Report")
-    parts = [f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+    parts = [f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+             f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
              f"<style>{STYLE}</style></head><body>"]
     for b in blocks:
         if isinstance(b, Heading):
@@ -118,6 +134,8 @@ def html(blocks: Sequence[Block]) -> str:
         elif isinstance(b, Text):
             kind = ' class="warning"' if b.text.startswith("WARNING") else ""
             parts.append(f"<p{kind}>{escape(b.text)}</p>")
+        elif isinstance(b, Markup):
+            parts.append(b.html)
         elif isinstance(b, Picture):
             data = base64.b64encode(b.png).decode()
             parts.append(f'<figure><img alt="{escape(b.caption)}" src="data:image/png;base64,{data}">'
