@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lab.commands.explain_models import _number
 from lab.commands.explain_text import next_token, text_subject, token_names
 from lab.data.tokenizers import Bytes, with_padding
 from lab.errors import UserError
@@ -26,6 +28,7 @@ from lab.models.linear import MLP, Linear
 from lab.models.rnn import LSTM
 from lab.models.vit import ViT
 from lab.study.report.render import Markup, Picture, html, without_pictures
+from lab.tasks.supervised import Classify
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 TEXT = dict(depth=2, width=16, heads=2, vocab=260, context=16)
@@ -76,7 +79,7 @@ def test_integrated_gradients_are_complete(curved):
     assert abs(naive - found.difference) > 0.05 * abs(found.difference)
     strict = integrated_gradients(curved, gap=1e-3)
     assert strict.steps > found.steps >= 16 and strict.gap < 1e-3
-    assert integrated_gradients(curved, gap=0.0, most=64).steps == 64
+    assert integrated_gradients(curved, gap=0.0, most=100).steps == 64
 
 
 def test_the_integral_is_that_of_another_rule(curved):
@@ -335,3 +338,29 @@ def test_names():
         class_number("malignent", ["Malignant", "Benign"], "--target")
     with pytest.raises(UserError, match="There are a, b"):
         class_number("zebra", ["a", "b"], "--target")
+
+
+@pytest.mark.parametrize("more", [{}, {"target": "c"}, {"target": "a", "against": "b"}])
+def test_classes_are_explained_by_their_log_odds(more):
+    logits = np.array([[1.0, -2.0, 0.5]], np.float32)
+    of, what, answer, offset = _number(Classify(), logits, {}, SimpleNamespace(classes=("a", "b", "c")),
+                                       Asked("x", **more))
+    p = np.exp(logits[0]) / np.exp(logits[0]).sum()
+    wanted = {0: np.log(p[0] / (1 - p[0])), 1: np.log(p[2] / (1 - p[2])), 2: 3.0}[len(more) if more else 0]
+    assert float(of(logits)[0]) == pytest.approx(wanted, abs=1e-5) and offset == 0
+    assert float(of(logits + 7)[0]) == pytest.approx(wanted, abs=1e-5)  # what all logits share says nothing
+    assert answer == "a (probability 0.6025)" and what.endswith("b" if len(more) == 2 else "all other classes")
+
+
+def test_two_classes_are_the_difference_of_their_coefficients_exactly():
+    """As scikit-learn's `coef_`; a log-odds of two classes is linear."""
+    rng = np.random.default_rng(5)
+    x, base = rng.normal(size=(2, 9)).astype(np.float32)
+    of = _number(Classify(), np.zeros((1, 2), np.float32), {}, SimpleNamespace(classes=("no", "yes")),
+                 Asked("x", target="yes"))[0]
+    question = asked(Linear(2), x, base, of)
+    kernel = np.asarray(question.variables["params"]["head"]["kernel"])
+    coefficient = (kernel[:, 1] - kernel[:, 0]).astype(np.float64)
+    assert np.array_equal(integrated_gradients(question).values, coefficient * (x.astype(np.float64) - base))
+    assert np.array_equal(gradient_x_input(question), coefficient * x.astype(np.float64))
+    assert not np.array_equal(gradient_x_input(question), kernel[:, 1].astype(np.float64) * x)

@@ -27,6 +27,7 @@ ROOMS = {
               "data.prefetch", "models.members", "optim.matrices", "tasks.base", "weights.location", "weights.read"},
     "planning": {"experiment", "parallel", "train"},
     "serve": {"models"}, "exported": {"data", "models", "tasks"},
+    "explain": {"models.layers", "study.report.pictures", "study.report.render", "train.plots"},
     "launch": {"environment", "commands.arguments", "experiment", "parallel.shared_secret"},
     "api": {"experiment", "parallel", "train"},
 }

@@ -53,8 +53,8 @@ def explain_one(
       record: the number of the record in the file, from 0; by default the first.
       target: the class to explain, by default the predicted one. Of a language model: the next token. Of an encoder:
         the text to compare with.
-      against: explain why the target rather than this class or token: the difference of their logits. By default, with
-        two classes, the other one.
+      against: explain why the target rather than this class or token: the difference of their logits. By default of
+        classes: all others.
       baseline: what the input is compared with. Images: zero (black; default), mean (the data's mean pixel) or a file.
         Tables: mean (numbers at their training mean, categories at the most frequent one; default), zero or a file.
         Text: pad (the embedding of padding; default), mean (the mean embedding; default of a language model) or zero.

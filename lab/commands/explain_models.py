@@ -132,15 +132,15 @@ def _number(task: Any, output: Any, batch: Any, data: Any, asked: Asked
     names = [str(name) for name in class_names(data.classes, len(shares))]
     first = int(shares.argmax())
     target = first if asked.target is None else class_number(asked.target, names, "--target")
-    other = 1 - target if len(names) == 2 else None
-    other = other if asked.against is None else class_number(asked.against, names, "--against")
+    other = None if asked.against is None else class_number(asked.against, names, "--against")
     if target == other:
         raise UserError(f"--against is the explained class itself, {names[target]!r}: name another one.")
-    what = f"the logit of {names[target]}" if other is None else f"log-odds of {names[target]} against {names[other]}"
+    rest = [i for i in range(len(names)) if i != target] if other is None else [other]
+    what = f"log-odds of {names[target]} against {names[rest[0]] if len(rest) == 1 else 'all other classes'}"
 
     def of(out: Any) -> Any:
-        logits_BC = each(out).mean(1)
-        return logits_BC[:, target] - (0.0 if other is None else logits_BC[:, other])
+        logits_BC = each(out).mean(1)  # a logit alone says nothing: softmax sees differences only
+        return logits_BC[:, target] - jax.nn.logsumexp(logits_BC[:, jnp.array(rest)], axis=1)
 
     return of, what, f"{names[first]} (probability {shares[first]:.4f})", 0.0
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lab.explain.question import Question
+from lab.explain.question import ROWS, Question
 
 GAP = 0.01  # completeness gap, as a share of the difference that is explained
-FEWEST, MOST = 16, 4096  # steps
+FEWEST, MOST = ROWS - 1, 4096  # steps
+PART = 4 * ROWS  # points whose gradients are in memory together
 
 
 class Integrated(NamedTuple):
@@ -34,20 +35,26 @@ def integrated_gradients(question: Question, variables: Any = None, *, gap: floa
     """
     x, start = question.x.astype(np.float64), question.baseline.astype(np.float64)
     values = question.scores(np.stack([x, start]), variables)
-    difference, steps = float(values[0] - values[1]), 1
-    mean = question.gradients(np.stack([start, x]), variables).mean(0)
+    difference, steps = float(values[0] - values[1]), fewest
+
+    def sums(places: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Weighted sum of the gradients at these places of the line, 0 to 1."""
+        total = np.zeros_like(x)
+        for at in range(0, len(places), PART):  # bounds the memory
+            part = places[at : at + PART].reshape(-1, *[1] * x.ndim)
+            gradients = question.gradients(start + part * (x - start), variables)
+            total += np.tensordot(weights[at : at + PART], gradients, 1)
+        return total
+
+    mean = sums(np.arange(steps + 1) / steps, np.r_[0.5, np.ones(steps - 1), 0.5]) / steps
     while True:
         total = (x - start) * mean
         missing = abs(float(total.sum()) - difference)
         short = missing / abs(difference) if difference else float("inf") if missing else 0.0
-        if steps >= fewest and short < gap or steps >= most:
+        if short < gap or 2 * steps > most:
             return Integrated(question.by_unit(total), steps, difference, short)
-        places = (np.arange(steps) + 0.5) / steps
-        middle = np.zeros_like(x)
-        for part in np.array_split(places, max(1, steps // 64)):  # bounds the memory
-            points = start + part.reshape(-1, *[1] * x.ndim) * (x - start)
-            middle += question.gradients(points, variables).sum(0) / steps
-        mean, steps = (mean + middle) / 2, 2 * steps
+        mean = (mean + sums((np.arange(steps) + 0.5) / steps, np.ones(steps)) / steps) / 2
+        steps *= 2
 
 
 def gradient_x_input(question: Question, variables: Any = None) -> np.ndarray:
@@ -60,7 +67,7 @@ def occlusion(question: Question, variables: Any = None) -> np.ndarray:
     mean over the windows that a unit is in; 0 for a unit in none."""
     windows, drops = question.windows, []
     whole = question.scores(question.x[None], variables)[0]
-    for part in np.array_split(windows, max(1, len(windows) // 64)):
+    for part in np.array_split(windows, -(-len(windows) // PART)):
         hidden = np.where(part[:, question.units], question.baseline, question.x)
         drops.append(whole - question.scores(hidden, variables))
     return np.concatenate(drops) @ windows / np.maximum(windows.sum(0), 1)

@@ -67,7 +67,8 @@ def checked(found: Explanation) -> list[Block]:
     count = int(found.subject.question.moved.sum())
     chance = f"unrelated maps stay within +-{1.96 / math.sqrt(count - 1):.2f} in 95 % of cases" if count > 2 else ""
     what = (f"Spearman's rank correlation of each map with that of a model whose weights are random (Adebayo et al. "
-            f"2018), mean of {DRAWS} draws, over the {count:,} units that differ from the baseline; {chance}.")
+            f"2018), mean of {DRAWS} draws, over the {count:,} units that differ from the baseline; {chance}. "
+            f"Absolute values, |...|, stay more alike, because these maps are multiplied by the input.")
     alike = [name for name in names if found.stages[-1].signed[name] > ALIKE]
     more = [Text(f"WARNING: with all weights random, the map of {name} is much the same: it shows the input, "
                  f"not what the model learned.") for name in alike]
@@ -91,7 +92,7 @@ def _maps(found: Explanation) -> list[Block]:
         shape = subject.image.shape[:2]
         maps = {name: values.reshape(shape) for name, values in found.maps.items()}
         return [Picture("maps", lambda: png(overlays(subject.image, maps)), "Attributions of the pixels, all channels "
-                        "together. Colours without a picture below: the scale of each map.")]
+                        "together, over the image; each map has its own scale.")]
     if subject.kind == "table":
         labels = [f"{name} = {cell}" if len(cell) <= 24 else name
                   for name, cell in zip(subject.names, subject.cells, strict=True)]

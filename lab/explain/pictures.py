@@ -37,24 +37,25 @@ def overlays(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Any:
     axes = figure.subplots(1, 1 + len(maps), squeeze=False)[0]
     _shown(axes[0], image, interpolation="nearest")
     axes[0].set_title("input", fontsize=10)
+    _bar(figure, axes[0], 1.0).ax.set_visible(False)  # keeps the panels level
     for place, (name, values) in zip(axes[1:], maps.items(), strict=True):
         most = strength(values)
         _shown(place, 0.75 + 0.25 * image, interpolation="nearest")
         share = np.clip(np.abs(values) / most, 0, 1)
-        drawn = place.imshow(values, cmap=_colours(), vmin=-most, vmax=most, interpolation="nearest",
-                             alpha=0.95 * np.sqrt(share))
-        drawn = figure.colorbar(_scale(most), ax=place, orientation="horizontal", shrink=0.8, aspect=30, pad=0.02)
-        drawn.ax.tick_params(labelsize=7)
+        place.imshow(values, cmap=_colours(), vmin=-most, vmax=most, interpolation="nearest",
+                     alpha=0.95 * np.sqrt(share))
+        _bar(figure, place, most).ax.tick_params(labelsize=7)
         place.set_title(name, fontsize=10)
     return figure
 
 
-def _scale(most: float) -> Any:
-    """A colour scale by itself: that of a picture would have its transparency."""
+def _bar(figure: Any, axes: Any, most: float) -> Any:
+    """A colour bar by itself: that of a picture would have its transparency."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    return ScalarMappable(Normalize(-most, most), _colours())
+    return figure.colorbar(ScalarMappable(Normalize(-most, most), _colours()), ax=axes, orientation="horizontal",
+                           shrink=0.8, aspect=30, pad=0.02)
 
 
 def bars(names: Sequence[str], maps: Mapping[str, np.ndarray]) -> Any:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-ROWS = 16  # points that are computed at once
+ROWS = 17  # points that are computed at once: both ends and 15 between are 16 steps of an integral
 
 
 @dataclass(frozen=True)
