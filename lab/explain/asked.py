@@ -46,7 +46,7 @@ def class_number(wanted: str, names: Sequence[str], flag: str) -> int:
     if wanted in names:
         return names.index(wanted)
     lower = [name.lower() for name in names]
-    near = difflib.get_close_matches(wanted.lower(), lower, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(wanted.lower(), lower, n=1)
     some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     raise UserError(f"{flag}: there is no class {wanted!r}. " + (f"Perhaps you meant {names[lower.index(near[0])]!r}."
                                                                 if near else f"There are {some}."))
