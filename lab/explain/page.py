@@ -124,7 +124,7 @@ def coloured(title: str, tokens: Sequence[str], values: np.ndarray) -> str:
     most = strength(values)
     spans = []
     for token, value in zip(tokens, values, strict=True):
-        colour, alpha = FOR if value > 0 else AGAINST, min(abs(float(value)) / most, 1) * 0.85
+        colour, alpha = FOR if value > 0 else AGAINST, min(abs(float(value)) / most, 1) * 0.65
         shade = ", ".join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))
         spans.append(f'<span title="{value:+.4g}" style="background: rgba({shade}, {alpha:.2f}); border-radius: 3px">'
                      f"{escape(token)}</span>")
@@ -140,17 +140,17 @@ def _attention(subject: Subject) -> list[Block]:
     if maps is None:
         return []
     layers, heads, length = maps.shape[:3]
-    of = "the mean over all positions" if subject.reader is None else f"position {subject.reader + 1}"
+    of = "all positions" if subject.reader is None else f"position {subject.reader + 1}"
     drawn = functools.partial(attention_grid, maps, subject.grid, subject.reader)
     if subject.grid is not None:
-        caption = f"Attention from {of} to each patch, each map with its own scale."
+        caption = f"Attention from {of} to each patch; each map from its lowest to its highest value."
         return [Heading("Attention", 2), Picture("attention", lambda: png(drawn()), caption), _caveat()]
     lines = []
     for layer in sorted({round(i) for i in np.linspace(0, layers - 1, min(layers, LINES))}):
         row = maps[layer].mean(0)
         row = row.mean(0) if subject.reader is None else row[subject.reader]
         lines.append(Markup(coloured(f"Layer {layer + 1}, mean over {heads} heads, from {of}", subject.names, row), ""))
-    caption = f"Attention of {length} tokens (down) to {length} tokens (across), each map with its own scale."
+    caption = f"Attention of {length} tokens (down) to all of them (across); each map from 0 to its highest value."
     return [Heading("Attention", 2), Picture("attention", lambda: png(drawn()), caption), _caveat(), *lines]
 
 

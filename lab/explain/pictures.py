@@ -33,7 +33,8 @@ def _shown(axes: Any, image: np.ndarray, **how: Any) -> None:
 
 def overlays(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Any:
     """The image (H, W, C) in [0, 1], and on its outlines each map (H, W): orange for, blue against."""
-    figure = new_figure(3.1 * (1 + len(maps)), 3.6)
+    figure = new_figure(3.1 * (1 + len(maps)), 3.2 * image.shape[0] / image.shape[1] + 0.9)
+    figure.set_layout_engine("compressed")  # for panels of a fixed shape
     axes = figure.subplots(1, 1 + len(maps), squeeze=False)[0]
     _shown(axes[0], image, interpolation="nearest")
     axes[0].set_title("input", fontsize=10)
@@ -88,7 +89,7 @@ def attention_grid(maps: np.ndarray, grid: tuple[int, int] | None, reader: int |
       reader: the query to draw for images; None: the mean over all.
     """
     layers, heads = _chosen(len(maps), LAYERS), _chosen(maps.shape[1], HEADS)
-    size = min(2.0, 10.5 / len(heads))
+    size = min(1.5, 10.5 / len(heads))
     figure = new_figure(max(size * len(heads) + 0.5, 3.0), size * len(layers) + 0.5)
     places = figure.subplots(len(layers), len(heads), squeeze=False)
     for row, layer in zip(places, layers, strict=True):
@@ -97,7 +98,8 @@ def attention_grid(maps: np.ndarray, grid: tuple[int, int] | None, reader: int |
             if grid is not None:
                 found = found.mean(0) if reader is None else found[reader]
                 found = found[-grid[0] * grid[1]:].reshape(grid)
-            axes.imshow(found, cmap="Oranges", vmin=0, vmax=max(float(found.max()), 1e-9), interpolation="nearest")
+            low = 0.0 if grid is None else float(found.min())  # patches share alike more often than tokens
+            axes.imshow(found, cmap="Oranges", vmin=low, vmax=max(float(found.max()), 1e-9), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             if layer == layers[0]:
                 axes.set_title(f"head {head + 1}", fontsize=8)
