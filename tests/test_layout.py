@@ -25,7 +25,7 @@ ROOMS = {
     "harness": set(), "parallel": {"environment"},
     "train": {"adapt", "configuration", "experiment", "pretrained", "parallel", "data.order", "data.pipeline",
               "data.prefetch", "models.members", "optim.matrices", "tasks.base", "weights.location", "weights.read"},
-    "planning": {"experiment", "parallel", "train"},
+    "private": {"data", "pretrained", "tasks"}, "planning": {"experiment", "parallel", "train"},
     "serve": {"models"}, "exported": {"data", "models", "tasks"},
     "explain": {"models.layers", "study.report.pictures", "study.report.render", "train.plots"},
     "launch": {"environment", "commands.arguments", "experiment", "parallel.shared_secret"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,8 +51,8 @@ def show(experiment: Experiment) -> None:
     modules.add_section()
     modules.add_row("all", f"{cost.parameters:,}", str(len(jax.tree.leaves(every(cost.state)))))
     console.print(modules)
-    if experiment.adapt is not None:
-        console.print(adapters(cost.state), soft_wrap=True)
+    for line in _parts(experiment, cost.state):
+        console.print(line, soft_wrap=True)
 
     unit = experiment.data.unit
     rule = 6 * cost.parameters * units
@@ -67,8 +67,6 @@ def show(experiment: Experiment) -> None:
         costs.add_row("and of the optimizer", f"{human(optimizer)} ({optimizer / max(cost.flops, 1):+.0%})")
     costs.add_row("total FLOPs", human((cost.flops + optimizer) * experiment.steps))
     console.print(costs)
-    if experiment.private is not None:
-        console.print(experiment.private.describe(experiment), soft_wrap=True)
 
     memory = Table("", "bytes", show_header=False, title="Memory (all devices together)", title_justify="left")
     memory.add_row("parameters", human(size_of(cost.state.params)) + "B")
@@ -97,6 +95,14 @@ def _frozen(experiment: Experiment, state: State) -> dict[str, Any]:
     """What takes memory and is not trained: name -> (abstract) arrays."""
     found = {f"frozen base, {experiment.adapt.base_dtype}": state.base} if experiment.adapt is not None else {}
     return found | ({} if (taught := taught_of(experiment)) is None else {"teacher": taught})
+
+
+def _parts(experiment: Experiment, state: State) -> Iterator[str]:
+    """What the parts of an experiment that most have not say of themselves."""
+    if experiment.adapt is not None:
+        yield adapters(state)
+    if experiment.private is not None:
+        yield experiment.private.describe(experiment)
 
 
 def _example(console: Console, pieces: Sequence[tuple[str, bool]]) -> None:

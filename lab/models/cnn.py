@@ -79,6 +79,8 @@ class ConvNet(nn.Module):
     """Dropout rate after every pooling."""
     dense_dropout: float = 0.3
     """Dropout rate after the hidden dense layer."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """tanh bounds the activations, so that private training clips less (Papernot et al. 2021, tempered sigmoids)."""
 
     def validate(self) -> None:
         """Raises UserError if fields are out of range or contradict each other."""
@@ -101,17 +103,17 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool) -> Array:
-        x = images
+        x, activate = images, nn.relu if self.activation == "relu" else nn.tanh
         for i, (channels, convs) in enumerate(zip(self.channels, self.convs, strict=True)):
             for j in range(convs):
                 x = conv(channels, 3, bias=not self.batch_norm, name=f"conv_{i}_{j}")(x)
                 if self.batch_norm:
                     x = image_norm("batch", channels, train, name=f"norm_{i}_{j}")(x)
-                x = nn.relu(x)
+                x = activate(x)
             x = dropout(self, max_pool(x, 2), self.dropout, train)
         x = x.reshape(x.shape[0], -1)
         if self.dense is not None:
-            x = nn.relu(Dense(self.dense, bias=True, stddev=(2 / x.shape[1]) ** 0.5, name="dense")(x))
+            x = activate(Dense(self.dense, bias=True, stddev=(2 / x.shape[1]) ** 0.5, name="dense")(x))
             x = dropout(self, x, self.dense_dropout, train)
         return output(x, self.classes)
 

@@ -1,0 +1,34 @@
+"""MNIST with differential privacy: DP-SGD on a small network with tanh; the local config uses scikit-learn's digits.
+
+    ./launch.sh experiments/mnist_private.py
+    ./launch.sh experiments/mnist_private.py --full      # first: ./launch.sh prepare mnist
+"""
+
+from dataclasses import replace
+
+from lab.data.images import Images, TfdsImages
+from lab.data.tables import Sklearn
+from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.models.cnn import ConvNet
+from lab.optim import SGD, Constant
+from lab.private import DPSGD
+from lab.tasks.supervised import Classify
+
+experiment = Experiment(
+    data=Images(TfdsImages("mnist"), shape=(28, 28, 1), validation=5000, mean=(0.13,), std=(0.31,)),
+    model=ConvNet(channels=(16, 32), convs=(1, 1), batch_norm=False, dense=32, dropout=0.0, dense_dropout=0.0,
+                  activation="tanh"),
+    task=Classify(),
+    optim=SGD(lr=Constant(1.0), momentum=0.9),
+    private=DPSGD(target_epsilon=1.2, clip_norm=0.1, delta=1e-5, expected_batch=880),
+    steps=625, batch=1088,    # 10 epochs of 55,000
+    evaluate=Evaluate(every=125), checkpoint=Checkpoint(every=125),
+)
+
+local = replace(
+    experiment,
+    data=Images(Sklearn("digits"), shape=(8, 8, 1), test=0.2, mean=(0.3,), std=(0.37,)),
+    model=experiment.model.clone(channels=(16,), convs=(1,)),
+    private=DPSGD(target_epsilon=8.0, clip_norm=0.1, delta=1e-4, expected_batch=128), steps=300, batch=192,
+    evaluate=Evaluate(every=100), checkpoint=Checkpoint(every=100),
+)
