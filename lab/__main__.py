@@ -50,6 +50,7 @@ COMMANDS = {
     "promote": ("promote", "CANDIDATE --over INCUMBENT --metric accuracy: move the served link to a better run"),
     "export": ("export", "RUN --to FOLDER|FILE: for transformers, llama.cpp, jax.export (--to stablehlo FILE), ONNX"),
     "explain": ("explain", "RUN|LOCATION --input FILE|TEXT: why the model answers so, as a page and as numbers"),
+    "quantize": ("quantize", "RUN|LOCATION --weights int8|int4: integer weights, and a table of what it costs"),
     "parity": ("parity", "LOCATION: our outputs beside those of transformers, for the same weights"),
     "report": ("report", "STUDY_FOLDER...: statistics and pictures of studies again, or of several together"),
     "plan": ("plan", "EXPERIMENT.py --on v5e-256: compile for another machine: memory and a bound on the time"),

@@ -70,7 +70,7 @@ def evaluate(
                   "--judge": judge, "--split": None if split == "validation" else split}
         return evaluate_text(run, step, best, experiment, output, more, others)
     check_unused(more)
-    found, data, program, state, place = _open(run, step, best, experiment)
+    found, data, program, state, place = opened(run, step, best, experiment)
     place = output or place
     if judge is not None and not isinstance(found.task, Adversarial):
         raise UserError("--judge is for a GAN: this run makes no images.")
@@ -92,7 +92,7 @@ def evaluate(
     print(f"Written to {place / name}.json and {folder}")
 
 
-def _open(run: Path, step: int | None, best: bool, experiment: Path | None) -> tuple[Any, Any, Program, State, Path]:
+def opened(run: Path, step: int | None, best: bool, experiment: Path | None) -> tuple[Any, Any, Program, State, Path]:
     """(experiment, data, program, state, the folder to write to) of a run or of pretrained weights."""
     if is_location(str(run)):
         found, data, program, state = open_location(run, experiment, step=step, best=best)

@@ -73,6 +73,7 @@ def _export(run: Path, to: Path, type: Literal["F32", "F16", "Q8_0"] | None, ada
     import jax
     import numpy as np
 
+    from lab.compress.folder import refuse
     from lab.train.restore import leaves, open_run
     from lab.train.step import eval_variables
     from lab.weights.gguf_write import check, write_gguf
@@ -82,6 +83,7 @@ def _export(run: Path, to: Path, type: Literal["F32", "F16", "Q8_0"] | None, ada
         raise UserError(f"{to} is there already; --to names a new or empty folder, or a new .gguf file.")
     if type is not None and to.suffix != ".gguf":
         raise UserError(f"--type {type} is for a .gguf file, such as --to {to}.gguf.")
+    refuse(run, "exported")
     found, _, state = open_run(run, step, best, file=experiment)
     (check if to.suffix == ".gguf" else architecture_of)(found.model)  # before anything is written
     arrays = {path.removeprefix("params/"): np.asarray(jax.device_get(x))
@@ -128,11 +130,18 @@ def _folder(run: Path, found: Any, arrays: dict[str, Any], to: Path, step: int, 
     if "image_size" in config and hasattr(found.data, "mean"):
         replace_file(to / "preprocessor_config.json", json.dumps(_pixels(found.data, config), indent=2) + "\n")
     if tokenizer:
-        replace_file(to / "tokenizer.json", tokenizer)
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", **about, "model_max_length": found.model.context}
-        replace_file(to / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
+        write_tokenizer(to, tokenizer, about, found.model.context)
     replace_file(to / "README.md", _card(run, config, finished(run), step, found.fingerprint()))
     return config["architectures"][0]
+
+
+def write_tokenizer(folder: Path, tokenizer: str, about: dict[str, Any], context: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json. `about`: fields of the latter."""
+    from lab.files import replace_file
+
+    replace_file(folder / "tokenizer.json", tokenizer)
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", **about, "model_max_length": context}
+    replace_file(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
 
 
 def _adapter(experiment: Any, state: Any, paths: Any, to: Path) -> str:

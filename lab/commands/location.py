@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.commands.arguments import choose_config, find_experiment
+from lab.compress.model import reading, reads
 from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.optim.sgd import SGD
@@ -41,8 +42,14 @@ def open_location(name: Path, file: Path | None, **run_only: Any) -> tuple[Exper
     value, line = choose_config(load(find_experiment(str(file))), [])
     if line:
         log.info(line)
-    value, found = getattr(value, "base", value), find(location)
+    return on_experiment(location, getattr(value, "base", value), file)
+
+
+def on_experiment(location: str, value: Experiment, title: Any) -> tuple[Experiment, Any, Program, State]:
+    """`open_location` for an experiment that is loaded. `title`: its name in errors."""
+    found = find(location)
     model, own = found.model, value.model  # of two classes: `validate` says so
+    own = reading(own) if reads(model) else own
     if type(model) is type(own):
         tops = ["context"] if getattr(own, "context", 0) < getattr(model, "context", 0) else []
         if getattr(model, "classes", None) is None or own.classes is None:
@@ -54,7 +61,7 @@ def open_location(name: Path, file: Path | None, **run_only: Any) -> tuple[Exper
     program = fitting_program(experiment)
     there = {path for rule in found.rules for path in rule.paths}
     if missing := [path for path in leaves(program.abstract.params) if path not in there]:
-        raise UserError(f"{location} has no {missing[0]}, which the model of {file} needs: train it first, with "
+        raise UserError(f"{location} has no {missing[0]}, which the model of {title} needs: train it first, with "
                         f"init_from=Weights({location!r}, random=({missing[0]!r},)).")
     data = load_data(experiment)
     given, _ = Weights(location).load(program.abstract, data)

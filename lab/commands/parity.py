@@ -39,6 +39,7 @@ def parity(location: Annotated[str, tyro.conf.Positional], length: int | None = 
       text: the file whose beginning is the real text; by default this project's README.md.
       tolerance: the largest difference allowed, in the units of the output.
     """
+    from lab.compress.folder import refuse
     from lab.weights.parity import batches, check_packages, load_theirs, our_outputs, rounding
     from lab.weights.read import find, variables_of
 
@@ -49,6 +50,7 @@ def parity(location: Annotated[str, tyro.conf.Positional], length: int | None = 
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--text {text} cannot be read as UTF-8 text.") from None
     found = find(location)
+    refuse(found.place, "compared with transformers")
     model, variables = found.model, variables_of(found.arrays())
     print(f"{location}: {type(model).__name__}; read in {time.monotonic() - start:.1f} s, {_peak()}", flush=True)
     context = getattr(model, "context", 0)  # 0: a model of images

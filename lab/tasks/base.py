@@ -32,7 +32,8 @@ def apply(model: nn.Module, variables: Mapping[str, Any], *inputs: Array, rngs: 
 
     Floating-point inputs are cast to the type of the parameters (the compute type).
     """
-    dtype = next((x.dtype for x in jax.tree.leaves(variables["params"])), None)
+    kinds = (x.dtype for x in jax.tree.leaves(variables["params"]))
+    dtype = next((kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)), None)
     inputs = tuple(x.astype(dtype or x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in inputs)
     model_state = {name: value for name, value in variables.items() if name != "params"}
     if not train or not model_state:

@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from lab.adapt.lora import without_adapters
+from lab.compress import folder as compressed
+from lab.compress.model import reading
 from lab.errors import UserError
 from lab.experiment import Experiment, Mesh
 from lab.files import user_path
@@ -52,6 +55,8 @@ def open_run(run: Path, step: int | None = None, best: bool = False, experiment:
     opened.validate()
     if best and step is not None:
         raise UserError("--best and --step exclude each other.")
+    if compressed.is_stored(run):
+        return _open_compressed(run, step, best, experiment, opened)
     folder = checkpoint_folder(run)
     if not folder.exists():
         raise UserError(f"{run} has no checkpoint yet.")
@@ -64,6 +69,18 @@ def open_run(run: Path, step: int | None = None, best: bool = False, experiment:
     if state is None:
         raise UserError(f"{run} has no checkpoint yet.")
     return experiment, program, with_base(opened, program, state)
+
+
+def _open_compressed(run: Path, step: int | None, best: bool, *same: Experiment) -> tuple[Experiment, Program, State]:
+    """`open_run` for a folder that `quantize` wrote. `same`: its experiment, and the same without its data."""
+    if best or step is not None:
+        raise UserError(f"--best and --step are for run folders; {run} holds the quantised weights of one checkpoint.")
+    stored = compressed.read(run)
+    experiment, opened = (replace(each, model=reading(each.model)) for each in same)
+    program = fitting_program(opened)
+    variables = jax.device_put(unflatten_dict(stored.arrays, sep="/"), program.everywhere)
+    step = jax.device_put(np.int32(stored.about["step"]), program.everywhere)
+    return experiment, program, State(step, variables.pop("params"), variables, ())
 
 
 def with_base(experiment: Experiment, program: Program, state: State, data: Any = None) -> State:
@@ -144,6 +161,7 @@ def from_run(start: Pretrained, state: Any, data: Any) -> tuple[Given, Report]:
     if start.run is None:
         return {}, {}
     folder, step = run_and_step(start.run)
+    compressed.refuse(folder, "trained")
     same_tokenizer(folder, data)
     experiment, _, found = open_run(folder, step, file=user_path(start.experiment) if start.experiment else None)
     averaged = eval_params(replace(experiment, precision="float32"), found)
@@ -178,6 +196,7 @@ def from_checkpoint(start: Continue, state: Any, data: Any) -> tuple[Given, Repo
     folder, step = run_and_step(start.run)
     if step is not None and start.step not in (None, step):
         raise UserError(f"--init-from.step {start.step} and --init-from.run {start.run} name two checkpoints.")
+    compressed.refuse(folder, "trained")
     same_tokenizer(folder, data)
     file = user_path(start.experiment) if start.experiment else None
     experiment, _, found = open_run(folder, start.step if step is None else step, file=file)

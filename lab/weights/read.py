@@ -19,6 +19,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lab.compress.folder import Stored, is_stored
+from lab.compress.folder import read as read_compressed
+from lab.compress.model import reading
 from lab.configuration.field_types import check_types
 from lab.data.hugging_face import FittedHuggingFace
 from lab.errors import UserError
@@ -29,7 +32,7 @@ from lab.weights.gpt_neox import GPT_NEOX
 from lab.weights.llama import LLAMA, LLAMA_GGUF
 from lab.weights.location import locate, revision_of
 from lab.weights.resnet import RESNET_FAMILY
-from lab.weights.rules import TOKENS, Architecture, Config, Rule, Unused, matched
+from lab.weights.rules import TOKENS, Architecture, Config, Rule, Unused, applicable, matched
 from lab.weights.tensors import SafeTensors, Tensors
 from lab.weights.tokenizer import tokenizer_of
 from lab.weights.vit import VIT_FAMILY
@@ -49,7 +52,8 @@ class Found:
     """The folder or file at the location."""
     model: Any
     architecture: Architecture
-    tensors: Tensors
+    tensors: Tensors | None
+    """None in a folder that `quantize` wrote."""
     rules: tuple[Rule, ...]
     names: Mapping[str, str]
     """The name in the rules of every tensor -> its name in the file."""
@@ -98,6 +102,33 @@ class Found:
                 "mapping": {self.names[r.theirs]: list(r.paths) for r in self.rules}, "unused": unused}
 
 
+@dataclass(frozen=True)
+class Compressed(Found):
+    """A pretrained model in a folder that `quantize` wrote."""
+
+    stored: Stored | None = None
+
+    def arrays(self, put: Callable[[str, Any], Any] = lambda path, x: x) -> dict[str, Any]:
+        """As `Found.arrays`; integer matrices are `Quantized`."""
+        return {path: put(path, x) for path, x in self.stored.arrays.items()}
+
+    def report(self) -> dict[str, Any]:
+        """Where the weights came from."""
+        return {"from": self.location, **self.stored.about}
+
+
+def _compressed(location: str, place: Path, architecture: Architecture, model: Any, inputs: Any) -> Compressed:
+    """Reads the arrays. UserError if they are not those of the model."""
+    stored = read_compressed(place)
+    arrays = {path.removeprefix("params/"): x for path, x in stored.arrays.items()}
+    wanted = parameter_shapes(model, inputs)
+    if wrong := [path for path in {**wanted, **arrays} if wanted.get(path) != getattr(arrays.get(path), "shape", None)]:
+        raise UserError(f"{place} does not fit its own config: {wrong[0]} is not what the model has.")
+    rules = tuple(applicable(architecture.rules, getattr(model, "depth", 1), wanted))
+    return Compressed(location, place, reading(model), architecture, None, rules, {}, inputs,
+                      Stored(arrays, stored.about))
+
+
 def sizes(model: Any) -> dict[str, int]:
     """Lengths of the axes that patterns name: heads N, key/value heads G, head width K; y and x of a patch."""
     named = {"N": "heads", "G": "groups", "K": "head", "y": "patch", "x": "patch"}
@@ -121,7 +152,10 @@ def find(location: str) -> Found:
         raise UserError(f"{config.title}: model_type {name!r} is not known here; known are "
                         f"{', '.join(ARCHITECTURES)}.")
     architecture = ARCHITECTURES[name]
-    (model, inputs), tensors = _model(architecture, config), tensors or SafeTensors(place)
+    model, inputs = _model(architecture, config)
+    if is_stored(place):
+        return _compressed(location, place, architecture, model, inputs)
+    tensors = tensors or SafeTensors(place)
     names = _present_names(architecture, tensors)
     theirs = {present: tensors.shapes[name] for present, name in names.items()}
     depth = getattr(model, "depth", 1)

@@ -11,6 +11,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from lab.compress.folder import refuse
+from lab.compress.model import reads
+from lab.compress.quantized import is_quantized
 from lab.errors import UserError
 from lab.files import user_path
 from lab.models.vit import ViT
@@ -51,6 +54,8 @@ class Weights(Start):
         if self.location is None:
             return
         theirs = find(self.location).model
+        if reads(theirs) and not reads(model):
+            refuse(find(self.location).place, "trained")
         if type(model) is not type(theirs):
             raise UserError(f"{self.location} is a {type(theirs).__name__}, and the experiment's model a "
                             f"{type(model).__name__}.")
@@ -86,6 +91,8 @@ class Weights(Start):
                 x = resized(x, *grids) if grids else x[:len(wanted[path])]  # a shorter context
             if x.shape != wanted[path].shape:
                 raise UserError(f"{path} is {x.shape} in {self.location} and {wanted[path].shape} here.")
+            if is_quantized(x):
+                return jax.device_put(x)
             return jax.make_array_from_callback(x.shape, wanted[path].sharding, lambda index: x[index])
 
         given = {path: x for path, x in found.arrays(put).items() if x is not None}
