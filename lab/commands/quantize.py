@@ -182,20 +182,22 @@ def _multiplying(rounded: Mapping[str, Any], original: tuple[Any, Any], data: An
     Raises:
       UserError: there are none.
     """
-    import itertools
-
     import jax
     import numpy as np
 
     from lab.compress.model import Incoming
     from lab.data.pipeline import eval_batches
     from lab.train.program import Program
+    from lab.train.step import make_eval_step
 
     program, state = original
     incoming = Incoming()
     batches = eval_batches(data.train, program.eval_batch, (calibrate or 1) * program.eval_batch, program.eval_rows)
-    with incoming.seen():  # of a new program: what is compiled already would not be traced
-        Program(program.experiment).evaluate(state, itertools.islice(batches, calibrate or 1))
+    with incoming.seen():
+        if calibrate is None:
+            jax.eval_shape(make_eval_step(program.experiment), state, next(batches))
+        else:  # a new program: what is compiled already would not be traced
+            Program(program.experiment).evaluate(state, batches)
     jax.effects_barrier()
     if not (paths := incoming.layers & rounded.keys()):
         raise UserError("No matrix to round belongs to a dense or convolution layer: leave out --activations.")

@@ -17,6 +17,7 @@ from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.models.gpt import GPT
 from lab.models.session import Session
+from lab.parallel.sharding import constrained
 from lab.tasks.base import apply
 from lab.tasks.language import LanguageModel
 from lab.train import metrics
@@ -81,14 +82,14 @@ def _token_times(a: Side, b: Side, data: Any) -> Iterator[list[float]]:
     if not isinstance(model, GPT) or not hasattr(data, "fitted"):
         return
     context = min(CONTEXT, model.context) if model.position == "rotary" else model.context
-    texts = []
+    texts, prompt = [], min(8, max(1, context // 4))
     for program, state, _ in (a, b):
         variables = jax.jit(lambda state, own=program.experiment: eval_variables(own, state))(state)
         session = Session(program.experiment.model.clone(context=context), variables["params"], vocab=data.fitted.size,
                           temperature=0.0)
-        texts.append(session.tokens([1] * min(8, context // 2)))
+        texts.append(session.tokens([1] * prompt))
     times: tuple[list[float], list[float]] = ([], [])
-    for i in range(min(TOKENS, context // 2) + 2):
+    for i in range(max(1, min(TOKENS, context - prompt - 3)) + 2):  # the first two compile
         for text, own in zip(texts, times, strict=True):
             start = time.perf_counter()
             next(text)
@@ -100,8 +101,9 @@ def _distance(a: Side, b: Side, data: Any, records: int | None) -> dict[str, flo
     """"kl", the mean Kullback-Leibler divergence of b's distributions from a's, in nats, and "changed", the share of
     outputs whose most likely class or token is another one; nothing for tasks without distributions."""
     def step(one: State, other: State, batch: Any) -> dict[str, Any]:
-        log_a, weight = _log_probabilities(a.program.experiment, one, batch)
-        log_b, _ = _log_probabilities(b.program.experiment, other, batch)
+        with constrained(a.program.mesh):
+            log_a, weight = _log_probabilities(a.program.experiment, one, batch)
+            log_b, _ = _log_probabilities(b.program.experiment, other, batch)
         divergence = (jnp.exp(log_a) * (log_a - log_b)).sum(-1)
         changed = jnp.argmax(log_a, -1) != jnp.argmax(log_b, -1)
         return {"kl": ((divergence * weight).sum(), weight.sum()), "changed": ((changed * weight).sum(), weight.sum())}

@@ -98,7 +98,7 @@ def _rounded(x: np.ndarray, axes: tuple[int, ...], kind: Weights) -> tuple[np.nd
 
 def rounded_up(scale: np.ndarray) -> np.ndarray:
     """Scales as the next larger numbers of type bfloat16, as float32; 0 becomes 1."""
-    bits = np.ascontiguousarray(np.where(scale > 0, scale, 1), np.float32).view(np.uint32)
+    bits = np.asarray(np.where(scale > 0, scale, 1), np.float32).view(np.uint32)
     return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
