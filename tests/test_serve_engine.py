@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from lab.errors import UserError
-from lab.models.generate import pick
+from lab.models.generate import pick, truncated
 from lab.models.gpt import GPT
 from lab.models.session import Session
+from lab.serve import decoding, sampling
 from lab.serve import slots as slots_file
 from lab.serve.engine import Busy, Closed, Engine, collect
 from lab.serve.sampling import Settings, pick_rows, rows_of
@@ -66,7 +67,8 @@ def together(engine, requests):
 @pytest.mark.parametrize("fields", [{}, {"scan": True, "kv_heads": 2, "position": "rotary"}], ids=str)
 def test_tokens_are_those_of_chat_alone_and_in_company(engine, fields):
     one = engine(fields=fields)
-    model, params = one.slots.model, one.slots.params
+    model = one.slots.model
+    params = random_params(model)
     company = together(one, REQUESTS + REQUESTS[::-1])
     for request, (tokens, reason) in zip(REQUESTS, company, strict=False):
         how = request["settings"]
@@ -87,20 +89,36 @@ def test_a_row_is_sampled_as_pick_samples_it():
         (0.0, 0.6, 1.5), (1.0, 0.9, 0.2), (None, 1, 4, 99)))] + SETTINGS[1:]
     found = pick_rows(logits, rows_of(settings), jnp.arange(40))
     logp = jax.nn.log_softmax(logits)
+    picked = jax.jit(pick, static_argnums=3)
     for i, how in enumerate(settings):
         key = jax.random.fold_in(jax.random.key(how.seed), i)[None]
-        token = pick(logits[i:i + 1], key, how.temperature, how.top_k, how.top_p)[0]
+        token = picked(logits[i:i + 1], key, how.temperature, how.top_k, how.top_p)[0]
         assert token == found.token_B[i]
         assert found.logp_B[i] == pytest.approx(float(logp[i, token]), abs=1e-6)
     np.testing.assert_array_equal(found.top_BT, jnp.argsort(-logits, axis=-1))
     assert len(set(np.asarray(found.token_B).tolist())) > 5
 
 
+def test_what_can_be_sampled_is_that_of_truncated():
+    """Top-k and top-p without a sort: ties, steep and flat distributions."""
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(np.concatenate([rng.normal(size=(30, 50)) * 3, np.round(rng.normal(size=(30, 50))),
+                                         rng.normal(size=(30, 50)) * 0.1]), jnp.float32)
+    cut = jax.jit(truncated, static_argnums=2)
+    for settings in ([Settings(float(t), float(p), int(k)) for t, p, k in zip(rng.choice([0.5, 1.0], 90), rng.choice(
+            [1.0, 0.9, 0.5, 0.1], 90), rng.choice([0, 3, 8, 99], 90), strict=True)], [Settings(1.0, 0.5)] * 90):
+        found = np.asarray(sampling._truncated(logits, rows_of(settings)))
+        want = [cut(logits[i:i + 1], how.temperature, how.top_k or None, how.top_p)[0]
+                for i, how in enumerate(settings)]
+        np.testing.assert_array_equal(found, want)
+        assert 1 <= (found > -np.inf).sum(-1).min() < 20 < (found > -np.inf).sum(-1).max()
+
+
 def test_logprobs_are_those_of_the_model(engine):
     one = engine()
     tokens, _, request = collect(one, **REQUESTS[2])
     text = LONG + [token.id for token in tokens]
-    logits = one.slots.model.apply({"params": one.slots.params}, np.array([text]), train=False)[0]
+    logits = one.slots.model.apply({"params": random_params(one.slots.model)}, np.array([text]), train=False)[0]
     logp = np.asarray(jax.nn.log_softmax(jnp.where(jnp.arange(29) < 27, logits, -jnp.inf)))
     for at, token in enumerate(tokens, len(LONG) - 1):
         assert token.logp == pytest.approx(logp[at, token.id], abs=1e-4)
@@ -173,3 +191,58 @@ def test_a_failed_step_ends_its_requests_and_not_the_engine(engine, monkeypatch)
     assert collect(one, **REQUESTS[0])[1] == "failed"
     monkeypatch.setattr(one.slots, "step", step)
     assert collect(one, **REQUESTS[0])[0] == want
+
+
+def test_a_step_of_any_size_gives_the_same_tokens(monkeypatch):
+    """Few texts make a small step and many a large one; a text does not notice, also in bfloat16."""
+    monkeypatch.setattr(slots_file, "WIDTHS", (8,))
+    model = GPT(**SMALL | {"context": 16})
+    for precision in ("float32", "bfloat16"):
+        slots = Slots(model, random_params(model), slots=6, vocab=27, precision=precision)
+        assert slots.rows == [4, 6]
+        slots.compile()
+        found = []
+        for others in ((), (1, 3), (1, 2, 5)):
+            token, texts = {}, []
+            for slot in (0, *others):
+                slots.rewind(slot, 0)
+                token[slot] = int(slots.extend(slot, [5, 2 + slot], SETTINGS[2])[1].token_B[0])
+            for _ in range(8):
+                step = slots.step(token, dict.fromkeys(token, SETTINGS[2]))
+                token = {slot: int(step.token_B[slot]) for slot in token}
+                texts.append((token[0], step.top_logp_BT[0].tolist()))
+            found.append(texts)
+        assert [[token for token, _ in texts] for texts in found] == [[token for token, _ in found[0]]] * 3
+        assert slots.rows == [6] or found[0] == found[1] == found[2]
+
+
+def test_a_step_whose_bits_differ_is_not_used(monkeypatch):
+    monkeypatch.setattr(slots_file, "WIDTHS", (8,))
+    model = GPT(**SMALL | {"context": 16})
+    slots = Slots(model, random_params(model), slots=6, vocab=27)
+    step = slots._step
+
+    def other(tokens, settings, rows):
+        found = step(tokens, settings, rows)
+        return found._replace(top_logp_BT=np.nextafter(found.top_logp_BT, 0)) if rows == 4 else found
+
+    monkeypatch.setattr(slots, "_step", other)
+    slots.compile()
+    assert slots.rows == [6] and slots.rows_to(0) == 6
+
+
+def test_a_text_over_all_blocks_of_the_cache(monkeypatch):
+    """Logits of a text that fills several blocks are those of the model, after parts and single tokens."""
+    monkeypatch.setattr(decoding, "KEYS", 4)
+    monkeypatch.setattr(slots_file, "WIDTHS", (4, 8))
+    assert decoding.blocks_of(48) == (4, 4, 8, 16, 16)
+    model = GPT(**SMALL | {"kv_heads": 2, "position": "rotary"})
+    params = random_params(model)
+    slots = Slots(model, params, slots=2, vocab=29)
+    text = np.random.default_rng(5).integers(0, 29, 48).tolist()
+    logp = jax.nn.log_softmax(model.apply({"params": params}, np.array([text]), train=False)[0])
+    slots.extend(0, text[:8], SETTINGS[0])
+    for at in range(8, 48):
+        found = slots.step({0: text[at]}, {0: SETTINGS[0]})
+        np.testing.assert_allclose(found.top_logp_BT[0], np.sort(logp[at])[::-1][:20], atol=2e-4)
+    assert np.abs(np.sort(logp[46])[::-1][:20] - found.top_logp_BT[0]).max() > 0.01  # negative control

@@ -16,6 +16,7 @@ from lab.serve import app
 from lab.serve.requests import Limits
 from lab.serve.text_stream import TextStream
 from tests.serving import language, live
+from tests.test_generate import random_params
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 PROMPT = "To be"
@@ -35,7 +36,8 @@ def client(service):
 
 
 def by_session(service, prompt, new, **how):
-    session = Session(service.engine.slots.model, service.engine.slots.params, vocab=256, **how)
+    model = service.engine.slots.model
+    session = Session(model, random_params(model), vocab=256, **how)
     return list(itertools.islice(session.tokens(list(prompt.encode())), new))
 
 

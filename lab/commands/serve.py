@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,8 +26,8 @@ def main(args: Sequence[str]) -> int:
 
 def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str = "127.0.0.1", slots: int = 4,
           context: int = 2048, queue: int = 64, deadline: float = 300.0, drain: float = 30.0, body: float = 4.0,
-          name: str | None = None, step: int | None = None, best: bool = False,
-          experiment: Path | None = None) -> int:
+          precision: Literal["float32", "bfloat16"] = "float32", name: str | None = None, step: int | None = None,
+          best: bool = False, experiment: Path | None = None) -> int:
     """Serves a model over HTTP. A language model by OpenAI's API: /v1/completions and /v1/chat/completions, whole or
     streamed. An encoder: /v1/embeddings. Other runs: /v1/predict, for records of a table, messages or images.
 
@@ -44,6 +44,8 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
       deadline: seconds for a request, waiting included; later it gets status 504.
       drain: seconds to finish what runs after SIGTERM.
       body: size of a request's body in MiB, at most.
+      precision: of a language model's matrices in memory and of the operands of their products; bfloat16 takes half the
+        memory, and on CPUs with AMX half the time. All else is float32, as in chat and sample.
       name: what clients call the model; by default the name of the folder or file.
       step: use the checkpoint of this step; by default the latest.
       best: use the checkpoint with the best validation metric.
@@ -65,7 +67,7 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
         raise UserError(f"serve needs the package {e.name}: LAB_EXTRAS=serve ./launch.sh serve {run}") from None
     key = os.environ.get(KEY) or None
     sock = server.listen(host, port)
-    options = Options(name or name_of(Path(run)), slots, context, queue, deadline)
+    options = Options(name or name_of(Path(run)), slots, context, queue, deadline, precision)
     limits = Limits(body=int(body * (1 << 20)))
     opened = lambda place: service_of(str(place), options, step, best, experiment)
     built = lambda service: app.build(service, limits=limits, key=key)

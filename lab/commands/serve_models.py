@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -49,6 +49,7 @@ class Options:
     context: int
     queue: int
     deadline: float
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 def service_of(run: str, options: Options, step: int | None, best: bool, experiment: Path | None) -> Service:
@@ -78,7 +79,8 @@ def _language(options: Options, model: GPT, variables: Any, text: Any, own: Any)
     """`own`: how the run writes dialogues, or None."""
     if model.position == "rotary":  # the cache has a row for each position
         model = model.clone(context=min(options.context, model.context))
-    engine = Engine(Slots(model, variables["params"], slots=options.slots, vocab=text.size), options.queue)
+    slots = Slots(model, variables["params"], slots=options.slots, vocab=text.size, precision=options.precision)
+    engine = Engine(slots, options.queue)
     return Language(options.name, engine, text, own or prompt_of(text, options.name), options.deadline)
 
 

@@ -242,22 +242,24 @@ class SelfAttention(Transformer):
         if self.position == "rotary":
             turned = functools.partial(rotary, base=self.rope_base, scaling=self.rope_scaling)
             q_BLNK, k_BSGK = turned(q_BLNK, positions), turned(k_BSGK, positions)
-        if decode:
-            k_BSGK, v_BSGK = self._cached("keys", k_BSGK, positions), self._cached("values", v_BSGK, positions)
-            visible = jnp.arange(self.context)[None, None] <= positions[..., None]
-            y_BLNK = einsum_attention(q_BLNK, k_BSGK, v_BSGK, jnp.broadcast_to(visible, (B, L, self.context)))
-        else:
-            y_BLNK = self._attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, train)
+        y_BLNK = (self._decode(q_BLNK, k_BSGK, v_BSGK, positions) if decode else
+                  self._attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, train))
         y_BLD = rearrange(y_BLNK, "B L N K -> B L (N K)")
         y_BLD = Dense(D, bias=out_bias, stddev=self.residual_stddev, name="out")(y_BLD)
         return dropout(self, y_BLD, self.dropout, train)
 
+    def _decode(self, q_BLNK: Array, k_BLGK: Array, v_BLGK: Array, positions: Array) -> Array:
+        k_BSGK, v_BSGK = self._cached("keys", k_BLGK, positions), self._cached("values", v_BLGK, positions)
+        visible_BLS = jnp.arange(self.context) <= jnp.broadcast_to(positions, q_BLNK.shape[:2])[..., None]
+        return einsum_attention(q_BLNK, k_BSGK, v_BSGK, visible_BLS)
+
     def _cached(self, name: str, new_BLGK: Array, positions: Array) -> Array:
         """Writes the new rows at their positions and returns the whole cache (B, context, G, K)."""
         B, L, G, K = new_BLGK.shape
-        cache = self.variable("cache", name, jnp.zeros, (B, self.context, G, K), new_BLGK.dtype)
-        cache.value = cache.value.at[jnp.arange(B)[:, None], jnp.broadcast_to(positions, (B, L))].set(new_BLGK)
-        return cache.value
+        # Heads before keys: the matmuls of `einsum_attention` read the cache as it is, not a transposed copy.
+        cache = self.variable("cache", name, jnp.zeros, (B, G, self.context, K), new_BLGK.dtype)
+        cache.value = cache.value.at[jnp.arange(B)[:, None], :, jnp.broadcast_to(positions, (B, L))].set(new_BLGK)
+        return cache.value.swapaxes(1, 2)
 
     def _attend(self, q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, mask_BS: Array | None, causal: bool,
                 train: bool) -> Array:

@@ -197,13 +197,14 @@ class Engine:
 
     def _choose(self, ids: Sequence[int]) -> tuple[int, int]:
         """(slot, how many of `ids` its cache already begins with). A text that the new one continues is taken up if
-        that keeps more than it forgets; else the text that was used longest ago goes."""
+        that keeps more than it forgets; else, among the slots of the smallest step, the text that was used longest ago
+        goes."""
         free = [slot for slot in range(len(self._used)) if slot not in self.running]
         known = {slot: _common(self.slots.ids[slot], ids) for slot in free}
         kept = {slot: 2 * known[slot] - len(self.slots.ids[slot]) for slot in free}
         best = max(free, key=kept.__getitem__)
         if kept[best] <= 0:
-            best = min(free, key=lambda slot: self._used[slot])
+            best = min(free, key=lambda slot: (self.slots.rows_to(slot), self._used[slot]))
         return best, min(known[best], len(ids) - 1)  # the logits of the last token are needed
 
     def _prefill(self) -> None:

@@ -108,7 +108,7 @@ class Language(Service):
         fields.refuse(IGNORED)
         self.check_model(fields)
         settings = Settings(fields.number("temperature", 1.0, 0, 10), fields.number("top_p", 1.0, 1e-6, 1),
-                            fields.integer("top_k", None, -1, 1 << 30), _seed(fields))
+                            fields.integer("top_k", None, -1, 1 << 30), _seed(fields), form.logprobs(()) is not None)
         new_tokens = self._room(fields, len(ids), new_tokens)
         stream, counted = fields.flag("stream"), _wants_usage(fields)
         made = Generation(self.engine, self.text, ids, new_tokens, settings, (self.stop, fields.texts("stop", 16)),

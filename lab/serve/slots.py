@@ -1,14 +1,16 @@
-"""S texts that grow side by side in one static key/value cache: two kinds of compiled program, whoever comes and goes.
+"""S texts that grow side by side in one static key/value cache: few compiled programs, whoever comes and goes.
 
-A row of a batch is computed from that row alone, and the shapes never change. So the tokens of a text do not depend on
-the other texts.
+A row of a batch is computed from that row alone. A step has as many rows as the texts need, from a few compiled
+numbers; before any request, `compile` compares the bits of a row in all of them, and one that differs is not used. So
+the tokens of a text do not depend on the other texts.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lab.serve import decoding
 from lab.serve.sampling import Rows, Sampled, Settings, pick_rows, rows_of
 
+log = logging.getLogger(__name__)
 WIDTHS = (16, 64, 256)  # tokens of a prompt that are computed at once, after padding
 
 
@@ -26,28 +30,20 @@ def _masked(logits_BV: Array, vocab: int) -> Array:
     return jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab, logits_BV, -jnp.inf)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "vocab", "axes"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("model", "vocab"), donate_argnames=("cache",))
 def _prefill(model: nn.Module, params: Any, cache: Any, slot: Array, ids_1L: Array, first: Array, last: Array,
-             rows: Rows, *, vocab: int, axes: tuple[int, ...]) -> tuple[Any, Sampled]:
+             rows: Rows, *, vocab: int) -> tuple[Any, Sampled]:
     """Writes ids to a slot's cache from position `first` on, and samples a token to follow index `last` of them."""
-    leaves, tree = jax.tree.flatten(cache)
-    own = [jax.lax.dynamic_slice_in_dim(x, slot, 1, axis) for x, axis in zip(leaves, axes, strict=True)]
-    apply = functools.partial(model.apply, {"params": params, "cache": tree.unflatten(own)}, ids_1L, train=False,
-                              decode=True, positions=first + jnp.arange(ids_1L.shape[1]), mutable=["cache"])
-    (x_1LD, kernel_DV), changed = apply(head=False)
-    logits_1V = model.logits(jax.lax.dynamic_slice_in_dim(x_1LD, last, 1, 1), kernel_DV)[:, 0]
-    new = [jax.lax.dynamic_update_slice_in_dim(x, row, slot, axis)
-           for x, row, axis in zip(leaves, jax.tree.leaves(changed["cache"]), axes, strict=True)]
-    return tree.unflatten(new), pick_rows(_masked(logits_1V, vocab), rows, (first + last)[None])
+    logits_1V, cache = decoding.extend(model, params, cache, slot, ids_1L, first, last)
+    return cache, pick_rows(_masked(logits_1V, vocab), rows, (first + last)[None])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "vocab"), donate_argnames=("cache",))
-def _decode(model: nn.Module, params: Any, cache: Any, token_S: Array, position_S: Array, rows: Rows, *,
+def _decode(model: nn.Module, params: Any, cache: Any, token_B: Array, position_B: Array, rows: Rows, *,
             vocab: int) -> tuple[Any, Sampled]:
-    """Writes one token per slot, at its position, and samples the next one of each."""
-    logits_S1V, changed = model.apply({"params": params, "cache": cache}, token_S[:, None], train=False, decode=True,
-                                      positions=position_S[:, None], mutable=["cache"])
-    return changed["cache"], pick_rows(_masked(logits_S1V[:, 0], vocab), rows, position_S)
+    """Writes a token to each of the first B slots, at its position, and samples the next one of each."""
+    logits_BV, cache = decoding.step(model, params, cache, token_B, position_B)
+    return cache, pick_rows(_masked(logits_BV, vocab), rows, position_B)
 
 
 class Slots:
@@ -58,34 +54,41 @@ class Slots:
       params: on the host or a device.
       slots: S.
       vocab: the tokenizer's size; larger ids are never sampled.
+      precision: of the stored matrices and of the operands of their products; all else is float32.
     """
 
-    def __init__(self, model: nn.Module, params: Any, *, slots: int, vocab: int):
-        self.model, self.params, self.vocab, self.context = model, jax.device_put(params), vocab, model.context
+    def __init__(self, model: nn.Module, params: Any, *, slots: int, vocab: int,
+                 precision: Literal["float32", "bfloat16"] = "float32"):
+        self.model, self.vocab, self.context = model, vocab, model.context
         self.widths = tuple(w for w in WIDTHS if w < self.context) or (self.context,)
-        self._shapes = self._shapes_of(slots)
-        one, two = (jax.tree.leaves(self._shapes_of(n)) for n in (1, 2))
-        # The axis of the slots, in each leaf: scanned layers have theirs in front of it.
-        self._axes = tuple(next(i for i, (a, b) in enumerate(zip(x.shape, y.shape, strict=True)) if a != b)
-                           for x, y in zip(one, two, strict=True))
-        self.clear(slots)
+        self.rows = [rows for rows in (4, 16, 64, 256) if rows < slots] + [slots]
+        """Numbers of texts that a step can have."""
+        self._empty = functools.partial(decoding.empty_cache, model, jax.eval_shape(lambda: params), slots)
+        self.params = jax.jit(decoding.stored, static_argnums=1)(params, precision)
+        self.ids: list[list[int]] = [[] for _ in range(slots)]
+        self._cache = self._empty()
 
-    def _shapes_of(self, slots: int) -> Any:
-        start = jnp.zeros((slots, 1), int)
-        return jax.eval_shape(lambda: self.model.apply({"params": self.params}, start, train=False, decode=True,
-                                                       positions=start, mutable=["cache"])[1])["cache"]
-
-    def clear(self, slots: int | None = None) -> None:
+    def clear(self) -> None:
         """Forgets all texts."""
-        self.ids: list[list[int]] = [[] for _ in range(slots or len(self.ids))]
-        self._cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes)
+        self.ids = [[] for _ in self.ids]
+        self._cache = self._empty()
 
     def compile(self) -> None:
-        """Compiles all programs, by running them on empty slots."""
+        """Compiles all programs, by running them on a text in the first slot."""
         for width in self.widths:
             self.extend(0, [0] * width, Settings())
-        self.step({}, {})
-        self.clear()
+            self.rewind(0, 0)
+        text = [i % self.vocab for i in range(1, min(8, self.context))]
+        found = {}
+        for rows in self.rows:
+            self.extend(0, text[:1], Settings())
+            steps = [self._step({0: token}, {0: Settings(temperature=0.0)}, rows) for token in text[1:]]
+            found[rows] = [step.top_logp_BT[0] for step in steps]
+            self.rewind(0, 0)
+        same = [rows for rows in self.rows if np.array_equal(found[rows], found[self.rows[-1]])]
+        if same != self.rows:
+            log.info("steps of %s rows differ in the last bits here: all have one of %s", self.rows, same)
+        self.rows = same
 
     def extend(self, slot: int, new: Sequence[int], settings: Settings) -> tuple[int, Sampled]:
         """Computes some of the ids `new` that follow a slot's text. Returns how many, and what follows the last one
@@ -99,25 +102,29 @@ class Slots:
         ids_1L = np.zeros((1, width), np.int32)
         ids_1L[0, :len(text) - first] = text[first:]
         self._cache, found = _prefill(self.model, self.params, self._cache, np.int32(slot), ids_1L, np.int32(first),
-                                      np.int32(len(text) - 1 - first), rows_of([settings]), vocab=self.vocab,
-                                      axes=self._axes)
+                                      np.int32(len(text) - 1 - first), rows_of([settings]), vocab=self.vocab)
         self.ids[slot] = text
         return len(part), Sampled(*jax.device_get(found))
 
     def step(self, tokens: dict[int, int], settings: dict[int, Settings]) -> Sampled:
-        """Appends a token to some slots, slot -> token, and samples the next; rows of other slots mean nothing."""
-        # The row of an idle slot is written behind its text, where it is overwritten before a query reaches it.
-        ends = [min(len(ids), self.context - 1) for ids in self.ids]
-        idle = Settings(temperature=0.0)
-        rows = rows_of([settings.get(s, idle) for s in range(len(self.ids))])
-        token_S = np.array([tokens.get(s, 0) for s in range(len(self.ids))], np.int32)
-        self._cache, found = _decode(self.model, self.params, self._cache, token_S, np.array(ends, np.int32), rows,
-                                     vocab=self.vocab)
+        """Appends a token to some slots, slot -> token, and samples the next; rows of other slots mean nothing. The
+        last of the slots decides how many rows are computed."""
+        return self._step(tokens, settings, self.rows_to(max(tokens)))
+
+    def rows_to(self, slot: int) -> int:
+        """The rows of the smallest step that computes a slot."""
+        return next(rows for rows in self.rows if rows > slot)
+
+    def _step(self, tokens: dict[int, int], settings: dict[int, Settings], rows: int) -> Sampled:
+        token_B, position_B = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
         for slot, token in tokens.items():
+            token_B[slot], position_B[slot] = token, len(self.ids[slot])
             self.ids[slot].append(token)
+        idle = Settings(temperature=0.0)
+        self._cache, found = _decode(self.model, self.params, self._cache, token_B, position_B,
+                                     rows_of([settings.get(slot, idle) for slot in range(rows)]), vocab=self.vocab)
         return Sampled(*jax.device_get(found))
 
     def rewind(self, slot: int, length: int) -> None:
-        """Forgets a slot's tokens from `length` on. An idle slot must forget the last position of the context, over
-        which the steps of the others write."""
+        """Forgets a slot's tokens from `length` on."""
         self.ids[slot] = self.ids[slot][:length]
