@@ -172,9 +172,8 @@ class Experiment:
         _at_least("--evaluate.every", self.evaluate.every, 0)
         for name in ("records", "patience"):
             _at_least(f"--evaluate.{name}", getattr(self.evaluate, name), 1)
-        _at_least("--checkpoint.every", self.checkpoint.every, 0)
-        _at_least("--checkpoint.keep", self.checkpoint.keep, 1)
-        _at_least("--checkpoint.permanent", self.checkpoint.permanent, 1)
+        for name, least in (("every", 0), ("keep", 1), ("permanent", 1)):
+            _at_least(f"--checkpoint.{name}", getattr(self.checkpoint, name), least)
         _at_least("--log.every", self.log.every, 1)
         self.mesh.validate()
         check_parallel(self)

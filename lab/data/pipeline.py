@@ -5,8 +5,7 @@ depend on the training epoch also have `r.in_epoch(indices, epochs, seed)` (`lab
 
 Speed (2-core CPU VM, busy, 2026-11-22): 512 windows of 1024 tokens, gpt_small's batch, from a memory-mapped token file
 of 559 MB: `train_batch` makes 220-350 Mtok/s, 77-280 through `Prefetch`; 8-45 when the file is not in the page cache.
-For comparison, one H200 at 55 % MFU consumes 0.63 Mtok/s (6 N + 12 * layers * width * length = 860 MFLOP per token at
-989 TFLOP/s), and a v5e-8 1.0.
+For comparison, at 55 % MFU (860 MFLOP per token) one H200 consumes 0.63 Mtok/s, and a v5e-8 1.0.
 """
 
 from collections.abc import Callable, Iterator
