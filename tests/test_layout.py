@@ -134,7 +134,7 @@ def test_no_file_imports_itself_over_others():
 
 
 def test_experiments_import_parts_only():
-    allowed = PARTS | {"adapt", "experiment", "harness", "pretrained", "weights"}
+    allowed = PARTS | {"adapt", "experiment", "harness", "pretrained", "private", "weights"}
     for path in (ROOT / "experiments").glob("*.py"):
         found = imports(path.read_text())
         assert {name.split(".")[0] for name in found if not name.startswith("study.design")} <= allowed, path
