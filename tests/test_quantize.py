@@ -19,7 +19,7 @@ from lab.compress.model import Incoming, reading, reads
 from lab.compress.quantized import Quantized, bytes_of, is_quantized, quantized, rounded_up
 from lab.configuration.values import to_json
 from lab.data.tables import Sklearn, Table
-from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
 from lab.models.cnn import ConvNet
 from lab.models.gpt import GPT
 from lab.models.linear import MLP
@@ -184,7 +184,7 @@ def test_a_folder_reads_back_and_notices_damage(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- the command line
 
-USUAL = dict(steps=20, batch=8, evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0))
+USUAL = dict(steps=60, batch=8, evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0), mesh=Mesh(data=1))
 
 
 @pytest.fixture(scope="module")
@@ -192,19 +192,19 @@ def place(tmp_path_factory) -> Path:
     """A folder with two runs, digits and text, and some folders of integer weights."""
     here = tmp_path_factory.mktemp("quantize")
     digits = Experiment(Table(Sklearn("digits")), MLP(classes=10, depth=2, width=64), Classify(), SGD(Constant(0.1)),
-                        **USUAL | {"steps": 60})
+                        **USUAL)
     lab.fit(digits, here / "digits", quiet=True)
     (here / "text.txt").write_text((ROOT / "LICENSE").read_text()[:6000])
     (here / "letters.py").write_text(f'''"""Letters."""
 from lab.data.text import Text, TextFiles
 from lab.data.tokenizers import Bytes
-from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
 from lab.models.gpt import GPT
 from lab.optim import SGD, Constant
 from lab.tasks.language import LanguageModel
 experiment = Experiment(Text(TextFiles({str(here / "text.txt")!r}), Bytes(), 16), GPT(depth=1, width=64, heads=2,
     vocab=256, context=16), LanguageModel(samples=0), SGD(Constant(0.1)), steps=20, batch=8,
-    evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0))
+    evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0), mesh=Mesh(data=1))
 ''')
     return here
 
@@ -273,13 +273,13 @@ def weights(place, llama):  # noqa: F811
         (place / "on_text.py").write_text(f'''"""Text."""
 from lab.data.hugging_face import HuggingFaceTokenizer
 from lab.data.text import Text, TextFiles
-from lab.experiment import Experiment
+from lab.experiment import Experiment, Mesh
 from lab.optim import SGD, Constant
 from lab.tasks.language import LanguageModel
 from lab.weights import model_of
 LLAMA = {str(there)!r}
 experiment = Experiment(Text(TextFiles({str(own)!r}), HuggingFaceTokenizer(LLAMA), 16), model_of(LLAMA),
-    LanguageModel(samples=0), SGD(Constant(0.1)), steps=1, batch=8)
+    LanguageModel(samples=0), SGD(Constant(0.1)), steps=1, batch=8, mesh=Mesh(data=1))
 ''')
     return there
 

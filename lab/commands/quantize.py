@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -59,24 +60,26 @@ def quantize(
     """
     from lab.commands.quantize_table import Side, compare, show
     from lab.compress.choice import Choice
+    from lab.compress.folder import ARRAYS
     from lab.train.json_files import write_json
 
     _check_flags(weights, activations, calibrate, records)
-    original, data, store, disk = _opened(run, step, best, experiment)
+    original = _opened(run, step, best, experiment)
     to = to or _place(run, weights, activations)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to} is there already; --to names a new or empty folder.")
-    arrays = _rounded(original, data, weights, Choice(embeddings, heads, keep), activations, calibrate)
+    arrays = _rounded(original, weights, Choice(embeddings, heads, keep), activations, calibrate)
     about = {"weights": weights, "activations": activations, "calibrate": calibrate, "embeddings": embeddings,
-             "heads": heads, "keep": keep, "made_from": str(run), "step": int(original[1].step)}
+             "heads": heads, "keep": keep, "made_from": str(run), "step": int(original.state.step)}
     try:
-        store(to, arrays, about)
+        original.store(to, arrays, about)
     except BaseException:  # a full disk, Ctrl-C: leave no part of a model
         shutil.rmtree(to, ignore_errors=True)
         raise
     log.info("%s: written; comparing both on the validation split ...", to)
-    sides = Side(*original, disk), Side(*_again(to, original[0].experiment), _size(to))
-    table = compare(*sides, data, records)
+    sides = (Side(original.program, original.state, original.disk),
+             Side(*_again(to, original.program.experiment), (to / ARRAYS).stat().st_size))
+    table = compare(*sides, original.data, records)
     write_json(to / "comparison.json", {**about, **table})
     print("\n".join(show(table, f"{weights}" + (f", {activations} inputs" if activations else ""))))
     print(f"{to}: {_counted(arrays)}")
@@ -93,13 +96,22 @@ def _check_flags(weights: str, activations: str | None, calibrate: int | None, r
             raise UserError(f"--{flag} must be at least 1, not {value}.")
 
 
-def _opened(run: Path, step: int | None, best: bool,
-            file: Path | None) -> tuple[tuple[Any, Any], Any, Callable[..., None], int]:
-    """((program, state), data, a function that writes a folder, bytes of the parameters on disk).
+class Original(NamedTuple):
+    """What is quantised, on its data."""
 
-    Raises:
-      UserError: an unfinished run, a GAN, weights that are quantised already; see also `evaluate`.
-    """
+    program: Any
+    state: Any
+    data: Any
+    variables: Any
+    """The model's variables in float32; those of a location are whole, also where the data needs less of them."""
+    disk: int
+    """Bytes of the parameters on disk."""
+    store: Callable[..., None]
+    """Writes a folder: (to, arrays, about)."""
+
+
+def _opened(run: Path, step: int | None, best: bool, file: Path | None) -> Original:
+    """Raises UserError for an unfinished run, a GAN, weights that are quantised already; see also `evaluate`."""
     from lab.commands import evaluate
     from lab.commands.location import on_experiment
     from lab.commands.sample_weights import check_flags
@@ -108,9 +120,9 @@ def _opened(run: Path, step: int | None, best: bool,
     from lab.models.gpt import GPT
     from lab.tasks.adversarial import Adversarial
     from lab.train.description import finished
-    from lab.train.step import eval_params
+    from lab.train.step import eval_variables
     from lab.weights.location import is_location
-    from lab.weights.read import find
+    from lab.weights.read import find, variables_of
 
     refuse(run, "quantised again")
     if is_location(str(run)):
@@ -121,15 +133,17 @@ def _opened(run: Path, step: int | None, best: bool,
         else:
             _, data, program, state, _ = evaluate.opened(run, step, best, file)
         disk = sum(path.stat().st_size for path in weights.tensors.files)
-        return (program, state), data, lambda to, *more: _store_location(to, weights, *more), disk
+        return Original(program, state, data, variables_of(weights.arrays()), disk,
+                        functools.partial(_store_location, weights))
     if (run / "experiment.json").exists() and finished(run) is None:
         raise UserError(f"The run in {run} is not finished: type its command again, and quantise what it ends with.")
     found, data, program, state, _ = evaluate.opened(run, step, best, file)
     if isinstance(found.task, Adversarial):
         raise UserError(f"{run} is a GAN, whose samples have no validation metric to compare: only models with outputs "
                         f"for given inputs can be quantised.")
-    disk = bytes_of(eval_params(dataclasses.replace(found, precision="float32"), state))
-    return (program, state), data, lambda to, *more: _store_run(to, run, program, data, *more), disk
+    variables = eval_variables(dataclasses.replace(found, precision="float32"), state)
+    return Original(program, state, data, variables, bytes_of(variables),
+                    functools.partial(_store_run, run, found, data))
 
 
 def _own_text(location: str, model: Any) -> Any:
@@ -152,7 +166,7 @@ def _place(run: Path, weights: str, activations: str | None) -> Path:
     return Path(name) if is_location(str(run)) else run.parent / name
 
 
-def _rounded(original: tuple[Any, Any], data: Any, weights: str, choice: Any, activations: str | None,
+def _rounded(original: Original, weights: str, choice: Any, activations: str | None,
              calibrate: int | None) -> dict[str, Any]:
     """The arrays of a folder: params/PATH -> array or `Quantized`, and those of other collections."""
     import jax
@@ -162,21 +176,18 @@ def _rounded(original: tuple[Any, Any], data: Any, weights: str, choice: Any, ac
     from lab.compress.quantized import quantized
     from lab.optim.matrices import matrices
     from lab.train.restore import leaves
-    from lab.train.step import eval_variables
 
-    program, state = original
-    whole = dataclasses.replace(program.experiment, precision="float32")
-    found = {path: np.asarray(x) for path, x in leaves(jax.device_get(eval_variables(whole, state))).items()}
+    program = original.program
+    found = {path: np.asarray(x) for path, x in leaves(jax.device_get(original.variables)).items()}
     params = {path.removeprefix("params/"): x for path, x in found.items() if path.startswith("params/")}
     axes = input_axes(params, matrices(program.experiment, program.spec), program.experiment.model, choice)
     rounded = {path: quantized(params[path], axes[path], weights, path) for path in axes}
     if activations:
-        rounded = _multiplying(rounded, original, data, calibrate)
+        rounded = _multiplying(rounded, original, calibrate)
     return found | {f"params/{path}": x for path, x in rounded.items()}
 
 
-def _multiplying(rounded: Mapping[str, Any], original: tuple[Any, Any], data: Any,
-                 calibrate: int | None) -> dict[str, Any]:
+def _multiplying(rounded: Mapping[str, Any], original: Original, calibrate: int | None) -> dict[str, Any]:
     """The matrices with those of dense and convolution layers marked to multiply integers.
 
     Raises:
@@ -190,9 +201,10 @@ def _multiplying(rounded: Mapping[str, Any], original: tuple[Any, Any], data: An
     from lab.train.program import Program
     from lab.train.step import make_eval_step
 
-    program, state = original
+    program, state = original.program, original.state
     incoming = Incoming()
-    batches = eval_batches(data.train, program.eval_batch, (calibrate or 1) * program.eval_batch, program.eval_rows)
+    number = (calibrate or 1) * program.eval_batch
+    batches = eval_batches(original.data.train, program.eval_batch, number, program.eval_rows)
     with incoming.seen():
         if calibrate is None:
             jax.eval_shape(make_eval_step(program.experiment), state, next(batches))
@@ -209,7 +221,7 @@ def _multiplying(rounded: Mapping[str, Any], original: tuple[Any, Any], data: An
     return rounded | {path: dataclasses.replace(rounded[path], products=True, incoming=scale(path)) for path in paths}
 
 
-def _store_run(to: Path, run: Path, program: Any, data: Any, arrays: Mapping[str, Any],
+def _store_run(run: Path, experiment: Any, data: Any, to: Path, arrays: Mapping[str, Any],
                about: Mapping[str, Any]) -> None:
     """Writes a folder like a run's: its description, what was fitted to its data, and the arrays."""
     from lab.compress import folder
@@ -224,7 +236,7 @@ def _store_run(to: Path, run: Path, program: Any, data: Any, arrays: Mapping[str
 
     make_folder(to)
     # What is left of the experiment: nothing is trained, and averages and adapters are in the arrays.
-    experiment = dataclasses.replace(program.experiment, optim=SGD(lr=0.0), adapt=None, init_from=Pretrained())
+    experiment = dataclasses.replace(experiment, optim=SGD(lr=0.0), adapt=None, init_from=Pretrained())
     value = read_description(run) | {"experiment": to_json(experiment), "fingerprint": experiment.fingerprint(),
                                      "code": code_of(experiment), "checkpoints": None}
     folder.write(to, arrays, about)
@@ -238,7 +250,7 @@ def _store_run(to: Path, run: Path, program: Any, data: Any, arrays: Mapping[str
     write_json(to / "experiment.json", sealed(value))
 
 
-def _store_location(to: Path, weights: Any, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def _store_location(weights: Any, to: Path, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Writes a folder like that of pretrained weights: config.json, the tokenizer's files, and the arrays."""
     import json
 
@@ -270,12 +282,6 @@ def _again(to: Path, experiment: Any) -> tuple[Any, Any]:
     if is_location(str(to)):
         return on_experiment(str(to), experiment, "this experiment")[2:]
     return open_run(to)[1:]
-
-
-def _size(to: Path) -> int:
-    from lab.compress.folder import ARRAYS
-
-    return (to / ARRAYS).stat().st_size
 
 
 def _counted(arrays: Mapping[str, Any]) -> str:
