@@ -108,7 +108,11 @@ def test_an_encoder_compares_texts_and_a_masked_model_is_refused(place, typed, m
     assert "the task of masked is MaskedLM" in mistake("explain", "masked", "--input", "words 1")
 
 
-def test_mistakes(place, mistake):  # noqa: F811
+def test_mistakes(place, typed, mistake):  # noqa: F811
+    for number, said in (("3", "it is blank"), ("99", "there are 0 to 59")):
+        status, _, err = typed("explain", "sales", "--input", "new.csv", "--record", number)
+        assert status == 2 and f"no record {number}: {said}" in err  # beside what is logged of blanks and gaps
+    (place / "one.csv").write_text('size,town\n"1,000",Uri\n')
     (place / "narrow.csv").write_text("size\n3\n")
     (place / "none.png").write_text("no image")
     (place / "unfinished").mkdir(exist_ok=True)
@@ -116,11 +120,10 @@ def test_mistakes(place, mistake):  # noqa: F811
     for words, said in (
             (("sales", "--input", "narrow.csv"), "narrow.csv has no column 'town'"),
             (("sales", "--input", "nowhere.csv"), "--input nowhere.csv does not exist"),
-            (("sales", "--input", "new.csv", "--record", "3"), "no record 3: it is blank"),
-            (("sales", "--input", "new.csv", "--record", "99"), "no record 99: there are 0 to 59"),
-            (("sales", "--input", "new.csv", "--target", "x"), "--target and --against are for classes"),
-            (("sales", "--input", "new.csv", "--baseline", "blur"), "--baseline blur: give mean, zero or a file"),
-            (("sales", "--input", "new.csv", "--output", "x.pdf"), "must end in .html"),
+            (("sales", "--input", "one.csv", "--record", "1"), "no record 1: there is only 0"),
+            (("sales", "--input", "one.csv", "--target", "x"), "--target and --against are for classes"),
+            (("sales", "--input", "one.csv", "--baseline", "blur"), "--baseline blur: give mean, zero or a file"),
+            (("sales", "--input", "one.csv", "--output", "x.pdf"), "must end in .html"),
             (("letters", "--input", ""), "--input is empty"),
             (("letters", "--input", "far too long"), "The text has 12 tokens and the model reads 8"),
             (("letters", "--input", "a", "--target", "the"), "must be one token"),

@@ -104,8 +104,8 @@ def _record(data: Any, given: str, number: int, flag: str) -> dict[str, np.ndarr
     found = data.read(path)
     if number not in found.numbers:
         last = max(found.numbers)
-        raise UserError(f"{path} has no record {number}: " + (f"there are 0 to {last}." if last else "there is only 0."
-                        if number else "it is blank."))
+        raise UserError(f"{path} has no record {number}: " + (
+            "it is blank." if 0 <= number <= last else f"there are 0 to {last}." if last else "there is only 0."))
     return found.records[np.array([found.numbers.index(number)])]
 
 
