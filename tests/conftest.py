@@ -56,6 +56,7 @@ MARKS = {
     "test_serve_predict": "slow",
     "test_export_function": "slow",
     "test_export_onnx": "slow",
+    "test_explain_command": "slow",
     "test_distributed": "processes",
     "test_launch_slurm": "clusters",
     "test_launch_hosts": "clusters",
