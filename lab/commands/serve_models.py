@@ -17,11 +17,13 @@ from lab.commands.sample_weights import check_flags, language_model
 from lab.data.images.images import ImageData
 from lab.data.messages.messages import MessageData
 from lab.data.pipeline import eval_batches
+from lab.data.statistics import statistics, values_of
 from lab.data.tables.features import Category
 from lab.data.tables.table_data import TableData
 from lab.errors import UserError
 from lab.models.bert import BERT
 from lab.models.gpt import GPT
+from lab.serve.drift import Drift
 from lab.serve.embeddings import Embeddings, embedder
 from lab.serve.engine import Engine
 from lab.serve.language import Language
@@ -30,7 +32,7 @@ from lab.serve.service import Service
 from lab.serve.slots import Slots
 from lab.serve.worker import Worker
 from lab.tasks.reports import class_names
-from lab.train.fitted import data_of
+from lab.train.fitted import data_of, statistics_of
 from lab.train.restore import open_run
 from lab.train.step import make_predict_step
 from lab.weights.location import is_location
@@ -105,13 +107,17 @@ def _predictions(options: Options, run: str, found: Any, data: Any, program: Any
         raise UserError(f"The data of {run} is none that serve can read new records of: tables, messages or images.")
     task, predict = found.task, _predictor(program, state)
 
+    drift = Drift(statistics(data) if is_location(run) else statistics_of(Path(run)))
+
     def rows(path: Path) -> list[dict[str, Any]]:
-        given = predict(data.read(path, None, True).records)
+        records = data.read(path, None, True).records
+        given = predict(records)
         columns = {name: [_plain(x) for x in values] for name, values in task.columns(given, data).items()}
         if "probabilities" in given:
             names = class_names(data.classes, given["probabilities"].shape[1])
             columns = {"prediction": columns["prediction"], "probabilities": [
                 dict(zip(names, map(_plain, row), strict=True)) for row in given["probabilities"].tolist()]}
+        drift.saw({**values_of(data, records), "prediction": columns.get("prediction", [])})
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     spec = program.experiment.data.record_spec()
@@ -122,7 +128,9 @@ def _predictions(options: Options, run: str, found: Any, data: Any, program: Any
             predict(_Same(record, size))
 
     task.columns(predict(_Same(record, 1)), data)  # UserError: the task makes no predictions
-    return Predictions(options.name, Worker(compile_all, options.queue, options.deadline), form, rows)
+    service = Predictions(options.name, Worker(compile_all, options.queue, options.deadline), form, rows)
+    service.drift = drift
+    return service
 
 
 def _plain(x: Any) -> Any:

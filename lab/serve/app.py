@@ -113,7 +113,8 @@ def build(service: Service, *, limits: Limits, key: str | None = None) -> Starle
 
     routes: list[BaseRoute] = [Route("/", shown), Route("/healthz", healthz), Route("/readyz", readyz),
                                Route("/v1/models", models), Route("/v1/models/{name:path}", model), *service.routes()]
-    service.metrics = Metrics((route.path for route in routes if isinstance(route, Route)), service.gauges())
+    service.metrics = Metrics((route.path for route in routes if isinstance(route, Route)), service.gauges(),
+                              service.drift.gauges())
     routes.append(Route("/metrics", service.metrics.page))
     handlers: Any = {Problem: _on_problem, HTTPException: _on_http, Exception: _on_bug}
     app = Starlette(routes=routes, exception_handlers=handlers,

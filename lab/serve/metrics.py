@@ -22,9 +22,11 @@ class Metrics:
     Args:
       paths: those with a label of their own; others are counted as "other", so that clients cannot invent labels.
       gauges: name without prefix -> (what it is, its value now).
+      drift: (feature, its population stability index now) of each.
     """
 
-    def __init__(self, paths: Iterable[str], gauges: Mapping[str, tuple[str, Callable[[], float]]]):
+    def __init__(self, paths: Iterable[str], gauges: Mapping[str, tuple[str, Callable[[], float]]],
+                 drift: Iterable[tuple[str, Callable[[], float]]] = ()):
         self._paths, self._registry = set(paths), CollectorRegistry()
         own: Any = {"registry": self._registry, "namespace": "lab"}
         self._requests = Counter("requests", "Requests by path and status.", ("path", "status"), **own)
@@ -39,6 +41,9 @@ class Metrics:
         self._length = Histogram("prompt_tokens", "Length of the prompts.", buckets=TOKENS, **own)
         for name, (what, value) in gauges.items():
             Gauge(name, what, **own).set_function(value)
+        index = Gauge("drift", "Population stability index against the training data.", ("feature",), **own)
+        for feature, value in drift:
+            index.labels(feature).set_function(value)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Counts a request."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from starlette.routing import Route
 
+from lab.serve.drift import Drift
 from lab.serve.engine import Engine
 from lab.serve.fields import Fields, Problem
 from lab.serve.metrics import Metrics
@@ -26,6 +27,7 @@ class Service:
     def __init__(self, name: str, runner: Engine | Worker):
         self.name, self._runner = name, runner
         self.metrics = Metrics((), {})
+        self.drift = Drift({})
 
     def start(self) -> None:
         """Starts the thread that compiles and computes."""

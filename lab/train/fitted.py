@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lab.configuration.values import digest
+from lab.data.statistics import Bins, statistics
 from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.files import replace_file
@@ -27,8 +28,14 @@ def write_fitted(folder: Path, experiment: Experiment, data: Any) -> None:
     if hasattr(experiment.data, "restored"):
         spec = {name: [list(shape), np.dtype(kind).name]
                 for name, (shape, kind) in experiment.data.record_spec().items()}
-        value = {"data": data.fingerprint, "tokenizer": digest(state), "spec": spec, "saved": data.saved()}
+        value = {"data": data.fingerprint, "tokenizer": digest(state), "spec": spec, "saved": data.saved(),
+                 "statistics": statistics(data)}
         write_json(folder / FILE, value | {"check": digest(value)})
+
+
+def statistics_of(run: Path) -> dict[str, Bins]:
+    """The statistics of a run's training data; none for a run from before there were any. Raises UserError."""
+    return read_json(run / FILE, {"data": str}).get("statistics", {}) if (run / FILE).exists() else {}
 
 
 def without_data(run: Path, experiment: Experiment) -> Experiment:
