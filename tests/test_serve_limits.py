@@ -3,12 +3,16 @@
 import contextlib
 import http.client
 import json
+import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 pytest.importorskip("starlette", reason="LAB_EXTRAS=serve")
@@ -101,9 +105,13 @@ def not_json(rng, path):
 
 
 def test_malformed_requests_get_the_right_status(port, service):
+    """LAB_FUZZ=N: N times as many; no thread and no open file is left behind."""
     rng = random.Random(0)
     seen = {}
-    for i in range(300):
+    before = None
+    for i in range(300 * int(os.environ.get("LAB_FUZZ", "1"))):
+        if i == 50:
+            before = resources()
         path = rng.choice(list(PATHS))
         body, statuses = rng.choice([wrong_values, not_json])(rng, path)
         headers = rng.choice([{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/json"},
@@ -113,7 +121,36 @@ def test_malformed_requests_get_the_right_status(port, service):
         assert answer["error"]["message"] and answer["error"]["code"] == status
         seen[status] = seen.get(status, 0) + 1
     assert set(seen) == {400, 413, 422} and min(seen.values()) >= 5
+    wait_for(lambda: all(now <= was for now, was in zip(resources(), before, strict=True)), 10, "the last connection")
     assert post(port, "/v1/completions", TEXT)[0] == 200 and idle(service)
+
+
+def resources():
+    """(threads, open files) of this process."""
+    return threading.active_count(), psutil.Process().num_fds()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_clients_killed_in_their_streams_free_their_slots(port, service, slow, stream):
+    before = resources()
+    code = f"""
+import http.client, json
+c = http.client.HTTPConnection("127.0.0.1", {port})
+c.request("POST", "/v1/completions", json.dumps({LONG | {"stream": stream}!r}))
+print("asked", flush=True)
+c.getresponse().read()
+"""
+    for _ in range(int(os.environ.get("LAB_FUZZ", "1"))):
+        clients = [subprocess.Popen([sys.executable, "-I", "-S", "-c", code], stdout=subprocess.PIPE) for _ in range(4)]
+        for client in clients:
+            assert client.stdout.readline() == b"asked\n"
+        wait_for(lambda: service.engine.running, 10, "a request in a slot")
+        for client in clients:
+            client.kill()
+            client.communicate()
+        assert idle(service, 5)
+    assert post(port, "/v1/completions", TEXT)[0] == 200
+    wait_for(lambda: all(now <= was for now, was in zip(resources(), before, strict=True)), 10, "the last connection")
 
 
 def test_both_numbers_of_a_prompt_that_is_too_long(port):
