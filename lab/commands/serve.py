@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,14 @@ log = logging.getLogger(__name__)
 KEY = "LAB_API_KEY"
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """The devices of a replica."""
+
+    tensor: int = 1
+    """Devices that divide attention heads, the hidden width and the vocabulary."""
+
+
 def main(args: Sequence[str]) -> int:
     """RUN or LOCATION"""
     return call("serve", serve, args)
@@ -27,7 +36,7 @@ def main(args: Sequence[str]) -> int:
 def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str = "127.0.0.1", slots: int = 4,
           context: int = 2048, queue: int = 64, deadline: float = 300.0, drain: float = 30.0, body: float = 4.0,
           precision: Literal["float32", "bfloat16"] = "float32", name: str | None = None, step: int | None = None,
-          best: bool = False, experiment: Path | None = None) -> int:
+          best: bool = False, experiment: Path | None = None, replicas: int = 1, mesh: Mesh = Mesh()) -> int:
     """Serves a model over HTTP. A language model by OpenAI's API: /v1/completions and /v1/chat/completions, whole or
     streamed. An encoder: /v1/embeddings. Other runs: /v1/predict, for records of a table, messages or images.
 
@@ -51,11 +60,14 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
       best: use the checkpoint with the best validation metric.
       experiment: the run's experiment file, needed if it defines classes and was not run on this machine. For the
         weights of a classifier: the experiment file that has the data and the task.
+      replicas: of a language model, each with the slots and the queue, on devices of its own.
+      mesh: how each replica divides the language model among its devices.
     """
     for flag, value, good in (("port", port, 0 <= port < 65536), ("slots", slots, slots >= 1),
                               ("context", context, context >= 2), ("queue", queue, queue >= 1),
                               ("deadline", deadline, deadline > 0), ("drain", drain, drain >= 0),
-                              ("body", body, body > 0)):
+                              ("body", body, body > 0), ("replicas", replicas, replicas >= 1),
+                              ("mesh.tensor", mesh.tensor, mesh.tensor >= 1)):
         if not good:
             raise UserError(f"--{flag} {value} is out of range.")
     try:
@@ -67,7 +79,7 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
         raise UserError(f"serve needs the package {e.name}: LAB_EXTRAS=serve ./launch.sh serve {run}") from None
     key = os.environ.get(KEY) or None
     sock = server.listen(host, port)
-    options = Options(name or name_of(Path(run)), slots, context, queue, deadline, precision)
+    options = Options(name or name_of(Path(run)), slots, context, queue, deadline, precision, replicas, mesh.tensor)
     limits = Limits(body=int(body * (1 << 20)))
     opened = lambda place: service_of(str(place), options, step, best, experiment)
     built = lambda service: app.build(service, limits=limits, key=key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,16 @@ from lab.data.statistics import statistics, values_of
 from lab.data.tables.features import Category
 from lab.data.tables.table_data import TableData
 from lab.errors import UserError
+from lab.experiment import Mesh
 from lab.models.bert import BERT
 from lab.models.gpt import GPT
+from lab.parallel.sharding import make_mesh, state_shardings
 from lab.serve.drift import Drift
 from lab.serve.embeddings import Embeddings, embedder
 from lab.serve.engine import Engine
 from lab.serve.language import Language
 from lab.serve.records import Form, Predictions
+from lab.serve.replicas import Replicas
 from lab.serve.service import Service
 from lab.serve.slots import Slots
 from lab.serve.worker import Worker
@@ -52,6 +55,8 @@ class Options:
     queue: int
     deadline: float
     precision: Literal["float32", "bfloat16"] = "float32"
+    replicas: int = 1
+    tensor: int = 1
 
 
 def service_of(run: str, options: Options, step: int | None, best: bool, experiment: Path | None) -> Service:
@@ -81,9 +86,21 @@ def _language(options: Options, model: GPT, variables: Any, text: Any, own: Any)
     """`own`: how the run writes dialogues, or None."""
     if model.position == "rotary":  # the cache has a row for each position
         model = model.clone(context=min(options.context, model.context))
-    slots = Slots(model, variables["params"], slots=options.slots, vocab=text.size, precision=options.precision)
-    engine = Engine(slots, options.queue)
+    engines = [Engine(Slots(model, params, slots=options.slots, vocab=text.size, precision=options.precision),
+                      options.queue) for params in _replicas(options, variables["params"])]
+    engine = engines[0] if len(engines) == 1 else Replicas(engines)
     return Language(options.name, engine, text, own or prompt_of(text, options.name), options.deadline)
+
+
+def _replicas(options: Options, params: Any) -> Iterator[Any]:
+    """The parameters, once for each replica, divided among its devices. Raises UserError for too few devices."""
+    each, devices = options.tensor, jax.devices()
+    if options.replicas * each > len(devices):
+        raise UserError(f"--replicas {options.replicas} with --mesh.tensor {each} needs {options.replicas * each} "
+                        f"devices; this machine has {len(devices)}.")
+    for first in range(0, options.replicas * each, each):
+        mesh = make_mesh(Mesh(data=1, tensor=each), devices[first:first + each])
+        yield jax.device_put(params, state_shardings({"params": params}, mesh)["params"])
 
 
 def _embeddings(options: Options, weights: Found) -> Service:

@@ -119,12 +119,20 @@ class Engine:
         with self._wake:
             self._wake.notify()
 
-    def close(self, seconds: float) -> bool:
-        """Accepts nothing more, and waits up to `seconds` for what was accepted; then cancels it. Returns whether the
-        thread has ended."""
+    def known(self, ids: Sequence[int]) -> int:
+        """How many of `ids` are in a slot, now."""
+        return max(_common(text, ids) for text in list(self.slots.ids))
+
+    def refuse(self) -> None:
+        """Accepts nothing more."""
         with self._wake:
             self._closing = True
             self._wake.notify()
+
+    def close(self, seconds: float) -> bool:
+        """Accepts nothing more, and waits up to `seconds` for what was accepted; then cancels it. Returns whether the
+        thread has ended."""
+        self.refuse()
         if self._thread.is_alive():
             self._thread.join(seconds if self.ready.is_set() else 0)
         self._stopped = True

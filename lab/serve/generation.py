@@ -11,6 +11,7 @@ from typing import Any
 from lab.serve.engine import Busy, Closed, Engine, Reason, Request, Token
 from lab.serve.fields import Problem
 from lab.serve.metrics import Metrics
+from lab.serve.replicas import Replicas
 from lab.serve.sampling import Settings
 from lab.serve.text_stream import TextStream
 
@@ -28,7 +29,7 @@ class Generation:
       metrics: counts it when it ends.
     """
 
-    def __init__(self, engine: Engine, text: Any, ids: Sequence[int], new_tokens: int, settings: Settings,
+    def __init__(self, engine: Engine | Replicas, text: Any, ids: Sequence[int], new_tokens: int, settings: Settings,
                  stop: tuple[Sequence[int], Sequence[str]], seconds: float, metrics: Metrics):
         self._loop, self._events, self._engine = asyncio.get_running_loop(), asyncio.Queue(), engine
         self._text, self._stream = text, TextStream(text, ids, stop[1])

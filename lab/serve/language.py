@@ -18,6 +18,7 @@ from lab.serve.engine import Engine, Token
 from lab.serve.fields import Fields, Problem, messages, parsed
 from lab.serve.forms import Chat, Completion
 from lab.serve.generation import Generation, while_connected
+from lab.serve.replicas import Replicas
 from lab.serve.requests import Json, body_of
 from lab.serve.sampling import TOP, Settings
 from lab.serve.service import Service
@@ -42,8 +43,8 @@ class Language(Service):
 
     kind = "language"
 
-    def __init__(self, name: str, engine: Engine, text: Any, chat: Callable[[list[dict[str, str]]], Sequence[int]],
-                 seconds: float):
+    def __init__(self, name: str, engine: Engine | Replicas, text: Any,
+                 chat: Callable[[list[dict[str, str]]], Sequence[int]], seconds: float):
         super().__init__(name, engine)
         self.engine, self.text, self._chat, self.seconds = engine, text, chat, seconds
         self.stop = () if text.eot is None else (text.eot,)

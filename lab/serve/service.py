@@ -11,6 +11,7 @@ from lab.serve.drift import Drift
 from lab.serve.engine import Engine
 from lab.serve.fields import Fields, Problem
 from lab.serve.metrics import Metrics
+from lab.serve.replicas import Replicas
 from lab.serve.worker import Worker
 
 
@@ -24,7 +25,7 @@ class Service:
 
     kind: ClassVar[str]
 
-    def __init__(self, name: str, runner: Engine | Worker):
+    def __init__(self, name: str, runner: Engine | Replicas | Worker):
         self.name, self._runner = name, runner
         self.metrics = Metrics((), {})
         self.drift = Drift({})

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lab.serve import decoding
 from lab.serve.sampling import Rows, Sampled, Settings, pick_rows, rows_of
@@ -46,12 +47,27 @@ def _decode(model: nn.Module, params: Any, cache: Any, token_B: Array, position_
     return cache, pick_rows(_masked(logits_BV, vocab), rows, position_B)
 
 
+def _cache_beside(model: nn.Module, params: Any, slots: int) -> Any:
+    """An empty cache on the devices of the parameters."""
+    cache = decoding.empty_cache(model, params, slots)
+    place = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if not isinstance(place, NamedSharding):
+        return jax.device_put(cache, place)
+
+    def put(x: Array) -> Array:  # (..., S, G, C, K)
+        heads = "tensor" if x.shape[-3] % place.mesh.shape["tensor"] == 0 else None
+        return jax.device_put(x, NamedSharding(place.mesh, PartitionSpec(*[None] * (x.ndim - 3), heads)))
+
+    return jax.tree.map(put, cache)
+
+
 class Slots:
     """The cache of S texts, and what is in it: `ids[s]` are the tokens of slot s.
 
     Args:
       model: a GPT, whose context is the longest text.
-      params: on the host or a device.
+      params: on the host, a device or a mesh, which then computes everything; its axis "tensor" divides the cache by
+        heads, if it can.
       slots: S.
       vocab: the tokenizer's size; larger ids are never sampled.
       precision: of the stored matrices and of the operands of their products; all else is float32.
@@ -63,7 +79,7 @@ class Slots:
         self.widths = tuple(w for w in WIDTHS if w < self.context) or (self.context,)
         self.rows = [rows for rows in (4, 16, 64, 256) if rows < slots] + [slots]
         """Numbers of texts that a step can have."""
-        self._empty = functools.partial(decoding.empty_cache, model, jax.eval_shape(lambda: params), slots)
+        self._empty = functools.partial(_cache_beside, model, params, slots)
         self.params = jax.jit(decoding.stored, static_argnums=1)(params, precision)
         self.ids: list[list[int]] = [[] for _ in range(slots)]
         self._cache = self._empty()
