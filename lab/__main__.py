@@ -49,6 +49,7 @@ COMMANDS = {
     "predict": ("predict", "RUN --input FILE: predictions for new records, as CSV"),
     "promote": ("promote", "CANDIDATE --over INCUMBENT --metric accuracy: move the served link to a better run"),
     "export": ("export", "RUN --to FOLDER|FILE: for transformers, llama.cpp, jax.export (--to stablehlo FILE), ONNX"),
+    "audit": ("audit", "RUN: how well the losses of a model give its training records away"),
     "explain": ("explain", "RUN|LOCATION --input FILE|TEXT: why the model answers so, as a page and as numbers"),
     "quantize": ("quantize", "RUN|LOCATION --weights int8|int4: integer weights, and a table of what it costs"),
     "parity": ("parity", "LOCATION: our outputs beside those of transformers, for the same weights"),

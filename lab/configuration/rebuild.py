@@ -22,7 +22,7 @@ from lab.configuration.field_types import class_fits, describe, element, fields,
 from lab.errors import UserError
 from lab.files import ROOT
 
-ROOMS = ("data", "models", "tasks", "optim", "weights", "adapt", "harness", "experiment", "pretrained")
+ROOMS = ("data", "models", "tasks", "optim", "weights", "adapt", "harness", "private", "experiment", "pretrained")
 
 
 def from_json(value: Any, kind: Any = Any) -> Any:
