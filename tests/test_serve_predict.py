@@ -19,14 +19,20 @@ from lab.commands.serve_models import Options, service_of
 from lab.data.images.images import Images
 from lab.data.images.sources import ImageFolder
 from lab.data.messages.messages import Messages
+from lab.data.tables import Sklearn
 from lab.data.tables.csv_files import Csv
+from lab.data.text.sources import TextFiles
+from lab.data.text.text import Text
 from lab.data.tokenizers import Bytes
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.bert import BERT
+from lab.models.gan import GAN
 from lab.models.linear import MLP
 from lab.optim import SGD, Constant
 from lab.serve import app
 from lab.serve.requests import Limits
+from lab.tasks.adversarial import Adversarial
+from lab.tasks.masked import MaskedLM
 from lab.tasks.supervised import Classify
 from lab.weights.read import parameter_shapes
 from lab.weights.write import write
@@ -137,4 +143,43 @@ def test_embeddings(tmp_path):
     assert np.abs(vectors[0] - vectors[2]).max() > 0.01  # negative control
     for wrong, status in (("a" * 500, 400), ([], 422), ("", 422), ([1], 422), (None, 422), (["a"] * 2049, 422)):
         assert client.post("/v1/embeddings", json={"input": wrong}).status_code == status
+    assert service.close(5)
+
+
+def test_embeddings_of_a_run(tmp_path):
+    """A masked LM of ours, by its own tokenizer."""
+    (tmp_path / "corpus.txt").write_text("to be or not to be, that is the question.\n" * 40)
+    model = BERT(depth=1, width=16, heads=2, context=16, position="rotary", pool="mean")
+    experiment = Experiment(**USUAL | {"data": Text(TextFiles(str(tmp_path / "corpus.txt")), Bytes(), length=16),
+                                       "model": model, "task": MaskedLM()})
+    run = lab.fit(experiment, tmp_path / "run", quiet=True)
+    client, service = clients(run.folder)
+    found = client.post("/v1/embeddings", json={"input": ["to be", "question"]}).json()
+    vectors = np.array([one["embedding"] for one in found["data"]])
+    assert vectors.shape == (2, 16) and np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
+    ids = run.data.fitted.encode("to be")[None]
+    own = run.experiment.model.clone(output="embedding").apply({"params": run.params}, ids, train=False)
+    assert vectors[0] == pytest.approx(np.asarray(own[0]), abs=1e-5)
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.01
+    assert service.close(5)
+
+
+def test_a_gan_makes_images(tmp_path):
+    experiment = Experiment(**USUAL | {"data": Images(Sklearn("digits"), shape=(8, 8, 1)),
+                                       "model": GAN(shape=(8, 8, 1), width=4), "task": Adversarial()})
+    client, service = clients(lab.fit(experiment, tmp_path / "gan", quiet=True).folder)
+
+    def made(**body):
+        found = client.post("/v1/predict", json=body).json()
+        files = [base64.b64decode(one["image"]) for one in found["data"]]
+        return [np.asarray(Image.open(io.BytesIO(file))) for file in files], found["seed"]
+
+    images, seed = made(n=3, seed=5)
+    assert seed == 5 and [image.shape for image in images] == [(8, 8)] * 3
+    np.testing.assert_array_equal(images[:2], made(n=2, seed=5)[0])  # an image depends on the seed and its number
+    assert (images[0] != made(seed=6)[0][0]).any() and (images[0] != images[1]).any()
+    again, seed = made()
+    np.testing.assert_array_equal(again, made(seed=seed)[0])
+    for wrong in ({"n": 0}, {"n": 65}, {"n": "2"}, {"seed": 0.5}):
+        assert client.post("/v1/predict", json=wrong).status_code == 422
     assert service.close(5)

@@ -38,7 +38,8 @@ def serve(run: Annotated[str, tyro.conf.Positional], port: int = 8000, host: str
           precision: Literal["float32", "bfloat16"] = "float32", name: str | None = None, step: int | None = None,
           best: bool = False, experiment: Path | None = None, replicas: int = 1, mesh: Mesh = Mesh()) -> int:
     """Serves a model over HTTP. A language model by OpenAI's API: /v1/completions and /v1/chat/completions, whole or
-    streamed. An encoder: /v1/embeddings. Other runs: /v1/predict, for records of a table, messages or images.
+    streamed. An encoder: /v1/embeddings. Other runs: /v1/predict, for records of a table, messages or images; a GAN's
+    makes images.
 
     SIGTERM finishes what runs. If LAB_API_KEY is set, requests need it: Authorization: Bearer KEY.
 

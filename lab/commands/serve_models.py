@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lab.data.tables.table_data import TableData
 from lab.errors import UserError
 from lab.experiment import Mesh
 from lab.models.bert import BERT
+from lab.models.gan import GAN
 from lab.models.gpt import GPT
 from lab.parallel.sharding import make_mesh, state_shardings
 from lab.serve.drift import Drift
@@ -31,15 +33,17 @@ from lab.serve.engine import Engine
 from lab.serve.language import Language
 from lab.serve.records import Form, Predictions
 from lab.serve.replicas import Replicas
+from lab.serve.samples import Samples
 from lab.serve.service import Service
 from lab.serve.slots import Slots
 from lab.serve.worker import Worker
+from lab.tasks.adversarial import generate_images
 from lab.tasks.reports import class_names
 from lab.train.fitted import data_of, statistics_of
 from lab.train.restore import open_run
-from lab.train.step import make_predict_step
+from lab.train.step import eval_variables, make_predict_step
 from lab.weights.location import is_location
-from lab.weights.read import Found, find, variables_of
+from lab.weights.read import find, variables_of
 from lab.weights.tokenizer import tokenizer_of
 
 SIZES = (1, 16, 64)  # records of a batch, after padding
@@ -72,14 +76,21 @@ def service_of(run: str, options: Options, step: int | None, best: bool, experim
             return _language(options, *language_model(run), None)
         if isinstance(weights.model, BERT) and experiment is None:
             check_flags(run, step, best, experiment)
-            return _embeddings(options, weights)
+            text = tokenizer_of(weights.location, weights.model)
+            variables = variables_of(weights.arrays(lambda path, x: jax.device_put(x)))
+            return _embeddings(options, weights.model, variables, text)
         found, data, program, state = open_location(Path(run), experiment, step=step, best=best)
         return _predictions(options, run, found, data, program, state)
     found, program, state = open_run(Path(run), step, best, file=experiment)
     if isinstance(found.model, GPT):
         model, variables, text, own = run_language_model(Path(run), found, state)
         return _language(options, model, variables, text, own)
-    return _predictions(options, run, found, data_of(Path(run), found), program, state)
+    data, variables = data_of(Path(run), found), functools.partial(eval_variables, found, state)
+    if isinstance(found.model, BERT) and found.model.classes is None and hasattr(data, "fitted"):
+        return _embeddings(options, found.model, jax.device_get(variables()), data.fitted)
+    if isinstance(found.model, GAN):
+        return _samples(options, found.model, variables())
+    return _predictions(options, run, found, data, program, state)
 
 
 def _language(options: Options, model: GPT, variables: Any, text: Any, own: Any) -> Service:
@@ -103,13 +114,23 @@ def _replicas(options: Options, params: Any) -> Iterator[Any]:
         yield jax.device_put(params, state_shardings({"params": params}, mesh)["params"])
 
 
-def _embeddings(options: Options, weights: Found) -> Service:
-    model = weights.model
-    text = tokenizer_of(weights.location, model)
-    variables = variables_of(weights.arrays(lambda path, x: jax.device_put(x)))
+def _embeddings(options: Options, model: BERT, variables: Any, text: Any) -> Service:
     embed, compile_all = embedder(model.clone(output="embedding"), variables, text.pad)
     worker = Worker(compile_all, options.queue, options.deadline)
     return Embeddings(options.name, worker, text, embed, model.context)
+
+
+def _samples(options: Options, model: GAN, variables: Any) -> Service:
+    variables = jax.device_put(jax.device_get(variables), jax.devices()[0])
+
+    @functools.partial(jax.jit, static_argnames=("f", "batch"))
+    def compiled(f: Callable[..., Any], variables: Any, arrays: Any, batch: int) -> Any:
+        return f(model, variables, *arrays, batch=batch)
+
+    def make(number: int, seed: int) -> np.ndarray:
+        return generate_images(lambda f, *arrays, batch: compiled(f, variables, arrays, batch), number, seed)
+
+    return Samples(options.name, Worker(lambda: make(1, 0), options.queue, options.deadline), make)
 
 
 def _predictions(options: Options, run: str, found: Any, data: Any, program: Any, state: Any) -> Service:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,12 @@ class Fields:
             value = self._values.get(name)
             if value is not None and value not in harmless:
                 raise Problem(422, f"{name} is not supported by this server.", name)
+
+
+def seed_of(fields: Fields) -> int:
+    """The field `seed`, modulo 2^32; a random one if there is none."""
+    seed = fields.integer("seed", None, -(1 << 63), (1 << 64) - 1)
+    return secrets.randbelow(1 << 32) if seed is None else seed % (1 << 32)
 
 
 def messages(value: Any, roles: Sequence[str] = ("system", "user", "assistant")) -> list[dict[str, str]]:

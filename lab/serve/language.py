@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +14,7 @@ from starlette.routing import Route
 
 from lab.errors import UserError
 from lab.serve.engine import Engine, Token
-from lab.serve.fields import Fields, Problem, messages, parsed
+from lab.serve.fields import Fields, Problem, messages, parsed, seed_of
 from lab.serve.forms import Chat, Completion
 from lab.serve.generation import Generation, while_connected
 from lab.serve.replicas import Replicas
@@ -109,7 +108,7 @@ class Language(Service):
         fields.refuse(IGNORED)
         self.check_model(fields)
         settings = Settings(fields.number("temperature", 1.0, 0, 10), fields.number("top_p", 1.0, 1e-6, 1),
-                            fields.integer("top_k", None, -1, 1 << 30), _seed(fields), form.logprobs(()) is not None)
+                            fields.integer("top_k", None, -1, 1 << 30), seed_of(fields), form.logprobs(()) is not None)
         new_tokens = self._room(fields, len(ids), new_tokens)
         stream, counted = fields.flag("stream"), _wants_usage(fields)
         made = Generation(self.engine, self.text, ids, new_tokens, settings, (self.stop, fields.texts("stop", 16)),
@@ -183,11 +182,6 @@ class Events:
 
 def _line(value: Any) -> str:
     return f"data: {json.dumps(value)}\n\n"
-
-
-def _seed(fields: Fields) -> int:
-    seed = fields.integer("seed", None, -(1 << 63), (1 << 64) - 1)
-    return secrets.randbelow(1 << 32) if seed is None else seed % (1 << 32)
 
 
 def _wants_usage(fields: Fields) -> bool:
