@@ -28,7 +28,6 @@ experiment = Experiment(
 local = replace(
     experiment,
     data=Images(Sklearn("digits"), shape=(8, 8, 1), test=0.2, mean=(0.3,), std=(0.37,)),
-    model=experiment.model.clone(channels=(16,), convs=(1,)),
     private=DPSGD(target_epsilon=8.0, clip_norm=0.1, delta=1e-4, expected_batch=128), steps=300, batch=192,
     evaluate=Evaluate(every=100), checkpoint=Checkpoint(every=100),
 )
