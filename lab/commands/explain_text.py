@@ -81,6 +81,8 @@ def next_token(title: str, model: GPT, variables: Any, fitted: Any, asked: Asked
         raise UserError(f"The text has {len(ids):,} tokens and the model reads {model.context:,}: shorten it.")
     if not len(ids):
         raise UserError("The text has no token: give a longer one.")
+    target, other = (None if word is None else _one_token(fitted, word, flag)
+                     for flag, word in (("--target", asked.target), ("--against", asked.against)))
 
     def run(variables: Any, tokens_BL: Any) -> Any:
         x_BLD, kernel_DV = apply(model, variables, tokens_BL, rngs={}, train=False, head=False)[0]
@@ -89,8 +91,7 @@ def next_token(title: str, model: GPT, variables: Any, fitted: Any, asked: Asked
     logits_V = np.asarray(jax.jit(run)(variables, ids[None])[0])
     shares_V = np.exp(logits_V - logits_V.max()) / np.exp(logits_V - logits_V.max()).sum(dtype=np.float64)
     first = int(logits_V.argmax())
-    target = first if asked.target is None else _one_token(fitted, asked.target, "--target")
-    other = None if asked.against is None else _one_token(fitted, asked.against, "--against")
+    target = first if target is None else target
     if target == other:
         raise UserError("--target and --against are the same token: name another one.")
     shown = {i: repr(fitted.continuation(ids, [i])) for i in (first, target, other) if i is not None}
