@@ -58,15 +58,13 @@ def test_epsilon_is_that_of_dp_accounting():
 @pytest.mark.parametrize("rate", [0.001, 256 / 60000, 0.1, 1.0])
 def test_epsilon_on_a_grid(rate):
     dp_accounting = pytest.importorskip("dp_accounting", reason="LAB_EXTRAS=privacy")
-    from dp_accounting import pld, rdp
+    from dp_accounting import rdp
 
     for noise in (0.7, 1.3, 4.0):
         event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
         for steps in (1, 3000):
             counter = rdp.RdpAccountant().compose(event, steps)
             assert accountant.epsilon(rate, noise, steps, 1e-6) == pytest.approx(counter.get_epsilon(1e-6), rel=1e-6)
-    tight = pld.PLDAccountant(value_discretization_interval=1e-2).compose(event, 100).get_epsilon(1e-6)
-    assert 0.5 * accountant.epsilon(rate, noise, 100, 1e-6) < tight < 1.01 * accountant.epsilon(rate, noise, 100, 1e-6)
 
 
 def test_rdp_is_the_integral():

@@ -117,7 +117,7 @@ class DPSGD(Private):
             raise UserError("Private training needs records that are the same in every epoch; the windows of this text "
                             "move. A data set of messages or dialogues has such records.")
         if len(data.train) != self.records:
-            raise UserError(f"--private.records is {self.records:,}, and there are {len(data.train):,} training "
+            raise UserError(f"--private.records is {self.records}, and there are {len(data.train):,} training "
                             f"records. Leave it out.")
         if self.delta >= 1 / self.records:
             raise UserError(f"--private.delta {self.delta:g} must be below 1 / {self.records:,} records: with a larger "

@@ -28,7 +28,7 @@ from lab.tasks.supervised import Classify, each, mean_probability
 class Taught:
     """A teacher as it was read: a pytree of its variables."""
 
-    variables: Any
+    variables: Mapping[str, Any]
     model: nn.Module = flax.struct.field(pytree_node=False)
 
 
@@ -56,7 +56,8 @@ class Distill(Task):
     """Temperature T of both softmaxes: above 1, classes that the teacher finds less likely count more."""
     weight: float = 0.5
     """Weight of the distillation; 1: the true targets are not used."""
-    taught: Annotated[Any, tyro.conf.Suppress] = dataclass_field(default=None, compare=False, metadata={"json": False})
+    taught: Annotated[Taught | None, tyro.conf.Suppress] = dataclass_field(
+        default=None, compare=False, metadata={"json": False})
     """The teacher, a `Taught`: read by `lab.train.teacher`, and an argument of the compiled step."""
 
     @property
@@ -115,7 +116,7 @@ class Distill(Task):
         """See `task`."""
         self.task.snapshot(outcome)
 
-    def taught_by(self, model: nn.Module, variables: Any) -> Distill:
+    def taught_by(self, model: nn.Module, variables: Mapping[str, Any]) -> Distill:
         """This task with its teacher."""
         return replace(self, taught=Taught(variables, model))
 

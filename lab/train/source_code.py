@@ -46,6 +46,9 @@ WITHOUT_NUMBERS = {
     "lab.parallel.shared_secret",
     "lab.signals",
     "lab.train.source_code",
+    "lab.train.teacher",  # teacher.json has the teacher's sha256
+    "lab.compress.folder",
+    "lab.compress.model",
     "lab.study.run.cells",
     "lab.study.design.arms",
     "lab.study.run.preflight",
