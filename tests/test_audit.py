@@ -17,6 +17,7 @@ from lab.models.linear import MLP
 from lab.optim import Adam, Constant
 from lab.private import DPSGD
 from lab.tasks.supervised import Classify
+from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 BASE = Experiment(data=Images(Sklearn("digits"), shape=(8, 8, 1), test=0.9, mean=(0.3,), std=(0.37,)),
                   model=MLP(classes=10, width=64), task=Classify(), optim=Adam(lr=Constant(3e-3)), steps=150, batch=64,

@@ -43,6 +43,7 @@ from lab.tasks.regress import Regress
 from lab.tasks.supervised import Classify
 from tests.test_generate import random_params
 from tests.test_predict import messages
+from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 USUAL = dict(steps=2, batch=8, evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0), mesh=Mesh(data=1))
 SMALL = dict(depth=1, width=8, heads=2, context=24)

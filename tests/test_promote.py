@@ -16,6 +16,7 @@ from lab.experiment import Checkpoint, Evaluate
 from lab.optim import SGD, Constant
 from lab.train.evaluation import by_record
 from lab.train.restore import open_run
+from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 BASE = replace(logistic_regression.local, optim=SGD(lr=Constant(0.1)), evaluate=Evaluate(every=0),
                checkpoint=Checkpoint(every=0), batch=64, steps_per_call=1)
