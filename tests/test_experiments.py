@@ -5,6 +5,8 @@ import json
 import math
 from dataclasses import replace
 
+import jax
+import numpy as np
 import pytest
 
 from lab.configuration.values import override
@@ -22,6 +24,7 @@ from lab.train.console import Screen
 from lab.train.cost import cost_of
 from lab.train.experiment_file import load
 from lab.train.loop import train
+from lab.train.shapes import abstract_state
 from lab.weights import Weights
 from tests.conftest import ROOT
 from tests.test_step import compiled_in_haste  # noqa: F401
@@ -55,6 +58,18 @@ def teacher(tmp_path_factory):
     return str(folder)
 
 
+def ready(experiment):
+    """The same experiment with what a command fills in: a teacher (untrained, like the student) and numbers of privacy.
+    """
+    if isinstance(experiment.task, Distill):
+        params = abstract_state(experiment).params
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
+        experiment = replace(experiment, task=experiment.task.taught_by(experiment.model, {"params": zeros}))
+    if experiment.private is not None:
+        experiment = replace(experiment, private=replace(experiment.private, expected_batch=None)).filled()
+    return experiment
+
+
 def shrunk(experiment):
     """The same experiment, small enough for a test: two blocks, narrow, three updates."""
     model, lr = experiment.model, experiment.optim.lr
@@ -84,8 +99,8 @@ def test_the_twin_trains(path, tmp_path, request):
     experiment = shrunk(load(path).local)
     if isinstance(experiment.task, Distill):
         experiment = override(experiment, {"task.teacher": request.getfixturevalue("teacher")})
-    if experiment.private is not None:
-        experiment = replace(experiment, private=replace(experiment.private, expected_batch=None)).filled()
+    else:
+        experiment = ready(experiment)
     experiment.validate()
     later = [shrunk(load(other).local).fingerprint() for other in EXPERIMENTS[EXPERIMENTS.index(path) + 1:]]
     if experiment.fingerprint() in later:

@@ -38,7 +38,7 @@ GOLDEN = {
     "ConvNet": {
         "hidden": "conv_*_*/kernel dense/kernel",
         "head": "head/kernel",
-        "none": "dense/bias head/bias norm_*_*/bias norm_*_*/scale",
+        "none": "conv_*_*/bias dense/bias head/bias norm_*_*/bias norm_*_*/scale",
     },
     "GPT": {
         "hidden": (
@@ -77,6 +77,11 @@ GOLDEN = {
             "head/bias stage*_block*/norm*/bias stage*_block*/norm*/scale "
             "stage*_block*/shortcut_norm/bias stage*_block*/shortcut_norm/scale stem_norm/bias "
             "stem_norm/scale"),
+    },
+    "MLP": {
+        "hidden": "dense_*/kernel",
+        "head": "head/kernel",
+        "none": "dense_*/bias head/bias",
     },
     "Ensemble(MLP)": {
         "hidden": "member/dense_*/kernel",

@@ -27,7 +27,7 @@ from lab.train.cost import size_of
 from lab.train.experiment_file import load
 from lab.train.program import Program
 from tests.conftest import ROOT
-from tests.test_experiments import EXPERIMENTS, shrunk
+from tests.test_experiments import EXPERIMENTS, ready, shrunk
 from tests.test_step import Perceptron, compiled_in_haste, toy  # noqa: F401 (a fixture)
 
 needs_libtpu = pytest.mark.skipif(not topologies.can_compile(topologies.find("v5e-1")),
@@ -142,7 +142,7 @@ def test_every_experiment_can_be_planned(path, without_cuda):
     later = [shrunk(load(other).local).fingerprint() for other in EXPERIMENTS[EXPERIMENTS.index(path) + 1:]]
     if experiment.fingerprint() in later:
         return  # one file's local config may be another's; that one is planned
-    plan = compile_plan(experiment, topologies.find("h200:8"))
+    plan = compile_plan(ready(experiment), topologies.find("h200:8"))
     assert 0 < plan.memory.parameters + plan.memory.optimizer < plan.topology.chip.memory
     assert plan.model_flops > 0 and plan.roofline.seconds == plan.roofline.compute > 0
     assert plan.fits is None and plan.memory.total is None and plan.mesh == {"data": 8}

@@ -38,5 +38,5 @@ def read(path: Path) -> dict:
 
 
 if __name__ == "__main__":
-    outputs = load(sys.argv[1])(**np.load(sys.argv[2]))
+    outputs = load(sys.argv[1])(**np.load(sys.argv[2], allow_pickle=False))
     np.savez(sys.argv[3], **{name: np.asarray(x, np.float32) for name, x in outputs.items()})

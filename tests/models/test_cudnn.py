@@ -18,7 +18,7 @@ from lab.models.vit import ViT
 from lab.train.experiment_file import load
 from lab.train.shapes import batch_spec
 from lab.train.step import init_state, make_eval_step, make_predict_step, make_train_step
-from tests.test_experiments import EXPERIMENTS, shrunk
+from tests.test_experiments import EXPERIMENTS, ready, shrunk
 
 L, K = 8, 8
 MASKS = {"right": np.arange(L) < np.array([[3], [L], [1]]), "left": np.arange(L) >= np.array([[3], [0], [L - 1]]),
@@ -115,6 +115,7 @@ def test_every_experiment_is_lowered_for_a_gpu(for_a_gpu, path, form):
         experiment = shrunk(experiment)
     experiment = replace(experiment, precision="bfloat16", batch=8, grad_accum_steps=1)
     try:
+        experiment = ready(experiment)
         batch = batch_spec(experiment)
     except UserError as e:
         pytest.skip(f"its data is not here: {e}")
