@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 if os.environ.get("LAB_TEST_PLATFORM", "cpu") == "gpu":
     os.environ["JAX_PLATFORMS"] = "cuda,cpu"
@@ -86,6 +87,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if mark and not kept:
             item.add_marker(mark)
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
+# Files whose runs draw their pictures, which takes longer than a small model's training; test_cli's do, in processes.
+DRAWN = ("test_errors", "test_gan", "test_loop", "test_multitask", "test_plots", "test_supervised")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request: pytest.FixtureRequest):
+    """The curves, confusions and grids of other files' runs are pictures of one pixel."""
+    if request.path.stem in DRAWN:
+        yield
+        return
+    from PIL import Image
+
+    from lab.train import plots
+
+    figure = MagicMock()
+    figure.savefig = lambda buffer, format: Image.new("L", (1, 1)).save(buffer, format)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "new_figure", lambda *size, **layout: figure)
+        yield
 
 
 def computing(model: Any, variables: Any) -> Callable[..., Any]:

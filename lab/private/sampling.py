@@ -43,7 +43,9 @@ def fitted(data: Any) -> str:
     from lab.data.tables.tables import Table
     from lab.data.tokenizers import BPE, Chars
     from lab.data.word_tokenizer import Words
+    from lab.private.canaries import Canaries
 
+    data = data.data if isinstance(data, Canaries) else data
     if isinstance(data, Table):
         return "means, standard deviations and categories" if data.standardise else "categories"
     return "a vocabulary" if isinstance(getattr(data, "tokenizer", None), BPE | Chars | Words) else ""
