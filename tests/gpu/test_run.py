@@ -21,23 +21,22 @@ def rehearse(results, *words):
                           capture_output=True, text=True, cwd=ROOT, env=environ)
 
 
-def test_the_whole_script_rehearses(tmp_path):
-    results = tmp_path / "results.json"
-    done = rehearse(results)
+def test_some_steps_rehearse(tmp_path):
+    """README.md has the command that rehearses all of them, for before a GPU is lent: six minutes of two cores."""
+    results, some = tmp_path / "results.json", ("devices", "gpt_small", "kernels", "sampling")
+    done = rehearse(results, "--only", ",".join(some))
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     rows = json.loads(results.read_text())["steps"]
-    assert [row["step"] for row in rows] == [step.name for step in run.STEPS]
+    assert [row["step"] for row in rows] == list(some)
     for row in rows:
         assert row["status"] == "done" and row["found"] and row["rehearsal"], row
     by_step = {row["step"]: row["found"] for row in rows}
-    assert any(found.get("close") for found in by_step["main_job"])
-    assert by_step["checks"][-1]["status"] == 0
     assert sum(found["ms_per_step"] > 0 for found in by_step["gpt_small"] if "ms_per_step" in found) == 2
     shares = {found["what"]: found["share"] for found in by_step["kernels"] if "share" in found}
     assert sum(shares.values()) == pytest.approx(1)
     assert {"class products", "class optimizer", "class loss"} <= set(shares)
     # A second call has nothing to do, also with the results given as those of an earlier call.
-    again = rehearse(tmp_path / "new.json", "--before", results)
+    again = rehearse(tmp_path / "new.json", "--before", results, "--only", ",".join(some))
     assert again.returncode == 0 and " ..." not in again.stdout and "sampling: done" in again.stdout
     assert rehearse(results, "--only", "nothing").returncode == 2
 
