@@ -5,6 +5,7 @@ LAB_TEST_PLATFORM=gpu is for the tests marked `gpu` only (tests/gpu/run.py start
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,27 +67,64 @@ MARKS = {
     "test_cudnn": "tpu_compile",
 }
 KEPT = ("gpt_small", "mnist_cnn", "linear_regression")
-# The longest files start first, so that no process is left alone with one of them at the end.
-FIRST = ("test_experiments", "test_run", "test_distributed", "test_cli", "test_study", "test_launch_slurm",
-         "test_launch_hosts", "test_command_line", "test_together", "test_parallel", "test_cudnn", "test_optim")
+# Single tests of half a minute and more, which CI leaves to `./launch.sh tests -m long`.
+LONG = {
+    "test_cli": ("test_killed_at_random_moments", "test_told_to_stop_at_random_moments"),
+    "test_distributed": ("test_exact_updates_do_not_depend_on_the_processes",),
+    "test_forks": ("test_a_forked_arm_is_the_whole_run_bit_for_bit",),
+    "test_run": ("test_some_steps_rehearse",),
+    "test_serve_replicas": ("test_tokens_are_those_of_one_device",),
+    "test_study": ("test_two_processes_share_a_folder_and_one_is_killed",),
+    "test_together": ("test_a_cell_on_each_core", "test_killed_and_going_on_together",
+                      "test_workers_end_with_the_study"),
+}
+# What matters most and takes longest starts first. The last ones have no time left if a machine is slow (below).
+FIRST = ("test_experiments", "test_cli", "test_study", "test_parallel", "test_distributed", "test_optim")
+LAST = ("test_together", "test_explain_command", "test_export_function", "test_cudnn", "test_topologies",
+        "test_forks", "test_command_line", "test_run_folders", "test_study_folder")
+UNTIL = float(os.environ.get("LAB_TEST_UNTIL", "inf"))
+"""Seconds since 1970, after which no test begins: CI's way to end in time on any machine."""
+NO_TIME = "no time left (LAB_TEST_UNTIL)"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The marks of this suite."""
     for line in ("gpu: needs a GPU; tests/gpu/run.py starts them", "slow: whole runs, studies, fuzzers, benchmarks",
                  "processes: several processes train together", "clusters: SLURM and ssh on this machine",
-                 "tpu_compile: compiles for TPUs and GPUs that are not here"):
+                 "tpu_compile: compiles for TPUs and GPUs that are not here",
+                 "long: half a minute and more, left to developers"):
         config.addinivalue_line("markers", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks whole files, and puts the longest first."""
+    """Marks files and tests, and sorts the files."""
     for item in items:
         mark = MARKS.get(item.path.stem)
         kept = item.path.stem == "test_experiments" and any(f"[{name}]" in item.nodeid for name in KEPT)
         if mark and not kept:
             item.add_marker(mark)
-    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+        if getattr(item, "originalname", item.name) in LONG.get(item.path.stem, ()):
+            item.add_marker("long")
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return FIRST.index(name) if name in FIRST else len(FIRST) + (1 + LAST.index(name) if name in LAST else 0)
+
+    items.sort(key=place)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what has no time left."""
+    if time.time() > UNTIL:
+        pytest.skip(NO_TIME)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Says how many tests had no time left."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if NO_TIME in str(report.longrepr)]
+    if skipped:
+        files = sorted({report.nodeid.partition("::")[0] for report in skipped})
+        terminalreporter.write_line(f"{len(skipped)} tests had no time left, in {', '.join(files)}")
 
 
 # Files whose runs draw their pictures, which takes longer than a small model's training; test_cli's do, in processes.

@@ -113,6 +113,8 @@ def test_every_experiment_is_lowered_for_a_gpu(for_a_gpu, path, form):
     experiment = getattr(load(path), form)
     if transformer := isinstance(experiment.model, Transformer):
         experiment = shrunk(experiment)
+    elif form == "local":
+        return  # without attention its operations are those of the other form
     experiment = replace(experiment, precision="bfloat16", batch=8, grad_accum_steps=1)
     try:
         experiment = ready(experiment)
