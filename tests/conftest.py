@@ -78,7 +78,7 @@ LONG = {
     "test_together": ("test_a_cell_on_each_core", "test_killed_and_going_on_together",
                       "test_workers_end_with_the_study"),
 }
-# What matters most and takes longest starts first. The last ones have no time left if a machine is slow (below).
+# What matters most and takes longest starts first, then what is quick. Where a machine is slow, the last have no time.
 FIRST = ("test_experiments", "test_cli", "test_study", "test_parallel", "test_distributed", "test_optim")
 LAST = ("test_together", "test_explain_command", "test_export_function", "test_cudnn", "test_topologies",
         "test_forks", "test_command_line", "test_run_folders", "test_study_folder")
@@ -106,9 +106,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if getattr(item, "originalname", item.name) in LONG.get(item.path.stem, ()):
             item.add_marker("long")
 
-    def place(item: pytest.Item) -> int:
+    def place(item: pytest.Item) -> tuple[int, int]:
         name = item.path.stem
-        return FIRST.index(name) if name in FIRST else len(FIRST) + (1 + LAST.index(name) if name in LAST else 0)
+        if name in FIRST or name in LAST:
+            return (0, FIRST.index(name)) if name in FIRST else (3, LAST.index(name))
+        return (2 if name in MARKS else 1), 0
 
     items.sort(key=place)
 
