@@ -142,10 +142,10 @@ class Experiment:
         return self.optim.freezing(frozen) if frozen else self.optim
 
     def filled(self) -> Experiment:
-        """The experiment with derived fields set: a `model.vocab` of None becomes the tokenizer's vocabulary size.
-
+        """The experiment with derived fields set: those of its task; a `model.vocab` of None is the tokenizer's size.
         Loads the data if the size depends on it (`Chars`). Raises UserError if the data has no tokenizer.
         """
+        self = getattr(self.task, "filled", lambda experiment: experiment)(self)
         if self.private is not None:
             self = dataclasses.replace(self, private=self.private.filled(self))
         if getattr(self.model, "vocab", 0) is not None:

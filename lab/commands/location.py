@@ -56,7 +56,7 @@ def on_experiment(location: str, value: Experiment, title: Any) -> tuple[Experim
             tops += ["classes", "pool", "output"]
         own = model.clone(**{name: getattr(own, name) for name in tops if hasattr(own, name)})
     # Nothing is trained, so no memory for an optimizer's state.
-    experiment = replace(value, model=own, init_from=Weights(location), optim=SGD(lr=0.0))
+    experiment = replace(value, model=own, init_from=Weights(location), optim=SGD(lr=0.0)).filled()
     experiment.validate()
     program = fitting_program(experiment)
     there = {path for rule in found.rules for path in rule.paths}

@@ -38,9 +38,9 @@ def to_json(value: Any, *, identity: bool = False) -> Any:
 
 
 def _omitted(field: dataclasses.Field, value: Any) -> bool:
-    """Whether a field is no part of the identity: `fingerprint` is False, or "if set" and it is None."""
+    """Whether a field is no part of the identity: `fingerprint` is False, or "if set" and it is None or False."""
     marked = field.metadata.get("fingerprint")
-    return marked is False or marked == "if set" and value is None
+    return marked is False or marked == "if set" and (value is None or value is False)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

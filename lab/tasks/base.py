@@ -95,6 +95,10 @@ class Task:
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
 
+    def filled(self, experiment: Any) -> Any:
+        """The `experiment`, whose task this is, with the fields set that follow from the task. May load the data."""
+        return experiment
+
     def mixes_rows(self, model: nn.Module, data: Any, precision: str) -> bool:
         """See `mixes_rows` below. If true, how a batch is split into microbatches is part of the fingerprint."""
         return mixes_rows(self, model, data, precision)

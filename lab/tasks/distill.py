@@ -84,6 +84,11 @@ class Distill(Task):
         except UserError as e:
             raise UserError(str(e).replace("--task.", "--task.task.")) from None
 
+    def filled(self, experiment: Any) -> Any:
+        """What `task` fills in."""
+        found = self.task.filled(replace(experiment, task=self.task))
+        return replace(found, task=replace(self, task=found.task))
+
     def mixes_rows(self, model: nn.Module, data: Any, precision: str) -> bool:
         """Whether `task` does: a teacher treats each row by itself."""
         return self.task.mixes_rows(model, data, precision)

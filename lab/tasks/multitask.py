@@ -96,10 +96,18 @@ class MultiTask(Task):
                 raise UserError(f"{flag}.groups must be numbers from 0, for a part whose task is Classify.")
             if part.group_names and len(part.group_names) != max(part.groups, default=-1) + 1:
                 raise UserError(f"{flag}.group-names must have one name for each group.")
+            if getattr(part.task, "reweigh", False):
+                raise UserError(f"{flag}.task.reweigh: only a Classify of its own can be reweighed by group.")
             try:
                 part.task.validate()
             except UserError as e:
                 raise UserError(str(e).replace("--task.", f"{flag}.task.")) from None
+
+    def filled(self, experiment: Any) -> Any:
+        """What the parts fill in of the data."""
+        for part in self.parts:
+            experiment = part.task.filled(experiment)
+        return experiment
 
     def loss(self, model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, Array],
              rngs: Mapping[str, Array], train: bool) -> Loss:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from lab.errors import UserError
-from lab.tasks import reports
+from lab.tasks import group_report, reports
 from lab.tasks.base import EvalResult, Metrics
 from lab.tasks.supervised import Score, Supervised, described, each, in_units
 from lab.train import plots
@@ -25,7 +25,8 @@ class Regress(Supervised):
 
     Metrics: loss (the criterion on standardised targets), objective (for an ensemble, the sum over its members), mse
     and mae in (squared) units of the target; in evaluation rmse, in units of the target, and r2 = 1 - sum (y - f)^2 /
-    sum (y - mean y)^2. r2 uses sums of standardised values, for precision; NaN if all targets are equal.
+    sum (y - mean y)^2. r2 uses sums of standardised values, for precision; NaN if all targets are equal. With `groups`
+    also mean_error, the mean of f - y in units of the target.
     """
 
     criterion: Literal["mse", "mae", "huber"] = "mse"
@@ -34,7 +35,7 @@ class Regress(Supervised):
 
     curves: ClassVar[tuple[str, ...]] = ("loss", "mae")
 
-    def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
+    def _score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
         """See `Supervised.score`; of `batch` also "scale" (B,), default 1. Raises UserError if the shapes of output and
         targets differ."""
         members = self._members(output, targets)
@@ -49,6 +50,8 @@ class Regress(Supervised):
         square, absolute = total(jnp.square(error)), jnp.abs(error).reshape(len(weight_B), -1)
         metrics: Metrics = {"loss": total(self._each(error)), "mae": total(absolute * scale_B[:, None]),
                             "mse": total(jnp.square(absolute * scale_B[:, None]))}
+        if self.groups is not None:
+            metrics["mean_error"] = total(error.reshape(len(weight_B), -1) * scale_B[:, None])
         if not train:
             metrics["moments"] = jnp.stack([weight, total(targets)[0], total(jnp.square(targets))[0], square[0]])
         if members.shape[1] == 1:
@@ -69,7 +72,9 @@ class Regress(Supervised):
         return members
 
     def check(self, output: Any, data: Any) -> None:
-        """Raises UserError if the shapes of output and targets differ, or a target is not finite."""
+        """Raises UserError if the shapes of output and targets differ, or a target is not finite; see also
+        `Supervised.check`."""
+        super().check(output, data)
         for split, targets in reports.read_some(data, "targets").items():
             jax.eval_shape(self._members, output, targets)
             if not np.isfinite(targets).all():
@@ -82,7 +87,7 @@ class Regress(Supervised):
             return size
         return jnp.square(error) if self.criterion == "mse" else jnp.where(size < 1, size * size / 2, size - 0.5)
 
-    def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def _summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         """rmse in units of the target, and r2."""
         weight, first, second, error = np.asarray(counts["moments"], np.float64)
         spread = second - first**2 / weight if weight else 0.0
@@ -114,4 +119,4 @@ class Regress(Supervised):
         reports.write_worst(outcome, worst, {"true": [f"{x:.{digits}g}" for x in true[worst]],
                                              "predicted": [f"{x:.{digits}g}" for x in predicted[worst]],
                                              "error": [f"{x:+.6g}" for x in (predicted - true)[worst]]}, prefix)
-        return [head]
+        return [head, *group_report.of_numbers(outcome, self.groups, true, predicted, prefix)]

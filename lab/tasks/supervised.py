@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax import Array
 
 from lab.errors import UserError
 from lab.files import replace_file
 from lab.models.members import Members
-from lab.tasks import reports
+from lab.tasks import group_report, groups, reports
 from lab.tasks.base import EvalResult, Loss, Metrics, Task, apply
 from lab.train import plots
 
@@ -43,11 +44,46 @@ def forward(model: nn.Module, variables: Mapping[str, Any], batch: Mapping[str, 
 class Supervised(Task):
     """Base class of tasks with "targets"."""
 
+    groups: str | None = field(default=None, kw_only=True, metadata={"fingerprint": "if set"})
+    """Column of the data for metrics by group, such as sex; it may be an input or not. See lab/tasks/groups.py."""
+
     fields: ClassVar[tuple[str, ...]] = ("targets",)
 
+    def filled(self, experiment: Any) -> Any:
+        """See `Task.filled`: the data makes fields of the column `groups`, where it has columns."""
+        data = experiment.data
+        if self.groups is None or not hasattr(data, "groups") or self.groups in (data.groups or ()):
+            return experiment
+        return replace(experiment, data=replace(data, groups=(*(data.groups or ()), self.groups)))
+
+    def check(self, output: Any, data: Any) -> None:
+        """See `Task.check`. Raises UserError if the records have no field of `groups`."""
+        if self.groups is not None:
+            groups.fields_of(data.train[np.arange(1)], self.groups)
+
     def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
-        """(sum of losses, sum of weights, metrics) of a model's output. `batch`: "weight" (B,), maybe "scale" (B,)."""
+        """(sum of losses, sum of weights, metrics) of a model's output. `batch`: "weight" (B,), maybe "scale" (B,); in
+        evaluation the fields of `groups`, whose metrics are then there, too."""
+        def of(weight_B: Array) -> Score:
+            return self._score(output, targets, {**batch, "weight": weight_B}, train)
+
+        loss, weight, metrics = of(batch["weight"])
+        if not train and self.groups is not None:
+            metrics |= groups.by_group(self.groups, batch, lambda weight_B: of(weight_B)[2])
+        return loss, weight, metrics
+
+    def _score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
+        """`score` of all records."""
         raise NotImplementedError
+
+    def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """See `Task.summary`: of all records, and with `groups` of each group."""
+        found = self._summary(means, counts)
+        return found if self.groups is None else found | groups.summary(means, counts, self._summary)
+
+    def _summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """`summary` of all records."""
+        return {}
 
     def answer(self, output: Any, batch: Mapping[str, Array]) -> dict[str, Array]:
         """A model's output as predictions: name -> (B, ...)."""
@@ -69,10 +105,10 @@ class Classify(Supervised):
     """Classification by cross-entropy. Logits (B, C), or `Members` of them; targets int (B,) or soft (B, C).
 
     Metrics: loss (plain cross-entropy of the prediction, in nats), objective (the optimised loss, if class weights,
-    smoothing or members make it differ), accuracy, top5_accuracy (with more than 5 classes), and member_accuracy, the
-    mean over the members. With soft targets (mixup), accuracy is the target's probability of the predicted class.
-    Evaluation adds precision, recall and f1, macro averages over the classes that occur as target or prediction
-    (scikit-learn's default with zero_division=0), and for two classes auc, the area under the ROC curve.
+    `reweigh`, smoothing or members make it differ), accuracy, top5_accuracy (with more than 5 classes), and
+    member_accuracy, the mean over the members. With soft targets (mixup), accuracy is the target's probability of the
+    predicted class. Evaluation adds precision, recall and f1, macro averages over the classes that occur as target or
+    prediction (scikit-learn's default with zero_division=0), and for two classes auc, the area under the ROC curve.
 
     auc comes from a histogram of margins log p1 - log p0; pairs within a bin count as ties. A bin is 6e-7 wide at 0,
     and 0.06 % of the margin beyond 0.01. Unless all margins lie within a few bins, the error is below 2e-4 (tested,
@@ -84,6 +120,11 @@ class Classify(Supervised):
     class_weights: tuple[float, ...] = ()
     """A weight per class. The objective is the weighted mean, as in torch: sum w_y ce / sum w_y. A soft target has the
     expected weight of its classes (torch divides by the number of records instead). (): equal weights."""
+    reweigh: bool = field(default=False, kw_only=True, metadata={"fingerprint": "if set"})
+    """Weigh the training records so that group and class are independent (Kamiran & Calders 2012). Needs `groups`."""
+    weights: Annotated[tuple[tuple[float, ...], ...] | None, tyro.conf.Suppress] = field(
+        default=None, kw_only=True, metadata={"fingerprint": "if set"})
+    """The weight of each group and class, computed from the training records with `reweigh`."""
 
     curves: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
 
@@ -94,6 +135,19 @@ class Classify(Supervised):
         bad = any(not 0 <= w < float("inf") for w in self.class_weights)
         if bad or (self.class_weights and not any(self.class_weights)):
             raise UserError("--task.class-weights must be numbers of 0 or more, not all 0.")
+        if self.reweigh and self.groups is None:
+            raise UserError("--task.reweigh needs --task.groups, the column of the groups.")
+
+    def filled(self, experiment: Any) -> Any:
+        """See `Supervised.filled`; computes `weights`, for which it loads the data."""
+        experiment = super().filled(experiment)
+        if not self.reweigh:
+            return experiment
+        if experiment.private is not None:
+            raise UserError("--task.reweigh counts the groups and classes of the training records, which is not "
+                            "private, and DPSGD clips records one by one, without weights: use one of the two.")
+        weights = groups.training_weights(experiment.data.load(), self.groups)
+        return replace(experiment, task=replace(self, weights=weights))
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
         """See `Task.init`. Raises UserError for a model without classes, whose outputs are not logits."""
@@ -101,7 +155,7 @@ class Classify(Supervised):
             raise UserError("Classification needs a model with classes: set --model.classes.")
         return super().init(model, key, batch)
 
-    def score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
+    def _score(self, output: Any, targets: Array, batch: Mapping[str, Array], train: bool) -> Score:
         """See `Supervised.score`. Raises UserError for a wrong number of class weights, or a wrong shape or type of
         logits or targets. An int target outside [0, C) makes the loss NaN."""
         logits_BMC = self._logits(output)
@@ -130,8 +184,10 @@ class Classify(Supervised):
         if not train:
             metrics |= _counts(logits_BMC[:, 0] if M == 1 else logp_BC, target_BC, weight_B)  # logits, for precision
         smoothed = not isinstance(self.label_smoothing, int | float) or self.label_smoothing > 0  # or traced
-        if M == 1 and not self.class_weights and not smoothed:
+        if M == 1 and not self.class_weights and not smoothed and not self.reweigh:
             return *metrics["loss"], metrics
+        if self.reweigh:
+            weight_B = weight_B * groups.record_weights(self.weights, self.groups, batch, target_BC)
         objective = self._objective(logp_BMC, target_BC, weight_B)
         return *objective, metrics | {"objective": objective}
 
@@ -152,7 +208,9 @@ class Classify(Supervised):
         return (each_B * weight_B).sum(), ((target_BC * weight_C).sum(-1) * weight_B).sum()
 
     def check(self, output: Any, data: Any) -> None:
-        """Raises UserError if the model's number of classes differs from the data's, or a target is not a class."""
+        """Raises UserError if the model's number of classes differs from the data's, or a target is not a class; see
+        also `Supervised.check`."""
+        super().check(output, data)
         self.check_targets(output, reports.read_some(data, "targets"), data.metadata.get("classes"))
 
     def check_targets(self, output: Any, splits: Mapping[str, np.ndarray], classes: int | None) -> None:
@@ -167,7 +225,7 @@ class Classify(Supervised):
                 raise UserError(f"The {split} split has targets from {targets.min()} to {targets.max()}, and the model "
                                 f"has the {C} classes 0 to {C - 1}. Number the classes from 0, or give the model more.")
 
-    def summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def _summary(self, means: Mapping[str, float], counts: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Macro precision, recall and f1, and auc for two classes."""
         found = reports.macro(counts["confusion"])
         return found | ({"auc": reports.area(counts["scores"])} if "scores" in counts else {})
@@ -210,7 +268,8 @@ class Classify(Supervised):
         reports.write_worst(outcome, worst, {"true": [names[i] for i in targets[worst]],
                                              "predicted": [names[i] for i in predicted[worst]],
                                              "probability": [f"{p:.4f}" for p in confidence[worst]]}, prefix)
-        return [head, *(f"  {line}" for line in reports.shortened(confusion, names))]
+        return [head, *(f"  {line}" for line in reports.shortened(confusion, names)),
+                *group_report.of_classes(outcome, self.groups, targets, probabilities, names, prefix)]
 
 
 def in_units(values: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -156,6 +156,26 @@ def scatter(true: np.ndarray, predicted: np.ndarray, path: Path, title: str = ""
     return _save(figure, path)
 
 
+def intervals(figures: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str], path: Path,
+              title: str = "") -> Path:
+    """Plots figures (name, values, low ends, high ends), (n,) each, side by side: a point and its interval per name."""
+    figure = new_figure(1 + 2.2 * len(figures), 1.3 + 0.28 * len(names))
+    place = np.arange(len(names))
+    for i, (name, values, low, high) in enumerate(figures):
+        axes = figure.add_subplot(1, len(figures), i + 1)
+        axes.hlines(place, low, high, color=COLOURS["smooth"])
+        axes.plot(values, place, "o", ms=4, color=COLOURS["smooth"])
+        axes.set_yticks(place, names if not i else [""] * len(names), fontsize=8)
+        axes.set_title(name, fontsize=8)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.grid(alpha=0.25)
+        axes.margins(y=0.5 / len(names))
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    return _save(figure, path)
+
+
 # ------------------------------------------------------------------------------------------------------ images
 
 

@@ -70,8 +70,8 @@ class Clock:
 
 
 def shown(row: dict[str, Any], most: int = 6) -> str:
-    """The first few metrics of a row; metrics.jsonl has all of them."""
-    values = [(name, value) for name, value in row.items() if name not in ("step", "split")]
+    """The first few metrics of a row, without those of groups (METRIC/GROUP); metrics.jsonl has all of them."""
+    values = [(name, value) for name, value in row.items() if name not in ("step", "split") and "/" not in name]
     return "  ".join([f"{name} {_short(value)}" for name, value in values[:most]] + ["..."] * (len(values) > most))
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from lab.data import digest, log
 from lab.data.dataset import Dataset, Incoming, Origin, class_names, no_ids, restored, without_blanks
 from lab.data.hugging_face import HuggingFaceTokenizer
+from lab.data.messages.groups import group_names, groups_of
 from lab.data.messages.sources import SPLITS, Labelled, PythonPackages, TextFolder, TfdsMessages, check_classes, load
 from lab.data.order import fixed_order
 from lab.data.pipeline import Arrays
@@ -19,6 +20,7 @@ from lab.data.saved import Saved, revived, saved_form
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.columns import labels
 from lab.data.tables.csv_files import Csv, read_columns
+from lab.data.tables.groups import counted
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, with_padding
 from lab.data.word_tokenizer import FittedWords, Words
 from lab.errors import UserError
@@ -58,6 +60,8 @@ class Messages:
     """Fraction of the training messages held out for validation, if the source has no such split."""
     test: float = 0.0
     """Fraction of the training messages held out for test, if the source has no such split; 0: no test split."""
+    groups: tuple[str, ...] | None = field(default=None, metadata={"fingerprint": "if set"})
+    """Columns whose values are fields of a record, too, such as sex=female. Set by the `groups` of a task."""
 
     unit = "messages"
     slow = True  # loading is slow, so --dry-run skips it
@@ -84,8 +88,10 @@ class Messages:
         return {"length": self.length} | ({} if vocab is None else {"vocab": vocab + moved})
 
     def record_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Name -> (shape, type) of the arrays of one record, without reading anything."""
-        return {"inputs": ((self.length,), np.int32), "mask": ((self.length,), np.uint8), "targets": ((), np.int32)}
+        """Name -> (shape, type) of the arrays of one record, without reading anything but the columns of groups."""
+        names = group_names(self.source, self.groups) if self.groups else ()
+        return {"inputs": ((self.length,), np.int32), "mask": ((self.length,), np.uint8),
+                "targets": ((), np.int32)} | {name: ((), np.uint8) for name in names}
 
     def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
         """The batch as it is."""
@@ -111,20 +117,23 @@ class Messages:
         texts = {split: texts for split, (texts, _) in found.splits.items()}
         fitted = self._fit(found.title, texts["train"])
         records: dict[str, Arrays] = {}
+        groups = groups_of(found, self.source, self.groups or ())
         summary = {"source": found.title, "split": found.rule, "tokenizer": repr(self.tokenizer),
                    "vocabulary": fitted.size, "classes": len(found.classes), **class_names(found.classes)}
         for split, (own, targets) in found.splits.items():
             arrays, lines = encode_rows(fitted, own, self.length, self.truncate)
-            records[split] = Arrays(arrays | {"targets": targets})
+            records[split] = Arrays(arrays | {"targets": targets} | groups[split])
             summary |= {f"{split} {what}": value for what, value in lines.items()}
         known = set(texts["train"])
         summary |= {f"{split} also in training": sum(text in known for text in own)
                     for split, own in texts.items() if split != "train"}
+        summary |= {key: line for name in self.groups or () for key, line in counted(groups["train"], name).items()}
         log.info("encoded %d messages in %.1f s", sum(map(len, texts.values())), time.perf_counter() - begin)
         return MessageData(
             train=records["train"], validation=records["validation"], test=records.get("test"),
             fingerprint=digest("messages", FORMAT, found.fingerprint(), self.tokenizer.identity(), self.length,
-                               self.truncate),
+                               self.truncate, *[[name, values.tobytes().hex()] for own in groups.values()
+                                                for name, values in own.items()]),
             metadata={"vocab": fitted.size, "length": self.length, "classes": len(found.classes)},
             unit=self.unit, units_per_record=self.units_per_record, summary=summary, classes=found.classes,
             texts=texts, fitted=fitted, tokenizer_state=saved_form(self.tokenizer, fitted), column=found.column,

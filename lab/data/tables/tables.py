@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +14,12 @@ import numpy as np
 from lab.data import digest
 from lab.data.dataset import Origin, class_names, restored
 from lab.data.order import fixed_order
-from lab.data.pipeline import Arrays
+from lab.data.pipeline import Arrays, Batch
 from lab.data.tables.bundled import Sklearn
 from lab.data.tables.columns import Columns, class_targets, is_numeric, refuse_doubts, some
 from lab.data.tables.csv_files import Csv
 from lab.data.tables.features import Category, Feature, Number, Target, encode, fit, gaps, known_numbers, moments
+from lab.data.tables.groups import counted, group_fields
 from lab.data.tables.numbers import NumberFormat
 from lab.data.tables.table_data import TableData
 from lab.errors import UserError
@@ -56,6 +57,8 @@ class Table:
     """Handling of a category that no training row has: stop with an error, or encode it as all zeros."""
     categories: int = 100
     """A text column with more categories than this is an error: it probably holds names or sentences."""
+    groups: tuple[str, ...] | None = field(default=None, metadata={"fingerprint": "if set"})
+    """Columns whose values are fields of a record, too, such as sex=female. Set by the `groups` of a task."""
 
     unit = "rows"
     units_per_record = 1
@@ -189,16 +192,20 @@ def _load(options: Table, _state: tuple[int, ...]) -> TableData:
                         f"{len(train)} training rows, so there is nothing to learn; is it the right column?")
     everything = [{"inputs": encode(features, part.table)} | target.arrays(len(part.table), part.values)
                   for part in parts]
+    for column in options.groups or ():
+        for arrays, own in zip(everything, group_fields([part.table for part in parts], column), strict=True):
+            arrays.update(own)
     records = {name: Arrays({key: array[at] for key, array in everything[0].items()}) for name, at in rows.items()}
     if len(parts) == 2:
         records["test"] = Arrays(everything[1])
     width = everything[0]["inputs"].shape[1]
     return TableData(
         train=records["train"], validation=records["validation"], test=records["test"] if records["test"] else None,
-        fingerprint=_fingerprint(options, parts, rows), unit="rows", units_per_record=1, classes=main.names,
+        fingerprint=_fingerprint(options, parts, rows, everything), unit="rows", units_per_record=1, classes=main.names,
         metadata={"features": width} | ({"classes": len(main.names)} if main.names else {}),
         summary=_summary(parts, features, target, main.values[train])
-        | {f"{name} rows": len(array) for name, array in records.items() if array} | {"split": _rule(options, parts)},
+        | {f"{name} rows": len(array) for name, array in records.items() if array} | {"split": _rule(options, parts)}
+        | {key: line for name in options.groups or () for key, line in counted(records["train"].arrays, name).items()},
         features=features, target=target, standardised=options.standardise, form=main.table.form,
         encoding=getattr(options.source, "encoding", "UTF-8"), origins=_origins(parts, rows),
     )
@@ -211,8 +218,9 @@ def _origins(parts: list[_Part], rows: dict[str, np.ndarray]) -> dict[str, Origi
     return {name: whole[0].at(at) for name, at in rows.items()} | ({"test": whole[1]} if len(parts) == 2 else {})
 
 
-def _fingerprint(options: Table, parts: list[_Part], rows: dict[str, np.ndarray]) -> str:
-    """Hash of cells, split and settings. Encoded numbers are left out: their last bits depend on the machine."""
+def _fingerprint(options: Table, parts: list[_Part], rows: dict[str, np.ndarray], arrays: list[Batch]) -> str:
+    """Hash of cells, split, groups and settings. Encoded numbers (in `arrays`) are left out: their last bits depend on
+    the machine."""
     total = hashlib.sha256()
     for part in parts:
         for name, cells in part.table.cells.items():
@@ -221,6 +229,9 @@ def _fingerprint(options: Table, parts: list[_Part], rows: dict[str, np.ndarray]
         total.update(json.dumps([part.target, part.names]).encode() + part.values.tobytes())
     for at in rows.values():
         total.update(at.tobytes() + b";")
+    for own in arrays:
+        for name in own if options.groups else ():
+            total.update(name.encode() + own[name].tobytes() if own[name].dtype == np.uint8 else b"")
     form = parts[0].table.form
     settings = [] if form == NumberFormat() else [asdict(form)]
     settings += [categorical] if (categorical := getattr(options.source, "categorical", ())) else []

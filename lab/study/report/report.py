@@ -24,6 +24,7 @@ from lab.study.report.analysis import (
     step_seconds,
     whole,
 )
+from lab.study.report.groups import by_group
 from lab.study.report.items import by_item
 from lab.study.report.render import (
     Block,
@@ -193,6 +194,7 @@ def _section(results: Results, section: Section, prefix: str) -> list[Block]:
     for found in references:
         blocks += _forgiven(f"The comparison with {found.reference}", _compared, results, found, show, prefix)
         blocks += _forgiven(f"The comparison by items with {found.reference}", by_item, results, section, found)
+    blocks += _forgiven("The tables by group", by_group, results, section)
     blocks += _forgiven("The analysis of factors", _factors, results, section, show, prefix)
     blocks += _forgiven("The table of costs", _not_controlled, results, section)
     return blocks + _forgiven("The figure of learning curves", _curves, results, section, prefix)
