@@ -7,16 +7,16 @@ Only the barista's words are learned, in the model's own chat template; `--dry-r
 ends with the order that the data's API calls record, "[mocha; oat milk]". The weights come from a Python package. Other
 dialogues: `Jsonl(path)`, `QuestionsAnswers(path)`; see lab/data/dialogues/sources.py.
 
-Measured (2-core CPU, AMD EPYC, busy, 2026-11-27; 60 steps of 2,048 tokens, 18 and 38 minutes; seeds 0 and 1):
+Measured (2-core CPU, busy, 2026-11-27 and 28; 60 steps of 2,048 tokens, 18 and 38 minutes; seeds 0, 1, 2):
 
-    perplexity of held-out answers   31.2 before; 4.9, 5.1 after (validation); 4.59, 4.67 on the test split
-                                     (seed 2, busy Intel Xeon with AMX: 5.0, 4.62; slots not counted)
-    slots of 100 test orders         precision 0.77, 0.79; recall 0.62, 0.68; F1 0.69, 0.73; before 0 (no list)
-    whole orders right               42 %, 49 %
-    slots named anywhere             0.75, 0.80; before 0.22
-    words per answer                 17.7, 20.2; before 34.3; real answers 19.5
-    distinct-1, distinct-2           0.08, 0.19 to 0.21; before 0.13, 0.35; real answers 0.12, 0.35
-    repetition, self-BLEU            0.01 to 0.03, 79; before 0.05, 57; real answers 0.00, 64
+    perplexity of held-out answers   31.2 before; 4.9, 5.1, 5.0 after (validation); 4.59, 4.67, 4.62 on the test split
+    slots of 100 test orders         precision 0.77, 0.79, 0.81; recall 0.62, 0.68, 0.64; F1 0.69, 0.73, 0.72;
+                                     before 0 (no list)
+    whole orders right               42, 49, 46 %
+    slots named anywhere             0.75, 0.80, 0.78; before 0.22
+    words per answer                 17.7, 20.2, 18.0; before 34.3; real answers 19.5
+    distinct-1, distinct-2           0.08 to 0.09, 0.19 to 0.21; before 0.13, 0.35; real answers 0.12, 0.35
+    repetition, self-BLEU            0.01 to 0.04, 76 to 79; before 0.05, 57; real answers 0.00, 64
 
 So it learns the shop's words and most of the order, and is more uniform than people. Memory of a step as compiled: 3.5
 GiB, fine-tuning everything (`adapt=None`) 5.3 GiB, in float32 parameters. answers/ in the run folder has all answers.
