@@ -74,7 +74,7 @@ class Origin:
     """The number of each record there, from 0; the index into everything below."""
     columns: Mapping[str, Sequence[Any]] | None = None
     """Columns for --id, if the source has columns."""
-    truth: Sequence[Any] | None = None
+    truth: Sequence[Any] | Mapping[int, Any] | None = None
     """Targets in the source's own digits; else they are decoded from the records."""
     file: Callable[[int], str] | None = None
     """The name of a record's file, if each has one."""

@@ -23,8 +23,9 @@ def described(name: str, data_dir: str | None) -> tuple[Path, dict[str, dict[str
         if strange := next(_foreign_classes(types), None):
             raise UserError(f"{folder}/features.json names the class {strange!r}, which is not TFDS's own and which "
                             f"reading would import, so nothing is read: run ./launch.sh prepare {name}")
-        return (folder, {s["name"]: s for s in info.get("splits", [])},
-                types.get("featuresDict", {}).get("features", {}))
+        features = types.get("featuresDict", {}).get("features", {})
+        languages = dict.fromkeys(types.get("translation", {}).get("languages", []), {})  # of a Translation
+        return folder, {s["name"]: s for s in info.get("splits", [])}, features or languages
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"The descriptions in {folder} are damaged ({error}): run ./launch.sh prepare {name}") from None
 

@@ -62,9 +62,10 @@ def rotary(x_BLNK: Array, positions: Array, base: float = 10_000.0, scaling: Rop
 
 @functools.cache  # to log the choice once, however often the model is traced
 def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: int, length: int, padded: bool,
-                     needs_probabilities: bool, divided: bool = False, packed: bool = False) -> str:
+                     needs_probabilities: bool, divided: bool = False, packed: bool = False,
+                     biased: bool = False) -> str:
     """The attention backend to run. "auto" logs its choice and the reason. `divided`: the mesh shards the length;
-    `packed`: a window has several documents.
+    `packed`: a window has several documents; `biased`: a number is added to every score.
 
     Raises:
       UserError: the requested backend does not support this platform, type, shape, padding, dropout or mesh.
@@ -81,9 +82,10 @@ def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: i
         against["cudnn"].append("needs the whole length on every device, so no --mesh.sequence")
     if length % 128:
         against["splash"].append(f"needs a length that is a multiple of 128, not {length}")
-    if packed:
+    if packed or biased:
         for reasons in against.values():
-            reasons.append("cannot keep the documents of a window apart")
+            reasons.append("cannot add a bias to the scores" if biased else
+                           "cannot keep the documents of a window apart")
     if padded:
         against["splash"].append("does not support padding")
     if needs_probabilities:
@@ -103,10 +105,11 @@ def choose_attention(wanted: Attention, platform: str, dtype: str, head_width: i
 
 
 def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array | None,
-                     drop: Callable[[Array], Array] = lambda p: p) -> Array:
+                     drop: Callable[[Array], Array] = lambda p: p, bias: Array | None = None) -> Array:
     """Scaled dot-product attention (Vaswani et al. 2017) with grouped queries (Ainslie et al. 2023).
 
-    `visible`: boolean, broadcastable to (B, L, S). Softmax in float32. Returns (B, L, N, K) in q's type.
+    `visible`: boolean, broadcastable to (B, L, S). `bias`: float32, broadcastable to (B, N, L, S), added to the scores.
+    Softmax in float32. Returns (B, L, N, K) in q's type.
     """
     L, K, G = q_BLNK.shape[1], q_BLNK.shape[3], k_BSGK.shape[2]
     # Batch axes first, and the queries of each key as the rows of one matrix: the only form that is fast on CPUs.
@@ -114,6 +117,8 @@ def einsum_attention(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, visible: Array
     q_BGMK = rearrange(q_BNLK, "B (G R) L K -> B G (R L) K", G=G)
     scores_BGMS = product("BGMK,BGSK->BGMS", q_BGMK, k_BGSK, jnp.float32)
     scores_BNLS = rearrange(scores_BGMS, "B G (R L) S -> B (G R) L S", L=L) * K**-0.5
+    if bias is not None:
+        scores_BNLS += bias
     if visible is not None:
         scores_BNLS = jnp.where(visible[:, None], scores_BNLS, jnp.finfo(jnp.float32).min)
     probabilities_BNLS = drop(softmax(scores_BNLS, q_BLNK.dtype))
@@ -131,20 +136,27 @@ def within(documents_BL: Array | None, mask_BS: Array | None) -> Array | None:
     return same_BLS if mask_BS is None else same_BLS & mask_BS[:, None, :].astype(bool)
 
 
+def added(mask: Array | None) -> Array | None:
+    """What a mask of `attend` adds to the scores: itself, if it is a bias (B or 1, N, L, S); else None."""
+    return mask if mask is not None and mask.ndim == 4 else None
+
+
 def attend(q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, mask_BS: Array | None, causal: bool, backend: str,
            drop: Callable[[Array], Array]) -> Array:
-    """Self-attention by a backend of `choose_attention` other than splash. `mask_BS`: 1 where a key is real, or
-    the (B, L, S) of `within`, which cudnn does not support; `drop`: dropout of the probabilities, which only einsum
-    supports. Returns (B, L, N, K) in q's type.
+    """Self-attention by a backend of `choose_attention` other than splash. `mask_BS`: 1 where a key is real; or the
+    (B, L, S) of `within`, or a bias (see `added`), which cudnn does not support. `drop`: dropout of the probabilities,
+    which only einsum supports. Returns (B, L, N, K) in q's type.
     """
+    bias = added(mask_BS)
+    mask_BS = None if bias is not None else mask_BS
     if backend == "cudnn":
         return cudnn_attention(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal=causal)
     mask_BLS = mask_BS if mask_BS is None else (mask_BS if mask_BS.ndim == 3 else mask_BS[:, None, :]).astype(bool)
     if backend == "xla":
         visible = None if mask_BLS is None else mask_BLS[:, None]
-        return jax.nn.dot_product_attention(q_BLNK, k_BSGK, v_BSGK, mask=visible, is_causal=causal)
+        return jax.nn.dot_product_attention(q_BLNK, k_BSGK, v_BSGK, bias, mask=visible, is_causal=causal)
     L = q_BLNK.shape[1]
     visible = jnp.tril(jnp.ones((1, L, L), bool)) if causal else None
     if mask_BLS is not None:
         visible = mask_BLS if visible is None else visible & mask_BLS
-    return einsum_attention(q_BLNK, k_BSGK, v_BSGK, visible, drop)
+    return einsum_attention(q_BLNK, k_BSGK, v_BSGK, visible, drop, bias)

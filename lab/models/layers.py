@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lab.errors import UserError
 from lab.models import splash
-from lab.models.attention import Attention, RopeScaling, attend, choose_attention, einsum_attention, rotary
+from lab.models.attention import Attention, RopeScaling, added, attend, choose_attention, einsum_attention, rotary
 from lab.models.dropout import dropout, is_zero
 from lab.models.precision import (
     elementwise,
@@ -34,11 +34,11 @@ from lab.models.precision import (
 )
 
 Norm = Literal["layernorm", "rmsnorm"]
-Mlp = Literal["gelu", "gelu_exact", "swiglu", "relu2"]
+Mlp = Literal["gelu", "gelu_exact", "swiglu", "relu", "relu2"]
 Remat = Literal["none", "dots", "blocks"]
 
 ACTIVATIONS = {"gelu": nn.gelu, "gelu_exact": functools.partial(nn.gelu, approximate=False),
-               "relu2": lambda h: jnp.square(nn.relu(h))}
+               "relu": nn.relu, "relu2": lambda h: jnp.square(nn.relu(h))}
 SAVED = "product"  # checkpoint name of the values that remat="dots" saves
 
 
@@ -180,22 +180,22 @@ class Transformer(nn.Module):
         return cls(**(own | {"name": name, "parent": self}))
 
     def stack(self, x_BLD: Array, positions: Array, mask_BS: Array | None, *, causal: bool, train: bool,
-              decode: bool = False) -> Array:
-        """All blocks and the final norm. `positions`: (L,) or (B, L); `mask_BS`: 1 for real keys, or (B, L, S)."""
-        static = (causal, train, decode)
+              decode: bool = False, kind: type[Transformer] | None = None, more: tuple = ()) -> Array:
+        """All blocks, of `kind` or `Block`, with the arguments `more`; and the final norm. For masks see `attend`."""
+        static, kind = (causal, train, decode), kind or Block
         policy = jax.checkpoint_policies.save_only_these_names(SAVED) if self.remat == "dots" else None
-        block = Block if self.remat == "none" else nn.remat(Block, static_argnums=(4, 5, 6), prevent_cse=not self.scan,
-                                                            policy=policy)
+        block = kind if self.remat == "none" else nn.remat(kind, static_argnums=(4, 5, 6), prevent_cse=not self.scan,
+                                                           policy=policy)
         if self.scan:
             def body(module: nn.Module, x: Array, _: None) -> tuple[Array, None]:
-                return module(x, positions, mask_BS, *static), None
+                return module(x, positions, mask_BS, *static, *more), None
 
-            over_layers = nn.scan(body, variable_axes={"params": 0, "cache": 0}, length=self.depth,
+            over_layers = nn.scan(body, variable_axes={"params": 0, "cache": 0, "memory": 0}, length=self.depth,
                                   split_rngs={"params": True, "dropout": True})
             x_BLD, _ = over_layers(self.part(block, "blocks"), x_BLD, None)
         else:
             for i in range(self.depth):
-                x_BLD = self.part(block, f"block_{i}")(x_BLD, positions, mask_BS, *static)
+                x_BLD = self.part(block, f"block_{i}")(x_BLD, positions, mask_BS, *static, *more)
         return x_BLD if self.norm_place == "post" else self.normed("final_norm", x_BLD)
 
     def normed(self, name: str, x_BLD: Array) -> Array:
@@ -206,20 +206,20 @@ class Transformer(nn.Module):
 class Block(Transformer):
     """x + attention(norm(x)), then x + mlp(norm(x)); post-norm: norm(x + attention(x)), then norm(x + mlp(x))."""
 
+    def residual(self, name: str, part: Callable[[Array], Array], x_BLD: Array) -> Array:
+        if self.norm_place == "post":
+            return self.normed(f"{name}_norm", x_BLD + part(x_BLD))
+        y_BLD = part(self.normed(f"{name}_norm", x_BLD))
+        if self.layer_scale:
+            y_BLD *= self.param(f"{name}_scale", nn.initializers.constant(1e-5), (self.width,))
+        return x_BLD + y_BLD
+
     @nn.compact
     def __call__(self, x_BLD: Array, positions: Array, mask_BS: Array | None, causal: bool, train: bool,
                  decode: bool) -> Array:
-        def residual(name: str, part: Callable[[Array], Array], x_BLD: Array) -> Array:
-            if self.norm_place == "post":
-                return self.normed(f"{name}_norm", x_BLD + part(x_BLD))
-            y_BLD = part(self.normed(f"{name}_norm", x_BLD))
-            if self.layer_scale:
-                y_BLD *= self.param(f"{name}_scale", nn.initializers.constant(1e-5), (self.width,))
-            return x_BLD + y_BLD
-
         attention, mlp = self.part(SelfAttention, "attn"), self.part(FeedForward, "ffn")
-        x_BLD = residual("attention", lambda h: attention(h, positions, mask_BS, causal, train, decode), x_BLD)
-        return residual("mlp", lambda h: mlp(h, train), x_BLD)
+        x_BLD = self.residual("attention", lambda h: attention(h, positions, mask_BS, causal, train, decode), x_BLD)
+        return self.residual("mlp", lambda h: mlp(h, train), x_BLD)
 
 
 class SelfAttention(Transformer):
@@ -242,16 +242,16 @@ class SelfAttention(Transformer):
         if self.position == "rotary":
             turned = functools.partial(rotary, base=self.rope_base, scaling=self.rope_scaling)
             q_BLNK, k_BSGK = turned(q_BLNK, positions), turned(k_BSGK, positions)
-        y_BLNK = (self._decode(q_BLNK, k_BSGK, v_BSGK, positions) if decode else
+        y_BLNK = (self._decode(q_BLNK, k_BSGK, v_BSGK, positions, mask_BS) if decode else
                   self._attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, train))
         y_BLD = rearrange(y_BLNK, "B L N K -> B L (N K)")
         y_BLD = Dense(D, bias=out_bias, stddev=self.residual_stddev, name="out")(y_BLD)
         return dropout(self, y_BLD, self.dropout, train)
 
-    def _decode(self, q_BLNK: Array, k_BLGK: Array, v_BLGK: Array, positions: Array) -> Array:
+    def _decode(self, q_BLNK: Array, k_BLGK: Array, v_BLGK: Array, positions: Array, mask: Array | None) -> Array:
         k_BSGK, v_BSGK = self._cached("keys", k_BLGK, positions), self._cached("values", v_BLGK, positions)
         visible_BLS = jnp.arange(self.context) <= jnp.broadcast_to(positions, q_BLNK.shape[:2])[..., None]
-        return einsum_attention(q_BLNK, k_BSGK, v_BSGK, visible_BLS)
+        return einsum_attention(q_BLNK, k_BSGK, v_BSGK, visible_BLS, bias=added(mask))
 
     def _cached(self, name: str, new_BLGK: Array, positions: Array) -> Array:
         """Writes the new rows at their positions and returns the whole cache (B, context, G, K)."""
@@ -264,16 +264,16 @@ class SelfAttention(Transformer):
     def _attend(self, q_BLNK: Array, k_BSGK: Array, v_BSGK: Array, mask_BS: Array | None, causal: bool,
                 train: bool) -> Array:
         drops = train and not is_zero(self.dropout)
-        L, K = q_BLNK.shape[1], q_BLNK.shape[-1]
+        L, K, dims = q_BLNK.shape[1], q_BLNK.shape[-1], 0 if mask_BS is None else mask_BS.ndim
         backend = choose_attention(self.attention, platform(), str(q_BLNK.dtype), K, L, mask_BS is not None, drops,
-                                   sequence_devices() > 1, packed=mask_BS is not None and mask_BS.ndim == 3)
+                                   sequence_devices() > 1, packed=dims == 3, biased=dims == 4)
         if backend == "splash" and not self.is_initializing():  # init has one record, which no mesh can shard
             return splash.OnDevice(causal, SAVED, name="own")(q_BLNK, k_BSGK, v_BSGK)
         return attend(q_BLNK, k_BSGK, v_BSGK, mask_BS, causal, backend, lambda p: dropout(self, p, self.dropout, train))
 
 
 class FeedForward(Transformer):
-    """Position-wise MLP: gelu (tanh form, as GPT-2; or exact), swiglu (Shazeer 2020), squared relu (So et al. 2021)."""
+    """Position-wise MLP: gelu (tanh form, as GPT-2; or exact), swiglu (Shazeer 2020), relu, squared (So et al. 2021)."""
 
     @nn.compact
     def __call__(self, x_BLD: Array, train: bool) -> Array:

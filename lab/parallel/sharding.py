@@ -33,10 +33,10 @@ SMALL = 2**12  # without a rule, arrays with fewer elements are replicated
 # sharded over fsdp along its largest divisible dimension; small arrays are replicated.
 Rules = Sequence[tuple[str, str]]
 RULES: Rules = (
-    # Every Transformer (GPT, BERT, ViT).
+    # Every Transformer (GPT, BERT, ViT, Seq2Seq). "attn" is also the end of "cross_attn", "wte" of "source_wte".
     (r"attn/(query|key|value)/kernel|ffn/(up|gate)/kernel", "fsdp, tensor"),
     (r"attn/out/kernel|ffn/down/kernel", "tensor, fsdp"),
-    (r"/wte/embedding", "tensor, fsdp"),
+    (r"wte/embedding", "tensor, fsdp"),
     (r"/head$", "fsdp, tensor"),
 )
 # The same for activations: rules for a module's output, by its path. Other dimensions, and those an axis does not
@@ -44,7 +44,7 @@ RULES: Rules = (
 ACTIVATIONS: Rules = (
     (r"attn/query$|ffn/(up|gate)$", "rows, sequence, tensor"),
     (r"attn/(key|value)$", "rows, -, tensor"),
-    (r"(^|/)(wte|block_\d+|blocks|attn|ffn|attention_norm|mlp_norm|final_norm)$", "rows, sequence, -"),
+    (r"(^|[/_])(wte|block_\d+|blocks|attn|ffn|attention_norm|cross_norm|mlp_norm|final_norm)$", "rows, sequence, -"),
     (r"^$", "rows, sequence, tensor"),
     (r"", "rows"),
 )

@@ -9,17 +9,16 @@ from typing import Any, Literal
 import numpy as np
 
 from lab.data import digest, log
-from lab.data.dataset import Dataset, Incoming, Origin, class_names, no_ids, restored, without_blanks
+from lab.data.dataset import Dataset, Incoming, Origin, class_names, restored
 from lab.data.hugging_face import HuggingFaceTokenizer
 from lab.data.messages.groups import group_names, groups_of
 from lab.data.messages.sources import SPLITS, Labelled, PythonPackages, TextFolder, TfdsMessages, check_classes, load
+from lab.data.new_texts import read_new_texts
 from lab.data.order import fixed_order
 from lab.data.pipeline import Arrays
-from lab.data.reading import lines_of, read_text
 from lab.data.saved import Saved, revived, saved_form
 from lab.data.tables.bundled import Sklearn
-from lab.data.tables.columns import labels
-from lab.data.tables.csv_files import Csv, read_columns
+from lab.data.tables.csv_files import Csv
 from lab.data.tables.groups import counted
 from lab.data.tokenizers import BPE, GPT2, Bytes, Chars, Fitted, with_padding
 from lab.data.word_tokenizer import FittedWords, Words
@@ -283,31 +282,11 @@ class MessageData(Dataset):
         return super().saved() | {"column": self.column, "target": self.target, "encoding": self.encoding}
 
     def read(self, path: Path, id_column: str | None = None, strict: bool = False) -> Incoming:
-        """New messages: the lines of a .txt file, or the text column of a .csv file (other columns are ignored). Blank
-        messages are skipped. Raises UserError."""
-        path, beside, truth = Path(path), {}, None
-        if path.suffix == ".csv":
-            table = read_columns(path, encoding=self.encoding)
-            texts, lines, numbers = list(map(str, table.column(self.column))), table.lines, range(len(table))
-            beside = {} if id_column is None else {id_column: table.column(id_column)}
-            truth = labels(table, self.target) if self.target in table.cells else None
-        elif path.suffix == ".txt":
-            if id_column is not None:
-                raise no_ids(id_column)
-            texts = lines_of("".join(read_text(path, self.encoding)).removeprefix("\ufeff"))
-            lines, numbers = range(1, len(texts) + 1), range(len(texts))
-            if not texts:
-                raise UserError(f"{path} is empty: it needs one message a line.")
-        else:
-            raise UserError(f"{path} is no file of messages: give a .txt file with one message a line, or a .csv file "
-                            f"with the column {self.column!r}.")
-        kept = [i for i, text in enumerate(texts) if text.strip()]
-        without_blanks(path, [f"line {n}" for n, text in zip(lines, texts, strict=True) if not text.strip()],
-                       len(texts), strict)
-        arrays, _ = encode_rows(self.fitted, [texts[i] for i in kept], self.metadata["length"], self.truncate)
-        return Incoming(Arrays(arrays), [numbers[i] for i in kept], [f"line {lines[i]}" for i in kept],
-                        {name: [column[i] for i in kept] for name, column in beside.items()},
-                        None if truth is None else [truth[i] for i in kept])
+        """New messages: the lines of a .txt file, or the text column of a .csv or key of a .jsonl file (others are
+        ignored). Blank messages are skipped. Raises UserError."""
+        found = read_new_texts(Path(path), self.column, self.target, "message", self.encoding, id_column, strict)
+        arrays, _ = encode_rows(self.fitted, found.texts, self.metadata["length"], self.truncate)
+        return Incoming(Arrays(arrays), found.numbers, found.names, found.beside, found.truth)
 
     def reference(self) -> list[str]:
         """The usual baseline, TF-IDF and logistic regression, on the whole messages of the same split.
