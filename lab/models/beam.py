@@ -59,22 +59,21 @@ def beam_search(model: nn.Module, params: Any, source_BS: Array, mask_BS: Array,
         ids_V = jnp.arange(V)
         if vocab is not None:
             logits_BKV = jnp.where(ids_V < vocab, logits_BKV, -jnp.inf)
-        log_prob_BKV = beams.log_prob_BK[..., None] + jax.nn.log_softmax(logits_BKV.astype(jnp.float32))
-        ended_BK = beams.length_BK > 0
+        ended_BK1, end_V = beams.length_BK[..., None] > 0, ids_V == boundary
         # An ended hypothesis has one continuation, itself, and comes first: it keeps its place in the beam.
-        itself_BKV = jnp.where(ids_V == boundary, jnp.inf, -jnp.inf)
-        order_BKV = jnp.where(ended_BK[..., None], itself_BKV, log_prob_BKV)
+        value_BKV = jnp.where(ended_BK1, jnp.where(end_V, 0.0, -jnp.inf), jax.nn.log_softmax(logits_BKV))
+        value_BKV += beams.log_prob_BK[..., None]
+        order_BKV = jnp.where(ended_BK1 & end_V, jnp.inf, value_BKV)
         _, flat_BK = jax.lax.top_k(order_BKV.reshape(B, -1), K)
         from_BK, token_BK = flat_BK // V, flat_BK % V
-        take = lambda x_BK: jnp.take_along_axis(x_BK, from_BK, axis=1)
-        new_BK = jnp.take_along_axis(log_prob_BKV.reshape(B, -1), flat_BK, axis=1)
+        log_prob_BK = jnp.take_along_axis(value_BKV.reshape(B, -1), flat_BK, axis=1)
         tokens_BKL = jnp.take_along_axis(beams.tokens_BKL, from_BK[..., None], axis=1)
         tokens_BKL = tokens_BKL.at[:, :, beams.step].set(token_BK)
-        was_BK = take(ended_BK)
-        now_BK = jnp.where(token_BK == boundary, beams.step + 1, 0)
-        return beams._replace(
-            step=beams.step + 1, tokens_BKL=tokens_BKL, log_prob_BK=jnp.where(was_BK, take(beams.log_prob_BK), new_BK),
-            length_BK=jnp.where(was_BK, take(beams.length_BK), now_BK)), from_BK
+        before_BK = jnp.take_along_axis(beams.length_BK, from_BK, axis=1)
+        length_BK = jnp.where(before_BK > 0, before_BK, jnp.where(token_BK == boundary, beams.step + 1, 0))
+        length_BK = jnp.where(jnp.isfinite(log_prob_BK), length_BK, 0)  # fewer continuations than beams
+        return beams._replace(step=beams.step + 1, tokens_BKL=tokens_BKL, log_prob_BK=log_prob_BK,
+                              length_BK=length_BK), from_BK
 
     def forward(beams: _Beams) -> _Beams:
         last_BK = jax.lax.dynamic_index_in_dim(beams.tokens_BKL, beams.step - 1, axis=2, keepdims=False)
@@ -88,7 +87,7 @@ def beam_search(model: nn.Module, params: Any, source_BS: Array, mask_BS: Array,
     start = _Beams(jnp.zeros((), jnp.int32), jnp.full((B, K, length), boundary, jnp.int32),
                    jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf) * jnp.ones((B, 1)), jnp.zeros((B, K), jnp.int32), cache)
     first, _ = chosen(start, jnp.repeat(logits_B1V, K, axis=1))
-    more = lambda beams: (beams.step < length) & ~jnp.all(beams.length_BK > 0)
+    more = lambda beams: (beams.step < length) & jnp.any((beams.length_BK == 0) & jnp.isfinite(beams.log_prob_BK))
     last = jax.lax.while_loop(more, forward, first)
     score_BK = penalised(last.log_prob_BK, jnp.where(last.length_BK > 0, last.length_BK, length), penalty)
     score_BK, order_BK = jax.lax.top_k(score_BK, K)

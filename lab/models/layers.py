@@ -273,7 +273,7 @@ class SelfAttention(Transformer):
 
 
 class FeedForward(Transformer):
-    """Position-wise MLP: gelu (tanh form, as GPT-2; or exact), swiglu (Shazeer 2020), relu, squared (So et al. 2021)."""
+    """Position-wise MLP: gelu (tanh form, as GPT-2; or exact), swiglu (Shazeer 2020), relu, relu2 (So et al. 2021)."""
 
     @nn.compact
     def __call__(self, x_BLD: Array, train: bool) -> Array:

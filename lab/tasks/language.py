@@ -70,10 +70,10 @@ class LanguageModel(Task):
         numbers = None if self._plain() else (self.label_smoothing, self.z_loss, batch.get("vocab", [None])[0])
         if self.chunk is None:
             logits_BLV, model_state = apply(model, variables, inputs_BL, **given)
-            objective, (nll, right) = _sums(logits_BLV, (targets_BL, weight_BL), numbers)
+            objective, (nll, right) = token_sums(logits_BLV, (targets_BL, weight_BL), numbers)
         else:
             (x_BLD, kernel_DV), model_state = apply(model, variables, inputs_BL, **given, head=False)
-            objective, (nll, right) = over_chunks(lambda x, kernel, *rest: _sums(model.logits(x, kernel), *rest),
+            objective, (nll, right) = over_chunks(lambda x, kernel, *rest: token_sums(model.logits(x, kernel), *rest),
                                                   self.chunk, x_BLD, kernel_DV, (targets_BL, weight_BL), numbers)
         weight = weight_BL.sum()
         metrics = {"loss": (nll, weight), "accuracy": (right, weight),
@@ -92,7 +92,7 @@ class LanguageModel(Task):
         return text_report(outcome, self.samples)
 
 
-def _sums(logits_BLV: Array, given: tuple[Array, Array], numbers: tuple[Any, ...] | None) -> tuple[Array, Any]:
+def token_sums(logits_BLV: Array, given: tuple[Array, Array], numbers: tuple[Any, ...] | None) -> tuple[Array, Any]:
     """(objective, (cross-entropy, correct predictions)). `given`: targets and weights; `numbers`: smoothing, z-loss and
     the tokenizer's number of ids (None: all). Ids that only pad the vocabulary get no smoothing mass. They stay in the
     softmax, where training soon drives their probability to 0 (untrained: log(50,304 / 50,257) = 0.0009 nats).

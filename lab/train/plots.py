@@ -179,6 +179,24 @@ def intervals(figures: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
 # ------------------------------------------------------------------------------------------------------ images
 
 
+def alignments(maps: Sequence[tuple[np.ndarray, Sequence[str], Sequence[str]]], path: Path, across: str,
+               down: str) -> Path:
+    """Plots attention maps one below the other: (map (L, S), L names of rows, S names of columns) each. `across`,
+    `down`: what columns and rows are."""
+    sizes = [(max(len(columns), 4), max(len(rows), 4)) for _, rows, columns in maps]
+    figure = new_figure(2 + 0.22 * max(width for width, _ in sizes), sum(1.4 + 0.22 * height for _, height in sizes))
+    grid = figure.add_gridspec(len(maps), 1, height_ratios=[1.4 + 0.22 * height for _, height in sizes])
+    shown = lambda names: [name.strip().replace("$", r"\$") or "\u2423" for name in names]
+    for place, (values, rows, columns) in zip(grid, maps, strict=True):
+        axes = figure.add_subplot(place)
+        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=max(float(values.max()), 1e-12), interpolation="nearest")
+        axes.set_xticks(range(len(columns)), shown(columns), rotation=90, fontsize=7)
+        axes.set_yticks(range(len(rows)), shown(rows), fontsize=7)
+        axes.set(xlabel=across, ylabel=down)
+        figure.colorbar(image, ax=axes, fraction=0.03, label="share of attention")
+    return _save(figure, path)
+
+
 def image_grid(images: np.ndarray, path: Path, titles: Sequence[str] = (), columns: int = 5,
                limits: tuple[float, float] | None = None) -> Path:
     """Plots images (n, H, W, C) in rows of `columns`, with optional titles.

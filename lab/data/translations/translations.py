@@ -90,8 +90,8 @@ class Translations(Data):
         fitted = self.tokenizer.fit(lambda split: iter(texts["train"] if split == "train" else held_out),
                                     sum(map(len, texts["train"])))
         if isinstance(self.tokenizer, Saved) and not fitted.pads:
-            raise UserError(f"The tokenizer of {self.tokenizer.path} has no id that is free for padding: train that run "
-                            f"on Translations, or on Text with BPE().")
+            raise UserError(f"The tokenizer of {self.tokenizer.path} has no id that is free for padding: train that "
+                            f"run on Translations, or on Text with BPE().")
         fitted = with_padding(fitted)
         summary = {"source": self.source.title, "split": rule, "tokenizer": repr(self.tokenizer),
                    "vocabulary": fitted.size}
