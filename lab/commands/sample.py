@@ -21,6 +21,7 @@ from lab.harness.perplexity import exp
 from lab.harness.scoring import score
 from lab.models.generate import check_numbers, sample_texts
 from lab.tasks.text_quality import quality_table, text_quality
+from lab.tasks.translate import Translate
 from lab.train.fitted import data_of
 from lab.train.json_files import write_json
 from lab.train.restore import open_run
@@ -136,6 +137,9 @@ def _of_run(run: Path, prompts: list[str], step: int | None, best: bool, experim
             **how: Any) -> list[str]:
     found, program, state = open_run(run, step, best, file=experiment)
     data = data_of(run, found)
+    if isinstance(found.task, Translate):
+        raise UserError(f"{run} writes a target for a source and continues no text: put the sources into a file "
+                        f"sources.txt, one a line, and run ./launch.sh predict {run} --input sources.txt --output -")
     if not hasattr(data, "decode"):
         raise UserError(f"The data of {run} cannot decode tokens to text: there is nothing to sample.")
     return sample_texts(functools.partial(program.compute, state), found.model.context, data, prompts, **how)

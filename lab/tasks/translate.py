@@ -22,8 +22,6 @@ from lab.tasks.text_quality import quality_table
 from lab.tasks.translation_scores import margins, translation_scores
 from lab.train import plots
 
-BEST = "nearest training source"
-
 
 @dataclass(frozen=True)
 class Translate(Task):
@@ -131,7 +129,7 @@ def baselines(data: Any, sources: Sequence[str]) -> dict[str, list[str]]:
     """Name -> the output for each source, of three ways that learn nothing: copy the source; write the most frequent
     target of training; write the target of the training source with the nearest TF-IDF of character n-grams."""
     found = {"copy": list(sources), "most frequent": [data.most_frequent()] * len(sources)}
-    with forgiving(f"The baseline of the {BEST}"):
+    with forgiving("The baseline of the nearest source"):
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, dtype=np.float32)
@@ -139,7 +137,7 @@ def baselines(data: Any, sources: Sequence[str]) -> dict[str, list[str]]:
         nearest: list[int] = []
         for start in range(0, len(sources), 1024):
             nearest += (vectors.transform(sources[start : start + 1024]) @ known.T).argmax(1).A1.tolist()
-        found[BEST] = [data.pairs["train"][i].target for i in nearest]
+        found["nearest source"] = [data.pairs["train"][i].target for i in nearest]
     return found
 
 

@@ -46,11 +46,7 @@ def _rouge(references: Sequence[str], outputs: Sequence[str]) -> dict[str, float
 
 
 def margins(columns: Mapping[str, Mapping[str, float]], model: str) -> list[str]:
-    """Lines that say by how much a column beats the best of the others, or fails to."""
-    lines = []
-    for name in (name for name in RANKED if name in columns[model]):
-        own = columns[model][name]
-        best, other = max((values[name], who) for who, values in columns.items() if who != model)
-        lines.append(f"{name}: {own:.2f}, {abs(own - best):.2f} {'above' if own >= best else 'BELOW'} the best "
-                     f"baseline, {other} ({best:.2f})")
-    return lines
+    """Lines that say by how much a column differs from each of the others, in the scores of `RANKED`."""
+    return [f"{name} {own:.2f}: " + ", ".join(f"{own - values[name]:+.2f} over {other}"
+                                             for other, values in columns.items() if other != model)
+            for name in RANKED if (own := columns[model].get(name)) is not None]
