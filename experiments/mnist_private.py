@@ -5,7 +5,7 @@
 
 Measured (2-core Intel Xeon with AMX, busy, 2026-11-27 and 28). MNIST, seed 0: 94.6 % of 10,000 test images at epsilon
 1.20 and delta 1e-5, 10 epochs of 55,000, 28 minutes; TensorFlow Privacy's tutorial has 95.0 %, 10 epochs of 60,000. The
-attack by the loss (1,000 + 1,000 images) has an area of 0.480, and 0.482 for `mnist_cnn` after 2 epochs: nobody is told.
+attack by the loss (1,000 + 1,000 images) has an area of 0.480, and 0.482 for `mnist_cnn` after 2 epochs.
 Local config, epsilon 8.0 at delta 1e-4, seeds 0, 1, 2: 96.7, 96.4, 95.8 % of 359 digits, 7 s of training; `mnist_cnn`
 without privacy has 99.7 %.
 """

@@ -58,6 +58,28 @@ GOLDEN = {
             "blocks/attn/value/bias blocks/ffn/down/bias blocks/ffn/up/bias blocks/mlp_norm/bias "
             "blocks/mlp_norm/scale"),
     },
+    "Seq2Seq": {
+        "hidden": (
+            "encoder/block_*/attn/key/kernel encoder/block_*/attn/out/kernel encoder/block_*/attn/query/kernel "
+            "encoder/block_*/attn/value/kernel encoder/block_*/ffn/down/kernel encoder/block_*/ffn/up/kernel "
+            "decoder/block_*/attn/key/kernel decoder/block_*/attn/out/kernel decoder/block_*/attn/query/kernel "
+            "decoder/block_*/attn/value/kernel decoder/block_*/ffn/down/kernel decoder/block_*/ffn/up/kernel "
+            "decoder/block_*/cross_attn/key/kernel decoder/block_*/cross_attn/out/kernel "
+            "decoder/block_*/cross_attn/query/kernel decoder/block_*/cross_attn/value/kernel"),
+        "head": "head",
+        "none": (
+            "wte/embedding source_wte/embedding encoder/block_*/attention_norm/bias "
+            "encoder/block_*/attention_norm/scale encoder/block_*/attn/key/bias encoder/block_*/attn/out/bias "
+            "encoder/block_*/attn/query/bias encoder/block_*/attn/value/bias encoder/block_*/ffn/down/bias "
+            "encoder/block_*/ffn/up/bias encoder/block_*/mlp_norm/bias encoder/block_*/mlp_norm/scale "
+            "encoder/final_norm/bias encoder/final_norm/scale decoder/block_*/attention_norm/bias "
+            "decoder/block_*/attention_norm/scale decoder/block_*/attn/key/bias decoder/block_*/attn/out/bias "
+            "decoder/block_*/attn/query/bias decoder/block_*/attn/value/bias decoder/block_*/cross_attn/key/bias "
+            "decoder/block_*/cross_attn/out/bias decoder/block_*/cross_attn/query/bias "
+            "decoder/block_*/cross_attn/value/bias decoder/block_*/cross_norm/bias decoder/block_*/cross_norm/scale "
+            "decoder/block_*/ffn/down/bias decoder/block_*/ffn/up/bias decoder/block_*/mlp_norm/bias "
+            "decoder/block_*/mlp_norm/scale decoder/final_norm/bias decoder/final_norm/scale"),
+    },
     "BERT": {
         "hidden": (
             "block_*/attn/key/kernel block_*/attn/out/kernel block_*/attn/query/kernel "

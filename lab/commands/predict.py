@@ -44,7 +44,7 @@ def predict(
     Args:
       run: the run folder; or weights: a folder with config.json, a .gguf file, hf:ORG/NAME or package:NAME/PATH.
       input: new records in a format that the run's data reads: a CSV with the columns of the training data, a text
-        file with one message per line, an image, or a folder of images.
+        file with one message or source per line, a .jsonl file with their key, an image, or a folder of images.
       output: the CSV to write, or - for standard output. One row per record: `record` (its number in the input, from
         0), the prediction, class probabilities p_<class> for classifiers, and `truth` if the input has the target.
       split: predict this split of the run's data instead of an input; requires the data. Records are numbered as in

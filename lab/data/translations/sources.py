@@ -1,8 +1,9 @@
 """Sources of pairs: a source text, and the target text to write for it.
 
 A *source* is a frozen dataclass in an experiment: `title` (display name), `columns` (the names of source and target, in
-files of new texts), `validate()` (UserError for wrong fields; reads nothing) and `read()`, split -> pairs. What has no
-splits gives "train" only. A new source here also joins `Source` in translations.py and the package's `__init__.py`.
+files of new texts), `validate()` (UserError for wrong fields; reads nothing) and `read()`, split -> pairs; "train" only
+if there are no splits. Optional: `prepare(text)`, how a source is written before it is encoded. A new source here also
+joins `Source` in translations.py and the package's `__init__.py`.
 """
 
 import ast
@@ -23,6 +24,7 @@ from lab.errors import UserError
 
 AT_ONCE = 1024  # TFDS records per read
 LEAST = 3  # words of a docstring's line
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\w\s.]|[^\W_a-zA-Z\d]+")  # of identifiers, and signs
 
 
 class TextPair(NamedTuple):
@@ -155,6 +157,11 @@ class PythonSignatures:
 
     title = "signatures and docstrings of Python's standard library"
     columns = "source", "target"
+
+    def prepare(self, text: str) -> str:
+        """A signature in lower-case words, which are then tokens of docstrings, too: "shutil.copyFile(src_dir)" ->
+        "shutil copy file ( src dir )"."""
+        return " ".join(_WORD.findall(text)).lower()
 
     def validate(self) -> None:
         """Nothing can be checked without reading."""

@@ -1,7 +1,7 @@
 """Pairs of texts for an encoder-decoder: source and target of fixed lengths, padded."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ class Translations(Data):
         """
         self.validate()
         parts, rule = _split(self.source.read(), self.source.title)
-        texts = {split: [text for pair in part for text in (pair.source, pair.target)]
+        prepare = getattr(self.source, "prepare", str)
+        texts = {split: [text for pair in part for text in (prepare(pair.source), pair.target)]
                  for split, part in parts.items()}
         held_out = [text for split in parts if split != "train" for text in texts[split]]
         fitted = self.tokenizer.fit(lambda split: iter(texts["train"] if split == "train" else held_out),
@@ -97,7 +98,8 @@ class Translations(Data):
                    "vocabulary": fitted.size}
         known, records = {pair.target for pair in parts["train"]}, {}
         for split, part in parts.items():
-            records[split], lines = _records(fitted, part, self.source_length, self.target_length)
+            both = fitted.encode_batch(texts[split][0::2]), fitted.encode_batch(texts[split][1::2])
+            records[split], lines = _records(*both, self.source_length, self.target_length)
             lines |= {} if split == "train" else {"targets also in training": sum(p.target in known for p in part)}
             summary |= {f"{split} {what}": value for what, value in lines.items()}
         return TranslationData(
@@ -106,7 +108,7 @@ class Translations(Data):
                                self.tokenizer.identity(), self._lengths()),
             metadata={"vocab": fitted.size, **self._lengths()}, unit=self.unit, summary=summary, pairs=parts,
             fitted=fitted, tokenizer_state=saved_form(self.tokenizer, fitted), columns=self.source.columns,
-            encoding=getattr(self.source, "encoding", "UTF-8"),
+            encoding=getattr(self.source, "encoding", "UTF-8"), prepare=prepare,
             origins={split: Origin(np.array([pair.number for pair in part]),
                                    truth={pair.number: pair.target for pair in part})
                      for split, part in parts.items()},
@@ -115,7 +117,8 @@ class Translations(Data):
     def restored(self, saved: dict[str, Any], tokenizer: str) -> "TranslationData":
         """The result of a run's `load`, without records; see `Dataset.saved`."""
         return TranslationData(**restored(saved), pairs={}, fitted=with_padding(revived(tokenizer, "tokenizer.json")),
-                               tokenizer_state=tokenizer, columns=tuple(saved["columns"]), encoding=saved["encoding"])
+                               tokenizer_state=tokenizer, columns=tuple(saved["columns"]), encoding=saved["encoding"],
+                               prepare=getattr(self.source, "prepare", str))
 
 
 def _split(read: dict[str, list[TextPair]], title: str) -> tuple[dict[str, list[TextPair]], str]:
@@ -133,16 +136,16 @@ def _split(read: dict[str, list[TextPair]], title: str) -> tuple[dict[str, list[
         "test is the source's own; 10 % validation, by a hash of each target"
 
 
-def _records(fitted: Fitted, pairs: Sequence[TextPair], S: int, L: int) -> tuple[Arrays, dict[str, Any]]:
-    """The records of a split, and lines to print."""
-    sources, targets = (fitted.encode_batch([getattr(pair, what) for pair in pairs]) for what in ("source", "target"))
-    arrays = _inputs(sources, S)
-    tokens, learn = np.full((len(pairs), L + 1), BOUNDARY, np.int32), np.zeros((len(pairs), L), np.uint8)
+def _records(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], S: int,
+             L: int) -> tuple[Arrays, dict[str, Any]]:
+    """The records of a split, and lines to print, from the ids of its texts."""
+    n, arrays = len(sources), _inputs(sources, S)
+    tokens, learn = np.full((n, L + 1), BOUNDARY, np.int32), np.zeros((n, L), np.uint8)
     for row, ids in enumerate(targets):
         kept = ids[:L]
         tokens[row, 1 : 1 + len(kept)] = kept
         learn[row, : len(kept) + 1] = 1
-    lines = {"pairs": len(pairs), "tokens per source": round(float(np.mean([*map(len, sources)])), 1),
+    lines = {"pairs": n, "tokens per source": round(float(np.mean([*map(len, sources)])), 1),
              "tokens per target": round(float(np.mean([*map(len, targets)])), 1),
              "sources cut at the end": sum(len(ids) > S for ids in sources),
              "targets cut at the end": sum(len(ids) + 1 > L for ids in targets)}
@@ -171,6 +174,8 @@ class TranslationData(Dataset):
     """The columns or keys of source and target in a file."""
     encoding: str = "UTF-8"
     """Encoding of the files."""
+    prepare: Callable[[str], str] = str
+    """How a source is written before it is encoded."""
 
     def text(self, ids: np.ndarray) -> str:
         """Target ids, with or without the id that begins them -> text, up to what ends it."""
@@ -199,7 +204,8 @@ class TranslationData(Dataset):
           UserError: see `read_new_texts`; or a source is longer than the run's.
         """
         found = read_new_texts(Path(path), *self.columns, "source", self.encoding, id_column, strict)
-        ids, most = self.fitted.encode_batch(found.texts), self.metadata["source_length"]
+        ids = self.fitted.encode_batch([self.prepare(text) for text in found.texts])
+        most = self.metadata["source_length"]
         if long := [(len(row), name) for row, name in zip(ids, found.names, strict=True) if len(row) > most]:
             raise UserError(f"{path}, {long[0][1]} has {long[0][0]} tokens, and this run's sources at most {most}: "
                             f"shorten {'it' if len(long) == 1 else f'it and {len(long) - 1} more'}, or train with a "
