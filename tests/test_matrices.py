@@ -172,7 +172,11 @@ def test_every_parameter_of_every_experiment_is_what_the_list_says(path):
     values = [getattr(module, name, None) for name in ("experiment", "local", "study")]
     found = {}
     for value in values:
-        arms = [arm for _, arm in value.experiments().items()] if hasattr(value, "arms") else [value]
+        try:
+            arms = [arm for _, arm in value.experiments().items()] if hasattr(value, "arms") else [value]
+        except UserError as e:  # weights of records are counted in the data, which not every machine has
+            assert value is not module.local, e
+            continue
         for experiment in (arm[1] if isinstance(arm, tuple) else arm for arm in arms if arm is not None):
             found[str(experiment.model)] = experiment
     for experiment in found.values():
