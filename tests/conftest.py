@@ -43,6 +43,7 @@ MARKS = {
     "test_parallel": "slow",
     "test_matrices": "slow",
     "test_gan": "slow",
+    "test_groups": "slow",
     "test_pretrained": "slow",
     "test_lora": "slow",
     "test_harness": "slow",
