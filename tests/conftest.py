@@ -131,7 +131,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 # Files whose runs draw their pictures, which takes longer than a small model's training; test_cli's do, in processes.
-DRAWN = ("test_errors", "test_gan", "test_loop", "test_multitask", "test_plots", "test_reports", "test_supervised")
+DRAWN = ("test_errors", "test_gan", "test_loop", "test_multitask", "test_plots", "test_reports", "test_supervised",
+         "test_translate")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -190,8 +190,8 @@ def test_a_wrong_extra_is_one_sentence(checkout):
     result = checkout.run(LAB_EXTRAS="tensorboard,nonesuch")
     assert result.returncode == 2
     assert result.stderr == ("lab: LAB_EXTRAS names nonesuch, which is not one of benchmark, bucket, chat, gguf, "
-                             "lm-eval, minilm, onnx, parity, plan, privacy, sacrebleu, serve, smollm2, tensorboard, "
-                             "test.\n")
+                             "lm-eval, minilm, onnx, parity, plan, privacy, rouge, sacrebleu, serve, smollm2, "
+                             "tensorboard, test.\n")
 
 
 # --- the environment ---------------------------------------------------------------------------------------------

@@ -37,12 +37,8 @@ def beam_search(model: nn.Module, params: Any, source_BS: Array, mask_BS: Array,
     `boundary`: the id that begins a target and ends it. Each step keeps the `beams` most likely continuations; one that
     has ended stays, and the search goes on with the others (Sutskever et al. 2014). At the end, or after `length`
     tokens, the hypotheses are ordered by `penalised`. With one beam this is greedy decoding, whatever the penalty.
-    `vocab`: ids from `vocab` on only pad the model's vocabulary and are never chosen. A row does not depend on the
-    others, up to rounding.
-
-    Returns:
-      tokens int32 (B, beams, length), filled up with `boundary`; and scores float32 (B, beams), -inf for hypotheses
-      beyond the number of those that exist.
+    `vocab`: ids from `vocab` on only pad the model's vocabulary and are never chosen. Returns tokens int32 (B, beams,
+    length), filled up with `boundary`, and scores float32 (B, beams), -inf for hypotheses that do not exist.
     """
     B, K = source_BS.shape[0], beams
     layers = int(getattr(model, "scan", False))  # scanned layers are stacked along a leading axis
