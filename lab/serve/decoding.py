@@ -106,7 +106,7 @@ def _intercept(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if isinstance(module, Dense) and context.method_name == "__call__":
         return _dense(module, *args, whole=slot is not None)
     if isinstance(module, SelfAttention) and context.method_name == "_decode":
-        return _attention(module, *args, texts=texts, slot=slot)
+        return _attention(module, *args[:4], texts=texts, slot=slot)  # without a bias, which GPT has none of
     return own(*args, **kwargs)
 
 
