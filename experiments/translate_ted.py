@@ -4,6 +4,10 @@
     LAB_EXTRAS=sacrebleu,rouge ./launch.sh experiments/translate_ted.py --full
     LAB_EXTRAS=sacrebleu,rouge ./launch.sh experiments/translate_ted.py
     ./launch.sh predict RUN --input signatures.txt --output -
+
+Measured, local config (busy 2-core Intel Xeon VM with AMX, 2026-11-28, seed 0, 20 minutes): ROUGE-L 25.5, chrF 22.9,
+BLEU 6.4 on held-out functions; the signature copied 16.6, 21.3, 1.4; the most frequent line 6.6, 5.6, 0.1; the line of
+the nearest signature in training, which is no model's, 35.9, 37.6, 21.3. The talks were not run: no network here.
 """
 
 from dataclasses import replace
@@ -12,7 +16,7 @@ from lab.data.tokenizers import BPE
 from lab.data.translations import PythonSignatures, TfdsPairs, Translations
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.seq2seq import Seq2Seq
-from lab.optim import Adam, AdamW, Cosine, InverseSqrt
+from lab.optim import Adam, Cosine, InverseSqrt, Muon
 from lab.tasks.translate import Translate
 
 experiment = Experiment(
@@ -28,10 +32,10 @@ experiment = Experiment(
 
 local = replace(
     experiment,
-    data=Translations(PythonSignatures(), BPE(2048), source_length=48, target_length=40),
-    model=Seq2Seq(depth=2, width=128, heads=4, vocab=2048, context=48, dropout=0.2),
-    task=Translate(label_smoothing=0.1),
-    optim=AdamW(lr=Cosine(2e-3, warmup=50, end=0.05), b2=0.98, weight_decay=0.1, grad_clip_norm=1.0),
-    steps=800, batch=32,
-    evaluate=Evaluate(every=200), checkpoint=Checkpoint(every=200),
+    data=Translations(PythonSignatures(), BPE(2048), source_length=40, target_length=32),
+    model=Seq2Seq(depth=2, width=128, heads=4, vocab=2048, context=40, position="rotary", dropout=0.15),
+    task=Translate(label_smoothing=0.1, length_penalty=2.0),
+    optim=Muon(lr=Cosine(5e-3, warmup=20, end=0.05), weight_decay=0.1, grad_clip_norm=1.0),
+    steps=2000, batch=16,
+    evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500),
 )
