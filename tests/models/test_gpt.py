@@ -299,8 +299,8 @@ def test_the_support_test_sees_a_cache_that_shows_the_future(monkeypatch):
     from lab.models import layers
 
     seen = layers.einsum_attention
-    monkeypatch.setattr(layers, "einsum_attention", lambda q, k, v, visible, *drop: seen(
-        q, k, v, visible if drop else None))
+    monkeypatch.setattr(layers, "einsum_attention", lambda q, k, v, visible, *drop, **bias: seen(
+        q, k, v, visible if drop else None, *drop, **bias))
     with pytest.raises(AssertionError, match="looks ahead"):
         assert_causal_with_a_cache({}, 1)
 
