@@ -23,16 +23,16 @@ from jax import Array
 
 from lab.models.layers import Dense, SelfAttention
 
-ROWS = 8  # of a product, at least: with fewer a CPU sums in another order, and one bfloat16 row takes tenfold the time
+ROWS = 2  # of a product, at least: one bfloat16 row takes tenfold the time
 SAME = 16  # rows of a float32 product
-KEYS = 256  # of the first block
+KEYS = 64  # of the first block
 LEAST = jnp.finfo(jnp.float32).min
 Blocks = tuple[Array, ...]
 """The keys or values of all slots: arrays (S, G, C, K), with an axis of layers in front if the model scans them."""
 
 
 def blocks_of(context: int) -> tuple[int, ...]:
-    """Keys of the blocks: 256, 256, 512, 1024, ..., as many as the context."""
+    """Keys of the blocks: 64, 64, 128, 256, ..., as many as the context."""
     parts: list[int] = []
     while (done := sum(parts)) < context:
         parts.append(min(max(done, KEYS), context - done))

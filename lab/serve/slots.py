@@ -77,7 +77,7 @@ class Slots:
                  precision: Literal["float32", "bfloat16"] = "float32"):
         self.model, self.vocab, self.context = model, vocab, model.context
         self.widths = tuple(w for w in WIDTHS if w < self.context) or (self.context,)
-        self.rows = [rows for rows in (4, 16, 64, 256) if rows < slots] + [slots]
+        self.rows = [rows for rows in (2, 8, 16, 64, 256) if rows < slots] + [slots]
         """Numbers of texts that a step can have."""
         self._empty = functools.partial(_cache_beside, model, params, slots)
         self.params = jax.jit(decoding.stored, static_argnums=1)(params, precision)
