@@ -33,9 +33,9 @@ experiment = Experiment(
 local = replace(
     experiment,
     data=Translations(PythonSignatures(), BPE(2048), source_length=40, target_length=32),
-    model=Seq2Seq(depth=2, width=128, heads=4, vocab=2048, context=40, position="rotary", dropout=0.15),
+    model=Seq2Seq(depth=2, width=128, heads=4, vocab=2048, context=40, position="rotary"),
     task=Translate(label_smoothing=0.1, length_penalty=2.0),
-    optim=Muon(lr=Cosine(5e-3, warmup=20, end=0.05), weight_decay=0.1, grad_clip_norm=1.0),
-    steps=2000, batch=16,
-    evaluate=Evaluate(every=500), checkpoint=Checkpoint(every=500),
+    optim=Muon(lr=Cosine(6e-3, warmup=20, end=0.05), weight_decay=0.1, grad_clip_norm=1.0),
+    steps=2000, batch=32,
+    evaluate=Evaluate(every=400), checkpoint=Checkpoint(every=400),
 )

@@ -53,6 +53,7 @@ MARKS = {
     "test_api": "slow",
     "test_chunks": "slow",
     "test_forks": "slow",
+    "test_translate": "slow",
     "test_weights_real": "slow",
     "test_harness_study": "slow",
     "test_serve_command": "slow",

@@ -75,6 +75,19 @@ def test_words_are_the_most_frequent_ones():
     assert words("It's 'quoted' rock'n'roll") == ["it's", "quoted", "rock'n'roll"]
 
 
+def test_capitals_and_stop_words():
+    text = "The cat of THE Queen, the cat"
+    pieces = {fields: [piece.decode() for piece in fit(Words(9, *fields), [text]).pieces[2:]]
+              for fields in ((True, True), (False, True), (True, False), (False, False))}
+    assert pieces == {(True, True): ["the", "cat", "of", "queen"], (True, False): ["cat", "queen"],
+                      (False, True): ["cat", "Queen", "THE", "The", "of", "the"], (False, False): ["cat", "Queen"]}
+    fitted = fit(Words(9, stop_words=False), [text])
+    assert fitted.encode("of the Queen").tolist() == Words(9, stop_words=False).restore(fitted.state).encode(
+        "queen").tolist() == [3]
+    assert len({Words(9, *fields).identity() for fields in pieces}) == 4 and Words(9).identity() == "words 9"
+    fails("no word in it", fit, Words(9, stop_words=False), ["the of"])
+
+
 def test_words_learn_from_the_training_split_only(mail):
     data = Messages(mail, length=8, test=0.2).load()
     train = {word for text in data.texts["train"] for word in words(text)}

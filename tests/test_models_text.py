@@ -149,18 +149,18 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def lstm(params, tokens, depth, bidirectional, pool, order="ifgo", backward=slice(None, None, -1)):
-    """One text, cut to its length: logits (C,)."""
+def lstm(params, tokens, depth, bidirectional, pool, order="ifgo", backward=slice(None, None, -1), keep=(1, 1)):
+    """One text, cut to its length: logits (C,). `keep`: dropout masks on the state, of both directions."""
     p = doubled(params)
     x = p["embedding"]["embedding"][tokens]
     for i in range(depth):
         outputs, last = [], []
-        for name, turn in (("forward", slice(None)), ("backward", backward))[: 1 + bidirectional]:
+        for name, turn, mask in (("forward", slice(None), keep[0]), ("backward", backward, keep[1]))[: 1 + bidirectional]:
             q = {part: p[f"layer_{i}"][f"{name}_{part}"] for part in ("input", "recurrent", "bias")}
             h = c = np.zeros(len(q["recurrent"]))
             out = []
             for step in x[turn]:
-                z = dict(zip(order, np.split(step @ q["input"] + h @ q["recurrent"] + q["bias"], 4), strict=True))
+                z = dict(zip(order, np.split(step @ q["input"] + h * mask @ q["recurrent"] + q["bias"], 4), strict=True))
                 c = sigmoid(z["f"]) * c + sigmoid(z["i"]) * np.tanh(z["g"])
                 h = sigmoid(z["o"]) * np.tanh(c)
                 out.append(h)
@@ -191,6 +191,23 @@ def test_lstm_equals_numpy(kind):
     assert all(np.abs(got[1] - lstm(params, TOKENS[1], *kind, **each)).max() > 0.01 for each in wrong)
     other = {"last": "mean", "mean": "max", "max": "last"}[kind[2]]
     assert np.abs(got[1] - lstm(params, TOKENS[1], *kind[:2], other)).max() > 0.01
+
+
+def test_recurrent_dropout_has_one_mask_for_all_steps_of_a_text(monkeypatch):
+    rng, kind = np.random.default_rng(1), (1, True, "max")
+    model = recurrent(*kind).clone(recurrent_dropout=0.5)
+    params, masks = random_params(model, 0.8), rng.integers(0, 2, (2, B, 4)) * np.float32(2)
+    run = jax.jit(lambda key: model.apply({"params": params}, TOKENS, train=True, mask=MASK, rngs={"dropout": key}))
+    drawn = np.stack([run(jax.random.key(seed)) for seed in (0, 0, 1)])
+    assert (drawn[0] == drawn[1]).all() and (drawn[1] != drawn[2]).any()
+    np.testing.assert_array_equal(forward(model, params, mask=MASK), forward(recurrent(*kind), params, mask=MASK))
+    left = iter(masks)
+    monkeypatch.setattr("lab.models.rnn.dropout", lambda module, x, rate, train: next(left) if x.shape == (B, 4) else x)
+    got = model.apply({"params": params}, TOKENS, train=True, mask=MASK)
+    want = lambda keep, row: lstm(params, TOKENS[row, :LENGTHS[row]], *kind, keep=keep[:, row])
+    for row in range(B):
+        np.testing.assert_allclose(got[row], want(masks, row), atol=CLOSE)
+    assert np.abs(got[0] - want(np.ones_like(masks), 0)).max() > 0.01  # negative control
 
 
 def test_without_a_mask_all_tokens_are_real():

@@ -128,6 +128,30 @@ def test_several_texts_of_a_prompt_and_their_report(tiny, typed, tmp_path, monke
         assert message in typed(*how, *words)[2]
 
 
+def test_the_likeliest_of_several_texts(tiny, typed):
+    """Beside a forward pass of each text without padding."""
+    folder, model, params = tiny
+    fitted = tokenizer_of(str(folder), model)
+    how = (folder, "--prompt", "one two", "one two", "--new-tokens", "5", "--temperature", "2", "--json")
+    drawn = [json.loads(line) for line in typed(*how, "--n", "4")[1].splitlines()]
+    assert [row["seed"] for row in drawn] == [0, 1, 2, 3] * 2
+    means = {}
+    for row in drawn[:4]:
+        before, ids = (fitted.encode(text) for text in (row["prompt"], row["prompt"] + row["text"]))
+        logits = model.apply({"params": params}, jnp.asarray(ids[None, :-1]), train=False)[0]
+        log = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
+        means[row["seed"]] = log[len(before) - 1:].mean()
+    best = sorted(means, key=means.get, reverse=True)[:2]
+    found = [json.loads(line) for line in typed(*how, "--n", "2", "--best-of", "4")[1].splitlines()]
+    assert [row["seed"] for row in found] == best * 2
+    assert [row["log_prob"] for row in found[:2]] == pytest.approx([means[i] for i in best], rel=1e-5)
+    assert [row["text"] for row in found[:2]] == [drawn[i]["text"] for i in best]
+    for words, message in ((("--n", "3", "--best-of", "2"), "--best-of 2 must be at least --n 3"),
+                           (("--report",), "--json does not go with --report")):
+        status, _, err = typed(*how, *words)
+        assert status == 2 and message in err
+
+
 def test_a_judge_gives_the_perplexity_of_the_texts(tiny, typed, tmp_path):
     """Beside a forward pass of each text without padding."""
     folder, model, params = tiny
@@ -156,9 +180,11 @@ def test_a_judge_that_marks_the_beginning_does_not_within_a_text(tiny, tmp_path)
         (EOT, tokenizer.token_to_id(EOT))])
     tokenizer.save(str(marking / "tokenizer.json"))
     # The mark stands for the beginning, as the end-of-text token does for the other judge where there is no prompt.
-    found, expected = (_judged(judge, ["", ""], ["three", "one two"]) for judge in (marking, folder))
+    samples = [{"prompt": "", "text": text} for text in ("three", "one two")]
+    found, expected = (_judged(judge, samples) for judge in (marking, folder))
     assert found == pytest.approx(expected, rel=1e-6)
-    assert _judged(marking, [EOT], ["three"]) != pytest.approx(_judged(folder, [EOT], ["three"]), rel=1e-3)
+    begun = [{"prompt": EOT, "text": "three"}]
+    assert _judged(marking, begun) != pytest.approx(_judged(folder, begun), rel=1e-3)
 
 
 def test_the_texts_outlive_a_mistake_about_the_judge(tiny, typed, tmp_path):

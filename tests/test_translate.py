@@ -23,18 +23,18 @@ from lab.tasks.translate import Translate, baselines
 from lab.tasks.translation_scores import margins, translation_scores
 from lab.train.metrics import means
 from lab.train.program import Program
-from tests.test_step import apart, compiled_in_haste  # noqa: F401 (a fixture)
+from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 HEAD = """from lab.data.tokenizers import Bytes
 from lab.data.translations import PairsFile, Translations
-from lab.experiment import Checkpoint, Evaluate, Experiment
+from lab.experiment import Checkpoint, Evaluate, Experiment, Mesh
 from lab.models.seq2seq import Seq2Seq
 from lab.optim import AdamW, Constant
 from lab.tasks.translate import Translate
 experiment = Experiment(Translations(PairsFile("pairs.jsonl", "sum", "words"), Bytes(), 12, 16),
     Seq2Seq(depth=1, width=16, heads=2, vocab=257, context=16), Translate(beams=2), AdamW(lr=Constant(1e-2)), steps=2,
-    batch=8, evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0))
+    batch=8, evaluate=Evaluate(every=0), checkpoint=Checkpoint(every=0), mesh=Mesh(data=1))
 """
 
 
@@ -180,24 +180,23 @@ def test_the_loss_is_smoothed_cross_entropy(small):
 
 
 def test_eight_devices_learn_what_one_does(small):
-    train = small.data.load().train
+    train, alone = small.data.load().train, Program(replace(small, mesh=Mesh(data=1)))
+    together, begin = Program(replace(small, mesh=Mesh(2, 2, 2))), jax.device_get(alone.init())
 
-    def losses(mesh: Mesh) -> tuple[list[float], dict]:
-        program, found = Program(replace(small, mesh=mesh)), []
-        state = program.init()
+    def losses(program: Program) -> tuple[list[float], dict]:
+        state, found = jax.device_put(begin, program.shardings), []
         for step in range(3):
             rows = train_batch(train, step, 8, 0, program.rows)
             state, values = program.train(state, program.batch(lambda _, rows=rows: rows, step))
             found.append(means(jax.device_get(values))["loss"])
-        places = {path: x.sharding.spec for path, x in (
-            ("source", state.params["wte"]["embedding"]),
-            ("cross", state.params["decoder"]["block_0"]["cross_attn"]["query"]["kernel"]))}
-        return found, places
+        return found, state.params
 
-    (one, _), (eight, places) = losses(Mesh(data=1)), losses(Mesh(2, 2, 2))
+    (one, _), (eight, params) = losses(alone), losses(together)
     np.testing.assert_allclose(eight, one, atol=2e-5)
     assert one[-1] < one[0] - 0.2  # it learns
-    assert tuple(places["cross"]) == ("fsdp", "tensor") and tuple(places["source"]) == ("tensor", "fsdp")
+    cross = params["decoder"]["block_0"]["cross_attn"]["query"]["kernel"].sharding.spec
+    assert tuple(cross) == ("fsdp", "tensor")
+    assert tuple(params["wte"]["embedding"].sharding.spec) == ("tensor", "fsdp")
 
 
 # ------------------------------------------------------------------------------------------------------------- scores

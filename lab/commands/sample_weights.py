@@ -39,6 +39,12 @@ def language_model(location: str, chat: bool = False) -> tuple[GPT, dict[str, An
     return found.model, variables_of(found.arrays(lambda path, x: jax.device_put(x))), fitted
 
 
+def questions(fitted: FittedHuggingFace, location: str, system: str | None) -> Callable[[str], Sequence[int]]:
+    """Question -> its token ids, as the chat template puts it. `system`: how the model should answer."""
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return lambda prompt: fitted.encode_messages([*opening, {"role": "user", "content": prompt}], True, location)
+
+
 def sample_weights(location: str, prompts: Sequence[str], *, chat: bool, system: str | None, new_tokens: int,
                    **how: Any) -> list[str]:
     """The continuation of each prompt, or with `chat` the answer to it. `how`: see `sample_texts`.
@@ -47,10 +53,7 @@ def sample_weights(location: str, prompts: Sequence[str], *, chat: bool, system:
       UserError: as `language_model`.
     """
     model, variables, fitted = language_model(location, chat)
-    encode: Callable[[str], Any] = fitted.encode
-    if chat:
-        opening = [] if system is None else [{"role": "system", "content": system}]
-        encode = lambda prompt: fitted.encode_messages([*opening, {"role": "user", "content": prompt}], True, location)
+    encode: Callable[[str], Any] = questions(fitted, location, system) if chat else fitted.encode
     context = model.context
     if model.position == "rotary":  # the key/value cache has as many rows as the context
         longest = max((len(encode(prompt)) for prompt in prompts), default=1)

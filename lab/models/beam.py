@@ -28,6 +28,28 @@ class _Beams(NamedTuple):
     cache: Any
 
 
+def _chosen(beams: _Beams, logits_BKV: Array, boundary: int | Array, vocab: int | Array | None) -> tuple[_Beams, Array]:
+    """The beams one token longer, and the beam that each comes from (B, K)."""
+    B, K, V = logits_BKV.shape
+    ids_V = jnp.arange(V)
+    if vocab is not None:
+        logits_BKV = jnp.where(ids_V < vocab, logits_BKV, -jnp.inf)
+    ended_BK1, end_V = beams.length_BK[..., None] > 0, ids_V == boundary
+    # An ended hypothesis has one continuation, itself, and comes first: it keeps its place in the beam.
+    value_BKV = jnp.where(ended_BK1, jnp.where(end_V, 0.0, -jnp.inf), jax.nn.log_softmax(logits_BKV))
+    value_BKV += beams.log_prob_BK[..., None]
+    order_BKV = jnp.where(ended_BK1 & end_V, jnp.inf, value_BKV)
+    _, flat_BK = jax.lax.top_k(order_BKV.reshape(B, -1), K)
+    from_BK, token_BK = flat_BK // V, flat_BK % V
+    log_prob_BK = jnp.take_along_axis(value_BKV.reshape(B, -1), flat_BK, axis=1)
+    tokens_BKL = jnp.take_along_axis(beams.tokens_BKL, from_BK[..., None], axis=1)
+    before_BK = jnp.take_along_axis(beams.length_BK, from_BK, axis=1)
+    length_BK = jnp.where(before_BK > 0, before_BK, jnp.where(token_BK == boundary, beams.step + 1, 0))
+    return beams._replace(
+        step=beams.step + 1, tokens_BKL=tokens_BKL.at[:, :, beams.step].set(token_BK), log_prob_BK=log_prob_BK,
+        length_BK=jnp.where(jnp.isfinite(log_prob_BK), length_BK, 0)), from_BK  # fewer continuations than beams
+
+
 @functools.partial(jax.jit, static_argnames=("model", "beams", "length"))
 def beam_search(model: nn.Module, params: Any, source_BS: Array, mask_BS: Array, *, beams: int, length: int,
                 penalty: float | Array = 0.0, boundary: int | Array = 0,
@@ -37,8 +59,12 @@ def beam_search(model: nn.Module, params: Any, source_BS: Array, mask_BS: Array,
     `boundary`: the id that begins a target and ends it. Each step keeps the `beams` most likely continuations; one that
     has ended stays, and the search goes on with the others (Sutskever et al. 2014). At the end, or after `length`
     tokens, the hypotheses are ordered by `penalised`. With one beam this is greedy decoding, whatever the penalty.
-    `vocab`: ids from `vocab` on only pad the model's vocabulary and are never chosen. Returns tokens int32 (B, beams,
-    length), filled up with `boundary`, and scores float32 (B, beams), -inf for hypotheses that do not exist.
+    `vocab`: ids from `vocab` on only pad the model's vocabulary and are never chosen. A row does not depend on the
+    others, up to rounding.
+
+    Returns:
+      tokens int32 (B, beams, length), filled up with `boundary`; and scores float32 (B, beams), -inf for hypotheses
+      beyond the number of those that exist.
     """
     B, K = source_BS.shape[0], beams
     layers = int(getattr(model, "scan", False))  # scanned layers are stacked along a leading axis
@@ -49,40 +75,18 @@ def beam_search(model: nn.Module, params: Any, source_BS: Array, mask_BS: Array,
     cache = jax.tree.map(lambda x: jnp.repeat(x, K, axis=layers), cache)
     mask_MS = jnp.repeat(mask_BS, K, axis=0)  # M: rows B K
 
-    def chosen(beams: _Beams, logits_BKV: Array) -> tuple[_Beams, Array]:
-        """The beams one token longer, and the beam that each comes from (B, K)."""
-        V = logits_BKV.shape[-1]
-        ids_V = jnp.arange(V)
-        if vocab is not None:
-            logits_BKV = jnp.where(ids_V < vocab, logits_BKV, -jnp.inf)
-        ended_BK1, end_V = beams.length_BK[..., None] > 0, ids_V == boundary
-        # An ended hypothesis has one continuation, itself, and comes first: it keeps its place in the beam.
-        value_BKV = jnp.where(ended_BK1, jnp.where(end_V, 0.0, -jnp.inf), jax.nn.log_softmax(logits_BKV))
-        value_BKV += beams.log_prob_BK[..., None]
-        order_BKV = jnp.where(ended_BK1 & end_V, jnp.inf, value_BKV)
-        _, flat_BK = jax.lax.top_k(order_BKV.reshape(B, -1), K)
-        from_BK, token_BK = flat_BK // V, flat_BK % V
-        log_prob_BK = jnp.take_along_axis(value_BKV.reshape(B, -1), flat_BK, axis=1)
-        tokens_BKL = jnp.take_along_axis(beams.tokens_BKL, from_BK[..., None], axis=1)
-        tokens_BKL = tokens_BKL.at[:, :, beams.step].set(token_BK)
-        before_BK = jnp.take_along_axis(beams.length_BK, from_BK, axis=1)
-        length_BK = jnp.where(before_BK > 0, before_BK, jnp.where(token_BK == boundary, beams.step + 1, 0))
-        length_BK = jnp.where(jnp.isfinite(log_prob_BK), length_BK, 0)  # fewer continuations than beams
-        return beams._replace(step=beams.step + 1, tokens_BKL=tokens_BKL, log_prob_BK=log_prob_BK,
-                              length_BK=length_BK), from_BK
-
     def forward(beams: _Beams) -> _Beams:
         last_BK = jax.lax.dynamic_index_in_dim(beams.tokens_BKL, beams.step - 1, axis=2, keepdims=False)
         logits_M1V, cache = model.apply({**variables, **beams.cache}, None, last_BK.reshape(-1, 1), train=False,
                                         mask=mask_MS, decode=True, positions=beams.step[None], mutable=CACHES)
-        beams, from_BK = chosen(beams, logits_M1V.reshape(B, K, -1))
+        beams, from_BK = _chosen(beams, logits_M1V.reshape(B, K, -1), boundary, vocab)
         rows_M = (from_BK + K * jnp.arange(B)[:, None]).reshape(-1)
         moved = jax.tree.map(lambda x: jnp.take(x, rows_M, axis=layers), cache["cache"]) if K > 1 else cache["cache"]
         return beams._replace(cache={**cache, "cache": moved})
 
     start = _Beams(jnp.zeros((), jnp.int32), jnp.full((B, K, length), boundary, jnp.int32),
                    jnp.where(jnp.arange(K) == 0, 0.0, -jnp.inf) * jnp.ones((B, 1)), jnp.zeros((B, K), jnp.int32), cache)
-    first, _ = chosen(start, jnp.repeat(logits_B1V, K, axis=1))
+    first, _ = _chosen(start, jnp.repeat(logits_B1V, K, axis=1), boundary, vocab)
     more = lambda beams: (beams.step < length) & jnp.any((beams.length_BK == 0) & jnp.isfinite(beams.log_prob_BK))
     last = jax.lax.while_loop(more, forward, first)
     score_BK = penalised(last.log_prob_BK, jnp.where(last.length_BK > 0, last.length_BK, length), penalty)

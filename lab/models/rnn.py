@@ -14,7 +14,7 @@ from einops import rearrange
 from jax import Array
 
 from lab.errors import UserError
-from lab.models.dropout import dropout
+from lab.models.dropout import dropout, is_zero
 from lab.models.layers import Embed
 from lab.models.linear import check_classes, check_rates, check_sizes
 from lab.models.precision import product, project
@@ -42,7 +42,10 @@ class LSTM(nn.Module):
     bidirectional: bool = True
     """Add a right-to-left direction with its own weights (Schuster & Paliwal 1997)."""
     dropout: float = 0.0
-    """Dropout rate on embeddings, between layers and before the classifier; none on the recurrence."""
+    """Dropout rate on embeddings, between layers and before the classifier."""
+    recurrent_dropout: float = 0.0
+    """Dropout rate on the state that goes from one time step to the next, with one mask for all steps of a text
+    (variational dropout; Gal & Ghahramani 2016)."""
     classes: int = 2
     """Number of classes C."""
     pool: Literal["last", "mean", "max"] = "last"
@@ -51,7 +54,7 @@ class LSTM(nn.Module):
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
         check_sizes(vocab=self.vocab, width=self.width, hidden=self.hidden, depth=self.depth, classes=self.classes)
-        check_rates(dropout=self.dropout)
+        check_rates(dropout=self.dropout, recurrent_dropout=self.recurrent_dropout)
 
     def check(self, metadata: Mapping[str, int]) -> None:
         """Raises UserError if data with this metadata (vocab, classes) does not fit the model."""
@@ -67,7 +70,8 @@ class LSTM(nn.Module):
         x_BLD = Embed(self.vocab, self.width, stddev=0.1, name="embedding")(tokens_BL)
         for i in range(self.depth):
             x_BLD = dropout(self, x_BLD, self.dropout, train)
-            x_BLD, last_BD = Layer(self.hidden, self.bidirectional, name=f"layer_{i}")(x_BLD, real_BL1)
+            layer = Layer(self.hidden, self.bidirectional, self.recurrent_dropout if train else 0, name=f"layer_{i}")
+            x_BLD, last_BD = layer(x_BLD, real_BL1)
         head = nn.Dense(self.classes, dtype=jnp.float32, name="classify")
         return head(dropout(self, self._pooled(x_BLD, last_BD, real_BL1), self.dropout, train))
 
@@ -95,6 +99,7 @@ class Layer(nn.Module):
 
     hidden: int
     bidirectional: bool
+    recurrent_dropout: float | Array = 0
 
     @nn.compact
     def __call__(self, x_BLD: Array, real_BL1: Array) -> tuple[Array, Array]:
@@ -111,11 +116,14 @@ class Layer(nn.Module):
         steps = [(z[::turn], real_LB1[::turn]) for z, turn in zip(jnp.split(z_LBF, len(directions), -1), (1, -1),
                                                                  strict=False)]
 
+        B = x_BLD.shape[0]
+        keep = [None if is_zero(self.recurrent_dropout) else
+                dropout(self, jnp.ones((B, H), x_BLD.dtype), self.recurrent_dropout, True) for _ in directions]
+
         def step(states: list[State], inputs: list[tuple[Array, Array]]) -> tuple[list[State], list[Array]]:
-            states = [_cell(*each) for each in zip(states, inputs, recurrents, strict=True)]
+            states = [_cell(*each) for each in zip(states, inputs, recurrents, keep, strict=True)]
             return states, [h for h, _ in states]
 
-        B = x_BLD.shape[0]
         start = [(jnp.zeros((B, H), x_BLD.dtype), jnp.zeros((B, H), jnp.float32)) for _ in directions]
         states, outputs = jax.lax.scan(step, start, steps)
         turned = [h_LBH[::turn] for h_LBH, turn in zip(outputs, (1, -1), strict=False)]
@@ -123,10 +131,11 @@ class Layer(nn.Module):
         return y_BLH, jnp.concatenate([h for h, _ in states], -1)
 
 
-def _cell(state: State, inputs: tuple[Array, Array], recurrent_HF: Array) -> State:
-    """One time step of one direction; padding leaves the state unchanged."""
+def _cell(state: State, inputs: tuple[Array, Array], recurrent_HF: Array, keep_BH: Array | None) -> State:
+    """One time step of one direction; padding leaves the state unchanged. `keep_BH`: a dropout mask, scaled."""
     (h_BH, c_BH), (z_BF, real_B1) = state, inputs
-    z_BF = z_BF.astype(jnp.float32) + product("BH,HF->BF", h_BH, recurrent_HF, jnp.float32)
+    seen_BH = h_BH if keep_BH is None else h_BH * keep_BH
+    z_BF = z_BF.astype(jnp.float32) + product("BH,HF->BF", seen_BH, recurrent_HF, jnp.float32)
     return _gates(z_BF, h_BH, c_BH, real_B1)
 
 

@@ -12,6 +12,7 @@ from lab.errors import UserError
 from lab.models.attention import choose_attention
 from lab.models.beam import CACHES, beam_search
 from lab.models.seq2seq import Seq2Seq, relative_bucket, sinusoids
+from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
 # T5Attention._relative_position_bucket, and logits of the last target token by T5ForConditionalGeneration in float64
 # (transformers 5.24.0, torch 2.13.0, 2026-11-28), with the parameters of `wave`, numbered in the order of their names.
@@ -121,7 +122,7 @@ def torch_layers(D=8, N=2, F=12, V=13):
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_the_buckets_are_t5s(bidirectional):
-    found = relative_bucket(jnp.array(OFFSETS), bidirectional).tolist()
+    found = jax.jit(relative_bucket, static_argnums=1)(jnp.array(OFFSETS), bidirectional).tolist()
     assert found == BUCKETS[bidirectional] != BUCKETS[not bidirectional]
 
 
