@@ -24,7 +24,7 @@ from jax import Array
 from lab.models.layers import Dense, SelfAttention
 
 ROWS = 2  # of a product, at least: one bfloat16 row takes tenfold the time
-NORMS = 8  # rows of a norm, at least: of fewer, a CPU sums in another order
+SUMS = 8  # rows of a norm or a softmax, at least: of fewer, a CPU sums in another order
 SAME = 16  # rows of a float32 product
 KEYS = 64  # of the first block
 LEAST = jnp.finfo(jnp.float32).min
@@ -69,7 +69,7 @@ def step(model: nn.Module, params: Any, cache: Any, ids_B: Array, positions_B: A
       positions_B: -1 for a row that is idle: it writes nothing.
     """
     B = len(ids_B)
-    ids_B1, positions_B1 = _padded(ids_B[:, None]), _padded(positions_B[:, None], -1)
+    ids_B1, positions_B1 = padded(ids_B[:, None]), padded(positions_B[:, None], -1)
     x_B1D, kernel_DV, cache = _apply(model, params, cache, ids_B1, positions_B1, texts=B, slot=None)
     return _logits(model, params, x_B1D[:, 0], kernel_DV)[:B], cache
 
@@ -80,10 +80,11 @@ def extend(model: nn.Module, params: Any, cache: Any, slot: Array, ids_1L: Array
     positions_1L = first + jnp.arange(ids_1L.shape[1])[None]
     x_1LD, kernel_DV, cache = _apply(model, params, cache, ids_1L, positions_1L, texts=1, slot=slot)
     x_1D = jax.lax.dynamic_index_in_dim(x_1LD, last, 1, keepdims=False)
-    return _logits(model, params, _padded(x_1D), kernel_DV)[:1], cache
+    return _logits(model, params, padded(x_1D), kernel_DV)[:1], cache
 
 
-def _padded(x: Array, value: int = 0, rows: int = ROWS) -> Array:
+def padded(x: Array, value: int = 0, rows: int = ROWS) -> Array:
+    """Filled up to a number of rows."""
     return jnp.pad(x, [(0, max(rows - len(x), 0))] + [(0, 0)] * (x.ndim - 1), constant_values=value)
 
 
@@ -108,9 +109,9 @@ def _intercept(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return _dense(module, *args, whole=slot is not None)
     if isinstance(module, SelfAttention) and context.method_name == "_decode":
         return _attention(module, *args[:4], texts=texts, slot=slot)  # without a bias, which GPT has none of
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(args[0]) < NORMS and slot is None:
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(args[0]) < SUMS and slot is None:
         # Without the barriers the compiler leaves out the padding.
-        whole = own(jax.lax.optimization_barrier(_padded(args[0], rows=NORMS)))
+        whole = own(jax.lax.optimization_barrier(padded(args[0], rows=SUMS)))
         return jax.lax.optimization_barrier(whole)[:len(args[0])]
     return own(*args, **kwargs)
 
