@@ -16,7 +16,7 @@ from lab.data.images import Images, TfdsImages
 from lab.data.tables import Sklearn
 from lab.experiment import Checkpoint, Evaluate, Experiment
 from lab.models.cnn import ConvNet
-from lab.optim import SGD, Constant
+from lab.optim import SGD, Cosine
 from lab.private import DPSGD
 from lab.tasks.supervised import Classify
 
@@ -25,7 +25,7 @@ experiment = Experiment(
     model=ConvNet(channels=(16, 32), convs=(1, 1), batch_norm=False, dense=32, dropout=0.0, dense_dropout=0.0,
                   activation="tanh"),
     task=Classify(),
-    optim=SGD(lr=Constant(1.0), momentum=0.9),
+    optim=SGD(lr=Cosine(2.0, warmup=25, end=0.02), momentum=0.9),
     private=DPSGD(target_epsilon=1.2, clip_norm=0.1, delta=1e-5, expected_batch=880),
     steps=625, batch=1088,    # 10 epochs of 55,000
     evaluate=Evaluate(every=125), checkpoint=Checkpoint(every=125),

@@ -155,12 +155,14 @@ def lstm(params, tokens, depth, bidirectional, pool, order="ifgo", backward=slic
     x = p["embedding"]["embedding"][tokens]
     for i in range(depth):
         outputs, last = [], []
-        for name, turn, mask in (("forward", slice(None), keep[0]), ("backward", backward, keep[1]))[: 1 + bidirectional]:
+        ways = (("forward", slice(None), keep[0]), ("backward", backward, keep[1]))
+        for name, turn, mask in ways[: 1 + bidirectional]:
             q = {part: p[f"layer_{i}"][f"{name}_{part}"] for part in ("input", "recurrent", "bias")}
             h = c = np.zeros(len(q["recurrent"]))
             out = []
             for step in x[turn]:
-                z = dict(zip(order, np.split(step @ q["input"] + h * mask @ q["recurrent"] + q["bias"], 4), strict=True))
+                z = np.split(step @ q["input"] + h * mask @ q["recurrent"] + q["bias"], 4)
+                z = dict(zip(order, z, strict=True))
                 c = sigmoid(z["f"]) * c + sigmoid(z["i"]) * np.tanh(z["g"])
                 h = sigmoid(z["o"]) * np.tanh(c)
                 out.append(h)

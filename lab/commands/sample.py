@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,24 @@ Sample = dict[str, Any]
 """prompt, seed and text."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which continuations to keep, and how to show them."""
+
+    best_of: int | None = None
+    """Sample so many continuations of each prompt, and keep the n of them whose tokens the model finds most likely on
+    average (Adiwardana et al. 2020), the best first."""
+    json: bool = False
+    """Print a JSON object a line: prompt, seed, text and, with --best-of, log_prob (mean of the text's tokens)."""
+    report: bool = False
+    """Print statistics of all continuations instead of these (length, distinct-1 and -2, repetition of 4-grams,
+    self-BLEU), and write both to a JSON file."""
+    output: Path | None = None
+    """With --report: the file; by default samples.json in the run folder, or samples-<name>.json in this one."""
+    judge: Path | None = None
+    """With --report: a run or a location of another language model, for the perplexity of the continuations."""
+
+
 def main(args: Sequence[str]) -> int:
     """RUN or LOCATION, --prompt TEXT"""
     return call("sample", sample, args)
@@ -42,7 +61,6 @@ def sample(
     run: Annotated[str, tyro.conf.Positional],
     prompt: tuple[str, ...] = ("",),
     n: int = 1,
-    best_of: int | None = None,
     new_tokens: int = 200,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -54,10 +72,7 @@ def sample(
     experiment: Path | None = None,
     chat: bool = False,
     system: str | None = None,
-    json: bool = False,
-    report: bool = False,
-    output: Path | None = None,
-    judge: Path | None = None,
+    more: Annotated[Choice, tyro.conf.arg(name="")] = Choice(),
 ) -> None:
     """Continues texts with a trained language model, or with pretrained weights.
 
@@ -65,8 +80,6 @@ def sample(
       run: the run folder; or weights: hf:ORG/NAME, package:NAME/PATH, a .gguf file, a folder with config.json.
       prompt: one or more texts to continue; an empty text starts from scratch.
       n: number of continuations of each prompt; number i is that of --n 1 with --seed SEED + i.
-      best_of: sample so many continuations of each prompt, and keep the n of them whose tokens the model finds most
-        likely on average (Adiwardana et al. 2020), the best first.
       new_tokens: maximum number of tokens to add. Longer texts use a sliding window of the model's context length.
       temperature: divides the logits. 1 samples from the model's distribution; lower is more deterministic.
       top_k: sample from the k most likely tokens only.
@@ -78,21 +91,10 @@ def sample(
       experiment: the run's experiment file, needed if it defines classes and was not run on this machine.
       chat: pretrained weights only: the prompt is a question, put as the model's chat template says.
       system: with --chat: how the model should answer.
-      json: print a JSON object a line, with prompt, seed, text and, with --best-of, log_prob (mean of the text's tokens).
-      report: print statistics of all continuations instead of these (length, distinct-1 and -2, repetition of 4-grams,
-        self-BLEU), and write both to a JSON file.
-      output: with --report: the file; by default samples.json in the run folder, or samples-<name>.json in this one.
-      judge: with --report: a run or a location of another language model, for the perplexity of the continuations.
     """
     check_numbers(new_tokens, temperature, top_k, top_p)
-    needs = {"--system needs --chat.": (system, chat), "--output needs --report.": (output, report),
-             "--judge needs --report.": (judge, report), f"--n {n} is out of range.": (n, n > 0),
-             f"--best-of {best_of} must be at least --n {n}.": (best_of, (best_of or 0) >= n),
-             "--json does not go with --report, which writes a JSON file.": (json, not report),
-             f"--chat needs pretrained weights with a chat template; {run} is none.": (chat, is_location(run))}
-    if wrong := [why for why, (flag, needed) in needs.items() if flag is not None and flag is not False and not needed]:
-        raise UserError(wrong[0])
-    found = [{"prompt": text, "seed": seed + i} for text in prompt or ("",) for i in range(best_of or n)]
+    _check(run, n, chat, system, more)
+    found = [{"prompt": text, "seed": seed + i} for text in prompt or ("",) for i in range(more.best_of or n)]
     prompts, seeds = [each["prompt"] for each in found], [each["seed"] for each in found]
     how = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "new_tokens": new_tokens}
     if is_location(run):
@@ -101,14 +103,26 @@ def sample(
     else:
         texts = _of_run(Path(run), prompts, step, best, experiment, seed=seeds, **how)
     found = [{**each, "text": text} for each, text in zip(found, texts, strict=True)]
-    if best_of:
+    if more.best_of:
         language = open_language(Path(run), step, best, experiment)[0]
-        found = _best(language, found, best_of, n, questions(language.text, run, system) if chat else language.text.encode)
-    if report:
-        of = {"model": run, "step": step, "best": best, "chat": chat, "system": system, "best_of": best_of}
-        return _report(found, of | how, output or _place(run), judge)
+        encode = questions(language.text, run, system) if chat else language.text.encode
+        found = _best(language, found, more.best_of, n, encode)
+    if more.report:
+        of = {"model": run, "step": step, "best": best, "chat": chat, "system": system, "best_of": more.best_of}
+        return _report(found, of | how, more.output or _place(run), more.judge)
     for each in found:
-        print(dumps(each) if json else ("" if chat else each["prompt"]) + each["text"] + "\n---" * (len(found) > 1))
+        text = ("" if chat else each["prompt"]) + each["text"] + "\n---" * (len(found) > 1)
+        print(dumps(each) if more.json else text)
+
+
+def _check(run: str, n: int, chat: bool, system: str | None, more: Choice) -> None:
+    needs = {"--system needs --chat.": (system, chat), "--output needs --report.": (more.output, more.report),
+             "--judge needs --report.": (more.judge, more.report), f"--n {n} is out of range.": (n, n > 0),
+             f"--best-of {more.best_of} must be at least --n {n}.": (more.best_of, (more.best_of or 0) >= n),
+             "--json does not go with --report, which writes a JSON file.": (more.json, not more.report),
+             f"--chat needs pretrained weights with a chat template; {run} is none.": (chat, is_location(run))}
+    if wrong := [why for why, (flag, needed) in needs.items() if flag is not None and flag is not False and not needed]:
+        raise UserError(wrong[0])
 
 
 def _best(language: Language, found: Sequence[Sample], best_of: int, n: int, encode: Encode) -> list[Sample]:
