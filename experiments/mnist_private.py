@@ -22,7 +22,7 @@ from lab.tasks.supervised import Classify
 
 experiment = Experiment(
     data=Images(TfdsImages("mnist"), shape=(28, 28, 1), validation=5000, mean=(0.13,), std=(0.31,)),
-    model=ConvNet(channels=(16, 32), convs=(1, 1), batch_norm=False, dense=32, dropout=0.0, dense_dropout=0.0,
+    model=ConvNet(channels=(16, 32, 32), convs=(1, 1, 1), batch_norm=False, dense=None, dropout=0.0, dense_dropout=0.0,
                   activation="tanh"),
     task=Classify(),
     optim=SGD(lr=Cosine(2.0, warmup=25, end=0.02), momentum=0.9),

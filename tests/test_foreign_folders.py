@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lab.files import make_folder, open_file, replace_file
+from lab.configuration.rebuild import find_class
+from lab.files import ROOT, make_folder, open_file, replace_file
 from lab.train.description import sealed
+from lab.train.own_file import load_own
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 from tests.test_study import FILE
 
@@ -241,6 +243,12 @@ def test_a_run_of_a_file_of_ones_own(place, own, tmp_path, typed, mistake, monke
         assert typed(*words, "--init-from.experiment", "hidden.py")[0] == 0
     finally:
         (place / "hidden.py").rename(place / "own.py")
+
+
+def test_a_study_of_an_experiment_that_defines_a_class(tmp_path):
+    path = "experiments.census_groups.Diabetes"
+    load_own(tmp_path, {"experiment": {"class": path}}, ROOT / "experiments" / "ablate_census_groups.py")
+    assert find_class(path) and sys.modules["experiments.census_groups"].experiment.steps
 
 
 def test_a_known_copy_does_not_import_the_folders_other_files(place, tmp_path, typed, monkeypatch):

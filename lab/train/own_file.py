@@ -8,6 +8,7 @@ them together must be the same.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,10 +63,10 @@ def load_own(folder: Path, described: Mapping[str, Any], file: Path | None) -> N
         file = user_path(str(file))
         if not file.is_file():
             raise UserError(f"--experiment {file}: there is no such file.")
-        load(file, name=_module(wanted))
+        load(file, name=_module(wanted, file.read_bytes()))
     elif not all(map(find_class, wanted)) and (copy := _own_copy(folder)):
         path, content, beside = copy
-        load(path, content, _module(wanted), beside.get)
+        load(path, content, _module(wanted, content), beside.get)
 
 
 def _own_copy(folder: Path) -> tuple[Path, bytes, Mapping[str, bytes]] | None:
@@ -83,8 +84,9 @@ def _own_copy(folder: Path) -> tuple[Path, bytes, Mapping[str, bytes]] | None:
         return None
 
 
-def _module(wanted: set[str]) -> str | None:
-    """The module name of the file in the run's class paths, if any."""
-    found = {path.partition(".")[0] if path.startswith("user_") else path.rpartition(".")[0] for path in wanted}
+def _module(wanted: set[str], content: bytes) -> str | None:
+    """The module name of the file in the paths of the classes that it defines, if any."""
+    own = [path for path in wanted if re.search(rf"^class {path.rpartition('.')[2]}\b".encode(), content, re.MULTILINE)]
+    found = {path.partition(".")[0] if path.startswith("user_") else path.rpartition(".")[0] for path in own}
     named = [name for name in found if name.startswith(("user_", "experiments."))]
     return named[0] if len(named) == 1 else None
