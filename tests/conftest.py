@@ -34,6 +34,7 @@ MARKS = {
     "test_experiments": "slow",
     "test_cli": "slow",
     "test_study": "slow",
+    "test_stacking": "slow",
     "test_together": "slow",
     "test_benchmarks": "slow",
     "test_command_line": "slow",

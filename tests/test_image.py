@@ -395,7 +395,7 @@ def test_corrupt_images_are_named_and_counted(tmp_path, memory, caplog):
         assert len(found.train) == 10 and found.summary["train images skipped, corrupt"].startswith("4: ")
         assert load(skip_corrupt=True).summary == found.summary  # from the cache
     else:
-        assert isinstance(found.train._records, Lazy) and len(found.train) == 14
+        assert isinstance(found.train.records, Lazy) and len(found.train) == 14
         assert sum("is corrupt" in r.message for r in caplog.records) == 4
     for path in (root / "cat").iterdir():
         path.write_bytes(b"")

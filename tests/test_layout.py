@@ -19,7 +19,7 @@ PARTS = {"data", "models", "tasks", "optim"}  # what an experiment is made of
 ROOMS = {
     "configuration": set(), "environment": set(), "pretrained": set(),
     "adapt": {"models.dropout", "optim.matrices", "pretrained"}, "experiment": {"configuration", "pretrained"},
-    "data": {"weights.location", "weights.gguf_files", "weights.chat"},
+    "data": {"configuration.protocols", "weights.location", "weights.gguf_files", "weights.chat"},
     "models": set(), "optim": {"models"}, "tasks": {"models", "train.plots"},
     "compress": {"models", "optim.matrices", "train.json_files"},
     "weights": {"compress", "configuration.field_types", "models", "pretrained", "data.hugging_face"},

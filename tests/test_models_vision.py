@@ -571,7 +571,8 @@ WRONG = [
     (MLP(dropout=1.0), "--model.dropout must be in [0, 1), not 1.0."),
     (Ensemble(MLP(classes=2), members=0), "--model.members must be at least 1, not 0."),
     (Ensemble(MLP()), "The members of an Ensemble must be classifiers. Give --model.member.classes."),
-    (Ensemble(Linear(2)), "All members would stay equal: Linear starts at zero. Use MLP as --model.member."),
+    (Ensemble(Linear(2)), "All members would stay equal: Linear starts at zero. Use MLP as --model.member, or "
+                             "--model.bootstrap."),
     (ConvNet(channels=(8, 8), convs=(1,)),
      "--model.channels (8, 8) and --model.convs (1,) must have one number for each stage."),
     (ConvNet(convs=(1, 0, 1)), "--model.channels and --model.convs must be at least 1 in every stage."),

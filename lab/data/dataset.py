@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lab.configuration.protocols import DataPart
 from lab.data import digest, log
-from lab.data.pipeline import Arrays, Records
+from lab.data.pipeline import Arrays, Batch, Records
 from lab.errors import UserError, where
 
 NAMED = 20  # class names to show
@@ -49,6 +50,58 @@ class Data:
     def describe(self) -> dict[str, Any]:
         """Lines for --dry-run."""
         return self.load().summary
+
+
+@dataclass(frozen=True)
+class Around(Data):
+    """Base class of data that has the records of other data, chosen or divided in another way by `load`."""
+
+    data: DataPart
+    """The whole data set."""
+
+    @property
+    def unit(self) -> str:
+        """See `Data`."""
+        return self.data.unit
+
+    @property
+    def units_per_record(self) -> int:
+        """See `Data`."""
+        return self.data.units_per_record
+
+    def validate(self) -> None:
+        """See `Data`."""
+        self.data.validate()
+
+    def metadata(self) -> dict[str, int]:
+        """See `Data`."""
+        return self.data.metadata()
+
+    def record_spec(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """See `Data`."""
+        return self.data.record_spec()
+
+    def transform(self, batch: dict[str, Any], train: bool) -> dict[str, Any]:
+        """See `Data`."""
+        return self.data.transform(batch, train)
+
+
+class Part:
+    """Some of other records, in this order."""
+
+    def __init__(self, records: Records, rows: np.ndarray):
+        self.records, self.rows = records, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: np.ndarray) -> Batch:
+        return self.records[self.rows[indices]]
+
+
+def part(records: Records, rows: np.ndarray) -> Records:
+    """`Part`, in memory if the records are."""
+    return Arrays(records[rows]) if isinstance(records, Arrays) else Part(records, rows)
 
 
 @functools.lru_cache(maxsize=4)

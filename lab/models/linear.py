@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Any
 
 import flax.linen as nn
@@ -111,14 +112,19 @@ class Ensemble(Several):
     it trains exactly as it would alone. Predictions are mean probabilities.
     """
 
+    bootstrap: bool = field(default=False, metadata={"fingerprint": "if set"})
+    """Bagging (Breiman 1996): each member learns a bootstrap sample of its own, Poisson(1) weights of the training
+    records. A run then ends with the out-of-bag estimate. See `lab.models.members.bootstrap`."""
+
     def validate(self) -> None:
         """Raises UserError for a field out of range, here or in the member."""
         check_sizes(members=self.members)
         self.member.validate()
         if getattr(self.member, "classes", None) is None:
             raise UserError("The members of an Ensemble must be classifiers. Give --model.member.classes.")
-        if isinstance(self.member, Linear):
-            raise UserError("All members would stay equal: Linear starts at zero. Use MLP as --model.member.")
+        if isinstance(self.member, Linear) and not self.bootstrap:
+            raise UserError("All members would stay equal: Linear starts at zero. Use MLP as --model.member, or "
+                            "--model.bootstrap.")
 
     def check(self, metadata: Mapping[str, int]) -> None:
         """Raises UserError if data with this metadata does not fit the members."""

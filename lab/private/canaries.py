@@ -9,40 +9,34 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jax import Array
 
-from lab.configuration.protocols import DataPart
 from lab.data import digest
-from lab.data.dataset import Data, Dataset
+from lab.data.dataset import Around, Dataset, Part
 from lab.data.pipeline import Batch, Records
 from lab.errors import UserError
 
 SALT = 0x63616E61  # so that no other use of NumPy's generators has this stream
 
 
-class _Chosen:
-    """Some of the records, in this order. `shift` (n,): added to the classes of all records, modulo their number."""
+class _Chosen(Part):
+    """`Part`. `shift` (n,): added to the classes of all records, modulo their number."""
 
     def __init__(self, records: Records, rows: np.ndarray, shift: np.ndarray, classes: int):
-        self.records, self.rows, self.shift, self.classes = records, rows, shift, classes
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        super().__init__(records, rows)
+        self.shift, self.classes = shift, classes
 
     def __getitem__(self, indices: np.ndarray) -> Batch:
-        rows = self.rows[indices]
-        batch = self.records[rows]
+        batch = super().__getitem__(indices)
         if not self.classes:
             return batch
-        return batch | {"targets": ((batch["targets"] + self.shift[rows]) % self.classes).astype(np.int32)}
+        shifted = batch["targets"] + self.shift[self.rows[indices]]
+        return batch | {"targets": (shifted % self.classes).astype(np.int32)}
 
 
 @dataclass(frozen=True)
-class Canaries(Data):
+class Canaries(Around):
     """Another data set, less the canaries whose coin fell on tails. Validation and test are the same."""
 
-    data: DataPart
-    """The whole data set."""
     count: int | None = None
     """How many of its training records are canaries, evenly spaced; None: all."""
     mislabelled: bool = True
@@ -50,33 +44,11 @@ class Canaries(Data):
     seed: int = 0
     """Of the coins. Canaries and their classes are the same for each seed."""
 
-    @property
-    def unit(self) -> str:
-        """See `Data`."""
-        return self.data.unit
-
-    @property
-    def units_per_record(self) -> int:
-        """See `Data`."""
-        return self.data.units_per_record
-
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
         if self.count is not None and self.count < 1:
             raise UserError(f"--data.count must be at least 1, not {self.count}.")
-        self.data.validate()
-
-    def metadata(self) -> dict[str, int]:
-        """See `Data`."""
-        return self.data.metadata()
-
-    def record_spec(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-        """See `Data`."""
-        return self.data.record_spec()
-
-    def transform(self, batch: dict[str, Array], train: bool) -> dict[str, Array]:
-        """See `Data`."""
-        return self.data.transform(batch, train)
+        super().validate()
 
     def load(self) -> Dataset:
         """The splits. Raises UserError for more canaries than records, or records that cannot be canaries."""

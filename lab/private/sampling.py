@@ -40,12 +40,13 @@ def reader(program: Any, rate: float) -> Callable[[int], dict[str, np.ndarray]]:
 
 def fitted(data: Any) -> str:
     """What a data set of lab/data fits to its training records; empty if nothing."""
+    from lab.data.dataset import Around
     from lab.data.tables.tables import Table
     from lab.data.tokenizers import BPE, Chars
     from lab.data.word_tokenizer import Words
-    from lab.private.canaries import Canaries
 
-    data = data.data if isinstance(data, Canaries) else data
+    if isinstance(data, Around):
+        return fitted(data.data)
     if isinstance(data, Table):
         return "means, standard deviations and categories" if data.standardise else "categories"
     return "a vocabulary" if isinstance(getattr(data, "tokenizer", None), BPE | Chars | Words) else ""

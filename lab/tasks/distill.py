@@ -94,7 +94,9 @@ class Distill(Task):
         return self.task.mixes_rows(model, data, precision)
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
-        """The student's variables."""
+        """The student's variables. Raises UserError for a student with a bootstrap."""
+        if getattr(model, "bootstrap", False):
+            raise UserError("Distill has no weights of records for each member: --model.no-bootstrap.")
         return self.task.init(model, key, batch)
 
     def check(self, output: Any, data: Any) -> None:

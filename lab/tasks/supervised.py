@@ -4,7 +4,8 @@
 metrics are (sum, weight) or additive counts: exact over ragged batches, microbatches, devices and hosts.
 
 The output of an `Ensemble` is `Members`, with the member axis after the batch axis. Its loss is the sum of the members'
-losses, so each member trains exactly as it would alone. Its predictions are the mean over the members.
+losses, so each member trains exactly as it would alone; with a bootstrap each weighs the records in its own way. Its
+predictions are the mean over the members.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jax import Array
 
 from lab.errors import UserError
 from lab.files import replace_file
-from lab.models.members import Members
+from lab.models.members import WEIGHT, Members, weighted
 from lab.tasks import group_report, groups, reports
 from lab.tasks.base import EvalResult, Loss, Metrics, Task, apply
 from lab.train import plots
@@ -184,11 +185,11 @@ class Classify(Supervised):
         if not train:
             metrics |= _counts(logits_BMC[:, 0] if M == 1 else logp_BC, target_BC, weight_B)  # logits, for precision
         smoothed = not isinstance(self.label_smoothing, int | float) or self.label_smoothing > 0  # or traced
-        if M == 1 and not self.class_weights and not smoothed and not self.reweigh:
+        if M == 1 and not self.class_weights and not smoothed and not self.reweigh and WEIGHT not in batch:
             return *metrics["loss"], metrics
         if self.reweigh:
             weight_B = weight_B * groups.record_weights(self.weights, self.groups, batch, target_BC)
-        objective = self._objective(logp_BMC, target_BC, weight_B)
+        objective = self._objective(weighted(logp_BMC, batch), target_BC, weight_B)
         return *objective, metrics | {"objective": objective}
 
     def _logits(self, output: Any) -> Array:

@@ -13,6 +13,7 @@ from lab.signals import EXIT
 from lab.tasks.base import EvalResult
 from lab.train import plots
 from lab.train.evaluation import evaluate, own_variables
+from lab.train.out_of_bag import bags, out_of_bag
 from lab.train.progress import describe_result
 from lab.train.restore import with_base
 from lab.train.run_folder import write_diverged, write_result
@@ -63,6 +64,11 @@ def finish(run: Any) -> int:
         outcome = evaluate(run.program, state, run.data, split, run.folder, limit, run.stop)
     if outcome is None or run.stop():
         return interrupted(run)
+    if bags(run.experiment):
+        found = out_of_bag(run.program, state, run.data.train, run.stop)
+        if found is None:
+            return interrupted(run)
+        result["out_of_bag"] = found
     if run.experiment.evaluate.harness is not None:
         result["harness"] = _benchmarks(run, state)
     if run.experiment.private is not None:

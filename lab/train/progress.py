@@ -86,6 +86,10 @@ def describe_result(result: dict[str, Any]) -> str:
     lines = [f"Finished after {result['steps']} steps{early}: {final}; best at step {result['best']['step']}"]
     if "test" in result:
         lines.append(f"Test split, with the state of step {result['test']['step']}: {shown(result['test'])}")
+    if "out_of_bag" in result:
+        means = {name: value for name, value in result["out_of_bag"].items() if name != "records"}
+        lines.append(f"Out of bag, {result['out_of_bag']['records']:,} training records by the members that did not "
+                     f"learn them: {shown(means)}")
     if "seconds_per_step" in result:
         share = result["data_wait_seconds"] / max(result["training_seconds"], 1e-9)
         rate, seconds = 1000 * result["seconds_per_step"], result["training_seconds"]

@@ -14,7 +14,7 @@ from jax import Array
 
 from lab.configuration.parts import check_loss
 from lab.experiment import Experiment
-from lab.models.members import Several, per_member
+from lab.models.members import Several, bootstrap, per_member
 from lab.optim.matrices import matrices
 from lab.parallel.sharding import path_of
 from lab.tasks.base import transform_batch
@@ -55,11 +55,12 @@ def prepare(experiment: Experiment, batch: Batch, train: bool, *counts: int | Ar
     """The batch after the data's transform, as the task sees it. Each record gets its own random key.
 
     The key is a function of (seed, counts, record index), so augmentation and masking do not depend on batch order,
-    batch size or devices.
+    batch size or devices. Nor do the records' weights in a bootstrap, which belong to a training batch.
     """
     key = key_for(experiment.seed, "records", *counts)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["index"])
-    return transform_batch(experiment.data, batch, keys, train)
+    drawn = bootstrap(experiment.model, experiment.seed, batch["index"]) if train else {}
+    return {**transform_batch(experiment.data, batch, keys, train), **drawn}
 
 
 def init_state(experiment: Experiment, batch: Batch, arrays: Mapping[str, Array] | None = None) -> State:
@@ -80,8 +81,7 @@ def init_state(experiment: Experiment, batch: Batch, arrays: Mapping[str, Array]
 
 
 def make_optimizer(experiment: Experiment, batch: Batch) -> optax.GradientTransformationExtraArgs:
-    """The experiment's optimizer for its model; a model of `Several` members gets one per member. `batch`:
-    see `init_state`."""
+    """The experiment's optimizer; a model of `Several` members gets one per member. `batch`: see `init_state`."""
     optimizer, several = experiment.optimizer, isinstance(experiment.model, Several)
     found = matrices(experiment, batch) if optimizer.needs_matrices else {}
     tx = optimizer.build(experiment.steps, experiment.adapt.matrices(found) if experiment.adapt else found)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from lab.data import digest
-from lab.data.dataset import Dataset, Incoming, Origin, class_names, no_ids, restored
+from lab.data.dataset import Dataset, Incoming, Origin, class_names, no_ids, part, restored
 from lab.data.folders import below, tree
 from lab.data.images.augment import Augment, draw, middle
 from lab.data.images.decode import MODES, Form, decoded, reshaped
 from lab.data.images.idx import Idx, read_idx
-from lab.data.images.records import Found, ShardPart, find
+from lab.data.images.records import Found, find
 from lab.data.images.sources import ImageFiles, ImageFolder, Opened, Pixels, TfdsImages, is_image
 from lab.data.order import fixed_order
 from lab.data.pipeline import Arrays, Records
@@ -82,9 +82,9 @@ class Images:
         if min(self.std) <= 0 or not 0 <= min(self.mean) <= max(self.mean) <= 1:
             raise UserError(f"--data.mean must be in [0, 1] and --data.std positive, not {self.mean} and {self.std}: "
                             f"they are in units of white.")
-        for name, part in (("validation", self.validation), ("test", self.test)):
-            if part is not None and (part < 0 or part >= 1 and part != int(part)):
-                raise UserError(f"--data.{name} is a part below 1, or a whole number of images, not {part}.")
+        for name, share in (("validation", self.validation), ("test", self.test)):
+            if share is not None and (share < 0 or share >= 1 and share != int(share)):
+                raise UserError(f"--data.{name} is a part below 1, or a whole number of images, not {share}.")
         if self.border < 0 or self.memory < 0:
             raise UserError("--data.border and --data.memory must not be negative.")
         if self.classes is not None and self.classes < 2:
@@ -193,7 +193,7 @@ class Images:
             rule.append("by a fixed shuffle that is the same for every seed")
             order, whole = fixed_order(n), origins["train"]
             parts = {"test": order[:held], "validation": order[held : held + count], "train": order[held + count :]}
-            found = found | {name: _part(train, np.sort(rows)) for name, rows in parts.items() if len(rows)}
+            found = found | {name: part(train, np.sort(rows)) for name, rows in parts.items() if len(rows)}
             origins |= {name: whole.at(np.sort(rows)) for name, rows in parts.items() if len(rows)}
         if self.validation == 0:
             found = found | {"validation": found["test"]}
@@ -238,10 +238,6 @@ def _origin(split: Any, found: Found) -> Origin:
     rows = np.array([i for i in range(len(split)) if split.name(i) not in corrupt]) if corrupt else np.arange(
         len(found.records))
     return Origin(rows, file=below(split.root, split.paths) if isinstance(split, ImageFiles) else None)
-
-
-def _part(records: Records, rows: np.ndarray) -> Records:
-    return Arrays(records[rows]) if isinstance(records, Arrays) else ShardPart(records, rows)
 
 
 @dataclass

@@ -180,16 +180,3 @@ class Lazy:
             self._said.add(change)
             log.warning("some images are %s", change)
         return {"inputs": np.stack([result.pixels for result in results]), "targets": labels}
-
-
-class ShardPart:
-    """A subset of the rows of other records."""
-
-    def __init__(self, records: Records, rows: np.ndarray):
-        self._records, self._rows = records, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, indices: np.ndarray) -> Batch:
-        return self._records[self._rows[indices]]

@@ -1,5 +1,5 @@
 """A study as a value: arms and seeds."""
 
-from lab.study.design.arms import Study, factorial, grid, leave_one_out, one_at_a_time
+from lab.study.design.arms import Stack, Study, factorial, grid, leave_one_out, one_at_a_time
 
-__all__ = ["Study", "factorial", "grid", "leave_one_out", "one_at_a_time"]
+__all__ = ["Stack", "Study", "factorial", "grid", "leave_one_out", "one_at_a_time"]

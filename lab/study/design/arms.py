@@ -2,7 +2,8 @@
 
     Study(base, {"rms": {"model.norm": "rmsnorm"}, "muon": {"optim": Muon(lr=Cosine(4e-3))}}, seeds=5)
 
-`grid`, `one_at_a_time`, `leave_one_out` and `factorial` generate the arms of the usual designs.
+`grid`, `one_at_a_time`, `leave_one_out` and `factorial` generate the arms of the usual designs, `Stack` those of
+stacking.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from lab.errors import UserError
 from lab.experiment import Experiment
 
 BASE = "base"
-MOST_SEEDS = 10_000
+MOST_SEEDS, MOST_FOLDS = 10_000, 1000
 Changes = Mapping[str, Any]
 """Dotted field of the experiment -> new value: {"optim.lr.peak": 3e-4, "data": Text(...)}; applied in order."""
-Kind = Literal["list", "grid", "one_at_a_time", "leave_one_out", "factorial"]
+Kind = Literal["list", "grid", "one_at_a_time", "leave_one_out", "factorial", "stack"]
+FOLD = "data.fold"  # the field of lab.data.folds.Folds that a stack varies
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,53 @@ def factorial(edits: Mapping[str, Changes]) -> Design:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Stacking of classifiers (Wolpert 1992): a logistic regression learns from the members' out-of-fold predictions.
+
+    Each member is trained on all training records, and k times on those of all folds but one, whose records it then
+    predicts. The base's data is `Folds`, which has the number of folds. The report compares the members, their mean,
+    the arms `beside` and the stack on the study's split: see lab/study/README.md.
+    """
+
+    members: Mapping[str, Changes]
+    """Name -> changes of the base; {}: the base itself."""
+    l2: float = 1.0
+    """L2 penalty of the logistic regression: l2 / 2 times the sum of its squared weights, beside the sum of losses."""
+    beside: Mapping[str, Changes] = field(default_factory=dict)
+    """Further arms to compare with, which are not stacked: name -> changes."""
+
+    def design(self, base: Experiment) -> Design:
+        """The arms, of which MEMBER.fold-I learns all folds but I. Raises UserError for a stack that cannot be."""
+        folds = getattr(base.data, "folds", None)
+        if folds is None:
+            raise UserError("A stack needs data in folds: data=Folds(...) of lab.data.folds in its base.")
+        base.data.validate()
+        if base.data.fold is not None:
+            raise UserError(f"--data.fold {base.data.fold}: a stack holds out every fold in turn; leave it out.")
+        if not self.members:
+            raise UserError("A stack needs members, name -> changes of the base; there are none.")
+        if folds * len(self.members) > MOST_FOLDS:
+            raise UserError(f"--data.folds {folds:,}: a stack trains each of its {len(self.members)} members as often; "
+                            f"more than {MOST_FOLDS} runs for each seed are too many.")
+        if not (math.isfinite(self.l2) and self.l2 > 0):
+            raise UserError(f"The penalty l2 of a stack must be above 0, not {self.l2}.")
+        if twice := (set(self.members) & set(self.beside)) | ({"mean", "stack"} & {*self.members, *self.beside}):
+            raise UserError(f"Two rows of the stack's table would be called {min(twice)!r}: choose another name.")
+        whole = {name: changes for name, changes in self.members.items() if changes}
+        parts = {f"{name}.fold-{i}": {**changes, FOLD: i} for name, changes in self.members.items()
+                 for i in range(folds)}
+        arms = {name: BASE if not changes else name for name, changes in self.members.items()}
+        return Design({**whole, **self.beside, **parts}, "stack",
+                      {"members": arms, "beside": list(self.beside), "folds": folds, "l2": self.l2})
+
+
+@dataclass(frozen=True)
 class Study:
     """Arms x seeds. The base is always included, as the arm "base"."""
 
     base: Experiment
-    arms: Mapping[str, Changes | Fork] | Design
-    """Name -> changes of the base (a `Fork` applies them after some steps), or a `Design` from `grid` etc."""
+    arms: Mapping[str, Changes | Fork] | Design | Stack
+    """Name -> changes of the base (a `Fork` applies them after some steps), a `Design` from `grid` etc., a `Stack`."""
     seeds: int | tuple[int, ...] = 3
     """The seeds of every arm; a number n means 0 ... n-1."""
     metric: str | None = None
@@ -115,6 +158,8 @@ class Study:
     @property
     def design(self) -> Design:
         """The arms, with the rule that generated them."""
+        if isinstance(self.arms, Stack):
+            return self.arms.design(self.base)
         return self.arms if isinstance(self.arms, Design) else Design(self.arms)
 
     def validate(self) -> None:

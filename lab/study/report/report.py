@@ -39,6 +39,7 @@ from lab.study.report.render import (
     without_pictures,
 )
 from lab.study.report.results import ArmResults, Results, cells_csv, changed_code, merge, read_study
+from lab.study.report.stacking import with_stack
 from lab.train.console import human
 
 METHODS = (
@@ -83,7 +84,7 @@ def report(folders: Sequence[Path], *, pool: bool = False, output: Path | None =
     output = output or (Path(folders[0]) if len(folders) == 1 else Path(f"report-of-{len(folders)}-studies"))
     make_folder(output)
     replace_file(output / "results.csv", cells_csv(results))
-    blocks = build(results, pool)
+    blocks = with_stack(results, lambda found: build(found, pool))
     _write(output, without_pictures(blocks))  # first, so that no failing picture loses the tables
     make_folder(output / "pictures")
     for old in (output / "pictures").glob("*.png"):

@@ -24,6 +24,7 @@ from lab.study.run.grouping import groups
 from lab.study.run.outcomes import likeliest, mean_seconds, metric_values
 from lab.study.run.preflight import Arm, describe_estimate, estimate, guess, measure, preflight, table
 from lab.study.run.shared import Bench
+from lab.study.run.stacking import check_stack, write_predictions
 from lab.study.run.units import ExecutionPlan
 from lab.study.run.workers import CORE, cores
 from lab.train.check import check_data
@@ -133,6 +134,7 @@ def run_study(study: Study, options: StudyOptions, file: Path, args: Sequence[st
 
 
 def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Sequence[str]) -> int:
+    check_stack(study)
     arms = preflight(study)
     bench = Bench(sorted({arm.after for arm in arms if arm.after}))
     cells = _cells(arms, study, options.only, bench)
@@ -168,7 +170,7 @@ def _run(study: Study, options: StudyOptions, folder: Path, file: Path, args: Se
         if counts["failed"]:
             screen.info("Each failed cell says why in its cell.json; --rerun runs them again.")
         if counts["done"]:
-            _report(folder, screen)
+            _report(folder, study, cells, screen)
     return 1 if counts["failed"] else 0
 
 
@@ -263,12 +265,14 @@ def _say_power(study: Study, base: Mapping[int, float], screen: Screen) -> None:
                    f"{needed if needed is not None else 'too many'} seeds")
 
 
-def _report(folder: Path, screen: Screen) -> None:
+def _report(folder: Path, study: Study, cells: Sequence[Cell], screen: Screen) -> None:
     from lab.study.report.report import report
 
     while not (lease := leases.claim(folder / "leases", "report")):
         time.sleep(0.5)  # another process is writing the same report
     try:
+        with forgiving("The predictions of the stack"):
+            write_predictions(folder, study, cells)
         with forgiving("The report"):  # not fatal: cells are finished, and ./launch.sh report can redo it
             report([folder])
     finally:

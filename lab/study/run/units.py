@@ -91,8 +91,8 @@ def read_plan(folder: Path) -> ExecutionPlan | None:
 def cannot(how: How, arms: Sequence[Arm]) -> str:
     """Why a study with these arms cannot use mode `how`; empty if it can."""
     if how == "vmap" and not all(can_be_stacked(arm.experiment) for arm in arms):
-        return ("cells with patience, exact sums, pmap, adapters, privacy, a reference, a teacher or a mesh of their "
-                "own cannot be one program.")
+        return ("cells with patience, exact sums, pmap, adapters, privacy, a bootstrap, a reference, a teacher or a "
+                "mesh of their own cannot be one program.")
     if how == "vmap" and any(arm.stated for arm in arms):
         return "arms that fork from the base run after it."
     if how == "cores" and (jax.default_backend() != "cpu" or len(workers.cores()) < 2):
@@ -102,12 +102,12 @@ def cannot(how: How, arms: Sequence[Arm]) -> str:
 
 def can_be_stacked(experiment: Experiment) -> bool:
     """Whether cells of this experiment can run as one program: no cell needs several devices, stops early,
-    trains adapters or has a teacher, of which each cell would have a copy, or has batches or records of its own
-    (privacy, a reference)."""
+    trains adapters or has a teacher, of which each cell would have a copy, has batches or records of its own (privacy,
+    a reference), or ends with an out-of-bag estimate."""
     mesh = experiment.mesh
     return ((mesh.fsdp, mesh.tensor, mesh.sequence) == (1, 1, 1) and not mesh.rules and not experiment.exact
             and experiment.parallel == "jit" and experiment.evaluate.patience is None and experiment.adapt is None
-            and experiment.private is None
+            and experiment.private is None and not getattr(experiment.model, "bootstrap", False)
             and not getattr(experiment.task, "reference", None) and not getattr(experiment.task, "teacher", None))
 
 
