@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lab.configuration.values import override
-from lab.experiment import Checkpoint
+from lab.experiment import Checkpoint, Mesh
+from lab.models.clip import CLIP
 from lab.models.cnn import ConvNet, ResNet
 from lab.models.gan import GAN
 from lab.models.layers import Transformer
@@ -76,6 +77,9 @@ def shrunk(experiment):
     for kind, fields in SMALL.items():
         if isinstance(model, kind):
             model = model.clone(**fields)
+    if isinstance(model, CLIP):
+        towers = {name: getattr(model, name).clone(depth=1, width=32, heads=2) for name in ("image", "text")}
+        model, experiment = model.clone(**towers), replace(experiment, mesh=Mesh(data=1))  # embeds all images
     warm = replace(lr, warmup=min(lr.warmup, 1))
     optim = (replace(experiment.optim, optimizer=replace(experiment.optim.optimizer, lr=warm), begin=1, end=2)
              if isinstance(experiment.optim, Prune) else replace(experiment.optim, lr=warm))

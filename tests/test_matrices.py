@@ -129,6 +129,17 @@ GOLDEN = {
             "block_*/ffn/up/bias block_*/mlp_norm/bias block_*/mlp_norm/scale final_norm/bias "
             "final_norm/scale head/bias patches/bias token wpe/embedding"),
     },
+    "CLIP": {
+        "hidden": " ".join(f"{tower}/block_*/{part}/kernel" for tower in ("image", "text") for part in (
+            "attn/key", "attn/out", "attn/query", "attn/value", "ffn/down", "ffn/up")) + " image/patches/kernel",
+        "head": "image_projection/kernel text_projection/kernel",
+        "none": " ".join(f"{tower}/{part}" for tower in ("image", "text") for part in (
+            "block_*/attention_norm/bias", "block_*/attention_norm/scale", "block_*/attn/key/bias",
+            "block_*/attn/out/bias", "block_*/attn/query/bias", "block_*/attn/value/bias", "block_*/ffn/down/bias",
+            "block_*/ffn/up/bias", "block_*/mlp_norm/bias", "block_*/mlp_norm/scale", "final_norm/bias",
+            "final_norm/scale", "wpe/embedding")) + (
+            " image/patches/bias text/wte/embedding text/embedding_norm/bias text/embedding_norm/scale log_scale"),
+    },
     "MinGRU": {
         "hidden": "conv/kernel gate/kernel candidate/kernel",
         "head": "out/kernel",

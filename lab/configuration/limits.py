@@ -46,6 +46,21 @@ def check_parallel(experiment: Any) -> None:
         raise UserError("--exact computes its virtual shards one after another already: leave out --grad-accum-steps.")
     if exact and experiment.batch % shards:
         raise UserError(f"--batch {experiment.batch} is not divisible by --virtual-shards {shards}.")
+    if getattr(experiment.task, "whole_batch", False):
+        _check_undivided(experiment)
+
+
+def _check_undivided(experiment: Any) -> None:
+    """`check_parallel` for a task whose loss compares all records of a batch."""
+    divides = {f"--grad-accum-steps {experiment.grad_accum_steps}": experiment.grad_accum_steps > 1,
+               "--parallel pmap": experiment.parallel == "pmap", "--exact": experiment.exact,
+               "private training": experiment.private is not None}
+    name = type(experiment.task).__name__
+    if given := [flag for flag, set_ in divides.items() if set_]:
+        raise UserError(f"{name} compares each record with all others of the batch, and {given[0]} computes parts of "
+                        f"it alone: leave it out.")
+    if experiment.batch < 2:
+        raise UserError(f"{name} compares each record with the others of the batch: --batch must be at least 2.")
 
 
 def _shortly(number: int) -> str:

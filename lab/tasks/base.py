@@ -63,7 +63,8 @@ class EvalResult:
     split: str
     means: Mapping[str, float]
     counts: Mapping[str, np.ndarray]
-    predictions: Callable[[], dict[str, np.ndarray]]
+    predictions: Callable[..., dict[str, np.ndarray]]
+    """`Task.predict` of every record of the split, or of the records that are its argument."""
     step: int
     seed: int
     folder: Path
@@ -73,9 +74,10 @@ class EvalResult:
     def _predicted(self) -> dict[str, np.ndarray]:
         return self.predictions()
 
-    def predict(self) -> dict[str, np.ndarray]:
-        """`Task.predict` of every record of the split, computed once: name -> (number of records, ...)."""
-        return self._predicted
+    def predict(self, records: Any = None) -> dict[str, np.ndarray]:
+        """`Task.predict` of every record of the split, computed once: name -> (number of records, ...). Or of other
+        `records`."""
+        return self._predicted if records is None else self.predictions(records)
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Task:
     """Field of a record -> the prediction that it holds, of the model as the run begins. Training and evaluation
     compute it once: see `lab.train.reference`. The data has zeros there."""
 
+    whole_batch: ClassVar[bool] = False
+    """Whether a record's loss depends on the other records of its batch. If so, a batch is never divided: the compiler
+    partitions the whole, and what would give a part of the batch a loss of its own is refused."""
+
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
 
@@ -101,7 +107,7 @@ class Task:
 
     def mixes_rows(self, model: nn.Module, data: Any, precision: str) -> bool:
         """See `mixes_rows` below. If true, how a batch is split into microbatches is part of the fingerprint."""
-        return mixes_rows(self, model, data, precision)
+        return self.whole_batch or mixes_rows(self, model, data, precision)
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
         """Parameters and mutable collections of the model for this kind of batch."""

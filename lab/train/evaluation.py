@@ -25,7 +25,10 @@ def make_eval_result(program: Program, state: State, data: Any, split: str, mean
     """The `EvalResult` of `state` on `split`, from its means and counts."""
     records = getattr(data, split)
     experiment = program.experiment
-    predictions = functools.partial(predict, program, state, records)
+
+    def predictions(others: Any = None) -> dict[str, np.ndarray]:
+        return predict(program, state, records if others is None else others)
+
     compute = functools.partial(program.compute, state)
     return EvalResult(experiment.model, compute, data, records, split, means, counts,
                    predictions, int(jax.device_get(state.step)), experiment.seed, folder)
@@ -58,7 +61,8 @@ def evaluate(program: Program, state: State, data: Any, split: str, folder: Path
 def by_record(program: Program, state: State, data: Any, split: str,
               records: int | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Metric -> (sums, weights) of each record of a split, (records,) float64, on one device: each record is a batch of
-    its own. Without tasks' counts. `records`: of that many evenly spaced ones.
+    its own. Without tasks' counts, or a loss that depends on the batch (`Task.whole_batch`). `records`: of that many
+    evenly spaced ones.
 
     Raises:
       UserError: the data has no such split.
@@ -76,7 +80,8 @@ def by_record(program: Program, state: State, data: Any, split: str,
     parts = [jax.device_get(step(state, batch)) for batch in eval_batches(rows, program.eval_batch, records)]
     count = min(records or len(rows), len(rows))
     return {name: tuple(np.concatenate([part[name][i] for part in parts])[:count].astype(np.float64) for i in (0, 1))
-            for name, found in parts[0].items() if isinstance(found, tuple)}
+            for name, found in parts[0].items() if isinstance(found, tuple)
+            and not (name == "loss" and getattr(program.experiment.task, "whole_batch", False))}
 
 
 def frozen_paths(experiment: Experiment, params: Any) -> list[str]:

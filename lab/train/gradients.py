@@ -27,7 +27,8 @@ def by_compiler(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any)
 
     With the axis "data" alone, each device sums its own rows in a `shard_map`, followed by one all-reduce per step.
     Otherwise XLA would all-reduce in every microbatch, scanned block and loss chunk. The compiler still partitions
-    meshes with "fsdp", where whole gradients do not fit, and models with dropout or BatchNorm, which span microbatches.
+    meshes with "fsdp", where whole gradients do not fit, models with dropout or BatchNorm, which span microbatches, and
+    losses of a whole batch (`Task.whole_batch`).
 
     Private training always sums in the `shard_map`: a record's random numbers do not depend on the batch, and XLA
     partitions the convolutions of per-record gradients wrongly (jax 0.10.2 on CPUs: tests/test_private.py).
@@ -42,7 +43,8 @@ def by_compiler(experiment: Experiment, mesh: jax.sharding.Mesh, shardings: Any)
     def sum_gradients(gradient: Gradient, state: State, batch: Any) -> Any:
         sums = microbatched(experiment.grad_accum_steps)
         if mesh.size == 1 or experiment.private is None and (
-                mesh.size != mesh.shape["data"] or jax.tree.leaves(state.model_state) or draws(
+                mesh.size != mesh.shape["data"] or jax.tree.leaves(state.model_state)
+                or getattr(experiment.task, "whole_batch", False) or draws(
                     gradient, state.params, state.model_state, batch, state.step, 0)):
             return sums(placed(gradient), state, batch)
 
