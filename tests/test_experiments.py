@@ -13,6 +13,7 @@ from lab.configuration.values import override
 from lab.experiment import Checkpoint, Mesh
 from lab.models.clip import CLIP
 from lab.models.cnn import ConvNet, ResNet
+from lab.models.efficientnet import EfficientNet
 from lab.models.gan import GAN
 from lab.models.layers import Transformer
 from lab.models.multitask import ClassifyAndReconstruct
@@ -32,12 +33,14 @@ from tests.test_step import compiled_in_haste  # noqa: F401
 
 EXPERIMENTS = [p for p in sorted((ROOT / "experiments").glob("*.py")) if "\nstudy = " not in p.read_text()]
 STUDIES = [p for p in sorted((ROOT / "experiments").glob("*.py")) if p not in EXPERIMENTS]
-# Published: GPT-2's own (and 47 rows that fill its embedding up to 50,304), torchvision's resnet50, and timm's ViT-S/16
-# less its class token and learned positions.
+# Published: GPT-2's own (and 47 rows that fill its embedding up to 50,304), torchvision's resnet50 and efficientnet_b0,
+# and timm's ViT-S/16 less its class token and learned positions.
 PARAMETERS = {"gpt_small": 124_439_808 + 47 * 768, "gpt_medium": 354_823_168 + 47 * 1024,
               "gpt_xl": 1_557_611_200 + 47 * 1600,
-              "imagenet_resnet50": 25_557_032, "imagenet_vit_s16": 22_050_664 - 384 * (1 + 197)}
+              "imagenet_efficientnet": 5_288_548, "imagenet_resnet50": 25_557_032,
+              "imagenet_vit_s16": 22_050_664 - 384 * (1 + 197)}
 SMALL = {Transformer: {"depth": 2, "width": 32, "heads": 2, "kv_heads": None}, ResNet: {"width": 4},
+         EfficientNet: {"width_multiple": 0.25, "depth_multiple": 0.1},
          ConvNet: {"channels": (4, 8)}, ClassifyAndReconstruct: {"channels": (4, 8), "code": 16},
          LSTM: {"width": 8, "hidden": 8}, GAN: {"width": 4}}
 

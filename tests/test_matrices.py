@@ -17,6 +17,7 @@ from lab.errors import UserError
 from lab.experiment import Experiment
 from lab.models.bert import BERT
 from lab.models.cnn import ConvNet, ResNet
+from lab.models.efficientnet import EfficientNet
 from lab.models.gpt import GPT
 from lab.models.linear import MLP, Ensemble
 from lab.models.members import Several
@@ -99,6 +100,17 @@ GOLDEN = {
             "head/bias stage*_block*/norm*/bias stage*_block*/norm*/scale "
             "stage*_block*/shortcut_norm/bias stage*_block*/shortcut_norm/scale stem_norm/bias "
             "stem_norm/scale"),
+    },
+    "EfficientNet": {
+        "hidden": (
+            "last/kernel stage*_block*/depthwise/kernel stage*_block*/excite/kernel stage*_block*/expand/kernel "
+            "stage*_block*/project/kernel stage*_block*/squeeze/kernel stem/kernel"),
+        "head": "head/kernel",
+        "none": (
+            "head/bias last_norm/bias last_norm/scale stage*_block*/depthwise_norm/bias "
+            "stage*_block*/depthwise_norm/scale stage*_block*/excite/bias stage*_block*/expand_norm/bias "
+            "stage*_block*/expand_norm/scale stage*_block*/project_norm/bias stage*_block*/project_norm/scale "
+            "stage*_block*/squeeze/bias stem_norm/bias stem_norm/scale"),
     },
     "MLP": {
         "hidden": "dense_*/kernel",
@@ -222,7 +234,8 @@ def of(model: nn.Module, inputs: np.ndarray) -> dict[str, Matrix]:
 @pytest.mark.parametrize("model, inputs", [
     (LSTM(vocab=9, width=4, hidden=4, depth=2), TOKENS), (BERT(vocab=9, classes=2, **small), TOKENS),
     (ViT(patch=8, classes=3, **small), IMAGES), (ConvNet(channels=(4, 4), convs=(1, 1), dense=8), IMAGES),
-    (ResNet(depth=18, width=4, classes=3, stem="cifar"), IMAGES), (MLP(classes=3, width=4), IMAGES),
+    (ResNet(depth=18, width=4, classes=3, stem="cifar"), IMAGES), (EfficientNet(0.25, 0.1, 3), IMAGES),
+    (MLP(classes=3, width=4), IMAGES),
     (ViT(patch=8, classes=3, scan=True, **small), IMAGES)], ids=lambda x: type(x).__name__)
 def test_in_an_ensemble_everything_is_what_it_is_alone(model, inputs):
     alone, together = of(model, inputs), of(Ensemble(model, 2), inputs)

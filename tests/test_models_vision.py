@@ -15,6 +15,7 @@ from lab.configuration.rebuild import from_json
 from lab.configuration.values import to_json
 from lab.errors import UserError
 from lab.models.cnn import BLOCKS, ConvNet, ResidualBlock, ResNet, conv, image_norm, max_pool
+from lab.models.efficientnet import EfficientNet
 from lab.models.linear import MLP, Ensemble, Linear
 from lab.models.vit import ViT, sincos
 from lab.train.step import cast
@@ -351,6 +352,8 @@ def test_convolutions_start_with_he_fan_out():
     kernel = conv(64, 3, stride=2, name="c").init(jax.random.key(0), jnp.zeros((1, 8, 8, 16)))["params"]["kernel"]
     assert abs(kernel.std() / (2 / (9 * 64)) ** 0.5 - 1) < 0.03
     assert abs(kernel.std() / (2 / (9 * 16)) ** 0.5 - 1) > 0.3  # negative control: fan-in
+    alone = conv(512, 3, depthwise=True, name="d").init(jax.random.key(0), jnp.zeros((1, 3, 3, 512)))["params"]
+    assert alone["kernel"].shape == (3, 3, 1, 512) and abs(alone["kernel"].std() / (2 / 9) ** 0.5 - 1) < 0.05
 
 
 # --------------------------------------------------------------------------------------------- BatchNorm and devices
@@ -420,6 +423,7 @@ def test_statistics_change_in_training_only():
 
 
 @pytest.mark.parametrize("model", [ResNet(18, classes=5, width=4), ConvNet(classes=5),
+                                   EfficientNet(0.25, 0.1, classes=5),
                                    ViT(depth=1, width=8, heads=2, patch=8, classes=5)], ids=lambda m: type(m).__name__)
 def test_reduced_precision_keeps_logits_and_statistics_float32(model):
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -554,7 +558,7 @@ def test_vit_has_no_context():
 
 # ------------------------------------------------------------------------------------------------------- mistakes
 
-GOOD = [Linear(), Linear(3), MLP(), ConvNet(), ResNet(), ViT(), Ensemble(MLP(classes=3))]
+GOOD = [Linear(), Linear(3), MLP(), ConvNet(), ResNet(), EfficientNet(), ViT(), Ensemble(MLP(classes=3))]
 
 
 @pytest.mark.parametrize("model", GOOD, ids=lambda m: type(m).__name__)
@@ -578,6 +582,10 @@ WRONG = [
     (ConvNet(convs=(1, 0, 1)), "--model.channels and --model.convs must be at least 1 in every stage."),
     (ConvNet(dense_dropout=-0.1), "--model.dense-dropout must be in [0, 1), not -0.1."),
     (ResNet(width=0), "--model.width must be at least 1, not 0."),
+    (EfficientNet(width_multiple=0.0), "--model.width-multiple must be above 0, not 0.0."),
+    (EfficientNet(depth_multiple=math.nan), "--model.depth-multiple must be above 0, not nan."),
+    (EfficientNet(squeeze_ratio=-1.0), "--model.squeeze-ratio must be in [0, 1], not -1.0."),
+    (EfficientNet(stochastic_depth=1.0), "--model.stochastic-depth must be in [0, 1), not 1.0."),
     (ViT(patch=0), "--model.patch must be at least 1, not 0."),
     (ViT(heads=5), "--model.width 384 is not divisible by --model.heads 5."),
     (ViT(width=6, position="sincos"), "--model.position sincos needs a --model.width divisible by 4, not 6."),
@@ -597,6 +605,7 @@ UNFIT = [
     (MLP(2), {"classes": 3}, "The data has 3 classes and the model 2. Use --model.classes 3."),
     (Ensemble(MLP(2)), {"classes": 3}, "The data has 3 classes and the model 2. Use --model.member.classes 3."),
     (ResNet(), {"classes": 3}, "The data has 3 classes and the model 1000. Use --model.classes 3."),
+    (EfficientNet(), {"classes": 3}, "The data has 3 classes and the model 1000. Use --model.classes 3."),
     (ConvNet(), {"classes": 10, "height": 8, "width": 7}, "3 stages halve the image as often, and its width is only 7. "
                                                           "Give fewer --model.channels and --model.convs."),
     (ViT(), {"classes": 1000, "height": 224, "width": 225},

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
+from lab.models.depthwise import depthwise as by_channel
 from lab.models.dropout import dropout
 from lab.models.layers import Dense
 from lab.models.linear import check_classes, check_rates, check_sizes, output
@@ -25,13 +26,18 @@ Norm = Literal["batch", "group"]
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
 
-def conv(features: int, size: int, *, stride: int = 1, bias: bool = False, name: str) -> nn.Conv:
+def conv(features: int, size: int, *, stride: int = 1, bias: bool = False, depthwise: bool = False,
+         name: str) -> nn.Conv:
     """`size` x `size` convolution of (B, H, W, C), padded by size // 2 on all sides, with He fan-out weights.
 
     The padding is explicit: with stride 2, "SAME" pads even sizes on one side only, unlike every published ResNet.
+    `depthwise`: each of the `features` channels is convolved alone; kernel (size, size, 1, features).
     """
-    he = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    return nn.Conv(features, (size, size), strides=stride, padding=size // 2, use_bias=bias, kernel_init=he, name=name)
+    # Flax would count the outputs of all channels; a channel's own fan-out is its fan-in.
+    he = nn.initializers.variance_scaling(2.0, "fan_in" if depthwise else "fan_out", "normal")
+    return nn.Conv(features, (size, size), strides=stride, padding=size // 2, use_bias=bias, kernel_init=he,
+                   feature_group_count=features if depthwise else 1,
+                   conv_general_dilated=by_channel if depthwise else None, name=name)
 
 
 def image_norm(kind: Norm, channels: int, train: bool, *, zero: bool = False, name: str) -> nn.Module:

@@ -26,6 +26,7 @@ from lab.configuration.field_types import check_types
 from lab.data.hugging_face import FittedHuggingFace
 from lab.errors import UserError
 from lab.weights.bert import BERT_FAMILY
+from lab.weights.efficientnet import EFFICIENTNET_FAMILY
 from lab.weights.gguf_files import GGUF, config_of
 from lab.weights.gpt2 import GPT2
 from lab.weights.gpt_neox import GPT_NEOX
@@ -39,7 +40,8 @@ from lab.weights.vit import VIT_FAMILY
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF, *BERT_FAMILY, *VIT_FAMILY, *RESNET_FAMILY)}
+ARCHITECTURES = {a.name: a for a in (GPT2, GPT_NEOX, *LLAMA, *LLAMA_GGUF, *BERT_FAMILY, *VIT_FAMILY, *RESNET_FAMILY,
+                                     *EFFICIENTNET_FAMILY)}
 STATE = "batch_stats"  # the only collection of our models beside their parameters
 
 

@@ -14,18 +14,24 @@ from lab.models.cnn import BLOCKS, ResNet
 from lab.weights.rules import Architecture, Config, Rule, Rules, Unused
 
 SIZE = 224  # no parameter depends on the images' height and width
+COUNT = Unused(r".*\.num_batches_tracked", "a count, which evaluation does not use")
 LAYERS = {("basic", BLOCKS[18]): 18, ("basic", BLOCKS[34]): 34, ("bottleneck", BLOCKS[50]): 50}
 
 
 def timm_model(depth: int, config: Config) -> ResNet:
     """Our model of timm's config.json, for torchvision's weights {"architecture": "resnet50", "num_classes": 1000}."""
+    return ResNet(depth=depth, classes=timm_classes(config))
+
+
+def timm_classes(config: Config) -> int:
+    """Number of classes in timm's config.json. UserError for a field that may change the model."""
     config.expect(global_pool="avg")
     args = Config(config.take("model_args", None) or {}, f"model_args in {config.title}")
     args.expect(global_pool="avg")
     args.finish("in_chans", "num_classes")
-    value = ResNet(depth=depth, classes=config.take("num_classes"))
+    classes = config.take("num_classes")
     config.finish("architecture", "num_features", "pretrained_cfg", "label_names", "label_descriptions")
-    return value
+    return classes
 
 
 def timm_inputs(config: Config) -> jax.ShapeDtypeStruct:
@@ -75,11 +81,12 @@ def _image(channels: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, SIZE, SIZE, channels), np.float32)
 
 
-def _conv(theirs: str, ours: str) -> tuple[Rule, ...]:
+def conv(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """A convolution's kernel."""
     return (Rule(f"{theirs}.weight", f"{ours}/kernel", "O I y x -> y x I O"),)
 
 
-def _norm(theirs: str, ours: str) -> tuple[Rule, ...]:
+def batch_norm(theirs: str, ours: str) -> tuple[Rule, ...]:
     """BatchNorm: two parameters, and two statistics of another collection."""
     return (Rule(f"{theirs}.weight", f"{ours}/scale"), Rule(f"{theirs}.bias", f"{ours}/bias"),
             Rule(f"{theirs}.running_mean", f"batch_stats/{ours}/mean"),
@@ -93,17 +100,16 @@ def _rules(stem: tuple[str, str], block: str, layer: tuple[str, str], shortcut: 
     Pairs are the names of a convolution and its norm. `block` has {stage} and {j}, `layer` has {k}; stages and layers
     are counted from `first`, blocks from 0.
     """
-    found = [*_conv(stem[0], "stem"), *_norm(stem[1], "stem_norm"),
-             Rule(f"{head}.weight", "head/kernel", "O I -> I O"), Rule(f"{head}.bias", "head/bias"),
-             Unused(r".*\.num_batches_tracked", "a count, which evaluation does not use")]
+    found = [*conv(stem[0], "stem"), *batch_norm(stem[1], "stem_norm"),
+             Rule(f"{head}.weight", "head/kernel", "O I -> I O"), Rule(f"{head}.bias", "head/bias"), COUNT]
     for i, blocks in enumerate(BLOCKS[50]):
         for j in range(blocks):
             theirs, ours = block.format(stage=i + first, j=j), f"stage{i + 1}_block{j + 1}"
             for k in range(3):
-                conv, norm = (f"{theirs}.{name.format(k=k + first)}" for name in layer)
-                found += [*_conv(conv, f"{ours}/conv{k + 1}"), *_norm(norm, f"{ours}/norm{k + 1}")]
-            found += [*_conv(f"{theirs}.{shortcut[0]}", f"{ours}/shortcut"),
-                      *_norm(f"{theirs}.{shortcut[1]}", f"{ours}/shortcut_norm")]
+                kernel, norm = (f"{theirs}.{name.format(k=k + first)}" for name in layer)
+                found += [*conv(kernel, f"{ours}/conv{k + 1}"), *batch_norm(norm, f"{ours}/norm{k + 1}")]
+            found += [*conv(f"{theirs}.{shortcut[0]}", f"{ours}/shortcut"),
+                      *batch_norm(f"{theirs}.{shortcut[1]}", f"{ours}/shortcut_norm")]
     return tuple(found)
 
 
