@@ -6,8 +6,8 @@
 Expected: 75.1 % top-1, which pycls reports for this recipe (its model zoo: SGD, rate 0.2 for 128 images, 100 epochs,
 no dropout, no stochastic depth; it adds noise along the principal colours, which lab lacks). Published: 77.1 % in the
 paper, 77.7 % of torchvision's weights, both with longer training, RMSProp, AutoAugment or RandAugment and the model's
-default dropout and stochastic depth. Not trained here, only planned (``--full --dry-run``); the local config has been
-run.
+default dropout and stochastic depth. Not trained here, only planned (``--full --dry-run``); of the local config only a
+few steps, by the tests.
 """
 
 from dataclasses import replace
