@@ -40,7 +40,7 @@ PARAMETERS = {"gpt_small": 124_439_808 + 47 * 768, "gpt_medium": 354_823_168 + 4
               "imagenet_efficientnet": 5_288_548, "imagenet_resnet50": 25_557_032,
               "imagenet_vit_s16": 22_050_664 - 384 * (1 + 197)}
 SMALL = {Transformer: {"depth": 2, "width": 32, "heads": 2, "kv_heads": None}, ResNet: {"width": 4},
-         EfficientNet: {"width_multiple": 0.25, "depth_multiple": 0.1},
+         EfficientNet: {"stages": ((1, 3, 1, 8, 1), (6, 3, 2, 8, 1))},
          ConvNet: {"channels": (4, 8)}, ClassifyAndReconstruct: {"channels": (4, 8), "code": 16},
          LSTM: {"width": 8, "hidden": 8}, GAN: {"width": 4}}
 

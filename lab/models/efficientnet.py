@@ -17,9 +17,12 @@ from lab.models.layers import Dense
 from lab.models.linear import check_classes, check_rates, check_sizes, output
 from lab.models.precision import elementwise
 
-# Table 1 of the paper, at width 1 and depth 1: expansion, side of the depthwise kernel, stride, channels, blocks.
-STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
-          (6, 3, 1, 320, 1))
+Stage = tuple[int, int, int, int, int]
+"""Expansion, side of the depthwise kernel, stride, channels and blocks, at width 1 and depth 1."""
+STAGES: tuple[Stage, ...] = (
+    (1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1))
+"""Those of the paper, table 1."""
 SIZES = {"b0": {"width_multiple": 1.0, "depth_multiple": 1.0, "dropout": 0.2},
          "b1": {"width_multiple": 1.0, "depth_multiple": 1.1, "dropout": 0.2},
          "b2": {"width_multiple": 1.1, "depth_multiple": 1.2, "dropout": 0.3},
@@ -105,11 +108,15 @@ class EfficientNet(nn.Module):
     stochastic_depth: float = 0.2
     """Probability that a record skips a block in training (Huang et al. 2016): 0 at the first block, linear to this
     rate after the last."""
+    stages: tuple[Stage, ...] = STAGES
+    """The stages of blocks between the first convolution and the last."""
 
     def validate(self) -> None:
         """Raises UserError for a field out of range."""
         check_sizes(classes=self.classes)
         check_rates(dropout=self.dropout, stochastic_depth=self.stochastic_depth)
+        if not self.stages or min(map(min, self.stages)) < 1:
+            raise UserError("--model.stages must have one stage or more, of numbers from 1.")
         for name in ("width_multiple", "depth_multiple"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--model.{name.replace('_', '-')} must be above 0, not {getattr(self, name)}.")
@@ -127,8 +134,8 @@ class EfficientNet(nn.Module):
             return elementwise(nn.silu, image_norm(self.norm, features, train, name=f"{name}_norm")(x))
 
         x = convolved(images, rounded(32 * self.width_multiple), 3, 1 if self.stem == "cifar" else 2, "stem")
-        blocks = [math.ceil(stage[-1] * self.depth_multiple) for stage in STAGES]
-        for i, (expansion, size, stride, channels, _) in enumerate(STAGES):
+        blocks = [math.ceil(stage[-1] * self.depth_multiple) for stage in self.stages]
+        for i, (expansion, size, stride, channels, _) in enumerate(self.stages):
             for j in range(blocks[i]):
                 block = MBConv(channels=rounded(channels * self.width_multiple), expansion=expansion, size=size,
                                stride=1 if j else stride,
