@@ -1,8 +1,9 @@
 """Depthwise convolution: on CPUs as a sum of shifted products, because XLA's own is slow there.
 
 A training step of 64 images of 32x32, EfficientNet of width 0.375 and depth 0.5 without downsampling in its first two
-stages: 12.0 s with XLA's, 1.8 s with plain shifted sums (medians of 8; busy 2-core Intel Xeon VM with AMX, jax 0.10.2, 2026-11-28).
-The gradient of one 5x5 convolution of (64, 16, 16, 96), processor time: 836 and 504 ms, with stride 2 588 and 145 ms.
+stages: 12.0 s with XLA's, 1.8 s with plain shifted sums (medians of 8; busy 2-core Intel Xeon VM with AMX, jax
+0.10.2, 2026-11-28). The gradient of one 5x5 convolution of (64, 16, 16, 96), processor time: 836 and 504 ms, with
+stride 2 588 and 145 ms.
 """
 
 from __future__ import annotations
