@@ -138,12 +138,11 @@ def linear_probe(outcome: EvalResult, targets: np.ndarray) -> dict[str, float | 
     return {"linear_probe": float(probe.score(outcome.predict()["embedding"], targets)), "probe_records": len(chosen)}
 
 
-@dataclass(frozen=True)
 class _Some:
     """The `chosen` of `records`."""
 
-    records: Any
-    chosen: np.ndarray
+    def __init__(self, records: Any, chosen: np.ndarray):
+        self.records, self.chosen = records, chosen
 
     def __len__(self) -> int:
         return len(self.chosen)

@@ -11,6 +11,7 @@ import pytest
 from lab.errors import UserError
 from lab.models.attention import einsum_attention
 from lab.models.bert import BERT
+from lab.models.clip import CLIP
 from lab.models.cudnn import cudnn_attention
 from lab.models.gpt import GPT
 from lab.models.layers import Transformer
@@ -111,7 +112,7 @@ def test_every_transformer_is_lowered_for_a_gpu(for_a_gpu, model, length, padded
 def test_every_experiment_is_lowered_for_a_gpu(for_a_gpu, path, form):
     """In bfloat16, two blocks deep: training, evaluation and prediction."""
     experiment = getattr(load(path), form)
-    if transformer := isinstance(experiment.model, Transformer):
+    if transformer := isinstance(experiment.model, Transformer | CLIP):
         experiment = shrunk(experiment)
     elif form == "local":
         return  # without attention its operations are those of the other form
@@ -128,6 +129,6 @@ def test_every_experiment_is_lowered_for_a_gpu(for_a_gpu, path, form):
         except UserError as e:
             assert make is make_predict_step and "makes no predictions" in str(e)
             continue
-        drops = make is make_train_step and transformer and experiment.model.dropout
+        drops = make is make_train_step and getattr(experiment.model, "dropout", 0)
         packed = "documents" in batch  # einsum keeps them apart
         assert ("__cudnn$fmhaSoftmax(" in text) == bool(transformer and not drops and not packed), make
