@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ from lab.configuration.rebuild import from_json
 from lab.configuration.values import to_json
 from lab.errors import UserError
 from lab.models.cnn import BLOCKS, ConvNet, ResidualBlock, ResNet, conv, image_norm, max_pool
+from lab.models.convolution import convolution
 from lab.models.efficientnet import EfficientNet
 from lab.models.linear import MLP, Ensemble, Linear
 from lab.models.vit import ViT, sincos
@@ -357,6 +359,34 @@ def test_convolutions_start_with_he_fan_out():
 
 
 # --------------------------------------------------------------------------------------------- BatchNorm and devices
+
+@pytest.mark.parametrize(("size", "stride", "side"), [(3, 1, 6), (3, 2, 7), (7, 2, 8), (1, 2, 5)])
+def test_the_gradients_of_a_convolution_are_jaxs(size, stride, side):
+    x, kernel, ways = normal(2, side, side + 1, 3), normal(size, size, 3, 4), ((stride,) * 2, ((size // 2,) * 2,) * 2)
+    plain = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def both(x, kernel):
+        y, pull = jax.vjp(lambda x, kernel: plain(x, kernel, *ways), x, kernel)
+        return y, pull(y), jax.vjp(lambda x, kernel: convolution(x, kernel, *ways), x, kernel)[1](y)
+
+    y, want, got = jax.jit(both)(x, kernel)
+    assert_trees_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_in_a_loop_all_convolutions_have_the_form_that_cpus_are_fast_at():
+    x, kernel = jnp.ones((2, 3, 6, 6, 2)), jnp.ones((3, 3, 2, 2))
+    plain = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def forms(function):
+        apply = lambda x, kernel: jnp.sin(function(x, kernel, (1, 1), ((1, 1), (1, 1))))
+        loss = lambda kernel, x: apply(apply(x, kernel), kernel).sum()
+        total = lambda kernel: jax.lax.scan(lambda sum_, x: (sum_ + jax.grad(loss)(kernel, x), None), kernel, x)[0]
+        compiled = jax.jit(total).lower(kernel).compile().as_text()
+        return set(re.findall(r"dim_labels=([0-9a-z]+_[0-9a-z]+->[0-9a-z]+)", compiled))
+
+    assert forms(convolution) == {"b01f_01io->b01f"}
+    assert forms(plain) > {"b01f_01io->b01f"}  # negative control
+
 
 def test_norms_equal_numpy():
     """BatchNorm in training and evaluation with its running statistics, and GroupNorm, by their papers."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lab.errors import UserError
+from lab.models.convolution import convolution
 from lab.models.depthwise import depthwise as by_channel
 from lab.models.dropout import dropout
 from lab.models.layers import Dense
@@ -37,7 +38,7 @@ def conv(features: int, size: int, *, stride: int = 1, bias: bool = False, depth
     he = nn.initializers.variance_scaling(2.0, "fan_in" if depthwise else "fan_out", "normal")
     return nn.Conv(features, (size, size), strides=stride, padding=size // 2, use_bias=bias, kernel_init=he,
                    feature_group_count=features if depthwise else 1,
-                   conv_general_dilated=by_channel if depthwise else None, name=name)
+                   conv_general_dilated=by_channel if depthwise else convolution, name=name)
 
 
 def image_norm(kind: Norm, channels: int, train: bool, *, zero: bool = False, name: str) -> nn.Module:
