@@ -7,8 +7,8 @@ Measured (2-core Intel Xeon with AMX, busy, 2026-11-28). MNIST, seeds 0, 1, 2: 9
 images at epsilon 1.20 and delta 1e-5, 10 epochs of 55,000, 9 to 10 minutes each; TensorFlow Privacy's tutorial has
 95.0 %, 10 epochs of 60,000. With two stages of convolutions and a dense layer, twice the parameters, it was 94.6 %.
 The attack by the loss (1,000 + 1,000 images) has an area of 0.473 (95 % interval 0.447 to 0.499), and 0.482 for
-`mnist_cnn` after 2 epochs. An update takes 658 ms (221 without privacy) and 261 MB of temporary memory (208); in 2,
-4, 8 microbatches 134, 69, 38 MB.
+`mnist_cnn` after 2 epochs. An update takes 557 ms (223 without privacy) and 261 MB of temporary memory (208); in 2, 4,
+8 microbatches 602, 721, 590 ms and 134, 69, 38 MB.
 Local config, epsilon 8.0 at delta 1e-4, seeds 0, 1, 2: 95.3, 96.9, 95.5 % of 359 digits, 7 s of training; `mnist_cnn`
 without privacy has 99.7 %.
 """
