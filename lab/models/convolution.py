@@ -15,7 +15,8 @@ Padding = tuple[tuple[int, int], ...]
 
 def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]],
                 **fields: Any) -> Array:
-    """`jax.lax.conv_general_dilated`, as `nn.Conv` calls it, of images (B, H, W, C) with a kernel (y, x, C, F)."""
+    """`jax.lax.conv_general_dilated`, as `nn.Conv` calls it, of images (B, H, W, C) with a kernel (y, x, C, F),
+    neither dilated nor in groups: `fields` say no more than that."""
     return _convolution(x, kernel, tuple(strides), tuple(padding))
 
 

@@ -88,6 +88,14 @@ def padded(x: Array, value: int = 0, rows: int = ROWS) -> Array:
     return jnp.pad(x, [(0, max(rows - len(x), 0))] + [(0, 0)] * (x.ndim - 1), constant_values=value)
 
 
+def summed_alike(function: Callable[..., Any], *rows: Any) -> Any:
+    """`function` of trees of B rows, computed for `SUMS` rows at least, so that its sums have the same order for any
+    B. The barriers keep the compiler from leaving out the padding."""
+    whole = jax.lax.optimization_barrier(jax.tree.map(functools.partial(padded, rows=SUMS), rows))
+    B = len(jax.tree.leaves(rows)[0])
+    return jax.tree.map(lambda x: x[:B], jax.lax.optimization_barrier(function(*whole)))
+
+
 def _apply(model: nn.Module, params: Any, cache: Any, ids_BL: Array, positions_BL: Array, **rows: Any) -> tuple[
         Array, Array, Any]:
     """(last hidden states (B, L, D), output kernel (D, V), cache). `rows`: see `_attention`."""
@@ -110,9 +118,7 @@ def _intercept(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if isinstance(module, SelfAttention) and context.method_name == "_decode":
         return _attention(module, *args[:4], texts=texts, slot=slot)  # without a bias, which GPT has none of
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(args[0]) < SUMS and slot is None:
-        # Without the barriers the compiler leaves out the padding.
-        whole = own(jax.lax.optimization_barrier(padded(args[0], rows=SUMS)))
-        return jax.lax.optimization_barrier(whole)[:len(args[0])]
+        return summed_alike(own, *args)
     return own(*args, **kwargs)
 
 

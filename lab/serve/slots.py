@@ -44,10 +44,7 @@ def _decode(model: nn.Module, params: Any, cache: Any, token_B: Array, position_
             vocab: int) -> tuple[Any, Sampled]:
     """Writes a token to each of the first B slots, at its position, and samples the next one of each."""
     logits_BV, cache = decoding.step(model, params, cache, token_B, position_B)
-    # Without the barriers the compiler leaves out the padding.
-    whole = jax.lax.optimization_barrier(jax.tree.map(
-        functools.partial(decoding.padded, rows=decoding.SUMS), (_masked(logits_BV, vocab), rows, position_B)))
-    return cache, jax.tree.map(lambda x: x[:len(token_B)], jax.lax.optimization_barrier(pick_rows(*whole)))
+    return cache, decoding.summed_alike(pick_rows, _masked(logits_BV, vocab), rows, position_B)
 
 
 def _cache_beside(model: nn.Module, params: Any, slots: int) -> Any:
