@@ -198,11 +198,11 @@ def test_a_step_of_any_size_gives_the_same_tokens(monkeypatch):
     monkeypatch.setattr(slots_file, "WIDTHS", (8,))
     model = GPT(**SMALL | {"context": 16})
     for precision in ("float32", "bfloat16"):
-        slots = Slots(model, random_params(model), slots=6, vocab=27, precision=precision)
-        assert slots.rows == [2, 6]
+        slots = Slots(model, random_params(model), slots=10, vocab=27, precision=precision)
+        assert slots.rows == [8, 10]
         slots.compile()
         found = []
-        for others in ((), (1, 3), (1, 2, 5)):
+        for others in ((), (1, 3), (1, 2, 9)):
             token, texts = {}, []
             for slot in (0, *others):
                 slots.rewind(slot, 0)
@@ -213,22 +213,22 @@ def test_a_step_of_any_size_gives_the_same_tokens(monkeypatch):
                 texts.append((token[0], step.top_logp_BT[0].tolist()))
             found.append(texts)
         assert [[token for token, _ in texts] for texts in found] == [[token for token, _ in found[0]]] * 3
-        assert slots.rows == [6] or found[0] == found[1] == found[2]
+        assert slots.rows == [10] or found[0] == found[1] == found[2]
 
 
 def test_a_step_whose_bits_differ_is_not_used(monkeypatch):
     monkeypatch.setattr(slots_file, "WIDTHS", (8,))
     model = GPT(**SMALL | {"context": 16})
-    slots = Slots(model, random_params(model), slots=6, vocab=27)
+    slots = Slots(model, random_params(model), slots=10, vocab=27)
     step = slots._step
 
     def other(tokens, settings, rows):
         found = step(tokens, settings, rows)
-        return found._replace(top_logp_BT=np.nextafter(found.top_logp_BT, 0)) if rows == 2 else found
+        return found._replace(top_logp_BT=np.nextafter(found.top_logp_BT, 0)) if rows == 8 else found
 
     monkeypatch.setattr(slots, "_step", other)
     slots.compile()
-    assert slots.rows == [6] and slots.rows_to(0) == 6
+    assert slots.rows == [10] and slots.rows_to(0) == 10
 
 
 def test_a_text_over_all_blocks_of_the_cache(monkeypatch):

@@ -24,7 +24,6 @@ from jax import Array
 from lab.models.layers import Dense, SelfAttention
 
 ROWS = 2  # of a product, at least: one bfloat16 row takes tenfold the time
-SUMS = 8  # rows of a norm or a softmax, at least: of fewer, a CPU sums in another order
 SAME = 16  # rows of a float32 product
 KEYS = 64  # of the first block
 LEAST = jnp.finfo(jnp.float32).min
@@ -69,7 +68,7 @@ def step(model: nn.Module, params: Any, cache: Any, ids_B: Array, positions_B: A
       positions_B: -1 for a row that is idle: it writes nothing.
     """
     B = len(ids_B)
-    ids_B1, positions_B1 = padded(ids_B[:, None]), padded(positions_B[:, None], -1)
+    ids_B1, positions_B1 = _padded(ids_B[:, None]), _padded(positions_B[:, None], -1)
     x_B1D, kernel_DV, cache = _apply(model, params, cache, ids_B1, positions_B1, texts=B, slot=None)
     return _logits(model, params, x_B1D[:, 0], kernel_DV)[:B], cache
 
@@ -80,20 +79,11 @@ def extend(model: nn.Module, params: Any, cache: Any, slot: Array, ids_1L: Array
     positions_1L = first + jnp.arange(ids_1L.shape[1])[None]
     x_1LD, kernel_DV, cache = _apply(model, params, cache, ids_1L, positions_1L, texts=1, slot=slot)
     x_1D = jax.lax.dynamic_index_in_dim(x_1LD, last, 1, keepdims=False)
-    return _logits(model, params, padded(x_1D), kernel_DV)[:1], cache
+    return _logits(model, params, _padded(x_1D), kernel_DV)[:1], cache
 
 
-def padded(x: Array, value: int = 0, rows: int = ROWS) -> Array:
-    """Filled up to a number of rows."""
-    return jnp.pad(x, [(0, max(rows - len(x), 0))] + [(0, 0)] * (x.ndim - 1), constant_values=value)
-
-
-def summed_alike(function: Callable[..., Any], *rows: Any) -> Any:
-    """`function` of trees of B rows, computed for `SUMS` rows at least, so that its sums have the same order for any
-    B. The barriers keep the compiler from leaving out the padding."""
-    whole = jax.lax.optimization_barrier(jax.tree.map(functools.partial(padded, rows=SUMS), rows))
-    B = len(jax.tree.leaves(rows)[0])
-    return jax.tree.map(lambda x: x[:B], jax.lax.optimization_barrier(function(*whole)))
+def _padded(x: Array, value: int = 0) -> Array:
+    return jnp.pad(x, ((0, max(ROWS - len(x), 0)), (0, 0)), constant_values=value)
 
 
 def _apply(model: nn.Module, params: Any, cache: Any, ids_BL: Array, positions_BL: Array, **rows: Any) -> tuple[
@@ -117,8 +107,6 @@ def _intercept(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return _dense(module, *args, whole=slot is not None)
     if isinstance(module, SelfAttention) and context.method_name == "_decode":
         return _attention(module, *args[:4], texts=texts, slot=slot)  # without a bias, which GPT has none of
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(args[0]) < SUMS and slot is None:
-        return summed_alike(own, *args)
     return own(*args, **kwargs)
 
 

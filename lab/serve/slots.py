@@ -44,7 +44,7 @@ def _decode(model: nn.Module, params: Any, cache: Any, token_B: Array, position_
             vocab: int) -> tuple[Any, Sampled]:
     """Writes a token to each of the first B slots, at its position, and samples the next one of each."""
     logits_BV, cache = decoding.step(model, params, cache, token_B, position_B)
-    return cache, decoding.summed_alike(pick_rows, _masked(logits_BV, vocab), rows, position_B)
+    return cache, pick_rows(_masked(logits_BV, vocab), rows, position_B)
 
 
 def _cache_beside(model: nn.Module, params: Any, slots: int) -> Any:
@@ -77,7 +77,7 @@ class Slots:
                  precision: Literal["float32", "bfloat16"] = "float32"):
         self.model, self.vocab, self.context = model, vocab, model.context
         self.widths = tuple(w for w in WIDTHS if w < self.context) or (self.context,)
-        self.rows = [rows for rows in (2, 8, 16, 64, 256) if rows < slots] + [slots]
+        self.rows = [rows for rows in (8, 16, 64, 256) if rows < slots] + [slots]
         """Numbers of texts that a step can have."""
         self._empty = functools.partial(_cache_beside, model, params, slots)
         self.params = jax.jit(decoding.stored, static_argnums=1)(params, precision)
