@@ -32,6 +32,7 @@ from lab.exported import stablehlo
 from lab.exported.function import difference, example, of_run, of_weights, without_backends
 from lab.models.bert import BERT
 from lab.models.cnn import ConvNet
+from lab.models.efficientnet import EfficientNet
 from lab.models.gan import GAN
 from lab.models.gpt import GPT
 from lab.models.linear import MLP, Ensemble, Linear
@@ -315,6 +316,21 @@ def test_an_lstm_reads_any_length():
         logits = model.apply(function.variables, given["inputs"], mask=given["mask"], train=False)
         found_here = found.call(flatten_dict(function.variables, sep="/"), given)
         assert difference(found_here, {"logits": logits}) < 1e-6
+        assert difference(found_here, {"logits": logits[:, ::-1]}) > 1e-3
+
+
+def test_an_efficientnet_reads_any_number_of_images():
+    model = EfficientNet(width_multiple=0.25, stages=((1, 3, 1, 16, 1), (4, 5, 2, 24, 2)), classes=10)
+    variables = model.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32), train=False)
+    rng = np.random.default_rng(0)  # the output layer begins with zeros
+    variables = jax.tree.map(lambda x: x + 0.1 * rng.random(x.shape, np.float32), variables)
+    function = of_weights(model, variables, (16, 16, 3))
+    found = stablehlo.exported(function, True)
+    for batch in (1, 3):
+        given = example(function, batch, 0)
+        logits = model.apply(function.variables, given["inputs"], train=False)
+        found_here = found.call(flatten_dict(function.variables, sep="/"), given)
+        assert difference(found_here, {"logits": logits}) < 1e-5
         assert difference(found_here, {"logits": logits[:, ::-1]}) > 1e-3
 
 

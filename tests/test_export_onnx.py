@@ -1,4 +1,4 @@
-"""ONNX files of five families of models, beside JAX, by onnxruntime:
+"""ONNX files of six families of models, beside JAX, by onnxruntime:
 
     LAB_EXTRAS=onnx ./launch.sh tests tests/test_export_onnx.py
 """
@@ -16,6 +16,7 @@ from lab.exported import onnx
 from lab.exported.function import of_weights
 from lab.models.bert import BERT
 from lab.models.cnn import ConvNet
+from lab.models.efficientnet import EfficientNet
 from lab.models.gpt import GPT
 from lab.models.rnn import LSTM
 from lab.models.vit import ViT
@@ -23,6 +24,8 @@ from lab.models.vit import ViT
 SMALL = dict(depth=2, width=32, heads=2)
 MODELS = {
     "cnn": (ConvNet(channels=(8, 16), convs=(1, 1), classes=10), (12, 12, 1)),
+    "efficientnet": (EfficientNet(width_multiple=0.25, stages=((1, 3, 1, 16, 1), (4, 5, 2, 24, 2)), classes=10),
+                     (16, 16, 3)),
     "vit": (ViT(patch=4, classes=10, **SMALL), (8, 8, 3)),
     "bert": (BERT(vocab=100, context=64, classes=3, **SMALL), ()),
     "lstm": (LSTM(vocab=100, width=16, hidden=16, classes=3), ()),

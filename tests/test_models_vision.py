@@ -360,9 +360,11 @@ def test_convolutions_start_with_he_fan_out():
 
 # --------------------------------------------------------------------------------------------- BatchNorm and devices
 
-@pytest.mark.parametrize(("size", "stride", "side"), [(3, 1, 6), (3, 2, 7), (7, 2, 8), (1, 2, 5)])
-def test_the_gradients_of_a_convolution_are_jaxs(size, stride, side):
-    x, kernel, ways = normal(2, side, side + 1, 3), normal(size, size, 3, 4), ((stride,) * 2, ((size // 2,) * 2,) * 2)
+@pytest.mark.parametrize("padding", ["around", "SAME", "VALID"])
+@pytest.mark.parametrize(("size", "stride", "side"), [(3, 1, 6), (3, 2, 7), (4, 2, 6), (7, 2, 8), (1, 2, 5)])
+def test_the_gradients_of_a_convolution_are_jaxs(size, stride, side, padding):
+    padding = ((size // 2,) * 2,) * 2 if padding == "around" else padding
+    x, kernel, ways = normal(2, side, side + 1, 3), normal(size, size, 3, 4), ((stride,) * 2, padding)
     plain = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     def both(x, kernel):

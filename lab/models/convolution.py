@@ -13,10 +13,12 @@ USUAL = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], ...]
 
 
-def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]],
+def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]],
                 **fields: Any) -> Array:
     """`jax.lax.conv_general_dilated`, as `nn.Conv` calls it, of images (B, H, W, C) with a kernel (y, x, C, F),
     neither dilated nor in groups: `fields` say no more than that."""
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     return _convolution(x, kernel, tuple(strides), tuple(padding))
 
 

@@ -71,8 +71,8 @@ class MBConv(nn.Module):
         h = image_norm(self.norm, self.channels, train, name="project_norm")(h)
         if self.stride > 1 or x.shape[-1] != self.channels:
             return h
-        kept = dropout(self, jnp.ones((len(h), 1, 1, 1), h.dtype), self.drop, train)  # of a record: 0 or 1 / (1 - drop)
-        return x + h * kept
+        kept_B111 = dropout(self, jnp.ones((h.shape[0], 1, 1, 1), h.dtype), self.drop, train)  # 0 or 1 / (1 - drop)
+        return x + h * kept_B111
 
     def recalibrated(self, h_BHWC: Array) -> Array:
         """Each channel times a factor in (0, 1), which follows from the means of all channels over the image."""

@@ -6,6 +6,7 @@ Axis letters: B batch, H W C image, Z latent. Both networks have one stage per h
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -16,11 +17,13 @@ from einops import rearrange
 from jax import Array
 
 from lab.errors import UserError
+from lab.models.convolution import convolution
 
 GeneratorNorm = Literal["batchnorm", "groupnorm"]
 SLOPE = 0.2  # of the leaky rectifier, as in DCGAN
 INIT = nn.initializers.normal(0.02)  # as in DCGAN; it also slows the norm-free discriminator's start
 SMALLEST = 4  # minimum side of a feature map
+conv = functools.partial(nn.Conv, kernel_init=INIT, conv_general_dilated=convolution)
 
 
 def stages(height: int, width: int) -> int:
@@ -53,9 +56,9 @@ class Generator(nn.Module):
         x = nn.relu(self._normalise(x.reshape(-1, h, w, channels), train, "latent_norm"))
         for i in reversed(range(n)):
             # A transposed convolution's weight gradient is 10 times slower in XLA on a CPU.
-            x = nn.Conv(4 * (self.width * 2**i // 2), (3, 3), use_bias=False, kernel_init=INIT, name=f"up_{i}")(x)
+            x = conv(4 * (self.width * 2**i // 2), (3, 3), use_bias=False, name=f"up_{i}")(x)
             x = nn.relu(self._normalise(pixel_shuffle(x), train, f"up_{i}_norm"))
-        return nn.tanh(nn.Conv(C, (3, 3), kernel_init=INIT, name="out")(x))  # smooths the seams between the squares
+        return nn.tanh(conv(C, (3, 3), name="out")(x))  # smooths the seams between the squares
 
     def _normalise(self, x: Array, train: bool, name: str) -> Array:
         if self.norm == "batchnorm":
@@ -76,7 +79,7 @@ class Discriminator(nn.Module):
     def __call__(self, x_BHWC: Array, train: bool) -> Array:
         x = x_BHWC
         for i in range(stages(*x.shape[1:3])):
-            x = nn.Conv(self.width * 2**i, (4, 4), strides=2, kernel_init=INIT, name=f"down_{i}")(x)
+            x = conv(self.width * 2**i, (4, 4), strides=2, name=f"down_{i}")(x)
             x = nn.leaky_relu(x, SLOPE)
         x = x.reshape(x.shape[0], -1).astype(jnp.float32)
         return nn.Dense(1, kernel_init=INIT, name="head")(x)[:, 0]

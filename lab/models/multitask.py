@@ -11,6 +11,7 @@ from jax import Array
 
 from lab.errors import UserError
 from lab.models.cnn import conv, max_pool
+from lab.models.convolution import convolution
 from lab.models.dropout import dropout
 from lab.models.linear import check_classes, check_rates, check_sizes
 
@@ -74,4 +75,4 @@ class ClassifyAndReconstruct(nn.Module):
             x_BHWC = jax.image.resize(x_BHWC, (B, *sizes[i], K), "nearest")
             if i:
                 x_BHWC = nn.relu(conv(self.channels[i - 1], 3, bias=True, name=f"decoder_conv_{i}")(x_BHWC))
-        return nn.Conv(C, (3, 3), dtype=jnp.float32, name="image_head")(x_BHWC)
+        return nn.Conv(C, (3, 3), dtype=jnp.float32, conv_general_dilated=convolution, name="image_head")(x_BHWC)
