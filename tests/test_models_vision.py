@@ -373,6 +373,8 @@ def test_the_gradients_of_a_convolution_are_jaxs(size, stride, side, padding):
 
     y, want, got = jax.jit(both)(x, kernel)
     assert_trees_close(got, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no dilation, groups or precision"):
+        convolution(x, kernel, *ways, feature_group_count=3)
 
 
 def test_in_a_loop_all_convolutions_have_the_form_that_cpus_are_fast_at():

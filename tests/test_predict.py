@@ -109,7 +109,7 @@ def test_a_run_predicts_and_samples_without_its_data(place, typed):
     status, out, err = typed("predict", "sales", "--input", "new.csv", "--id", "id", "--output", "after.csv")
     assert status == 0 and "58 predictions are in after.csv" in out, err
     assert (place / "after.csv").read_bytes() == (place / "before.csv").read_bytes()
-    assert "new.csv: 2 of 60 records have no message or value and are skipped: line 5, line 32" in err
+    assert "new.csv: 2 of 60 records have no text or value and are skipped: line 5, line 32" in err
     status, out, err = typed("sample", "letters", "--prompt", "a text", "--new-tokens", "4")
     assert status == 0 and out.startswith("a text"), err
 
@@ -137,7 +137,7 @@ def test_only_the_runs_own_splits_need_the_data(place, mistake):
 
 def test_mistakes_at_prediction(place, mistake):
     strict = mistake("predict", "sales", "--input", "new.csv", "--strict")
-    assert "new.csv, line 5, line 32 have no message or value" in strict
+    assert "new.csv, line 5, line 32 have no text or value" in strict
     assert "no column 'name'" in mistake("predict", "sales", "--input", "new.csv", "--id", "name")
     for words in ((), ("--input", "new.csv", "--split", "test")):
         assert "--input FILE, or --split test" in mistake("predict", "sales", *words)
@@ -252,7 +252,7 @@ def test_blank_messages_are_skipped_by_their_lines(tmp_path, monkeypatch, caplog
     (tmp_path / "new.txt").write_text("one\x0cword\n\ntwo\u2028words\n   \nthree\n")
     found = data.read(tmp_path / "new.txt")
     assert found.numbers == [0, 2, 4] and found.names == ["line 1", "line 3", "line 5"]
-    assert "2 of 5 records have no message or value and are skipped: line 2, line 4" in caplog.text
+    assert "2 of 5 records have no text or value and are skipped: line 2, line 4" in caplog.text
     with pytest.raises(UserError, match="new.txt, line 2, line 4 have no message"):
         data.read(tmp_path / "new.txt", strict=True)
     (tmp_path / "empty.txt").write_text("\n\n")

@@ -104,7 +104,7 @@ def _stablehlo(function: Function, place: Path, weights: str, about: dict[str, A
     if beside:
         about["weights"] = place.with_suffix(".safetensors").name
         arrays = flatten_dict(function.variables, sep="/")
-        place.with_suffix(".safetensors").write_bytes(save({p: np.ascontiguousarray(x) for p, x in arrays.items()}))
+        place.with_suffix(".safetensors").write_bytes(save({p: np.asarray(x, order="C") for p, x in arrays.items()}))
     about |= {"platforms": list(found.platforms), "calling_convention_version": found.calling_convention_version,
               "versions": metadata.versions(("jax", "jaxlib")), "largest_difference": worst}
     return (f"StableHLO for {', '.join(found.platforms)}, {len(content) / 1e6:.2f} MB, weights "

@@ -93,7 +93,7 @@ def sample(
       system: with --chat: how the model should answer.
     """
     check_numbers(new_tokens, temperature, top_k, top_p)
-    _check(run, n, chat, system, more)
+    _check(run, n, seed, chat, system, more)
     found = [{"prompt": text, "seed": seed + i} for text in prompt or ("",) for i in range(more.best_of or n)]
     prompts, seeds = [each["prompt"] for each in found], [each["seed"] for each in found]
     how = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "new_tokens": new_tokens}
@@ -115,8 +115,11 @@ def sample(
         print(dumps(each) if more.json else text)
 
 
-def _check(run: str, n: int, chat: bool, system: str | None, more: Choice) -> None:
+def _check(run: str, n: int, seed: int, chat: bool, system: str | None, more: Choice) -> None:
+    last = seed + (more.best_of or n) - 1
     needs = {"--system needs --chat.": (system, chat), "--output needs --report.": (more.output, more.report),
+             f"--seed {seed}: the samples' seeds, {seed} to {last}, must be in [0, 2^32).": (
+                 True, 0 <= seed and last < 2**32),
              "--judge needs --report.": (more.judge, more.report), f"--n {n} is out of range.": (n, n > 0),
              f"--best-of {more.best_of} must be at least --n {n}.": (more.best_of, (more.best_of or 0) >= n),
              "--json does not go with --report, which writes a JSON file.": (more.json, not more.report),

@@ -48,7 +48,7 @@ def write(folder: Path, arrays: Arrays, about: Mapping[str, Any]) -> None:
     plain, how = {}, {}
     for path, x in arrays.items():
         if not is_quantized(x):
-            plain[path] = np.ascontiguousarray(x)
+            plain[path] = np.asarray(x, order="C")
             continue
         how[path] = {"kind": x.kind, "inputs": x.inputs, "sizes": x.sizes, "products": x.products}
         plain |= {f"{path}:{part}": np.ascontiguousarray(y) for part in PARTS if (y := getattr(x, part)) is not None}

@@ -242,9 +242,9 @@ def without_blanks(path: Path, blank: Sequence[str], total: int, strict: bool) -
     some = ", ".join(blank[:5]) + (", ..." if len(blank) > 5 else "")
     if strict or len(blank) == total:
         one = len(blank) == 1
-        raise UserError(f"{path}, {some} {'has' if one else 'have'} no message or value; write one, or remove "
+        raise UserError(f"{path}, {some} {'has' if one else 'have'} no text or value; write one, or remove "
                         f"{'the line' if one else 'the lines'}.")
-    log.warning("%s: %d of %d records have no message or value and are skipped: %s (--strict makes that an error)",
+    log.warning("%s: %d of %d records have no text or value and are skipped: %s (--strict makes that an error)",
                 path, len(blank), total, some)
 
 

@@ -52,7 +52,10 @@ def prepared_folder(name: str, data_dir: str | None) -> Path:
         if re.fullmatch(r"\d+\.\d+\.\d+", info.parent.name) and version in ("", info.parent.name)
     ]
     if not found:
-        raise Absent(f"The data set {name} is not prepared under {root}: run ./launch.sh prepare {name}")
+        beside = sorted({info.parents[1].relative_to(root).as_posix()
+                         for info in (root / path).parent.glob("*/*/dataset_info.json") if "/" in path})
+        there = f", but {', '.join(beside)}" if beside else ""
+        raise Absent(f"The data set {name} is not prepared under {root}{there}: run ./launch.sh prepare {name}")
     kinds = sorted({folder.parent.relative_to(root).as_posix() for folder in found})
     if len(kinds) > 1:
         raise UserError(f"{name} is prepared in several configurations under {root}: name one of {', '.join(kinds)}.")

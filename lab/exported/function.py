@@ -19,6 +19,7 @@ from lab.models.gpt import GPT
 from lab.tasks.base import apply
 from lab.tasks.regress import Regress
 from lab.tasks.supervised import Classify, forward
+from lab.tasks.translate import Translate
 
 Call = Callable[[Mapping[str, Any], Mapping[str, Array]], dict[str, Array]]
 FIELDS = ("inputs", "mask", "segments")  # of a record: what a model may be given
@@ -61,6 +62,9 @@ def of_run(experiment: Any, data: Any, variables: Mapping[str, Any]) -> Function
         return _of_model(model, variables, {"latents": Input(("B", model.latent), np.float32)}, _generated)
     if isinstance(model, GPT):
         return of_weights(model, variables)
+    if isinstance(task, Translate):
+        raise UserError("An encoder-decoder is not exported, because its beam search is a program of its own: use "
+                        "predict.")
     tokens = {} if "inputs" in spec or "tokens" not in spec else {"inputs": ((0,), np.int32)}
     fields = tokens or {name: spec[name] for name in FIELDS if name in spec}
     if "inputs" not in fields:

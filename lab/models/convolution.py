@@ -16,7 +16,9 @@ Padding = tuple[tuple[int, int], ...]
 def convolution(x: Array, kernel: Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]],
                 **fields: Any) -> Array:
     """`jax.lax.conv_general_dilated`, as `nn.Conv` calls it, of images (B, H, W, C) with a kernel (y, x, C, F),
-    neither dilated nor in groups: `fields` say no more than that."""
+    neither dilated nor in groups. Raises ValueError for `fields` that say anything else."""
+    if any(value not in (None, 1, (1, 1)) for name, value in fields.items() if name != "dimension_numbers"):
+        raise ValueError(f"lab.models.convolution has no dilation, groups or precision: {fields}")
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     return _convolution(x, kernel, tuple(strides), tuple(padding))

@@ -96,7 +96,10 @@ class Task:
 
     whole_batch: ClassVar[bool] = False
     """Whether a record's loss depends on the other records of its batch. If so, a batch is never divided: the compiler
-    partitions the whole, and what would give a part of the batch a loss of its own is refused."""
+    partitions the whole, and options that compute the loss of a part of a batch are refused."""
+
+    bootstraps: ClassVar[bool] = False
+    """Whether the loss weighs records for each member: `lab.models.members.weighted`."""
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""
@@ -110,7 +113,10 @@ class Task:
         return self.whole_batch or mixes_rows(self, model, data, precision)
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
-        """Parameters and mutable collections of the model for this kind of batch."""
+        """Parameters and mutable collections of the model for this kind of batch. Raises UserError for a bootstrap that
+        the task would not use."""
+        if getattr(model, "bootstrap", False) and not self.bootstraps:
+            raise UserError(f"{type(self).__name__} has no weights of records for each member: --model.no-bootstrap.")
         mask = {"mask": batch["mask"][:1]} if "mask" in batch else {}
         inputs = batch["inputs"][:1]
         return model.init(key, inputs, train=False, **mask)

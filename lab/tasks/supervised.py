@@ -128,6 +128,7 @@ class Classify(Supervised):
     """The weight of each group and class, computed from the training records with `reweigh`."""
 
     curves: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+    bootstraps: ClassVar[bool] = True
 
     def validate(self) -> None:
         """Raises UserError for a value out of range."""

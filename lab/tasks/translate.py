@@ -126,9 +126,11 @@ def _report(outcome: EvalResult, outputs: list[str], shown: int) -> list[str]:
 
 
 def baselines(data: Any, sources: Sequence[str]) -> dict[str, list[str]]:
-    """Name -> the output for each source, of three ways that learn nothing: copy the source; write the most frequent
-    target of training; write the target of the training source with the nearest TF-IDF of character n-grams."""
-    found = {"copy": list(sources), "most frequent": [data.most_frequent()] * len(sources)}
+    """Name -> the output for each source, of three ways that learn nothing: copy the source, as the model reads it;
+    write the most frequent target of training; write the target of the training source with the nearest TF-IDF of
+    character n-grams."""
+    found = {"copy": [data.prepare(source) for source in sources],
+             "most frequent": [data.most_frequent()] * len(sources)}
     with forgiving("The baseline of the nearest source"):
         from sklearn.feature_extraction.text import TfidfVectorizer
 

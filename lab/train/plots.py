@@ -184,7 +184,8 @@ def alignments(maps: Sequence[tuple[np.ndarray, Sequence[str], Sequence[str]]], 
     """Plots attention maps one below the other: (map (L, S), L names of rows, S names of columns) each. `across`,
     `down`: what columns and rows are."""
     sizes = [(max(len(columns), 4), max(len(rows), 4)) for _, rows, columns in maps]
-    figure = new_figure(2 + 0.22 * max(width for width, _ in sizes), sum(1.4 + 0.22 * height for _, height in sizes))
+    figure = new_figure(2.5 + 0.22 * max(width for width, _ in sizes), sum(1.4 + 0.22 * height for _, height in sizes),
+                        layout="compressed")
     grid = figure.add_gridspec(len(maps), 1, height_ratios=[1.4 + 0.22 * height for _, height in sizes])
     shown = lambda names: [name.strip().replace("$", r"\$") or "\u2423" for name in names]
     for place, (values, rows, columns) in zip(grid, maps, strict=True):

@@ -71,7 +71,7 @@ class Found:
         for rule in self.rules:
             tensor = self.tensors.read(self.names[rule.theirs])
             for path, x in zip(rule.paths, rule.read(tensor, sizes(self.model)), strict=True):
-                x = np.ascontiguousarray(x, np.float32)
+                x = np.asarray(x, np.float32, order="C")
                 if not np.isfinite(x).all():
                     raise UserError(f"{self.location}: {self.names[rule.theirs]} has values that are NaN or infinite.")
                 found[path] = put(path, x)

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -96,7 +97,7 @@ class Stack:
     """
 
     members: Mapping[str, Changes]
-    """Name -> changes of the base; {}: the base itself."""
+    """Name -> changes of the base, not of its data; {}: the base itself."""
     l2: float = 1.0
     """L2 penalty of the logistic regression: l2 / 2 times the sum of its squared weights, beside the sum of losses."""
     beside: Mapping[str, Changes] = field(default_factory=dict)
@@ -117,11 +118,16 @@ class Stack:
                             f"more than {MOST_FOLDS} runs for each seed are too many.")
         if not (math.isfinite(self.l2) and self.l2 > 0):
             raise UserError(f"The penalty l2 of a stack must be above 0, not {self.l2}.")
-        if twice := (set(self.members) & set(self.beside)) | ({"mean", "stack"} & {*self.members, *self.beside}):
-            raise UserError(f"Two rows of the stack's table would be called {min(twice)!r}: choose another name.")
         whole = {name: changes for name, changes in self.members.items() if changes}
         parts = {f"{name}.fold-{i}": {**changes, FOLD: i} for name, changes in self.members.items()
                  for i in range(folds)}
+        names = Counter([*self.members, *self.beside, *parts, "mean", "stack"])
+        if twice := [name for name, n in names.items() if n > 1]:
+            raise UserError(f"Two rows of the stack's table would be called {min(twice)!r}: choose another name.")
+        for name, changes in {**self.members, **self.beside}.items():
+            if other := [path for path in changes if path.split(".")[0] == "data"]:
+                raise UserError(f"{name} changes {other[0]}: the members of a stack and the arms beside it share the "
+                                f"base's data, so that no member learns a record that it then predicts.")
         arms = {name: BASE if not changes else name for name, changes in self.members.items()}
         return Design({**whole, **self.beside, **parts}, "stack",
                       {"members": arms, "beside": list(self.beside), "folds": folds, "l2": self.l2})
