@@ -20,12 +20,12 @@ from lab.study.design import Study
 study = Study(
     base=replace(newsgroups_lstm.experiment, checkpoint=Checkpoint(every=80, keep=1)),
     arms={"no_recurrent_dropout": {"model.recurrent_dropout": 0.0},
-          "stop_words_kept": {"data.tokenizer.stop_words": True},
+          "stop_words_kept": {"data.tokenizer.remove_stop_words": False},
           "case_kept": {"data.tokenizer.lower": False}},
     seeds=5,
     split="test",
 )
 
 local = replace(study, base=replace(
-    newsgroups_lstm.local, data=Messages(PythonPackages(), Words(5000, stop_words=False), length=100),
+    newsgroups_lstm.local, data=Messages(PythonPackages(), Words(5000, remove_stop_words=True), length=100),
     model=newsgroups_lstm.local.model.clone(recurrent_dropout=0.25), checkpoint=Checkpoint(every=50, keep=1)))

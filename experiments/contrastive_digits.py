@@ -7,7 +7,8 @@
 
 Measured, local config (busy 2-core Intel Xeon VM with AMX, 2026-11-28, seeds 0, 1, 2; 70 to 78 s of CPU, 3 to 6 minutes
 each): zero-shot accuracy of 359 held-out digits 98.9, 98.3, 98.1 %; a linear probe on the same images' embeddings 98.6,
-98.6, 98.1 %; chance 10 %. The peak rate is the better of 1e-3 and 3e-3 on validation, seed 0. MNIST was not run.
+98.6, 98.1 %; chance 10 %. The peak rate is the better of 1e-3 and 3e-3 on validation, seed 0. MNIST, 10,000 test
+digits (the same day, seed 0, 10 minutes): 98.8 %, linear probe 98.8 %.
 """
 
 from dataclasses import replace

@@ -20,7 +20,7 @@ from lab.optim import AdamW, Cosine
 from lab.tasks.supervised import Classify
 
 experiment = Experiment(
-    data=Messages(Sklearn("20newsgroups"), Words(10_000, stop_words=False), length=100),
+    data=Messages(Sklearn("20newsgroups"), Words(10_000, remove_stop_words=True), length=100),
     model=LSTM(vocab=10_000, width=100, hidden=64, dropout=0.5, recurrent_dropout=0.25, pool="max", classes=20),
     task=Classify(),
     optim=AdamW(lr=Cosine(3e-3, warmup=100), weight_decay=0.01, grad_clip_norm=1.0),

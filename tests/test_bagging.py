@@ -18,6 +18,7 @@ from lab.optim import Adam, Constant
 from lab.private import DPSGD
 from lab.study.run.units import can_be_stacked
 from lab.tasks.distill import Distill
+from lab.tasks.regress import Regress
 from lab.tasks.supervised import Classify
 from lab.train.out_of_bag import bags, out_of_bag
 from lab.train.program import Program
@@ -132,5 +133,7 @@ def test_what_has_no_bootstrap_and_no_estimate():
     assert not bags(replace(BAGGED, private=DPSGD(noise_multiplier=1.0)))  # it is of training records
     assert can_be_stacked(plain) and not can_be_stacked(BAGGED)
     Ensemble(Linear(3), bootstrap=True).validate()  # each learns another sample
-    with pytest.raises(UserError, match="no weights of records for each member"):
-        Distill(Classify()).init(BAGGED.model, jax.random.key(0), {})
+    for task in (Distill(Classify()), Regress()):
+        with pytest.raises(UserError, match="no weights of records for each member: --model.no-bootstrap"):
+            task.init(BAGGED.model, jax.random.key(0), {"inputs": np.zeros((1, 4), np.float32)})
+    Regress().init(plain.model, jax.random.key(0), {"inputs": np.zeros((1, 4), np.float32)})

@@ -480,6 +480,14 @@ def test_sample(typed, mistake, reference):
     assert warm[0] == warm[1] != warm[2]
     two = typed("sample", "reference", "--prompt", "the ", "a ", "--new-tokens", "4", "--greedy")[1]
     assert two.count("---\n") == 2
+    rows = [json.loads(line) for line in typed(*six, "--n", "2", "--seed", "1", "--json")[1].splitlines()]
+    assert [row["seed"] for row in rows] == [1, 2]
+    alone = [typed(*six, "--seed", str(row["seed"]))[1] for row in rows]
+    assert alone == ["the pure " + row["text"] + "\n" for row in rows]
+    best = json.loads(typed(*six, "--best-of", "2", "--seed", "1", "--json")[1])
+    assert best.pop("log_prob") < 0 and best in rows
+    for seed, more in (("-1", ()), ("4294967296", ()), ("4294967295", ("--n", "2"))):
+        assert f"--seed {seed}: the samples' seeds" in mistake(*six, "--seed", seed, *more)
     assert "--top-p 2" in mistake("sample", "reference", "--top-p", "2")
     assert "has no checkpoint of step 3" in mistake("sample", "reference", "--step", "3").splitlines()[-1]
 

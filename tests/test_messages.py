@@ -78,14 +78,14 @@ def test_words_are_the_most_frequent_ones():
 def test_capitals_and_stop_words():
     text = "The cat of THE Queen, the cat"
     pieces = {fields: [piece.decode() for piece in fit(Words(9, *fields), [text]).pieces[2:]]
-              for fields in ((True, True), (False, True), (True, False), (False, False))}
-    assert pieces == {(True, True): ["the", "cat", "of", "queen"], (True, False): ["cat", "queen"],
-                      (False, True): ["cat", "Queen", "THE", "The", "of", "the"], (False, False): ["cat", "Queen"]}
-    fitted = fit(Words(9, stop_words=False), [text])
-    assert fitted.encode("of the Queen").tolist() == Words(9, stop_words=False).restore(fitted.state).encode(
+              for fields in ((True, False), (False, False), (True, True), (False, True))}
+    assert pieces == {(True, False): ["the", "cat", "of", "queen"], (True, True): ["cat", "queen"],
+                      (False, False): ["cat", "Queen", "THE", "The", "of", "the"], (False, True): ["cat", "Queen"]}
+    fitted = fit(Words(9, remove_stop_words=True), [text])
+    assert fitted.encode("of the Queen").tolist() == Words(9, remove_stop_words=True).restore(fitted.state).encode(
         "queen").tolist() == [3]
     assert len({Words(9, *fields).identity() for fields in pieces}) == 4 and Words(9).identity() == "words 9"
-    fails("no word in it", fit, Words(9, stop_words=False), ["the of"])
+    fails("no word in it", fit, Words(9, remove_stop_words=True), ["the of"])
 
 
 def test_words_learn_from_the_training_split_only(mail):
@@ -486,8 +486,8 @@ def test_new_messages_are_encoded_as_in_training(mail, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, match", [
-    ("a.txt", "one\n\nthree\n", "a.txt, line 2 has no message"), ("a.txt", "", "a.txt is empty"),
-    ("a.csv", "txt\nx\n", "no column 'text'"), ("a.csv", 'text,n\n" ",1\n', "a.csv, line 2 has no message"),
+    ("a.txt", "one\n\nthree\n", "a.txt, line 2 has no text"), ("a.txt", "", "a.txt is empty"),
+    ("a.csv", "txt\nx\n", "no column 'text'"), ("a.csv", 'text,n\n" ",1\n', "a.csv, line 2 has no text"),
     ("a.pdf", "x", "give a .txt file with one message a line"), ("a.txt", None, "Cannot read"),
     ("a.txt", b"\xff", "not UTF-8")])
 def test_new_messages_errors(mail, tmp_path, name, content, match):

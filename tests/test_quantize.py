@@ -169,9 +169,10 @@ def test_integer_products_inside_a_scan_and_a_convolution(name):
 
 def test_a_folder_reads_back_and_notices_damage(tmp_path):
     q = dataclasses.replace(quantized(drawn((64, 8)), (-2,), "int4"), incoming=np.float32(2))
-    folder.write(tmp_path, {"params/a/kernel": q, "params/b": drawn(3)}, {"step": 7})
+    scalar = np.float32(2.66)  # CLIP's scale
+    folder.write(tmp_path, {"params/a/kernel": q, "params/b": drawn(3), "params/c": scalar}, {"step": 7})
     found = folder.read(tmp_path)
-    assert found.about == {"step": 7}
+    assert found.about == {"step": 7} and found.arrays["params/c"].shape == ()
     again = found.arrays["params/a/kernel"]
     assert isinstance(again, Quantized) and again.shape == (64, 8) and again.incoming == 2
     np.testing.assert_array_equal(again.array, q.array)

@@ -137,9 +137,9 @@ def test_the_arms_of_a_stack(place):
     (Stack({"a": {}}), {"fold": 1}, "--data.fold 1: a stack holds out every fold in turn"),
     (Stack({"a": {}}), None, "A stack needs data in folds"),
     (Stack({"a": {}}, l2=0.0), {}, "penalty l2 of a stack must be above 0"),
-    (Stack({"a": {}, "b": {"data.seed": 1}}), {}, "b changes data.seed: the members of a stack and the arms beside it"),
+    (Stack({"a": {}, "b": {"data.seed": 1}}), {}, "b changes data.seed: the members of a stack and"),
     (Stack({"a": {}}, beside={"b": {"data.data": None}}), {}, "b changes data.data: "),
-    (Stack({"a": {}}, beside={"a.fold-0": {"steps": 9}}), {}, "Two rows of the stack's table would be called 'a.fold-0'"),
+    (Stack({"a": {}}, beside={"a.fold-0": {"steps": 9}}), {}, "stack's table would be called 'a.fold-0'"),
     (Stack({"mean": {}}), {}, "Two rows of the stack's table would be called 'mean'"),
 ])
 def test_stacks_that_cannot_be(place, arms, data, message):

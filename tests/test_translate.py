@@ -147,7 +147,7 @@ def test_pairs_of_tfds(tmp_path):
     assert (back.source, back.target) == ("one", "um")
     for fields, said in (({"source": "fr"}, "has no field 'fr'; it has en, pt"),
                          ({"name": "talks"}, "name them, --data.source.source"),
-                         ({"name": "talks/pt_to_de"}, "is not prepared .*: run ./launch.sh prepare talks/pt_to_de"),
+                         ({"name": "talks/pt_to_de"}, "is not prepared .*, but talks/pt_to_en: run ./launch.sh"),
                          ({"source": "en"}, "does not say two languages")):
         with pytest.raises(UserError, match=said):
             replace(source, **fields).validate() or replace(source, **fields).read()
@@ -213,8 +213,8 @@ def test_scores_and_baselines(small):
     assert margins(found, "part")[2] == "rouge_l 66.67: -33.33 over same, +66.67 over none"
     data = small.data.load()
     known = data.pairs["train"][7]
-    each = baselines(data, [known.source])
-    assert each["copy"] == [known.source] and each["nearest source"] == [known.target]
+    each = baselines(replace(data, prepare=str.upper), [known.source])
+    assert each["copy"] == [known.source.upper()] and each["nearest source"] == [known.target]
     counts = [pair.target for pair in data.pairs["train"]].count
     assert counts(each["most frequent"][0]) == max(map(counts, {pair.target for pair in data.pairs["train"]}))
 
@@ -248,6 +248,7 @@ def test_from_training_to_predictions(typed, mistake, place):
     assert "long.txt, line 2 has 15 tokens, and this run's sources at most 12" in mistake("predict", "run", "--input",
                                                                                           "long.txt")
     assert "./launch.sh predict run --input sources.txt" in mistake("sample", "run", "--prompt", "1+2")
+    assert "An encoder-decoder is not exported" in mistake("export", "run", "--to", "stablehlo", "run.stablehlo")
     (place / "gone.jsonl").rename(place / "pairs.jsonl")
 
 

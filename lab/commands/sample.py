@@ -119,7 +119,7 @@ def _check(run: str, n: int, seed: int, chat: bool, system: str | None, more: Ch
     last = seed + (more.best_of or n) - 1
     needs = {"--system needs --chat.": (system, chat), "--output needs --report.": (more.output, more.report),
              f"--seed {seed}: the samples' seeds, {seed} to {last}, must be in [0, 2^32).": (
-                 True, 0 <= seed and last < 2**32),
+                 True, seed >= 0 and last < 2**32),
              "--judge needs --report.": (more.judge, more.report), f"--n {n} is out of range.": (n, n > 0),
              f"--best-of {more.best_of} must be at least --n {n}.": (more.best_of, (more.best_of or 0) >= n),
              "--json does not go with --report, which writes a JSON file.": (more.json, not more.report),

@@ -21,8 +21,8 @@ class Folds(Around):
     """Another data set, one fold of whose training records is the validation split, and the rest is learned.
 
     The test split is the same; its own validation split is unused. Every training record is in one fold; their sizes
-    differ by one record at most. Values fitted to training records use all folds: a table's means, a vocabulary, and the
-    mean and scale of a regression's target.
+    differ by one record at most. Values fitted to training records use all folds: a table's means, a vocabulary, and
+    the mean and scale of a regression's target.
     """
 
     folds: int = 5

@@ -43,8 +43,8 @@ class Words:
     """Number of ids: padding, the unknown word, and the words."""
     lower: bool = True
     """Lower-case the text."""
-    stop_words: bool = True
-    """Keep words of scikit-learn's English stop list, such as "the"."""
+    remove_stop_words: bool = False
+    """Leave out the words of scikit-learn's English stop list, such as "the"."""
 
     @property
     def vocab_size_hint(self) -> int:
@@ -56,11 +56,11 @@ class Words:
             raise UserError(f"Words(vocab={self.vocab}) is too small: padding, the unknown word and one word need 3.")
 
     def identity(self) -> str:
-        return f"words {self.vocab}" + " cased" * (not self.lower) + " without stop words" * (not self.stop_words)
+        return f"words {self.vocab}" + " cased" * (not self.lower) + " without stop words" * self.remove_stop_words
 
     def _words(self, text: str) -> list[str]:
         found = words(text, self.lower)
-        return found if self.stop_words else [word for word in found if word.lower() not in _stop_words()]
+        return [word for word in found if word.lower() not in _stop_words()] if self.remove_stop_words else found
 
     def fit(self, texts: Texts, size: int) -> Fitted:
         """UserError for a text without words."""

@@ -73,8 +73,8 @@ class CLIP(nn.Module):
 
 @jax.custom_vjp
 def capped(x: Array) -> Array:
-    """min(x, MOST). The gradient of a loss passes unless descent along it would raise x beyond MOST: the gradient of
-    the minimum itself is 0 there, so that x would stay for good."""
+    """min(x, MOST), straight-through: at the cap a gradient that would raise x is dropped, and any other passes. The
+    plain gradient of the minimum is 0 there, so x could never come back."""
     return jnp.minimum(x, MOST)
 
 

@@ -22,8 +22,8 @@ def depthwise(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence
               **fields: Any) -> Array:
     """`jax.lax.conv_general_dilated`, as `nn.Conv` calls it, of images (B, H, W, C) with a kernel (y, x, 1, C).
 
-    Both forms are traced and the compiler's platform chooses, so that FLOPs, matrices and compiled plans are those of a
-    convolution everywhere. Only `x` and `kernel` are kept for the backward pass.
+    Both forms are traced and XLA picks one by platform, so FLOP counts and plans see a convolution everywhere. Only `x`
+    and `kernel` are kept for the backward pass.
     """
     def convolution(x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **fields)

@@ -31,7 +31,7 @@ SIZES = {"b0": {"width_multiple": 1.0, "depth_multiple": 1.0, "dropout": 0.2},
 
 
 def rounded(channels: float) -> int:
-    """The multiple of 8 nearest to a number of channels, the next one if that is below nine tenths of it; at least 8.
+    """The nearest multiple of 8, at least 8, or the next one where the nearest loses more than 10 % of the channels.
 
     As in the paper's code and in torchvision.
     """

@@ -73,8 +73,8 @@ def weighted(values_BMC: Array, batch: Mapping[str, Array]) -> Array:
 
 
 def out_of_bag(logp_BMC: Array, weight_BM: Array) -> tuple[Array, Array]:
-    """(log of the mean probability of the members that have a record at weight 0 (B, C), whether there are any (B,));
-    where there are none, the mean of all."""
+    """(log_p (B, C), any (B,)): the log of the mean probability over the members whose weight of the record is 0, or
+    over all if there are none; and whether there are any."""
     out_BM = weight_BM == 0
     any_B = out_BM.any(1)
     out_BM = out_BM | ~any_B[:, None]

@@ -46,7 +46,8 @@ class Seq2Seq(Transformer):
     tokens that follow. `depth` is the number of blocks of the encoder, and of the decoder.
 
     The original: `norm_place="post"`, `mlp="relu"`. T5 v1.0: `position="relative"`, `norm="rmsnorm"`, `mlp="relu"`,
-    `bias=False`; it has no scale in the scores and one of width^-0.5 on tied logits, which weights can take.
+    `bias=False`. T5 does not divide scores by the square root of the head width, and multiplies tied logits by
+    width^-0.5: multiply its query weights and final norm by these factors.
     """
 
     context: int = 128

@@ -27,7 +27,7 @@ PROBED = 60_000  # training images for the linear probe, at most
 class Contrastive(Task):
     """Pairs of image and text: which of the batch's texts belongs to an image, and which image to a text? The loss of a
     pair is the mean of both cross-entropies, in nats; all other pairs of the global batch are its negatives, on
-    however many devices (Radford et al. 2021, figure 3). Records of weight 0 are none.
+    however many devices (Radford et al. 2021, figure 3). Padding, of weight 0, is not used as a negative.
 
     So the loss depends on the batch: it is log(batch) for random embeddings, and where captions repeat it cannot reach
     0 (64 pairs of 10 classes: about log 6.4 = 1.9). Evaluation has the negatives of its own batches.
@@ -103,7 +103,7 @@ class Contrastive(Task):
 
 
 def pair_losses(image_BE: Array, text_BE: Array, scale: Array, weight_B: Array) -> Array:
-    """The loss of each pair, (B,), from embeddings of length 1. Rows of weight 0 are no negatives."""
+    """The loss of each pair, (B,), from embeddings of length 1. Padding, of weight 0, is not used as a negative."""
     # Cosines times up to 100: a TPU's default precision would cost 0.4 nats. The compiler gathers the other devices'
     # texts.
     logits_BB = scale * jnp.einsum("BE,JE->BJ", image_BE, text_BE, precision=jax.lax.Precision.HIGHEST)

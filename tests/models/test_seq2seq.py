@@ -153,9 +153,10 @@ def moved(model, seed=0):
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.5, shapes)
 
 
-def test_caches_give_what_the_whole_pass_gives():
-    model = Seq2Seq(depth=2, width=16, heads=4, kv_heads=2, vocab=13, context=9, position="rotary", qk_norm=True,
-                    embeddings="separate", tied=False, scan=True)
+@pytest.mark.parametrize("position", ["rotary", "sinusoidal", "learned", "relative"])
+def test_caches_give_what_the_whole_pass_gives(position):
+    more = dict(kv_heads=2, qk_norm=True, embeddings="separate", tied=False, scan=True) if position == "rotary" else {}
+    model = Seq2Seq(depth=2, width=16, heads=4, vocab=13, context=9, position=position, **more)
     variables = {"params": moved(model)}
     whole = jax.jit(lambda v, source: model.apply(v, source, TARGET, train=False, mask=MASK))(variables, SOURCE)
     first, cache = jax.jit(lambda v: model.apply(v, SOURCE, TARGET[:, :2], train=False, mask=MASK, decode=True,
@@ -187,7 +188,7 @@ def all_targets():
 @functools.cache
 def log_probs():
     """Parameters, and log P of `all_targets` for each of two sources, from whole passes: (params, (2, n))."""
-    params, (targets, sizes) = moved(SMALL, 3), all_targets()
+    params, (targets, sizes) = moved(SMALL, 31), all_targets()  # greedy and best targets are long, and differ
     inputs = np.concatenate([np.zeros((len(targets), 1), int), targets[:, :-1]], 1)
 
     @jax.jit
@@ -229,10 +230,12 @@ def test_one_beam_is_greedy_decoding():
         best = np.asarray(run(ids))[:, i, :V].argmax(-1)
         ids[:, i + 1] = np.where(ended, 0, best)
         ended |= best == 0
+    assert (ids[:, 1:4] > 0).all() and not ended.any()
     for penalty in (0.0, 2.0):
         assert (searched(1, penalty)[0][:, 0] == ids[:, 1:]).all()
-    best = searched(124, 0.0)[1][:, 0]
-    assert (searched(1, 0.0)[1][:, 0] <= best + 1e-5).all()
+    best, scores = (x[:, 0] for x in searched(124, 0.0))
+    assert (searched(1, 0.0)[1][:, 0] <= scores + 1e-5).all()
+    assert (best != ids[:, 1:]).any() and (best[:, :3] > 0).all()  # negative control
 
 
 def test_what_does_not_fit_is_said():

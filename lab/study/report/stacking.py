@@ -25,11 +25,11 @@ from lab.study.report.results import Results
 FILE = "stack.safetensors"
 """folds (n,): the fold of each training record; folds/targets (n,), folds/MEMBER/SEED (n, C): out-of-fold
 probabilities; whole/targets (m,), whole/NAME/SEED (m, C): of the study's split, by runs on all training records."""
-NOTE = ("Held out: accuracy on training records. Members and their mean: out of fold; a bootstrap: out of bag; the stack: "
-        "cross-validated over the same folds, slightly optimistic, because the features that it learns from come from "
-        "members that had learned the held-out fold. Intervals over records (bootstrap, percentiles; differences paired "
-        "by record) hold for these runs and other records; those over seeds (t) for these records and other runs. A "
-        "difference should hold in both.")
+NOTE = ("Held out: accuracy on training records. Members and their mean: out of fold; a bootstrap: out of bag; the "
+        "stack: cross-validated over the same folds, slightly optimistic, since the features that it learns from come "
+        "from members that learned the held-out fold. Intervals over records (bootstrap, percentiles; differences "
+        "paired by record) hold for these runs and other records; those over seeds (t) for these records and other "
+        "runs. A difference should hold in both.")
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from lab.train.run_folder import checkpoint_folder
 
 
 def check_stack(study: Study) -> None:
-    """Raises UserError for a stack of something else than classifiers, more folds than records, or early stopping, which
-    would use the held-out fold."""
+    """Raises UserError for a stack of something else than classifiers, more folds than records, or early stopping,
+    which would use the held-out fold."""
     if not isinstance(study.arms, Stack):
         return
     study.base.data.load()  # before each of the arms is traced, which may be many
@@ -42,8 +42,8 @@ def check_stack(study: Study) -> None:
 def write_predictions(folder: Path, study: Study, cells: Sequence[Cell]) -> None:
     """Writes FILE to the folder of a stack, for the seeds whose cells are all done; see lab/study/report/stacking.py.
 
-    Predictions are those of each run's last state. Does nothing if no seed is complete, or if the file already holds the
-    predictions of these cells.
+    Predictions are those of each run's last state. Does nothing if no seed is complete, or if the file already holds
+    the predictions of these cells.
     """
     if not isinstance(study.arms, Stack):
         return
