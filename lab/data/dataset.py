@@ -178,6 +178,10 @@ class Dataset:
         if not self.summary:
             self.summary = {f"{name} records": len(records) for name, records in splits.items() if records}
 
+    def some(self, split: str, rows: np.ndarray) -> Records:
+        """The records `rows` of a split, in this order."""
+        return part(getattr(self, split), rows)
+
     def reference(self) -> list[str]:
         """Lines to print: the result of a standard baseline on the same split."""
         return []

@@ -130,22 +130,9 @@ def linear_probe(outcome: EvalResult, targets: np.ndarray) -> dict[str, float | 
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    train = outcome.data.train
-    chosen = np.unique(np.linspace(0, len(train) - 1, min(PROBED, len(train))).astype(np.int64))
-    some = _Some(train, chosen)
+    n = len(outcome.data.train)
+    chosen = np.unique(np.linspace(0, n - 1, min(PROBED, n)).astype(np.int64))
+    some = outcome.data.some("train", chosen)
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     probe.fit(outcome.predict(some)["embedding"], reports.read(some, "targets")["targets"])
     return {"linear_probe": float(probe.score(outcome.predict()["embedding"], targets)), "probe_records": len(chosen)}
-
-
-class _Some:
-    """The `chosen` of `records`."""
-
-    def __init__(self, records: Any, chosen: np.ndarray):
-        self.records, self.chosen = records, chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return self.records[self.chosen[indices]]
