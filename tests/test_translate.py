@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -235,7 +236,8 @@ def test_from_training_to_predictions(typed, mistake, place):
     assert status == 0, err
     outputs = json.loads((place / "run/outputs/outputs.json").read_text())
     assert set(outputs["statistics"]) == {"model", "copy", "most frequent", "nearest source"}
-    assert "over copy" in out and (place / "run/outputs/outputs.md").read_text().count("| target |") == 9
+    assert ("over copy" in out) == any(map(find_spec, ("sacrebleu", "rouge_score")))
+    assert (place / "run/outputs/outputs.md").read_text().count("| target |") == 9
     assert len(outputs["outputs"]) == 9  # the test split
     assert (place / "run/plots/cross_attention.png").stat().st_size > 5000
     (place / "new.csv").write_text("sum,words\n1+2,two and three\n,x\n9+9,no\n")
