@@ -127,7 +127,7 @@ class Experiment:
     """How a step is distributed: sharded by the compiler (jit), or plain data parallelism (pmap). Results that depend
     on `grad_accum_steps` also depend on this."""
     exact: bool = False
-    """Bitwise equal results on any device count that divides virtual_shards; slower (see lab/train/gradients.py)."""
+    """Bitwise equal training steps on any device count that divides virtual_shards; slower (lab/train/gradients.py)."""
     virtual_shards: int = 8
     """Parts of the batch computed separately with `exact`; unused without it."""
     deterministic: bool = field(default=False, metadata=HOW)

@@ -101,6 +101,9 @@ def in_fixed_order(experiment: Experiment, mesh: jax.sharding.Mesh) -> SumGradie
     and its shapes do not depend on the device count. The parts' sums are then all-gathered and added pairwise. The
     cost, in memory and in communication, is V times the bytes of the parameters.
 
+    On CPUs a bootstrap also needs XLA_FLAGS=--xla_cpu_max_isa=AVX: of a sum of two products LLVM fuses either into a
+    multiply-add, not the same one in every program (jax 0.10.2, 2026-11-28).
+
     Raises:
       UserError: the devices do not divide V, or the mesh or model is unsupported (other axes, batch statistics).
     """
