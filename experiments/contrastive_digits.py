@@ -3,7 +3,7 @@
     ./launch.sh prepare mnist
     ./launch.sh experiments/contrastive_digits.py --full
     ./launch.sh experiments/contrastive_digits.py
-    ./launch.sh predict RUN --input digit.png --output -
+    ./launch.sh predict RUN --input digit.png --output -    # grey, bright on dark, 28x28 (8x8 locally); the same names
 
 Measured, local config (busy 2-core Intel Xeon VM with AMX, 2026-11-28, seeds 0, 1, 2; 70 to 78 s of CPU, 3 to 6 minutes
 each): zero-shot accuracy of 359 held-out digits 98.9, 98.3, 98.1 %; a linear probe on the same images' embeddings 98.6,

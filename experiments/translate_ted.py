@@ -5,6 +5,8 @@
     LAB_EXTRAS=sacrebleu,rouge ./launch.sh experiments/translate_ted.py
     ./launch.sh predict RUN --input signatures.txt --output -
 
+Pairs of your own: a file like this one with `Translations(PairsFile("pairs.csv", source="en", target="de"), ...)`.
+
 Measured, local config (busy 2-core Intel Xeon VM with AMX, 2026-11-28, seeds 0, 1, 2, 6 to 19 minutes), 609 held-out
 functions: ROUGE-L 30.5, 29.8, 30.6, chrF 29.8, 29.6, 29.8, BLEU 13.1, 12.4, 12.6; the signature copied 17.4, 22.0, 1.3;
 the most frequent line 6.6, 5.6, 0.1; the line of the nearest signature in training, a retrieval baseline that is better

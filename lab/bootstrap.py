@@ -62,7 +62,9 @@ def chosen_tests(words: list[str]) -> list[str]:
 
 def to_onnx(words: list[str]) -> bool:
     """Whether `export` writes an ONNX file, which needs packages that nothing else does."""
-    return "onnx" in words or any(word.endswith(".onnx") for word in words)
+    to = [b for a, b in zip(words, words[1:], strict=False) if a == "--to"]
+    to += [word.removeprefix("--to=") for word in words if word.startswith("--to=")]
+    return any(word == "onnx" or word.endswith(".onnx") for word in to)
 
 
 def main(arguments: list[str]) -> None:

@@ -509,6 +509,6 @@ def test_an_onnx_file_needs_packages_of_its_own():
     from lab.bootstrap import to_onnx
 
     assert to_onnx(["run", "--to", "onnx", "x.bin"]) and to_onnx(["run", "--to=x.onnx"])
-    assert not to_onnx(["run", "--to", "stablehlo", "x.stablehlo"])
+    assert not to_onnx(["run", "--to", "stablehlo", "x.stablehlo"]) and not to_onnx(["run", "--to", "onx", "x.onnx"])
     assert build.asked_extras({"LAB_EXTRAS": "chat"}, ["onnx"]) == ["chat", "onnx"]
     assert build.asked_extras({}) == []

@@ -383,9 +383,10 @@ def test_a_dry_run_prices_the_evaluations(typed):
 
 def test_a_dry_run_fits_80_columns(typed, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    tables = [line for line in typed("small.py", "--dry-run")[1].splitlines() if line[:1] in "│┃┏└"]
+    tables = [line for line in typed("small.py", "--dry-run", "--mesh.data", "2", "--mesh.fsdp", "4")[1].splitlines()
+              if line[:1] in "│┃┏└"]
     assert len(tables) > 40 and max(map(len, tables)) <= 80
-    assert any("block_*/attn/query/kernel" in line and "replicated" in line for line in tables)
+    assert any("block_*/attn/query/kernel" in line and "fsdp" in line for line in tables)
 
 
 @pytest.mark.parametrize("platforms, words", [
@@ -488,6 +489,7 @@ def test_sample(typed, mistake, reference):
     assert best.pop("log_prob") < 0 and best in rows
     for seed, more in (("-1", ()), ("4294967296", ()), ("4294967295", ("--n", "2"))):
         assert f"--seed {seed}: the samples' seeds" in mistake(*six, "--seed", seed, *more)
+    assert "leave out --greedy" in mistake(*six, "--best-of", "2", "--greedy")
     assert "--top-p 2" in mistake("sample", "reference", "--top-p", "2")
     assert "has no checkpoint of step 3" in mistake("sample", "reference", "--step", "3").splitlines()[-1]
 

@@ -341,7 +341,7 @@ def test_adapters_that_pefts_format_does_not_hold(assistant, adapted, tmp_path):
         save_file(tensors, tmp_path / "adapter_model.safetensors")
         with pytest.raises(UserError, match=words):
             Merged(found.tensors, found.names, tmp_path)
-    with pytest.raises(UserError, match="A Perceptron cannot be exported"):
+    with pytest.raises(UserError, match="Perceptron has no format of weights to export to"):
         export(adapted, tmp_path / "new", adapter=True)
 
 

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -223,6 +224,8 @@ def test_a_dry_run_shows_where_the_state_lives(gpt, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "The state on each device (data 2 x fsdp 2 x tensor 2)" in out
     assert any("attn/query/kernel" in line and "fsdp, tensor" in line for line in out.splitlines())
+    show(replace(gpt, mesh=Mesh(8)))
+    assert re.search(r"on each device \(data 8\): \d+ arrays, [\d.]+[kM]B, all replicated", capsys.readouterr().out)
     show(replace(gpt, mesh=Mesh(1, 16), exact=True))
     out = capsys.readouterr().out
     assert "The mesh needs 16 devices; this machine has 8." in out and "exact: 8 virtual shards of 2 records" in out

@@ -14,7 +14,7 @@ from lab.data.pipeline import Arrays
 from lab.errors import UserError
 from lab.study.design.arms import FOLD, Stack, Study
 from lab.study.report.results import Results, read_study
-from lab.study.report.stacking import _read, held_out_stack, rows, stacked
+from lab.study.report.stacking import _compared, _read, held_out_stack, rows, stacked
 from lab.train.experiment_file import load
 from tests.test_step import compiled_in_haste  # noqa: F401 (a fixture)
 
@@ -132,6 +132,8 @@ def test_the_arms_of_a_stack(place):
 
 @pytest.mark.parametrize(("arms", "data", "message"), [
     (Stack({}), {}, "A stack needs members"),
+    (Stack(["a", "b"]), {}, "A stack needs members, name -> changes of the base, such as"),
+    (Stack({"a": {}, "b": {}}), {}, "The stack's member 'b' changes nothing, and another member is the base already"),
     (Stack({"a": {}}), {"folds": 1}, "--data.folds must be at least 2"),
     (Stack({"a": {}}), {"folds": 5000}, "--data.folds 5,000: a stack trains each of its 1 members as often"),
     (Stack({"a": {}}), {"fold": 1}, "--data.fold 1: a stack holds out every fold in turn"),
@@ -154,8 +156,9 @@ def test_nothing_leaks(place, whole, typed):
     that learned the records whose features they make, it seems to be."""
     status, out, err = typed("coins.py", "--execution", "loop")
     assert status == 0, err
-    for line in ("4 cells planned = 4 done", "Runs that hold out one of 2 folds, in no table above: 2 done."):
-        assert line in out, out
+    for line in ("4 cells planned = 4 done", "net is the arm base above. Held out:",
+                 "folds: 2 done; no table above has them.", "The stack is not distinguishable from the mean: "):
+        assert line in " ".join(out.split()), out
     folder = next((place / "studies").iterdir())
     results, arrays = read_study(folder), _read(folder)[1]
     assert "net.fold-0" not in (folder / "report.md").read_text()
@@ -206,6 +209,8 @@ def test_members_of_use_outweigh_the_others():
     assert found["stack"].right.shape == (2, 200)
     assert found["stack"].right.mean() > 0.95 > 0.9 > found["mean"].right.mean() > found["a"].right.mean()
     assert found["stack"].held_out == pytest.approx(found["stack"].right.mean(), abs=0.04)
+    assert _compared("mean", found["mean"], found["stack"]).startswith("The stack is better than the mean: +")
+    assert "not distinguishable from knows, the best member" in _compared("knows", found["knows"], found["stack"])
     true = arrays["whole/knows/1"][np.arange(200), asked], arrays["whole/knows/0"][np.arange(200), asked]
     assert found["knows"].loss == pytest.approx(-np.log(true).mean(), rel=1e-5)
 

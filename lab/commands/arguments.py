@@ -32,6 +32,9 @@ def experiments() -> dict[str, str]:
     return found
 
 
+EXAMPLE = "experiments/gpt_small.py"  # whose --help is shown if none is named
+
+
 def find_experiment(name: str) -> Path:
     """The file of an experiment, relative to the current folder or the repository. Raises UserError with the nearest
     name."""

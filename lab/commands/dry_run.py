@@ -146,15 +146,20 @@ def _placement(console: Console, experiment: Experiment, state: State) -> None:
     shardings = state_shardings(state, mesh, experiment.mesh.rules)
     spread = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     rows = describe_state(state, shardings)
-    table = Table(title=f"The state on each device ({spread})", title_justify="left")
-    table.add_column("parameter, with moments", overflow="fold")  # takes the rest of 80 columns
-    for column in ("shape", "sharded over", "arrays", "bytes"):
-        table.add_column(column, no_wrap=True)
-    for path, shape, axes, arrays, size in rows:
-        table.add_row(path, " x ".join(map(str, shape)), axes, str(arrays), human(size) + "B")
-    table.add_section()
-    table.add_row("all", "", "", str(sum(row[3] for row in rows)), human(sum(row[4] for row in rows)) + "B")
-    console.print(table)
+    arrays, size = str(sum(row[3] for row in rows)), human(sum(row[4] for row in rows)) + "B"
+    title = f"The state on each device ({spread})"
+    if all(row[2] == "replicated" for row in rows):
+        console.print(f"{title}: {arrays} arrays, {size}, all replicated.", soft_wrap=True)
+    else:
+        table = Table(title=title, title_justify="left")
+        table.add_column("parameter, with moments", overflow="fold")  # takes the rest of 80 columns
+        for column in ("shape", "sharded over", "arrays", "bytes"):
+            table.add_column(column, no_wrap=True)
+        for path, shape, axes, count, own in rows:
+            table.add_row(path, " x ".join(map(str, shape)), axes, str(count), human(own) + "B")
+        table.add_section()
+        table.add_row("all", "", "", arrays, size)
+        console.print(table)
     if experiment.exact:
         from lab.train.gradients import exact_cost
 

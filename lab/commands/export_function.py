@@ -60,7 +60,7 @@ def export_function(run: str, to: Path, form: Format, weights: Literal["inside",
         print(f"{what:<9}" + ", ".join(f"{name} {x['dtype']} ({', '.join(map(str, x['shape']))})"
                                        for name, x in about[what].items()))
     print(f"{to.with_suffix('.json').name} says what they mean." + (
-        f" {beside['loader'].name} runs the file without lab:\n\n{stablehlo.LOADER.read_text('utf-8')}"
+        f" {beside['loader'].name} runs the file without lab: load(file)(**inputs)."
         if form == "stablehlo" else ""))
 
 
@@ -76,7 +76,7 @@ def _free(to: Path, form: Format, weights: str) -> dict[str, Path]:
         beside |= {"loader": to.with_name(f"load_{to.stem}.py"), "weights": to.with_suffix(".safetensors")}
     for path in (to, *beside.values(), to.with_name(f"{to.name}.data")):
         if path.exists() or path.is_symlink():
-            raise UserError(f"{path} is there already: delete it, or give another --to.")
+            raise UserError(f"{path} is there already, perhaps beside another export: give another --to, or delete it.")
     return beside
 
 

@@ -42,7 +42,8 @@ class Choice:
     """Sample so many continuations of each prompt, and keep the n of them whose tokens the model finds most likely on
     average (Adiwardana et al. 2020), the best first."""
     json: bool = False
-    """Print a JSON object a line: prompt, seed, text and, with --best-of, log_prob (mean of the text's tokens)."""
+    """Print JSON lines, one object a continuation: prompt, seed, text and, with --best-of, log_prob (mean of the
+    text's tokens)."""
     report: bool = False
     """Print statistics of all continuations instead of these (length, distinct-1 and -2, repetition of 4-grams,
     self-BLEU), and write both to a JSON file."""
@@ -93,7 +94,7 @@ def sample(
       system: with --chat: how the model should answer.
     """
     check_numbers(new_tokens, temperature, top_k, top_p)
-    _check(run, n, seed, chat, system, more)
+    _check(run, n, seed, greedy, chat, system, more)
     found = [{"prompt": text, "seed": seed + i} for text in prompt or ("",) for i in range(more.best_of or n)]
     prompts, seeds = [each["prompt"] for each in found], [each["seed"] for each in found]
     how = {"temperature": 0.0 if greedy else temperature, "top_k": top_k, "top_p": top_p, "new_tokens": new_tokens}
@@ -115,12 +116,13 @@ def sample(
         print(dumps(each) if more.json else text)
 
 
-def _check(run: str, n: int, seed: int, chat: bool, system: str | None, more: Choice) -> None:
+def _check(run: str, n: int, seed: int, greedy: bool, chat: bool, system: str | None, more: Choice) -> None:
     last = seed + (more.best_of or n) - 1
     needs = {"--system needs --chat.": (system, chat), "--output needs --report.": (more.output, more.report),
              f"--seed {seed}: the samples' seeds, {seed} to {last}, must be in [0, 2^32).": (
                  True, seed >= 0 and last < 2**32),
              "--judge needs --report.": (more.judge, more.report), f"--n {n} is out of range.": (n, n > 0),
+             "--best-of needs different samples: leave out --greedy.": (more.best_of, not greedy),
              f"--best-of {more.best_of} must be at least --n {n}.": (more.best_of, (more.best_of or 0) >= n),
              "--json does not go with --report, which writes a JSON file.": (more.json, not more.report),
              f"--chat needs pretrained weights with a chat template; {run} is none.": (chat, is_location(run))}

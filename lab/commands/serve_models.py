@@ -142,7 +142,7 @@ def _predictions(options: Options, run: str, found: Any, data: Any, program: Any
     elif isinstance(data, ImageData):
         form = Form("images", classes=data.classes)
     else:
-        raise UserError(f"The data of {run} is none that serve can read new records of: tables, messages or images.")
+        raise UserError(f"serve reads new records of tables, messages and images; {run} was trained on other data.")
     task, predict = found.task, _predictor(program, state)
 
     drift = Drift(statistics(data) if is_location(run) else statistics_of(Path(run)))

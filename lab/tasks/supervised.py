@@ -293,7 +293,8 @@ def each(output: Any) -> Array:
     """
     values = output.values if isinstance(output, Members) else output
     if not hasattr(values, "shape"):
-        raise UserError(f"The model's output must be an array, and is {described(output)}.")
+        raise UserError(f"The model's output must be an array, and is {described(output)}: is it a model for another "
+                        f"task?")
     if not values.ndim:
         raise UserError("The model's output must have an axis of records, and is one number.")
     return (values if isinstance(output, Members) else values[:, None]).astype(jnp.float32)

@@ -30,7 +30,8 @@ def architecture_of(model: Any) -> Architecture:
     against = {a.name: _misfits(model, a) for a in WRITTEN if type(a.like) is type(model)}
     if not against:
         kinds = ", ".join(dict.fromkeys(type(a.like).__name__ for a in WRITTEN))
-        raise UserError(f"A {type(model).__name__} cannot be exported; {kinds} can.")
+        raise UserError(f"{type(model).__name__} has no format of weights to export to; {kinds} have. Of other models "
+                        f"`--to stablehlo FILE` and `--to onnx FILE` write a function (lab/exported).")
     name = min(against, key=lambda name: len(against[name]))
     if against[name]:
         raise UserError(f"No class of transformers holds this model: {name} would need {', '.join(against[name])}.")

@@ -8,6 +8,7 @@ import numpy as np
 
 from lab.data.dataset import class_names
 from lab.data.images.images import ImageData, Images
+from lab.data.images.sources import Opened
 from lab.data.word_tokenizer import Words, words
 from lab.errors import UserError
 
@@ -87,14 +88,19 @@ class CaptionedImages(Images):
         return super().describe() | self.named()._lines()
 
     def load(self) -> ImageData:
-        """See `Images.load`. UserError also for another number of names than classes."""
+        """See `Images.load`."""
         named = self.named()
         found = Images.load(named)
-        if (classes := found.metadata["classes"]) != len(named.names):
-            raise UserError(f"--data.names has {len(named.names)} names, and {found.summary['source']} has {classes} "
-                            f"classes.")
         return replace(found, classes=named.names, metadata=found.metadata | named.metadata(),
                        summary=found.summary | named._lines())
+
+    def _open(self) -> Opened:
+        """See `Images._open`. UserError also for another number of names than classes."""
+        source = super()._open()
+        if self.names and len(self.names) != source.classes:
+            raise UserError(f"--data.names has {len(self.names)} names, and {source.title} has {source.classes} "
+                            f"classes.")
+        return source
 
     def _lines(self) -> dict[str, str]:
         known = _captions(self.names, self.templates)[1] - 2  # without padding and the unknown word

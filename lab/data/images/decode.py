@@ -118,8 +118,8 @@ def fitted(image: Image.Image, form: Form) -> Decoded | Problem:
     mode, size = MODES[form.channels], (form.width, form.height)
     if not form.resize and (image.mode != mode or image.size != size):
         own = f"{image.height}x{image.width} {WORDS.get(image.mode, image.mode)}"
-        return Problem(f"is {own} (height x width), but {form} is wanted: change data.shape, or set --data.resize to "
-                       f"make every image fit", corrupt=False)
+        return Problem(f"is {own} (height x width), but {form} is wanted: convert it, or train with another "
+                       f"data.shape, or with --data.resize, which makes every image fit", corrupt=False)
     image = image if image.mode == mode else image.convert(mode)
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)

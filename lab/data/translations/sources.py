@@ -76,9 +76,10 @@ class PairsFile:
     def validate(self) -> None:
         """UserError without a path, for an unknown encoding, or if both columns are one."""
         check_encoding(self.encoding)
-        if not self.path.strip() or self.source == self.target:
-            raise UserError("PairsFile needs path=, a .csv or .jsonl file, and two of its columns or keys, source= and "
-                            "target=.")
+        if not self.path.strip():
+            raise UserError("PairsFile needs path=, a .csv or .jsonl file.")
+        if self.source == self.target:
+            raise UserError(f"PairsFile needs two columns or keys; source= and target= are both {self.source!r}.")
 
     def read(self) -> dict[str, list[TextPair]]:
         """All pairs. UserError, naming the line, for one that is no pair; or for an empty file."""

@@ -111,8 +111,11 @@ class Stack:
         base.data.validate()
         if base.data.fold is not None:
             raise UserError(f"--data.fold {base.data.fold}: a stack holds out every fold in turn; leave it out.")
-        if not self.members:
-            raise UserError("A stack needs members, name -> changes of the base; there are none.")
+        if not self.members or not all(isinstance(x, Mapping) for x in (self.members, self.beside)):
+            raise UserError("A stack needs members, name -> changes of the base, such as "
+                            "members={'narrow': {}, 'wide': {'model.width': 256}}; so has beside=.")
+        if alike := [name for name, changes in self.members.items() if not changes][1:]:
+            raise UserError(f"The stack's member {alike[0]!r} changes nothing, and another member is the base already.")
         if folds * len(self.members) > MOST_FOLDS:
             raise UserError(f"--data.folds {folds:,}: a stack trains each of its {len(self.members)} members as often; "
                             f"more than {MOST_FOLDS} runs for each seed are too many.")

@@ -126,6 +126,17 @@ def _shown(name: str, row: Row, stack: Row) -> list[str]:
             _ends(*map(float, stats.interval(more.mean(1))), "+")]
 
 
+def _compared(name: str, row: Row, stack: Row) -> str:
+    """A sentence: whether the stack differs from a row, over records and over seeds."""
+    more = stack.right.astype(float) - row.right
+    ends = [item_interval(more.mean(0)), tuple(map(float, stats.interval(more.mean(1))))]
+    sides = {1 if low > 0 else -1 if high < 0 else 0 for low, high in ends if not np.isnan(low)}
+    word = {1: "better than", -1: "worse than"}.get(min(sides, key=abs) if len(sides) == 1 else 0,
+                                                    "not distinguishable from")
+    which = "the mean" if name == "mean" else f"{name}, the best member on held-out records"
+    return f"The stack is {word} {which}: {100 * more.mean():+.2f} points."
+
+
 def _table(results: Results) -> list[Block]:
     """The blocks of a stack."""
     folder = next(cell.folder for cell in results.cells).parents[2]
@@ -133,9 +144,13 @@ def _table(results: Results) -> list[Block]:
     counts = {status: sum(c.arm in folds and c.status == status for c in results.cells)
               for status in ("done", "diverged", "failed", "missing")}
     told = " + ".join(f"{n} {status}" for status, n in counts.items() if n or status == "done")
+    base = "".join(f" {name} is the arm base above." for name, arm in results.factors["members"].items()
+                   if arm == "base" != name)
     blocks: list[Block] = [Heading("The stack", 2), Text(
-        f"Runs that hold out one of {results.factors['folds']} folds, in no table above: {told}. Gain: the stack's "
-        f"accuracy minus the row's.")]
+        f"A logistic regression (l2 {results.factors['l2']:g}) on the members' probabilities of records that they did "
+        f"not learn. Mean: of the members' probabilities.{base} Held out: training records, out of fold (a bootstrap: "
+        f"out of bag). Gain: the stack's accuracy minus the row's. Runs that hold out one of "
+        f"{results.factors['folds']} folds: {told}; no table above has them.")]
     if not (folder / FILE).exists():
         return [*blocks, Text("No seed has finished in all arms, so there is nothing to stack yet: type the study's "
                               "command again.")]
@@ -150,7 +165,9 @@ def _table(results: Results) -> list[Block]:
                   f"{', '.join(map(str, seeds))}; 95 % intervals over records",
                   ["", "held out", "accuracy", "95 %", "loss", "gain", "95 %", "over seeds"],
                   [_shown(name, row, found["stack"]) for name, row in found.items()], wide=("loss", "over seeds"))
-    return [*blocks, table, Text(NOTE, terminal=False)]
+    best = max(results.factors["members"], key=lambda name: found[name].held_out)
+    return [*blocks, table, *(Text(_compared(name, found[name], found["stack"])) for name in (best, "mean")),
+            Text(NOTE, terminal=False)]
 
 
 def with_stack(results: Results, build: Callable[[Results], list[Block]]) -> list[Block]:

@@ -286,6 +286,8 @@ def verdict(c: Comparison, mode: str, reference: str = "base") -> str:
 def _advice(c: Comparison) -> str:
     """Advice on seeds at Holm's strictest level, which holds whatever the other arms' results."""
     needed = seeds_needed(c.difference, c.sd, alpha=ALPHA / max(c.family, 1))
+    if needed and needed <= c.n:
+        return "one or two more seeds would probably decide, if the true difference were this large"
     return (f"you would need about {needed} seeds" if needed else f"you would need more than {MOST:,} seeds"
             ) + " if the true difference were this large"
 
