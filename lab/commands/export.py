@@ -41,7 +41,8 @@ def export(run: Annotated[str, tyro.conf.Positional], to: Path, type: Literal["F
     file, for llama.cpp; or any model as one function, for jax.export (--to stablehlo FILE) or ONNX (--to onnx FILE).
 
     Args:
-      run: the run folder of a GPT, BERT, ViT or ResNet. For stablehlo and onnx: of any model, or pretrained weights.
+      run: the run folder of a GPT, BERT, ViT or ResNet. For stablehlo and onnx: of any model but an
+        encoder-decoder, or pretrained weights.
       to: the folder to write, new or empty; or a new .gguf file (LAB_EXTRAS=gguf), for a model of Llama's shape; or
         a new file of `format`, which --to stablehlo FILE and --to onnx FILE also say.
       type: how a .gguf file stores matrices: F32, F16 (the default) or Q8_0, 8 bits and a scale for 32 values.
