@@ -253,10 +253,10 @@ def test_blank_messages_are_skipped_by_their_lines(tmp_path, monkeypatch, caplog
     found = data.read(tmp_path / "new.txt")
     assert found.numbers == [0, 2, 4] and found.names == ["line 1", "line 3", "line 5"]
     assert "2 of 5 records have no text or value and are skipped: line 2, line 4" in caplog.text
-    with pytest.raises(UserError, match="new.txt, line 2, line 4 have no message"):
+    with pytest.raises(UserError, match="new.txt, line 2, line 4 have no text or value"):
         data.read(tmp_path / "new.txt", strict=True)
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(UserError, match="line 1, line 2 have no message"):  # nothing is left
+    with pytest.raises(UserError, match="line 1, line 2 have no text or value"):  # nothing is left
         data.read(tmp_path / "empty.txt")
     (tmp_path / "new.csv").write_text("n,text,kind\n7,xyz,a\n8, ,b\n9,zyx,\n")
     found = data.read(tmp_path / "new.csv", "n")
