@@ -148,7 +148,8 @@ def test_pairs_of_tfds(tmp_path):
     assert (back.source, back.target) == ("one", "um")
     for fields, said in (({"source": "fr"}, "has no field 'fr'; it has en, pt"),
                          ({"name": "talks"}, "name them, --data.source.source"),
-                         ({"name": "talks/pt_to_de"}, "is not prepared .*, but talks/pt_to_en: run ./launch.sh"),
+                         ({"name": "talks/pt_to_de"},
+                          "is not prepared .*, but talks/pt_to_en: run ./launch.sh prepare talks/pt_to_de"),
                          ({"source": "en"}, "does not say two languages")):
         with pytest.raises(UserError, match=said):
             replace(source, **fields).validate() or replace(source, **fields).read()

@@ -32,7 +32,9 @@ def experiments() -> dict[str, str]:
     return found
 
 
-EXAMPLE = "experiments/gpt_small.py"  # whose --help is shown if none is named
+def with_example(args: Sequence[str]) -> Sequence[str]:
+    """The arguments, after an experiment whose --help is shown if they begin with it and name none."""
+    return ["experiments/gpt_small.py", *args] if {"-h", "--help"} & set(args[:1]) else args
 
 
 def find_experiment(name: str) -> Path:

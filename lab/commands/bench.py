@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lab.commands.arguments import EXAMPLE, find_experiment, parse
+from lab.commands.arguments import find_experiment, parse, with_example
 from lab.configuration.values import override
 from lab.data.pipeline import reader
 from lab.data.prefetch import Prefetch
@@ -57,8 +57,7 @@ class BenchOptions:
 
 def main(args: Sequence[str]) -> int:
     """EXPERIMENT.py"""
-    if {"-h", "--help"} & set(args[:1]):
-        args = [EXAMPLE, *args]
+    args = with_example(args)
     if not args:
         raise UserError("Say which experiment to measure: ./launch.sh bench experiments/gpt_small.py")
     flags = ["--timed-steps" + a.removeprefix("--steps") if a.partition("=")[0] == "--steps" else a for a in args[1:]]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lab.commands.arguments import EXAMPLE, find_experiment, parse
+from lab.commands.arguments import find_experiment, parse, with_example
 from lab.errors import UserError
 from lab.planning import topologies
 
@@ -25,8 +25,7 @@ class PlanOptions:
 
 def main(args: Sequence[str]) -> int:
     """EXPERIMENT.py --on v5e-256"""
-    if {"-h", "--help"} & set(args[:1]):
-        args = [EXAMPLE, *args]
+    args = with_example(args)
     if not args or args[0].startswith("-"):
         raise UserError("Say what to plan: ./launch.sh plan experiments/gpt_small.py --on v5e-8")
     where = next((b for a, b in zip(args, [*args[1:], ""], strict=True) if a == "--on"), "")

@@ -113,13 +113,16 @@ class Task:
         return self.whole_batch or mixes_rows(self, model, data, precision)
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
-        """Parameters and mutable collections of the model for this kind of batch. Raises UserError for a bootstrap that
-        the task would not use."""
-        if getattr(model, "bootstrap", False) and not self.bootstraps:
-            raise UserError(f"{type(self).__name__} has no weights of records for each member: --model.no-bootstrap.")
+        """Parameters and mutable collections of the model for this kind of batch. UserError: see `check_bootstrap`."""
+        self.check_bootstrap(model)
         mask = {"mask": batch["mask"][:1]} if "mask" in batch else {}
         inputs = batch["inputs"][:1]
         return model.init(key, inputs, train=False, **mask)
+
+    def check_bootstrap(self, model: nn.Module) -> None:
+        """Raises UserError for a model with a bootstrap that the loss would not use."""
+        if getattr(model, "bootstrap", False) and not self.bootstraps:
+            raise UserError(f"{type(self).__name__} has no weights of records for each member: --model.no-bootstrap.")
 
     def check(self, output: Any, data: Any) -> None:
         """Raises UserError if the model or the task does not fit the loaded data. Called once, before any computation.

@@ -95,8 +95,7 @@ class Distill(Task):
 
     def init(self, model: nn.Module, key: Array, batch: Mapping[str, Array]) -> dict[str, Any]:
         """The student's variables. Raises UserError for a student with a bootstrap."""
-        if getattr(model, "bootstrap", False):
-            raise UserError("Distill has no weights of records for each member: --model.no-bootstrap.")
+        self.check_bootstrap(model)
         return self.task.init(model, key, batch)
 
     def check(self, output: Any, data: Any) -> None:

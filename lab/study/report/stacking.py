@@ -121,20 +121,25 @@ def _shown(name: str, row: Row, stack: Row) -> list[str]:
              _ends(*item_interval(row.right.mean(0))), f"{row.loss:.4f}"]
     if row is stack:
         return [*cells, "", "", ""]
+    gain, *ends = _gain(row, stack)
+    return [*cells, f"{100 * gain:+.2f}", *(_ends(*each, "+") for each in ends)]
+
+
+def _gain(row: Row, stack: Row) -> tuple[float, tuple[float, float], tuple[float, float]]:
+    """The stack's accuracy minus a row's, with 95 % intervals over records and over seeds."""
     more = stack.right.astype(float) - row.right
-    return [*cells, f"{100 * more.mean():+.2f}", _ends(*item_interval(more.mean(0)), "+"),
-            _ends(*map(float, stats.interval(more.mean(1))), "+")]
+    low, high = stats.interval(more.mean(1))
+    return float(more.mean()), item_interval(more.mean(0)), (float(low), float(high))
 
 
 def _compared(name: str, row: Row, stack: Row) -> str:
     """A sentence: whether the stack differs from a row, over records and over seeds."""
-    more = stack.right.astype(float) - row.right
-    ends = [item_interval(more.mean(0)), tuple(map(float, stats.interval(more.mean(1))))]
+    gain, *ends = _gain(row, stack)
     sides = {1 if low > 0 else -1 if high < 0 else 0 for low, high in ends if not np.isnan(low)}
     word = {1: "better than", -1: "worse than"}.get(min(sides, key=abs) if len(sides) == 1 else 0,
                                                     "not distinguishable from")
     which = "the mean" if name == "mean" else f"{name}, the best member on held-out records"
-    return f"The stack is {word} {which}: {100 * more.mean():+.2f} points."
+    return f"The stack is {word} {which}: {100 * gain:+.2f} points."
 
 
 def _table(results: Results) -> list[Block]:
